@@ -1,0 +1,26 @@
+"""Fused three-matrix LoRA kernels: y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ, and the LoRA² chain, behind torch autograd.
+
+Importing the package imports torch and nothing else; `peft`, `trainer`, `lora2`, `checkpoint` and `plotting` are
+loaded when first used.
+"""
+
+import importlib
+
+from . import backends, init
+from .modules import LoRA2Linear, NLoraLinear
+from .ops import lora2_core, lora2_linear, lora_linear
+
+__version__ = "0.1.0"
+__all__ = ["LoRA2Linear", "NLoraLinear", "backends", "init", "lora2_core", "lora2_linear", "lora_linear"]
+
+_LAZY = ("checkpoint", "lora2", "peft", "plotting", "trainer", "tuning")
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_LAZY])

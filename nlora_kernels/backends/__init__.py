@@ -1,0 +1,61 @@
+"""The table of backends and the rule that picks one.
+
+A backend is a module with these plain functions; it knows nothing of autograd, and every argument is already checked:
+
+    unavailable() -> str | None
+        why it cannot run on this machine at all
+    unsupported(x, weight, lora_A, lora_B, lora_N) -> str | None
+        why it cannot take this call
+    forward(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> (y, T)
+    backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs) -> Grads
+    lora2_core(lora_u, lora_E, lora_U, mask) -> core
+    lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask) -> (du, dE, dU)
+
+with x (M, K) in any strides, weight (N, K) and bias (N,) in x's dtype, lora_A (R, K), lora_N (R, R) or None and
+lora_B (N, R) in any floating dtype. y (M, N) and T (M, R) are new contiguous tensors in x's dtype; T = x·Aᵀ means the
+same in every backend, so the backward of one may follow the forward of another. `needs` says which gradients to
+compute; a gradient has the dtype of its tensor, and None stands where none was asked for.
+
+VERIFIED_ON names the device types on whose hardware the backend has passed its tests: elsewhere it runs only by name.
+"""
+
+import os
+from types import ModuleType
+
+from torch import Tensor
+
+from . import lean, reference
+from .gradients import Grads, Needs
+
+__all__ = ["Grads", "Needs", "available", "select"]
+
+# In order of preference.
+TABLE: dict[str, ModuleType] = {"lean": lean, "reference": reference}
+
+
+def available() -> dict[str, str | None]:
+    """{backend name: None if it can run on this machine, else every reason why it cannot}."""
+    return {name: module.unavailable() for name, module in TABLE.items()}
+
+
+def select(name: str | None, first: Tensor, call: tuple | None = None) -> ModuleType:
+    """The backend module for a call whose first tensor is `first`; `call` holds the arguments of `unsupported`.
+
+    `name`, or NLORA_BACKEND where no name is given, is taken as it stands: ValueError if it is unknown, cannot run here
+    or cannot take this call. Without a name: the first of the table that can take the call and is verified on hardware
+    of the tensors' kind.
+    """
+    name = name or os.environ.get("NLORA_BACKEND")
+    if name:
+        module = TABLE.get(name)
+        if module is None:
+            raise ValueError(f"backend must be one of {', '.join(sorted(TABLE))}, got {name!r}")
+        reason = module.unavailable() or (module.unsupported(*call) if call else None)
+        if reason:
+            raise ValueError(f"backend {name!r} cannot take this call: {reason}")
+        return module
+    for module in TABLE.values():
+        if first.device.type in module.VERIFIED_ON and not module.unavailable():
+            if call is None or not module.unsupported(*call):
+                return module
+    return reference

@@ -1,0 +1,290 @@
+"""Initial adapter matrices: LoRA, SLoRA, Nyström (NLoRA, IntTune) and LoRA².
+
+Pure functions on tensors, on the device of the weight. Random numbers come from the generator, or from torch's CPU
+generator where none is given, so a seed means the same on every device.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+METHODS = ("lora", "slora", "slora_gaussian", "nystrom")
+CORES = ("sample", "optimal", "pinv")
+SELECTIONS = ("leading", "uniform", "norm", "pivoted")
+
+# Rows of a 16-bit weight that are held in fp32 at a time: 8 MB at 4096 columns.
+_TILE_ROWS = 512
+
+
+def nystrom(
+    weight: Tensor,
+    r: int,
+    *,
+    core: str = "sample",
+    select: str = "leading",
+    rows: Tensor | Sequence[int] | None = None,
+    cols: Tensor | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A = W[I, :],  B = W[:, J],  N by `core`, for row indices I and column indices J of W.
+
+    NLoRA (arXiv 2502.14482, sec. 3.2); its weight is the transpose of ours.
+
+    Args:
+        weight: W (out, in), any floating dtype. On the meta device only shapes are made.
+        r: number of rows and columns, 1 <= r <= min(out, in).
+        core: "sample"   N = W[I][:, J] as it stands. As published; B·N·A is then no approximation of W but a small
+                         perturbation correlated with it.
+              "optimal"  N = B⁺·W·A⁺ by two QR factorisations: of all cores for this A and B it brings B·N·A nearest
+                         to W.
+              "pinv"     N = W[I][:, J]⁺, the published derivation. On real weights B·N·A is several times as large
+                         as W.
+        select: how I and J are chosen, see `select`. `rows` and `cols`, of length r, stand in for I and J.
+        generator: for select="uniform".
+
+    Returns:
+        A (r, in), N (r, r), B (out, r), new tensors in the weight's dtype; "optimal" and "pinv" compute in fp32 (fp64
+        for an fp64 weight).
+
+    Raises:
+        TypeError: weight is no floating tensor, r is no integer.
+        ValueError: r, an index, core or select out of range; weight holds NaN or infinity.
+    """
+    _check_weight(weight)
+    _check_rank(r, min(weight.shape), "min(out, in)")
+    _check_choice("core", core, CORES)
+    _check_finite(weight)
+    chosen_rows, chosen_cols = None, None
+    if rows is None or cols is None:
+        chosen_rows, chosen_cols = _select(weight, r, select, generator)
+    rows = chosen_rows if rows is None else _indices("rows", rows, r, weight.shape[0], weight.device)
+    cols = chosen_cols if cols is None else _indices("cols", cols, r, weight.shape[1], weight.device)
+    weight = weight.detach()
+    A, B = weight[rows], weight[:, cols]
+    if core == "optimal":
+        N = _optimal_core(weight, A, B)
+    else:
+        N = A[:, cols]
+        if core == "pinv":
+            N = torch.linalg.pinv(N.to(_accumulator(weight.dtype)))
+    return A, N.to(weight.dtype), B.contiguous()
+
+
+def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """(I, J): r row indices and r column indices of W, int64 on its device.
+
+    Args:
+        weight: W (out, in).
+        how: "leading"  0 … r-1, as published.
+             "uniform"  drawn without replacement, ascending.
+             "norm"     those of the greatest Euclidean norm, greatest first.
+             "pivoted"  those that QR with column pivoting takes first: each adds the most to the span of those before.
+
+    Raises ValueError and TypeError as `nystrom` does.
+    """
+    _check_weight(weight)
+    _check_rank(r, min(weight.shape), "min(out, in)")
+    _check_finite(weight)
+    return _select(weight, r, how, generator)
+
+
+@torch.no_grad()
+def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: float) -> Tensor:
+    """W ← W − s·B·N·A, in place; returns W.
+
+    The product is accumulated in fp32 and W rounded once. 16-bit weights pass through fp32 in tiles of rows, so nothing
+    of W's size is allocated.
+
+    Args:
+        weight: W (out, in), any strides.
+        A: (r, in), N: (r, r) or None for the identity, B: (out, r), any floating dtype.
+
+    Raises:
+        TypeError: weight is no floating tensor. ValueError: shapes do not fit.
+    """
+    _check_weight(weight)
+    out_features, in_features = weight.shape
+    r = A.shape[0]
+    for name, t, shape in (("A", A, (r, in_features)), ("N", N, (r, r)), ("B", B, (out_features, r))):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    dtype = _accumulator(weight.dtype)
+    left, right = B.to(dtype), A.to(dtype)
+    if N is not None:
+        left = left @ N.to(dtype)
+    if weight.dtype == dtype:
+        return weight.addmm_(left, right, alpha=-scaling)
+    for part, left_part in zip(weight.split(_TILE_ROWS), left.split(_TILE_ROWS), strict=True):
+        part.copy_(part.to(dtype).addmm_(left_part, right, alpha=-scaling))
+    return weight
+
+
+def adapter(
+    weight: Tensor,
+    r: int,
+    method: str = "nystrom",
+    *,
+    core: str = "sample",
+    select: str = "leading",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(A, N, B) of one method for a weight W (out, in), in its dtype and on its device.
+
+    method  "lora"            A ~ U(±1/√in), no N, B = 0                    (Kaiming uniform with a = √5)
+            "slora"           A ~ U(±1/√in), N ~ U(±1/√r), B = 0           (arXiv 2502.14482, sec. 3.1)
+            "slora_gaussian"  A ~ U(±1/√in), N ~ N(0, 1/r²), B = 0
+            "nystrom"         `nystrom(weight, r, core=core, select=select)`
+
+    Raises TypeError and ValueError as `nystrom` does; only "nystrom" limits r to min(out, in).
+    """
+    _check_choice("method", method, METHODS)
+    if method == "nystrom":
+        return nystrom(weight, r, core=core, select=select, generator=generator)
+    _check_weight(weight)
+    _check_rank(r)
+    out_features, in_features = weight.shape
+    A = _uniform((r, in_features), 1 / math.sqrt(in_features), weight, generator)
+    B = weight.new_zeros(out_features, r)
+    if method == "lora":
+        return A, None, B
+    if method == "slora":
+        return A, _uniform((r, r), 1 / math.sqrt(r), weight, generator), B
+    return A, _normal((r, r), 1 / r, weight, generator), B
+
+
+def lora2(
+    weight: Tensor, r: int, k: int, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """v (k, in), u (r, k), E (r), U (k, r), V (out, k): N(0, 0.02²) but for E = 0   (LoRA², arXiv 2408.06854)
+
+    In the weight's dtype and on its device. Raises ValueError and TypeError as `nystrom` does; r and k have no upper
+    limit.
+    """
+    _check_weight(weight)
+    _check_rank(r)
+    _check_rank(k, name="k")
+    out_features, in_features = weight.shape
+    v, u, U, V = (
+        _normal(shape, 0.02, weight, generator) for shape in ((k, in_features), (r, k), (k, r), (out_features, k))
+    )
+    return v, u, weight.new_zeros(r), U, V
+
+
+def _optimal_core(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    # With B = Q_B·R_B and Aᵀ = Q_A·R_A:  B⁺·W·A⁺ = R_B⁺·(Q_Bᵀ·W·Q_A)·R_A⁺ᵀ. Only r×r matrices are inverted, and the
+    # pseudo-inverse stands in for the triangular solve because rows of a real weight can be dependent.
+    dtype = _accumulator(weight.dtype)
+    Q_A, R_A = torch.linalg.qr(A.T.to(dtype))
+    Q_B, R_B = torch.linalg.qr(B.to(dtype))
+    projected = sum(q.T @ (tile @ Q_A) for q, tile in zip(Q_B.split(_TILE_ROWS), _tiles(weight, dtype), strict=True))
+    return torch.linalg.pinv(R_B) @ projected @ torch.linalg.pinv(R_A).T
+
+
+def _select(weight, r, how, generator) -> tuple[Tensor, Tensor]:
+    _check_choice("select", how, SELECTIONS)
+    weight = weight.detach()
+    if how == "leading" or weight.is_meta:
+        rows = torch.arange(r, device=weight.device)
+        return rows, rows.clone()
+    if how == "uniform":
+        return tuple(_permutation(n, generator)[:r].sort().values.to(weight.device) for n in weight.shape)
+    if how == "norm":
+        dtype = _accumulator(weight.dtype)
+        norms = (torch.linalg.vector_norm(weight, dim=dim, dtype=dtype) for dim in (1, 0))
+        return tuple(n.argsort(descending=True, stable=True)[:r] for n in norms)
+    return _pivoted_rows(weight, r), _pivoted_rows(weight.T, r)
+
+
+def _pivoted_rows(weight: Tensor, r: int) -> Tensor:
+    """The first r pivots of a QR factorisation of Wᵀ with column pivoting; no host synchronisation."""
+    dtype = _accumulator(weight.dtype)
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+    negligible = squares.max() * torch.finfo(dtype).eps
+    basis = weight.new_zeros(r, weight.shape[1], dtype=dtype)
+    pivots = torch.empty(r, dtype=torch.int64, device=weight.device)
+    for step in range(r):
+        pivot = squares.argmax()
+        pivots[step] = pivot
+        q = weight.index_select(0, pivot[None])[0].to(dtype)
+        # Twice is enough for orthogonality to rounding.
+        for _ in range(2):
+            q = q - basis[:step].T @ (basis[:step] @ q)
+        square = q.dot(q)
+        q = torch.where(square > negligible, q * square.rsqrt(), torch.zeros_like(q))
+        basis[step] = q
+        explained = torch.cat([tile @ q for tile in _tiles(weight, dtype)])
+        squares = (squares - explained.square()).clamp_(min=0)
+        # A chosen row never returns, though all others be explained as well.
+        squares[pivots[: step + 1]] = -1
+    return pivots
+
+
+def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    for part in weight.split(_TILE_ROWS):
+        yield part.to(dtype)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _uniform(shape, bound, like: Tensor, generator) -> Tensor:
+    return _sample(shape, like, generator, lambda t: t.uniform_(-bound, bound, generator=generator))
+
+
+def _normal(shape, std, like: Tensor, generator) -> Tensor:
+    return _sample(shape, like, generator, lambda t: t.normal_(0, std, generator=generator))
+
+
+def _sample(shape, like: Tensor, generator, fill) -> Tensor:
+    if like.is_meta:
+        return like.new_empty(shape)
+    device = "cpu" if generator is None else generator.device
+    return fill(torch.empty(shape, device=device)).to(like.device, like.dtype)
+
+
+def _permutation(n: int, generator) -> Tensor:
+    return torch.randperm(n, generator=generator, device="cpu" if generator is None else generator.device)
+
+
+def _indices(name: str, indices, r: int, limit: int, device) -> Tensor:
+    indices = torch.as_tensor(indices, device=device)
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must hold integers, got {indices.dtype}")
+    if indices.shape != (r,):
+        raise ValueError(f"{name} must have shape ({r},), got {tuple(indices.shape)}")
+    if not indices.is_meta and not (0 <= int(indices.min()) and int(indices.max()) < limit):
+        raise ValueError(f"{name} must lie in 0 … {limit - 1}, got {int(indices.min())} … {int(indices.max())}")
+    return indices.long()
+
+
+def _check_weight(weight) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be a floating tensor, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape (out, in), got {tuple(weight.shape)}")
+
+
+def _check_rank(r, limit: float = math.inf, limit_name: str = "", name: str = "r") -> None:
+    if not isinstance(r, int) or isinstance(r, bool):
+        raise TypeError(f"{name} must be an integer, got {type(r).__name__}")
+    if not 1 <= r <= limit:
+        bound = f" and at most {limit_name} = {limit}" if limit_name else ""
+        raise ValueError(f"{name} must be at least 1{bound}, got {r}")
+
+
+def _check_choice(name: str, value, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_finite(weight: Tensor) -> None:
+    if weight.is_meta or weight.numel() == 0:
+        return
+    # One pass without a temporary of the weight's size: both extremes are NaN where any element is.
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(weight.detach())):
+        raise ValueError("weight must be finite, got NaN or infinity")

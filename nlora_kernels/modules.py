@@ -1,0 +1,237 @@
+"""Adapter layers as plain nn.Modules: a frozen linear layer and its trainable matrices. No PEFT needed."""
+
+import numbers
+
+import torch
+from torch import Tensor, nn
+
+from . import fusion
+from .init import adapter as initial_adapter
+from .init import lora2 as initial_lora2
+from .init import subtract_
+from .ops import lora2_core, lora2_linear, lora_linear
+
+TRAIN = ("all", "core")
+
+
+class _AdapterLinear(nn.Module):
+    """A base linear layer with adapter matrices (A, N, B), which a subclass names in `matrices`."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float | None):
+        super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(base).__name__}")
+        if alpha is None:
+            alpha = r
+        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+            raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
+        self.base = base
+        self.r = r
+        self.alpha = alpha
+        self.scaling = alpha / r
+        self.merged = False
+        base.requires_grad_(False)
+
+    def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(A (r, in), N (r, r) or None, B (out, r)): the adapter adds s·B·N·A to the base weight."""
+        raise TypeError(f"{type(self).__name__} must define matrices()")
+
+    def delta_weight(self) -> Tensor:
+        """s·B·N·A, (out, in), in the adapter's dtype."""
+        A, N, B = self.matrices()
+        return self.scaling * ((B if N is None else B @ N) @ A)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W ← W + s·B·N·A in place; forward is then the base layer alone. Nothing happens if merged already."""
+        if not self.merged:
+            subtract_(self.base.weight, *self.matrices(), -self.scaling)
+            self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """W ← W − s·B·N·A in place: undoes `merge`, up to one rounding of W."""
+        if self.merged:
+            subtract_(self.base.weight, *self.matrices(), self.scaling)
+            self.merged = False
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, alpha={self.alpha}, merged={self.merged}"
+
+
+class NLoraLinear(_AdapterLinear):
+    """y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ,  s = alpha / r
+
+    LoRA, SLoRA, NLoRA and IntTune (arXiv 2502.14482) on one nn.Linear, which is kept as `base` and frozen.
+
+    Parameters: lora_A (r, in), lora_N (r, r) or None, lora_B (out, r).
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        lora_N: Tensor | None = None,
+        *,
+        alpha: float | None = None,
+        train: str = "all",
+        residual: bool = False,
+    ):
+        if train not in TRAIN:
+            raise ValueError(f"train must be one of {', '.join(TRAIN)}, got {train!r}")
+        if train == "core" and lora_N is None:
+            raise ValueError("train='core' needs a lora_N, which init='lora' has not")
+        super().__init__(base, lora_A.shape[0], alpha)
+        outer = train == "all"
+        self.lora_A = nn.Parameter(lora_A, requires_grad=outer)
+        self.lora_B = nn.Parameter(lora_B, requires_grad=outer)
+        self.lora_N = None if lora_N is None else nn.Parameter(lora_N)
+        self.train_matrices = train
+        self.residual = residual
+        if not residual:
+            return
+        # The initial product leaves W (train="all") or the core (train="core", where it keeps W as it is).
+        self.register_buffer("lora_N0", lora_N.detach().clone())
+        if outer:
+            self.register_buffer("lora_A0", lora_A.detach().clone())
+            self.register_buffer("lora_B0", lora_B.detach().clone())
+            subtract_(base.weight, self.lora_A0, self.lora_N0, self.lora_B0, self.scaling)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int,
+        *,
+        alpha: float | None = None,
+        init: str = "nystrom",
+        train: str = "all",
+        core: str = "sample",
+        select: str = "leading",
+        residual: bool = False,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "NLoraLinear":
+        """The adapter of `linear`, which it keeps (no copy) and freezes.
+
+        Args:
+            r: rank. alpha: s·r, default r, so s = 1.
+            init: "nystrom" (NLoRA), "slora", "slora_gaussian" or "lora", see `nk.init.adapter`; `core` and `select`
+                are for "nystrom". At step 0 all but "nystrom" leave the layer's function unchanged.
+            train: "all", or "core" for lora_N alone (IntTune, with init="nystrom").
+            residual: make step 0 exact for "nystrom" too, by W ← W − s·B·N·A (in place), or, with train="core", by
+                using lora_N − lora_N0 and leaving W alone.
+            generator: for the random initialisations.
+            dtype: of the adapter; default fp32 on a 16-bit base, else the base's.
+
+        Raises:
+            TypeError: linear is no nn.Linear, alpha no number, r no integer.
+            ValueError: r out of range, an unknown name, NaN or infinity in the weight, residual without
+                init="nystrom", core="pinv" without residual, train="core" with init="lora".
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        check_method(init, core, residual)
+        A, N, B = initial_adapter(linear.weight, r, init, core=core, select=select, generator=generator)
+        A, N, B = (None if t is None else t.to(dtype or adapter_dtype(linear.weight)) for t in (A, N, B))
+        return cls(linear, A, B, N, alpha=alpha, train=train, residual=residual)
+
+    def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        core_moves = self.residual and self.train_matrices == "core"
+        return self.lora_A, self.lora_N - self.lora_N0 if core_moves else self.lora_N, self.lora_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.base(x)
+        A, N, B = self.matrices()
+        if fusion.obstacle(self.base):
+            return self.base(x) + fusion.branch(x, A, B, N, self.scaling).to(x.dtype)
+        return lora_linear(x, self.base.weight, A, B, N, self.base.bias, scaling=self.scaling)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, train={self.train_matrices!r}, residual={self.residual}"
+
+
+class LoRA2Linear(_AdapterLinear):
+    """y = x·Wᵀ + bias + s·((x·vᵀ)·Cᵀ)·Vᵀ  with  C = U·diag(E ⊙ mask)·u,  s = alpha / r
+
+    LoRA² (arXiv 2408.06854, eq. 4) on one nn.Linear, which is kept as `base` and frozen.
+
+    Parameters: lora_v (k, in), lora_u (r, k), lora_E (r), lora_U (k, r), lora_V (out, k). Buffer: lora_mask (r), ones
+    until singular values are pruned.
+    """
+
+    def __init__(self, base: nn.Linear, v: Tensor, u: Tensor, E: Tensor, U: Tensor, V: Tensor, *, alpha=None):
+        super().__init__(base, E.shape[0], alpha)
+        self.k = v.shape[0]
+        self.lora_v = nn.Parameter(v)
+        self.lora_u = nn.Parameter(u)
+        self.lora_E = nn.Parameter(E)
+        self.lora_U = nn.Parameter(U)
+        self.lora_V = nn.Parameter(V)
+        self.register_buffer("lora_mask", torch.ones_like(E))
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int,
+        k: int,
+        *,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "LoRA2Linear":
+        """The LoRA² adapter of `linear`, which it keeps (no copy) and freezes; its function is unchanged at step 0.
+
+        Args:
+            r: number of singular values, k: rank of the outer pair. alpha: s·r, default r.
+            generator, dtype: as for `NLoraLinear.from_linear`.
+
+        Raises TypeError and ValueError as `NLoraLinear.from_linear` does.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        tensors = initial_lora2(linear.weight, r, k, generator=generator)
+        return cls(linear, *(t.to(dtype or adapter_dtype(linear.weight)) for t in tensors), alpha=alpha)
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.lora_v, lora2_core(self.lora_u, self.lora_E, self.lora_U, self.lora_mask), self.lora_V
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.base(x)
+        if fusion.obstacle(self.base):
+            v, core, V = self.matrices()
+            return self.base(x) + fusion.branch(x, v, V, core, self.scaling).to(x.dtype)
+        return lora2_linear(
+            x,
+            self.base.weight,
+            self.lora_v,
+            self.lora_u,
+            self.lora_E,
+            self.lora_U,
+            self.lora_V,
+            self.lora_mask,
+            self.base.bias,
+            scaling=self.scaling,
+        )
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, {super().extra_repr()}"
+
+
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """fp32 for a 16-bit base, as PEFT does by default, so that small updates are not rounded away; else the base's."""
+    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+
+
+def check_method(method: str, core: str, residual: bool) -> None:
+    """ValueError for the combinations of initialisation options that make no sense."""
+    if residual and method != "nystrom":
+        raise ValueError(f"residual=True needs the init 'nystrom', got {method!r}, which leaves step 0 exact already")
+    if core == "pinv" and not residual:
+        raise ValueError(
+            "core='pinv' needs residual=True: without it the initial adapter moves the output by several times its size"
+        )

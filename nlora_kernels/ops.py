@@ -1,0 +1,346 @@
+"""The operations: public functions, their checks, their registration with torch.library and their gradients.
+
+This file alone knows of autograd, autocast and torch.compile; `backends` does the arithmetic.
+
+Two operators are registered per function, a forward and a backward, and one autograd.Function ties them together. The
+Function stands outside the operators: registering autograd with the operator costs twice the overhead of a call.
+"""
+
+import functools
+import numbers
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends
+from .backends import Grads, Needs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_N: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ
+
+    A linear layer and its low-rank adapter as one operation (NLoRA, arXiv 2502.14482, eq. 3 to 5; without lora_N it is
+    LoRA, arXiv 2106.09685, eq. 3). All matrices are in the layout of nn.Linear.
+
+    Args:
+        x: (..., in), fp32, bf16, fp16 or fp64; any strides.
+        weight: (out, in) in x's dtype.
+        lora_A: (r, in). The three adapter matrices may be of any floating dtype and are used in x's dtype.
+        lora_B: (out, r).
+        lora_N: (r, r), or None for plain LoRA.
+        bias: (out,) in x's dtype, or None.
+        scaling: s, alpha / r in the papers.
+        backend: a name from `backends.available()`, which is then used or raises; None for the best one.
+
+    Returns:
+        y (..., out) in x's dtype, accumulated in fp32; x·Aᵀ and its product with Nᵀ are rounded to x's dtype. Under
+        autocast x, weight and bias are cast to its dtype first, as F.linear does.
+
+    Every tensor argument that requires a gradient gets one, in its own dtype. For backward the op keeps x·Aᵀ, and x
+    only if lora_A or weight trains. It is differentiable once, and not under torch.func transforms.
+
+    Raises:
+        TypeError: an argument is no tensor or number, or dtypes do not fit together.
+        ValueError: shapes or devices do not fit, or the named backend is unknown or cannot take the call.
+    """
+    _check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling)
+    return _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend or "")
+
+
+def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None = None) -> Tensor:
+    """core = U·diag(E ⊙ mask)·u
+
+    The (k, k) matrix to which the inner chain of LoRA² collapses (arXiv 2408.06854, eq. 4: u·Λ·𝒰 between v and 𝒱); it
+    takes the place of N in `lora_linear`.
+
+    Args:
+        lora_u: (r, k), lora_E: (r,), lora_U: (k, r), one floating dtype, which is the result's too.
+        mask: (r,) of 0 and 1, floating or bool, or None for all ones. It gets no gradient.
+
+    Gradients: dU = dC·uᵀ·diag(E ⊙ mask), du = diag(E ⊙ mask)·Uᵀ·dC, dE = mask ⊙ diag(Uᵀ·dC·uᵀ).
+
+    Raises:
+        TypeError: an argument is no tensor, or the dtypes differ.
+        ValueError: shapes or devices do not fit.
+    """
+    _check_lora2_core(lora_u, lora_E, lora_U, mask)
+    return _core(lora_u, lora_E, lora_U, mask, "")
+
+
+def lora2_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_v: Tensor,
+    lora_u: Tensor,
+    lora_E: Tensor,
+    lora_U: Tensor,
+    lora_V: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x·Wᵀ + bias + s·((x·vᵀ)·Cᵀ)·Vᵀ  with  C = U·diag(E ⊙ mask)·u
+
+    LoRA² (arXiv 2408.06854, eq. 4) without ever forming its update: `lora_linear` with lora_A = v, lora_B = V and
+    lora_N = `lora2_core(u, E, U, mask)`, so its rank is k whatever r is.
+
+    Args:
+        lora_v: (k, in), lora_u: (r, k), lora_E: (r,), lora_U: (k, r), lora_V: (out, k), one floating dtype.
+        mask: (r,) of 0 and 1, or None.
+        x, weight, bias, scaling, backend: as for `lora_linear`.
+
+    Returns, gradients and errors are those of `lora_linear` and `lora2_core`.
+    """
+    _check_lora2_core(lora_u, lora_E, lora_U, mask)
+    core = _core(lora_u, lora_E, lora_U, mask, backend or "")
+    names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
+    _check_lora_linear(x, weight, lora_v, lora_V, core, bias, scaling, names)
+    return _linear(x, weight, lora_v, lora_V, core, bias, scaling, backend or "")
+
+
+def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend) -> Tensor:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError("nlora_kernels operations do not support torch.func transforms (vmap, grad, jvp, ...)")
+    tensors = (x, weight, lora_A, lora_B, lora_N, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _LoraLinear.apply(*tensors, scaling, backend)
+    rows, weight, bias = _operands(x, weight, bias)
+    y, _ = torch.ops.nlora_kernels.lora_linear(rows, weight, lora_A, lora_B, lora_N, bias, scaling, backend)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _core(lora_u, lora_E, lora_U, mask, backend) -> Tensor:
+    tensors = (lora_u, lora_E, lora_U)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _Lora2Core.apply(*tensors, mask, backend)
+    return torch.ops.nlora_kernels.lora2_core(*tensors, mask, backend)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
+        needs = Needs(*ctx.needs_input_grad[:6])
+        rows, w, b = _operands(x, weight, bias)
+        y, T = torch.ops.nlora_kernels.lora_linear(rows, w, lora_A, lora_B, lora_N, b, scaling, backend)
+        ctx.save_for_backward(
+            rows if needs.lora_A or needs.weight else None,
+            T if needs.lora_B or needs.lora_N else None,
+            # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
+            weight,
+            lora_A,
+            lora_B,
+            lora_N,
+        )
+        ctx.needs, ctx.scaling, ctx.backend = needs, scaling, backend
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        rows, T, weight, lora_A, lora_B, lora_N = ctx.saved_tensors
+        needs = ctx.needs
+        # fmt: off
+        computed = iter(torch.ops.nlora_kernels.lora_linear_backward(
+            _rows(dy), rows, T, weight.to(dy.dtype), lora_A, lora_B, lora_N, ctx.scaling, needs, ctx.backend,
+        ))
+        # fmt: on
+        grads = Grads(*(next(computed) if needed else None for needed in needs))
+        dx, dweight, dbias = grads.x, grads.weight, grads.bias
+        if needs.x:
+            dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
+        if needs.weight:
+            dweight = dweight.to(weight.dtype)
+        if needs.bias:
+            dbias = dbias.to(ctx.bias_dtype)
+        return dx, dweight, grads.lora_A, grads.lora_B, grads.lora_N, dbias, None, None
+
+
+class _Lora2Core(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lora_u, lora_E, lora_U, mask, backend):
+        ctx.save_for_backward(lora_u, lora_E, lora_U, mask)
+        ctx.backend = backend
+        return torch.ops.nlora_kernels.lora2_core(lora_u, lora_E, lora_U, mask, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_core):
+        du, dE, dU = torch.ops.nlora_kernels.lora2_core_backward(d_core, *ctx.saved_tensors, ctx.backend)
+        return du, dE, dU, None, None
+
+
+# The registered operators. Their tensors are flat: x (M, in), dy (M, out).
+
+
+def _register(schema: str):
+    """Registers a function under `schema` for every device, to run with autocast off: its operands are cast already."""
+    name = f"nlora_kernels::{schema.partition('(')[0]}"
+    torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
+
+    def decorate(function):
+        @functools.wraps(function)
+        def without_autocast(first: Tensor, *args):
+            if not torch.is_autocast_enabled(first.device.type):
+                return function(first, *args)
+            with torch.autocast(first.device.type, enabled=False):
+                return function(first, *args)
+
+        torch.library.impl(name, "default")(without_autocast)
+        return function
+
+    return decorate
+
+
+@_register(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? lora_N, Tensor? bias, "
+    "float scaling, str backend) -> (Tensor y, Tensor T)"
+)
+def _lora_linear_op(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
+    module = backends.select(backend, x, (x, weight, lora_A, lora_B, lora_N))
+    return module.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling)
+
+
+@torch.library.register_fake("nlora_kernels::lora_linear")
+def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+
+
+@_register(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? T, Tensor weight, Tensor lora_A, Tensor lora_B, "
+    "Tensor? lora_N, float scaling, bool[6] needs, str backend) -> Tensor[]"
+)
+def _lora_linear_backward_op(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, backend):
+    module = backends.select(backend, dy, (dy, weight, lora_A, lora_B, lora_N))
+    grads = module.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, Needs(*needs))
+    return [grad for grad in grads if grad is not None]
+
+
+@torch.library.register_fake("nlora_kernels::lora_linear_backward")
+def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, backend):
+    needs = Needs(*needs)
+    grads = [dy.new_empty(dy.shape[0], weight.shape[1])] if needs.x else []
+    like = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}
+    grads += [t.new_empty(t.shape) for name, t in like.items() if getattr(needs, name)]
+    return grads + ([dy.new_empty(dy.shape[1])] if needs.bias else [])
+
+
+@_register("lora2_core(Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str backend) -> Tensor")
+def _lora2_core_op(lora_u, lora_E, lora_U, mask, backend):
+    return backends.select(backend, lora_E).lora2_core(lora_u, lora_E, lora_U, mask)
+
+
+@torch.library.register_fake("nlora_kernels::lora2_core")
+def _(lora_u, lora_E, lora_U, mask, backend):
+    return lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
+
+
+@_register(
+    "lora2_core_backward(Tensor d_core, Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str backend) "
+    "-> (Tensor du, Tensor dE, Tensor dU)"
+)
+def _lora2_core_backward_op(d_core, lora_u, lora_E, lora_U, mask, backend):
+    return backends.select(backend, lora_E).lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
+
+
+@torch.library.register_fake("nlora_kernels::lora2_core_backward")
+def _(d_core, lora_u, lora_E, lora_U, mask, backend):
+    return tuple(t.new_empty(t.shape) for t in (lora_u, lora_E, lora_U))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (..., K) as (M, K)."""
+    return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def _operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x as (M, K), weight and bias, cast as autocast casts the operands of F.linear: all but fp64."""
+    rows = _rows(x)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return rows, weight, bias
+
+
+# Checks. Every message names the argument, what was expected and what came.
+
+
+def _check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names=None):
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N, "bias": bias}
+    if names:
+        tensors = {names.get(name, name): t for name, t in tensors.items()}
+    _check_tensors(tensors, optional=("lora_N", "bias"))
+    if isinstance(scaling, bool) or not isinstance(scaling, numbers.Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"scaling must be a real number, got {type(scaling).__name__}")
+    x_name, weight_name, A_name, B_name, N_name, bias_name = tensors
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape (out, in), got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have shape (..., {in_features}), got {tuple(x.shape)}")
+    if lora_A.dim() != 2 or lora_A.shape[1] != in_features or lora_A.shape[0] == 0:
+        raise ValueError(f"{A_name} must have shape (r, {in_features}) with r >= 1, got {tuple(lora_A.shape)}")
+    r = lora_A.shape[0]
+    if lora_B.shape != (out_features, r):
+        raise ValueError(f"{B_name} must have shape ({out_features}, {r}), got {tuple(lora_B.shape)}")
+    if lora_N is not None and lora_N.shape != (r, r):
+        raise ValueError(f"{N_name} must have shape ({r}, {r}), got {tuple(lora_N.shape)}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None and t.dtype != x.dtype:
+                raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
+
+
+def _check_lora2_core(lora_u, lora_E, lora_U, mask):
+    tensors = {"lora_u": lora_u, "lora_E": lora_E, "lora_U": lora_U}
+    _check_tensors(tensors)
+    if lora_u.dim() != 2 or 0 in lora_u.shape:
+        raise ValueError(f"lora_u must have shape (r, k) with r, k >= 1, got {tuple(lora_u.shape)}")
+    r, k = lora_u.shape
+    if lora_E.shape != (r,):
+        raise ValueError(f"lora_E must have shape ({r},), got {tuple(lora_E.shape)}")
+    if lora_U.shape != (k, r):
+        raise ValueError(f"lora_U must have shape ({k}, {r}), got {tuple(lora_U.shape)}")
+    for name, t in tensors.items():
+        if t.dtype != lora_u.dtype:
+            raise TypeError(f"{name} must have lora_u's dtype {lora_u.dtype}, got {t.dtype}")
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a Tensor or None, got {type(mask).__name__}")
+        if mask.shape != (r,):
+            raise ValueError(f"mask must have shape ({r},), got {tuple(mask.shape)}")
+        if mask.device != lora_u.device:
+            raise ValueError(f"mask must be on lora_u's device {lora_u.device}, got {mask.device}")
+
+
+def _check_tensors(tensors: dict[str, Tensor | None], optional: tuple[str, ...] = ()):
+    device = None
+    for name, t in tensors.items():
+        if t is None and name in optional:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if t.dtype not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"{name} must be one of {allowed}, got {t.dtype}")
+        device = device or t.device
+        if t.device != device:
+            raise ValueError(f"{name} must be on {device} like the tensors before it, got {t.device}")
