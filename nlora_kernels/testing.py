@@ -1,0 +1,109 @@
+"""Inputs for one layer, and the error budget that every backend must keep. Shared by tests and benchmarks."""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TENSORS = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
+
+
+@dataclass
+class Problem:
+    """The arguments of one `lora_linear` call and the gradient that comes back to it."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_N: Tensor | None
+    bias: Tensor | None
+    dy: Tensor
+    scaling: float = 0.7
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scaling"}
+        return Problem(**{n: t if t is None else t.to(dtype) for n, t in tensors.items()}, scaling=self.scaling)
+
+
+def problem(
+    M: int,
+    K: int,
+    N: int,
+    R: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
+    core: bool = True,
+    bias: bool = True,
+    strided: bool = False,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Problem:
+    """Random arguments whose base and adapter products are both of the size of 1.
+
+    `strided` makes x every second row and column of a larger tensor, dy a transposed one, and weight a slice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, cols: int, std: float, to: torch.dtype, strides: str = "") -> Tensor:
+        shape = {"": (rows, cols), "sliced": (2 * rows, 2 * cols), "transposed": (cols, rows)}[strides]
+        t = torch.randn(shape, generator=generator).mul_(std).to(device, to)
+        return {"": t, "sliced": t[::2, ::2], "transposed": t.T}[strides]
+
+    adapter_dtype = adapter_dtype or dtype
+    return Problem(
+        x=normal(M, K, 1, dtype, "sliced" if strided else ""),
+        weight=normal(N, K, 1 / math.sqrt(K), dtype, "sliced" if strided else ""),
+        lora_A=normal(R, K, 1 / math.sqrt(K), adapter_dtype),
+        lora_B=normal(N, R, 1 / math.sqrt(R), adapter_dtype),
+        lora_N=normal(R, R, 1 / math.sqrt(R), adapter_dtype) if core else None,
+        bias=normal(1, N, 1, dtype)[0] if bias else None,
+        dy=normal(M, N, 1, dtype, "transposed" if strided else ""),
+    )
+
+
+def plain_linear(x, weight, lora_A, lora_B, lora_N=None, bias=None, *, scaling=1.0) -> Tensor:
+    """The operation in plain PyTorch, the adapter cast to x's dtype: what the error budget is measured against."""
+    T = F.linear(x, lora_A.to(x.dtype))
+    P = T if lora_N is None else F.linear(T, lora_N.to(x.dtype))
+    return F.linear(x, weight, bias) + scaling * F.linear(P, lora_B.to(x.dtype))
+
+
+def results(p: Problem, linear=plain_linear, **options) -> dict[str, Tensor]:
+    """The output ("y") and every gradient ("dx", "dweight", "dlora_A", …) of `linear` on a problem."""
+    leaves = {n: t.detach().requires_grad_() for n in TENSORS if (t := getattr(p, n)) is not None}
+    y = linear(**leaves, scaling=p.scaling, **options)
+    grads = torch.autograd.grad(y, list(leaves.values()), p.dy)
+    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def assert_within_budget(actual: dict[str, Tensor], p: Problem) -> None:
+    """Fails unless the error of every result against fp64 is at most twice that of plain PyTorch, plus eps.
+
+    Errors are measured as the largest absolute one and as the Euclidean norm. eps is that of the dtype of the result,
+    or of x where that is coarser, relative to the norms of the two terms that are summed (the base layer's and the
+    adapter's, which may cancel). It matters only where plain PyTorch is exact by luck.
+    """
+    exact, plain = results(p.to(torch.float64)), results(p)
+    base = results(replace(p, scaling=0.0).to(torch.float64))
+    assert actual.keys() == exact.keys(), f"results are {list(actual)}, expected {list(exact)}"
+    for name, value in actual.items():
+        assert value.shape == exact[name].shape, f"{name} has shape {tuple(value.shape)}"
+        assert value.dtype == plain[name].dtype, f"{name} has dtype {value.dtype}, expected {plain[name].dtype}"
+        eps = max(torch.finfo(value.dtype).eps, torch.finfo(p.x.dtype).eps)
+        for norm in (math.inf, 2):
+            error, allowed = error_norm(value, exact[name], norm), error_norm(plain[name], exact[name], norm)
+            terms = error_norm(exact[name], base[name], norm) + _norm(base[name], norm)
+            bound = 2 * allowed + eps * terms
+            assert error <= bound, f"{name} is off by {error:.3g} in the {norm}-norm, the budget is {bound:.3g}"
+
+
+def error_norm(value: Tensor, exact: Tensor, norm: float = 2) -> float:
+    return _norm(value.double() - exact, norm)
+
+
+def _norm(t: Tensor, norm: float) -> float:
+    return torch.linalg.vector_norm(t.flatten(), norm).item() if t.numel() else 0.0

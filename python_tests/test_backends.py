@@ -1,0 +1,96 @@
+"""The table of backends, the rule that picks one, and the package as it is imported."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nlora_kernels as nk
+from nlora_kernels import testing
+from nlora_kernels.backends import TABLE, reference
+
+
+def test_available_names_every_backend():
+    reasons = nk.backends.available()
+    assert reasons["reference"] is None and reasons["lean"] is None
+    assert all(reason is None or isinstance(reason, str) for reason in reasons.values())
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the backends that ran."""
+    ran = []
+    for name, module in TABLE.items():
+        forward = module.forward
+
+        def recorded(*args, name=name, forward=forward):
+            ran.append(name)
+            return forward(*args)
+
+        monkeypatch.setattr(module, "forward", recorded)
+    return ran
+
+
+def linear(**options):
+    p = testing.problem(5, 12, 9, 3)
+    return nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, **options)
+
+
+def test_the_variable_acts_as_the_argument_where_none_is_given(monkeypatch, calls):
+    monkeypatch.setenv("NLORA_BACKEND", "reference")
+    linear()
+    linear(backend="lean")
+    monkeypatch.setenv("NLORA_BACKEND", "fast")
+    with pytest.raises(ValueError, match="backend must be one of .*, got 'fast'"):
+        linear()
+    assert calls == ["reference", "lean"]
+
+
+def test_a_named_backend_never_falls_back(monkeypatch, calls):
+    monkeypatch.setattr(TABLE["lean"], "unavailable", lambda: "it has gone fishing")
+    with pytest.raises(ValueError, match="'lean' cannot take this call: it has gone fishing"):
+        linear(backend="lean")
+    assert calls == []
+
+
+def test_without_a_name_only_a_backend_verified_on_the_device_runs(monkeypatch, calls):
+    for module in TABLE.values():
+        if module is not reference:
+            monkeypatch.setattr(module, "VERIFIED_ON", frozenset({"cuda"}))
+    linear()
+    linear(backend="lean")
+    assert calls == ["reference", "lean"]
+
+
+def test_without_a_name_a_backend_that_cannot_take_the_call_is_passed_over(monkeypatch, calls):
+    for module in TABLE.values():
+        if module is not reference:
+            monkeypatch.setattr(module, "unsupported", lambda *call: "too small")
+    linear()
+    assert calls == ["reference"]
+
+
+def test_importing_the_package_imports_nothing_but_torch():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import nlora_kernels
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(new - set(sys.stdlib_module_names)))
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert set(eval(output)) <= {"nlora_kernels", "torch"}
+
+
+def test_unknown_attributes_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'turbo'"):
+        _ = nk.turbo
+    assert "peft" in dir(nk)
+
+
+def test_no_floating_point_atomics_and_no_gradient_of_a_mask():
+    u, E, U = torch.randn(4, 3), torch.randn(4, requires_grad=True), torch.randn(3, 4)
+    mask = torch.tensor([1.0, 1.0, 0.0, 1.0], requires_grad=True)
+    nk.lora2_core(u, E, U, mask).sum().backward()
+    assert mask.grad is None and E.grad[2] == 0
