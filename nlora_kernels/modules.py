@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from . import fusion
+from .init import METHODS, subtract_
 from .init import adapter as initial_adapter
 from .init import lora2 as initial_lora2
-from .init import subtract_
 from .ops import lora2_core, lora2_linear, lora_linear
 
 TRAIN = ("all", "core")
@@ -228,7 +228,9 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
 
 
 def check_method(method: str, core: str, residual: bool) -> None:
-    """ValueError for the combinations of initialisation options that make no sense."""
+    """ValueError for an unknown method and for combinations of options that make no sense."""
+    if method not in METHODS:
+        raise ValueError(f"init must be one of {', '.join(METHODS)}, got {method!r}")
     if residual and method != "nystrom":
         raise ValueError(f"residual=True needs the init 'nystrom', got {method!r}, which leaves step 0 exact already")
     if core == "pinv" and not residual:
