@@ -30,7 +30,7 @@ def nystrom(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A = W[I, :],  B = W[:, J],  N by `core`, for row indices I and column indices J of W.
 
-    NLoRA (arXiv 2502.14482, sec. 3.2); its weight is the transpose of ours.
+    The Nyström initialisation of NLoRA (arXiv 2502.14482); its weight is the transpose of ours.
 
     Args:
         weight: W (out, in), any floating dtype. On the meta device only shapes are made.
@@ -133,7 +133,7 @@ def adapter(
     """(A, N, B) of one method for a weight W (out, in), in its dtype and on its device.
 
     method  "lora"            A ~ U(±1/√in), no N, B = 0                    (Kaiming uniform with a = √5)
-            "slora"           A ~ U(±1/√in), N ~ U(±1/√r), B = 0           (arXiv 2502.14482, sec. 3.1)
+            "slora"           A ~ U(±1/√in), N ~ U(±1/√r), B = 0           (arXiv 2502.14482)
             "slora_gaussian"  A ~ U(±1/√in), N ~ N(0, 1/r²), B = 0
             "nystrom"         `nystrom(weight, r, core=core, select=select)`
 

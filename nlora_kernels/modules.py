@@ -156,7 +156,7 @@ class NLoraLinear(_AdapterLinear):
 class LoRA2Linear(_AdapterLinear):
     """y = x·Wᵀ + bias + s·((x·vᵀ)·Cᵀ)·Vᵀ  with  C = U·diag(E ⊙ mask)·u,  s = alpha / r
 
-    LoRA² (arXiv 2408.06854, eq. 4) on one nn.Linear, which is kept as `base` and frozen.
+    LoRA² (arXiv 2408.06854, sec. 3) on one nn.Linear, which is kept as `base` and frozen.
 
     Parameters: lora_v (k, in), lora_u (r, k), lora_E (r), lora_U (k, r), lora_V (out, k). Buffer: lora_mask (r), ones
     until singular values are pruned.

@@ -32,8 +32,8 @@ def lora_linear(
 ) -> Tensor:
     """y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ
 
-    A linear layer and its low-rank adapter as one operation (NLoRA, arXiv 2502.14482, eq. 3 to 5; without lora_N it is
-    LoRA, arXiv 2106.09685, eq. 3). All matrices are in the layout of nn.Linear.
+    A linear layer and its low-rank adapter as one operation: the forward of SLoRA and NLoRA (arXiv 2502.14482); without
+    lora_N, of LoRA (arXiv 2106.09685). All matrices are in the layout of nn.Linear.
 
     Args:
         x: (..., in), fp32, bf16, fp16 or fp64; any strides.
@@ -63,7 +63,7 @@ def lora_linear(
 def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None = None) -> Tensor:
     """core = U·diag(E ⊙ mask)·u
 
-    The (k, k) matrix to which the inner chain of LoRA² collapses (arXiv 2408.06854, eq. 4: u·Λ·𝒰 between v and 𝒱); it
+    The (k, k) matrix to which the inner chain of LoRA² collapses (arXiv 2408.06854, sec. 3: u·Λ·𝒰 between v and 𝒱); it
     takes the place of N in `lora_linear`.
 
     Args:
@@ -96,7 +96,7 @@ def lora2_linear(
 ) -> Tensor:
     """y = x·Wᵀ + bias + s·((x·vᵀ)·Cᵀ)·Vᵀ  with  C = U·diag(E ⊙ mask)·u
 
-    LoRA² (arXiv 2408.06854, eq. 4) without ever forming its update: `lora_linear` with lora_A = v, lora_B = V and
+    LoRA² (arXiv 2408.06854, sec. 3) without ever forming its update: `lora_linear` with lora_A = v, lora_B = V and
     lora_N = `lora2_core(u, E, U, mask)`, so its rank is k whatever r is.
 
     Args:
