@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import backends
 from .backends import Grads, Needs
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 def lora_linear(
@@ -116,19 +116,26 @@ def lora2_linear(
 def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend) -> Tensor:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError("nlora_kernels operations do not support torch.func transforms (vmap, grad, jvp, ...)")
-    tensors = (x, weight, lora_A, lora_B, lora_N, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _LoraLinear.apply(*tensors, scaling, backend)
+    # NOTE: spelt out, here and in the checks: at a few tokens the layer costs less than a generator over its arguments.
+    trains = torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or (lora_N is not None and lora_N.requires_grad)
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+    if trains:
+        return _LoraLinear.apply(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend)
     rows, weight, bias = _operands(x, weight, bias)
-    y, _ = torch.ops.nlora_kernels.lora_linear(rows, weight, lora_A, lora_B, lora_N, bias, scaling, backend)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return _unflatten(_forward(rows, weight, lora_A, lora_B, lora_N, bias, scaling, backend)[0], x)
 
 
 def _core(lora_u, lora_E, lora_U, mask, backend) -> Tensor:
     tensors = (lora_u, lora_E, lora_U)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Lora2Core.apply(*tensors, mask, backend)
-    return torch.ops.nlora_kernels.lora2_core(*tensors, mask, backend)
+    return _core_forward(*tensors, mask, backend)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -136,7 +143,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx, x, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
         needs = Needs(*ctx.needs_input_grad[:6])
         rows, w, b = _operands(x, weight, bias)
-        y, T = torch.ops.nlora_kernels.lora_linear(rows, w, lora_A, lora_B, lora_N, b, scaling, backend)
+        y, T = _forward(rows, w, lora_A, lora_B, lora_N, b, scaling, backend)
         ctx.save_for_backward(
             rows if needs.lora_A or needs.weight else None,
             T if needs.lora_B or needs.lora_N else None,
@@ -149,19 +156,17 @@ class _LoraLinear(torch.autograd.Function):
         ctx.needs, ctx.scaling, ctx.backend = needs, scaling, backend
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _unflatten(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         rows, T, weight, lora_A, lora_B, lora_N = ctx.saved_tensors
         needs = ctx.needs
-        # fmt: off
-        computed = iter(torch.ops.nlora_kernels.lora_linear_backward(
-            _rows(dy), rows, T, weight.to(dy.dtype), lora_A, lora_B, lora_N, ctx.scaling, needs, ctx.backend,
-        ))
-        # fmt: on
-        grads = Grads(*(next(computed) if needed else None for needed in needs))
+        dy = _rows(dy)
+        adapter = (lora_A, lora_B, lora_N)
+        computed = iter(_backward(dy, rows, T, weight.to(dy.dtype), *adapter, ctx.scaling, needs, ctx.backend))
+        grads = Grads(*[next(computed) if needed else None for needed in needs])
         dx, dweight, dbias = grads.x, grads.weight, grads.bias
         if needs.x:
             dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
@@ -177,12 +182,12 @@ class _Lora2Core(torch.autograd.Function):
     def forward(ctx, lora_u, lora_E, lora_U, mask, backend):
         ctx.save_for_backward(lora_u, lora_E, lora_U, mask)
         ctx.backend = backend
-        return torch.ops.nlora_kernels.lora2_core(lora_u, lora_E, lora_U, mask, backend)
+        return _core_forward(lora_u, lora_E, lora_U, mask, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_core):
-        du, dE, dU = torch.ops.nlora_kernels.lora2_core_backward(d_core, *ctx.saved_tensors, ctx.backend)
+        du, dE, dU = _core_backward(d_core, *ctx.saved_tensors, ctx.backend)
         return du, dE, dU, None, None
 
 
@@ -190,20 +195,34 @@ class _Lora2Core(torch.autograd.Function):
 
 
 def _register(schema: str):
-    """Registers a function under `schema` for every device, to run with autocast off: its operands are cast already."""
+    """Registers an implementation under `schema` for every device; gives the function to call in its place.
+
+    It runs with autocast off, its operands being cast already.
+    """
     name = f"nlora_kernels::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.nlora_kernels, name.partition("::")[2]).default
 
-    def decorate(function):
-        @functools.wraps(function)
+    def decorate(implementation):
         def without_autocast(first: Tensor, *args):
             if not torch.is_autocast_enabled(first.device.type):
-                return function(first, *args)
+                return implementation(first, *args)
             with torch.autocast(first.device.type, enabled=False):
-                return function(first, *args)
+                return implementation(first, *args)
+
+        @functools.wraps(implementation)
+        def call(first: Tensor, *args):
+            # Plain tensors in plain eager mode need no dispatcher, which costs as much as a small layer's checks.
+            if (
+                torch.compiler.is_compiling()
+                or torch._C._len_torch_dispatch_stack()
+                or type(first) not in (Tensor, torch.nn.Parameter)
+            ):
+                return operator(first, *args)
+            return without_autocast(first, *args)
 
         torch.library.impl(name, "default")(without_autocast)
-        return function
+        return call
 
     return decorate
 
@@ -212,7 +231,7 @@ def _register(schema: str):
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? lora_N, Tensor? bias, "
     "float scaling, str backend) -> (Tensor y, Tensor T)"
 )
-def _lora_linear_op(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
+def _forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
     module = backends.select(backend, x, (x, weight, lora_A, lora_B, lora_N))
     return module.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling)
 
@@ -226,7 +245,7 @@ def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor? T, Tensor weight, Tensor lora_A, Tensor lora_B, "
     "Tensor? lora_N, float scaling, bool[6] needs, str backend) -> Tensor[]"
 )
-def _lora_linear_backward_op(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, backend):
+def _backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, backend):
     module = backends.select(backend, dy, (dy, weight, lora_A, lora_B, lora_N))
     grads = module.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, Needs(*needs))
     return [grad for grad in grads if grad is not None]
@@ -242,7 +261,7 @@ def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, backend):
 
 
 @_register("lora2_core(Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str backend) -> Tensor")
-def _lora2_core_op(lora_u, lora_E, lora_U, mask, backend):
+def _core_forward(lora_u, lora_E, lora_U, mask, backend):
     return backends.select(backend, lora_E).lora2_core(lora_u, lora_E, lora_U, mask)
 
 
@@ -255,7 +274,7 @@ def _(lora_u, lora_E, lora_U, mask, backend):
     "lora2_core_backward(Tensor d_core, Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str backend) "
     "-> (Tensor du, Tensor dE, Tensor dU)"
 )
-def _lora2_core_backward_op(d_core, lora_u, lora_E, lora_U, mask, backend):
+def _core_backward(d_core, lora_u, lora_E, lora_U, mask, backend):
     return backends.select(backend, lora_E).lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
 
 
@@ -267,6 +286,11 @@ def _(d_core, lora_u, lora_E, lora_U, mask, backend):
 def _rows(x: Tensor) -> Tensor:
     """x (..., K) as (M, K)."""
     return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def _unflatten(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, N) in the leading dimensions of x."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -339,7 +363,7 @@ def _check_tensors(tensors: dict[str, Tensor | None], optional: tuple[str, ...] 
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
         if t.dtype not in DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
             raise TypeError(f"{name} must be one of {allowed}, got {t.dtype}")
         device = device or t.device
         if t.device != device:
