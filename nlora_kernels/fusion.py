@@ -2,18 +2,46 @@
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+
+from .ops import DTYPES
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def obstacle(base: nn.Module) -> str | None:
-    """None if calling `base` is exactly x·Wᵀ + bias with a dense weight, else why it is not."""
-    if type(base) is not nn.Linear:
-        return f"its type is {type(base).__qualname__}, not nn.Linear"
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+def obstacle(linear: nn.Module) -> str | None:
+    """None if calling `linear` is exactly x·Wᵀ + bias with a dense weight, else why it is not.
+
+    This one rule decides for the base layer and for every adapter matrix that is a module. It looks at the layer as it
+    is now, so a layer that FSDP gathers for its forward is taken then.
+    """
+    # A subclass (quantised, FSDP2's own, parametrized) is another type.
+    if type(linear) is not nn.Linear and not is_conv1d(linear):
+        return f"its type is {type(linear).__qualname__}, not nn.Linear or Conv1D"
+    if "forward" in linear.__dict__:
+        return "its forward is replaced on the instance, as offloading and tensor parallelism do"
+    if any(getattr(linear, hooks) for hooks in _HOOKS):
         return "it has hooks"
-    if parametrize.is_parametrized(base):
-        return "its weight is parametrized"
+    if getattr(linear, "_hf_tp_plan", None) is not None:
+        return "it has a tensor-parallel plan"
+    if not is_dense(linear.weight):
+        return f"its weight is a {type(linear.weight).__qualname__} of {linear.weight.dtype}, not a dense tensor"
     return None
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether it is a plain floating tensor: not quantised, not a shard."""
+    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in DTYPES
+
+
+def is_conv1d(linear: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2, which keeps W as (in, out)."""
+    # By name, because transformers is not imported for the sake of a question.
+    return type(linear).__name__ == "Conv1D" and type(linear).__module__ == "transformers.pytorch_utils"
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """W as (out, in): the weight, or for Conv1D a transposed view of it."""
+    return linear.weight.T if is_conv1d(linear) else linear.weight
 
 
 def branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_N: Tensor | None, scaling: float) -> Tensor:

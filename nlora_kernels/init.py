@@ -53,8 +53,8 @@ def nystrom(
         ValueError: r, an index, core or select out of range; weight holds NaN or infinity.
     """
     _check_weight(weight)
-    _check_rank(r, min(weight.shape), "min(out, in)")
-    _check_choice("core", core, CORES)
+    check_rank(r, min(weight.shape), "min(out, in)")
+    check_choice("core", core, CORES)
     _check_finite(weight)
     chosen_rows, chosen_cols = None, None
     if rows is None or cols is None:
@@ -85,7 +85,7 @@ def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None =
     Raises ValueError and TypeError as `nystrom` does.
     """
     _check_weight(weight)
-    _check_rank(r, min(weight.shape), "min(out, in)")
+    check_rank(r, min(weight.shape), "min(out, in)")
     _check_finite(weight)
     return _select(weight, r, how, generator)
 
@@ -139,11 +139,11 @@ def adapter(
 
     Raises TypeError and ValueError as `nystrom` does; only "nystrom" limits r to min(out, in).
     """
-    _check_choice("method", method, METHODS)
+    check_choice("method", method, METHODS)
     if method == "nystrom":
         return nystrom(weight, r, core=core, select=select, generator=generator)
     _check_weight(weight)
-    _check_rank(r)
+    check_rank(r)
     out_features, in_features = weight.shape
     A = _uniform((r, in_features), 1 / math.sqrt(in_features), weight, generator)
     B = weight.new_zeros(out_features, r)
@@ -163,8 +163,8 @@ def lora2(
     limit.
     """
     _check_weight(weight)
-    _check_rank(r)
-    _check_rank(k, name="k")
+    check_rank(r)
+    check_rank(k, name="k")
     out_features, in_features = weight.shape
     v, u, U, V = (
         _normal(shape, 0.02, weight, generator) for shape in ((k, in_features), (r, k), (k, r), (out_features, k))
@@ -183,7 +183,7 @@ def _optimal_core(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _select(weight, r, how, generator) -> tuple[Tensor, Tensor]:
-    _check_choice("select", how, SELECTIONS)
+    check_choice("select", how, SELECTIONS)
     weight = weight.detach()
     if how == "leading" or weight.is_meta:
         rows = torch.arange(r, device=weight.device)
@@ -269,7 +269,7 @@ def _check_weight(weight) -> None:
         raise ValueError(f"weight must have shape (out, in), got {tuple(weight.shape)}")
 
 
-def _check_rank(r, limit: float = math.inf, limit_name: str = "", name: str = "r") -> None:
+def check_rank(r, limit: float = math.inf, limit_name: str = "", name: str = "r") -> None:
     if not isinstance(r, int) or isinstance(r, bool):
         raise TypeError(f"{name} must be an integer, got {type(r).__name__}")
     if not 1 <= r <= limit:
@@ -277,7 +277,7 @@ def _check_rank(r, limit: float = math.inf, limit_name: str = "", name: str = "r
         raise ValueError(f"{name} must be at least 1{bound}, got {r}")
 
 
-def _check_choice(name: str, value, choices: Sequence[str]) -> None:
+def check_choice(name: str, value, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 

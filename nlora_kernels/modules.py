@@ -23,8 +23,7 @@ class _AdapterLinear(nn.Module):
             raise TypeError(f"linear must be an nn.Linear, got {type(base).__name__}")
         if alpha is None:
             alpha = r
-        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-            raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
+        check_alpha(alpha)
         self.base = base
         self.r = r
         self.alpha = alpha
@@ -225,6 +224,11 @@ class LoRA2Linear(_AdapterLinear):
 def adapter_dtype(weight: Tensor) -> torch.dtype:
     """fp32 for a 16-bit base, as PEFT does by default, so that small updates are not rounded away; else the base's."""
     return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+
+
+def check_alpha(alpha, name: str = "alpha") -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(alpha).__name__}")
 
 
 def check_method(method: str, core: str, residual: bool) -> None:

@@ -1,0 +1,19 @@
+"""SLoRA, NLoRA, IntTune and LoRA² as adapter types of PEFT: a drop-in for its LoRA on linear layers.
+
+    from nlora_kernels.peft import NLoraConfig
+    model = peft.get_peft_model(model, NLoraConfig(r=16, target_modules="all-linear"))
+
+Import this module before loading a saved adapter: it registers the types with PEFT.
+"""
+
+try:
+    import peft  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("nlora_kernels.peft needs the extra 'peft': pip install 'nlora_kernels[peft]'") from error
+
+from .config import LoRA2Config, NLoraConfig
+from .lora2 import LoRA2Linear
+from .nlora import NLoraLinear
+from .tuner import LoRA2Model, NLoraModel
+
+__all__ = ["LoRA2Config", "LoRA2Linear", "LoRA2Model", "NLoraConfig", "NLoraLinear", "NLoraModel"]

@@ -1,0 +1,124 @@
+"""The configurations: PEFT's LoraConfig and the options of the methods here."""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from peft import LoraConfig
+
+from .. import init
+from ..modules import TRAIN, check_method
+
+
+class _PeftType(str):
+    """The name of an adapter type; PEFT's own names are members of an enumeration and have a value."""
+
+    value = property(str.__str__)
+
+
+NLORA = _PeftType("NLORA")
+LORA2 = _PeftType("LORA2")
+
+# Variants of LoRA that replace its product B·A, and options that tie or spread A and B: none knows of a core between.
+_PLAIN_ONLY = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "ensure_weight_tying",
+    "kasa_config",
+    "lora_bias",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+_INIT = LoraConfig.__dataclass_fields__["init_lora_weights"]
+
+
+@dataclass
+class NLoraConfig(LoraConfig):
+    """SLoRA, NLoRA, IntTune (arXiv 2502.14482) and plain LoRA, fused with their base layers.
+
+    All options of LoraConfig hold, and:
+
+    Args:
+        init_lora_weights: "nystrom" (NLoRA, the default), "slora", "slora_gaussian" (see `nlora_kernels.init.adapter`),
+            or any value of LoraConfig: then it is PEFT's LoRA without lora_N, which may stand beside the others.
+        train: "all", or "core" for lora_N alone (IntTune, with "nystrom").
+        core: N of "nystrom": "sample", "optimal" or "pinv".
+        select: rows and columns of "nystrom": "leading", "uniform", "norm" or "pivoted".
+        residual: make step 0 of "nystrom" exact: its initial product leaves the base weight (train="all") or the core
+            (train="core"). One adapter of a layer may do so.
+
+    Raises:
+        ValueError: an unknown name, options that exclude each other, a variant of LoRA with a method that has a core.
+    """
+
+    # The metadata tell PEFT which values of the field are variants of LoRA.
+    init_lora_weights: bool | str = field(default="nystrom", metadata=_INIT.metadata)
+    train: Literal["all", "core"] = "all"
+    core: Literal["sample", "optimal", "pinv"] = "sample"
+    select: Literal["leading", "uniform", "norm", "pivoted"] = "leading"
+    residual: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = NLORA
+        for name, choices in (("train", TRAIN), ("core", init.CORES), ("select", init.SELECTIONS)):
+            init.check_choice(name, getattr(self, name), choices)
+        check_method(self.init_lora_weights if self.has_core else "lora", self.core, self.residual)
+        if self.train == "core" and not self.has_core:
+            raise ValueError(f"train='core' needs a lora_N, which init_lora_weights={self.init_lora_weights!r} has not")
+        if self.has_core:
+            _check_plain_only(self, f"init_lora_weights={self.init_lora_weights!r}")
+        if self.residual and self.layer_replication:
+            raise ValueError("layer_replication shares base weights and is not supported with residual=True")
+
+    @property
+    def has_core(self) -> bool:
+        """Whether the adapter has a lora_N."""
+        return self.init_lora_weights in ("nystrom", "slora", "slora_gaussian")
+
+
+@dataclass
+class LoRA2Config(LoraConfig):
+    """LoRA² (arXiv 2408.06854), fused with its base layers.
+
+    All options of LoraConfig hold; `r` is the number of singular values, and lora_alpha / r the scaling, whatever k is
+    and however many values are pruned.
+
+    Args:
+        k: rank of the outer pair lora_v, lora_V.
+        init_lora_weights: True, or False for lora_E drawn at random too, so that step 0 moves the function.
+        target_rank, total_steps, t_init, t_final, delta_t, beta1, beta2: of `nlora_kernels.lora2.RankAllocator`;
+            without target_rank the ranks stay.
+
+    Raises:
+        ValueError: a number out of range, or a variant of LoRA. TypeError: k is no integer.
+    """
+
+    init_lora_weights: bool | str = field(default=True, metadata=_INIT.metadata)
+    k: int = 1
+    target_rank: int | None = None
+    total_steps: int | None = None
+    t_init: int = 0
+    t_final: int = 0
+    delta_t: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = LORA2
+        init.check_rank(self.k, name="k")
+        if not isinstance(self.init_lora_weights, bool):
+            raise ValueError(f"init_lora_weights must be True or False for LoRA², got {self.init_lora_weights!r}")
+        _check_plain_only(self, "LoRA²")
+
+
+def _check_plain_only(config: LoraConfig, what: str) -> None:
+    present = {f.name for f in fields(config)}
+    for name in _PLAIN_ONLY:
+        if name in present and getattr(config, name):
+            raise ValueError(f"{name} is not supported with {what}, got {getattr(config, name)!r}")

@@ -1,0 +1,124 @@
+"""The tuners, which put adapter layers into a model, and their registration with PEFT."""
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
+from peft.utils import _get_submodules
+from torch import nn
+
+from .. import fusion
+from .config import LORA2, NLORA, LoRA2Config, NLoraConfig
+from .layer import FusedLinear
+from .lora2 import LoRA2Linear
+from .nlora import NLoraLinear
+
+
+class _FusedModel(LoraModel):
+    """What the two tuners share: an injection that fails leaves the model as it was, and loading checks first."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        before = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            _withdraw(model, adapter_name, before)
+            raise
+
+    def add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs) -> None:
+        for name in adapters:
+            if getattr(self.peft_config.get(name), "has_core", True):
+                raise ValueError(
+                    f"add_weighted_adapter combines lora_A and lora_B alone, and adapter {name!r} has a core between "
+                    "them: convert it with nlora_kernels.checkpoint.to_lora first"
+                )
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, peft_model, peft_config, path, output_state_dict, kwargs):
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is not supported: save the adapter, then convert it with "
+            "nlora_kernels.checkpoint.to_lora"
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+        missing = sorted(expected.keys() - remapped.keys())
+        if missing:
+            raise ValueError(f"the checkpoint of adapter {adapter_name!r} lacks {_some(missing)}")
+        return remapped
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # PyTorch fills what fits and then complains of the rest: check before anything is filled.
+        for name, tensor in self.state_dict(prefix=prefix).items():
+            value = state_dict.get(name)
+            if isinstance(value, torch.Tensor) and value.shape != tensor.shape and ".lora_" in name:
+                raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(value.shape)}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class NLoraModel(_FusedModel):
+    """The tuner of NLoraConfig."""
+
+    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if lora_config.has_core and isinstance(target, LoraLayer) and not isinstance(target, NLoraLinear):
+            raise _unsupported(lora_config, target.get_base_layer(), current_key)
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+
+    @staticmethod
+    def _create_new_module(lora_config, adapter_name, target, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        linear = isinstance(base, nn.Linear) or fusion.is_conv1d(base)
+        if linear and (lora_config.has_core or fusion.is_dense(base.weight)) and not kwargs.get("parameter_name"):
+            return NLoraLinear(target, adapter_name, config=lora_config, **kwargs)
+        if lora_config.has_core:
+            raise _unsupported(lora_config, base, kwargs.get("target_name"))
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+
+class LoRA2Model(_FusedModel):
+    """The tuner of LoRA2Config."""
+
+    @staticmethod
+    def _create_new_module(lora_config, adapter_name, target, **kwargs):
+        if not isinstance(target, nn.Linear) and not fusion.is_conv1d(target):
+            raise _unsupported(lora_config, target, kwargs.get("target_name"))
+        return LoRA2Linear(target, adapter_name, config=lora_config, **kwargs)
+
+
+def _unsupported(config, base: nn.Module, key: str) -> ValueError:
+    method = getattr(config, "init_lora_weights", None) if isinstance(config, NLoraConfig) else "LoRA²"
+    return ValueError(f"target_modules must be linear layers for {method!r}, got {type(base).__qualname__} at {key!r}")
+
+
+def _withdraw(model: nn.Module, adapter_name: str, before: set[str]) -> None:
+    for key, module in list(model.named_modules()):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if key in before:
+            module.delete_adapter(adapter_name)
+            continue
+        parent, _, name = _get_submodules(model, key)
+        if isinstance(module, FusedLinear):
+            module.delete_adapter(adapter_name)
+        setattr(parent, name, module.get_base_layer())
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+for _type, _config, _tuner in ((NLORA, NLoraConfig, NLoraModel), (LORA2, LoRA2Config, LoRA2Model)):
+    PEFT_TYPE_TO_CONFIG_MAPPING[_type] = _config
+    PEFT_TYPE_TO_TUNER_MAPPING[_type] = _tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[_type] = LoraModel.prefix

@@ -1,0 +1,61 @@
+"""Tiny models built from configurations, for tests of the PEFT integration. Nothing is downloaded."""
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 64
+
+
+def llama(dtype: torch.dtype = torch.float32, layers: int = 2) -> LlamaForCausalLM:
+    """nn.Linear layers without bias, of different shapes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return _enlarged(LlamaForCausalLM(config)).to(dtype).eval()
+
+
+def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+    """Conv1D layers with bias."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _enlarged(GPT2LMHeadModel(config)).to(dtype).eval()
+
+
+def tokens(batch: int = 3, length: int = 9, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _enlarged(model: nn.Module) -> nn.Module:
+    # With the usual std of 0.02 a tiny model hardly reacts to its input, and no test would see a fault.
+    for module in model.modules():
+        if hasattr(module, "weight") and module.weight.dim() == 2:
+            module.weight.data.mul_(5)
+    return model
+
+
+def perturb(model: nn.Module, scale: float = 0.1, adapter: str = "") -> None:
+    """Moves every trainable parameter (of one adapter), as training would."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and f".{adapter}" in name:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
