@@ -1,0 +1,67 @@
+// What the CPU can do, asked once.
+#include "ops.h"
+
+#include <atomic>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace nlora::cpu {
+namespace {
+
+#if defined(__x86_64__) || defined(__i386__)
+unsigned leaf7(unsigned subleaf, int output) {
+  unsigned registers[4] = {};
+  if (!__get_cpuid_count(7, subleaf, &registers[0], &registers[1], &registers[2], &registers[3])) return 0;
+  return registers[output];
+}
+
+// NOTE: the compiler's own check also asks whether the operating system saves the registers.
+Tier detect() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return Tier::kAvx512;
+  // Every CPU with AVX2 and FMA converts fp16 too.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Tier::kAvx2;
+  return Tier::kPortable;
+}
+
+bool has_bf16() { return leaf7(1, 0) >> 5 & 1 || leaf7(0, 3) >> 22 & 1; }
+bool has_fp16() { return leaf7(0, 3) >> 23 & 1 || leaf7(1, 0) >> 21 & 1; }
+#else
+Tier detect() { return Tier::kPortable; }
+bool has_bf16() { return false; }
+bool has_fp16() { return false; }
+#endif
+
+std::atomic<Tier> cap{Tier::kAvx512};
+std::atomic<bool> in_child{false};
+
+#if defined(__unix__) || defined(__APPLE__)
+const int registered [[maybe_unused]] = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
+#endif
+
+}  // namespace
+
+Tier tier() {
+  static const Tier best = detect();
+  const Tier limit = cap;
+  return best < limit ? best : limit;
+}
+
+Tier cap_tier(Tier limit) { return cap.exchange(limit); }
+
+bool multiplies(Dtype dtype) {
+  static const bool bf16 = has_bf16(), fp16 = has_fp16();
+  if (dtype == Dtype::kFloat32) return true;
+  return tier() == Tier::kAvx512 && (dtype == Dtype::kBFloat16 ? bf16 : fp16);
+}
+
+bool forked() { return in_child; }
+
+}  // namespace nlora::cpu

@@ -1,0 +1,32 @@
+// Matrix products of views in any strides and dtypes, accumulated in fp32.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace nlora::cpu {
+
+const Kernels& kernels();
+
+inline Matrix transposed(const Matrix& m) { return {m.data, m.dtype, m.cols, m.rows, m.col_stride, m.row_stride}; }
+
+inline Matrix fp32(float* data, int64_t rows, int64_t cols, int64_t row_stride) {
+  return {data, Dtype::kFloat32, rows, cols, row_stride, 1};
+}
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Rows and columns of a view.
+Matrix slice(const Matrix& m, Range rows, Range cols);
+
+// One summand of a product.
+struct Summand {
+  Matrix left;   // (m, k)
+  Matrix right;  // (n, k)
+};
+
+// out = start + Σ left·rightᵀ by panels packed to fp32. The summands share m and n, each has a k of its own; start (n,)
+// or nullptr.
+void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch);
+
+}  // namespace nlora::cpu

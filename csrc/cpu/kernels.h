@@ -1,0 +1,54 @@
+// The innermost loops, one table of them per instruction set. Everything accumulates in fp32.
+#pragma once
+
+#include "ops.h"
+
+namespace nlora::cpu {
+
+// C (m, n) = init + a·b over k.
+struct Product {
+  const float* a;            // panels of tile_rows rows: [k][tile_rows] each, rows past m are zero
+  const void* b;             // strips of tile_cols columns; a strip's row of k holds them side by side
+  Dtype b_dtype;
+  int64_t b_strip, b_row;    // distance of two strips, and of two rows of a strip, in elements
+  const float* init;         // nullptr for zero
+  int64_t init_row;          // 0 to start every row from the same values
+  void* c;
+  Dtype c_dtype;
+  int64_t c_row;
+  int64_t m, n, k;
+};
+
+// out(i, j) = start(i) + Σ_k rows(i, k)·cols(j, k) + Σ_k extra_rows(i, k)·extra_cols(j, k)
+struct Dots {
+  const void* rows;          // (m, k), k side by side
+  Dtype dtype;
+  int64_t row;               // distance of two rows, in elements
+  const float* cols;         // (n, padded k), zero past k
+  int64_t col;
+  const float* extra_rows;   // (m, extra), nullptr for none; extra is a multiple of width
+  const float* extra_cols;   // (n, extra)
+  int64_t extra;
+  const float* start;        // (m,) or nullptr
+  float* out;
+  int64_t out_row, out_col;
+  int64_t m, n, k;
+};
+
+struct Kernels {
+  int width;                 // fp32 values in a register
+  int tile_rows, tile_cols;  // the register tile of a Product
+  void (*multiply)(const Product& product);
+  void (*dots)(const Dots& dots);
+  // Panels [ceil(rows / size)][k][size] from source(i, k) = source[i * row_stride + k * k_stride], zero past rows.
+  void (*pack)(const void* source, Dtype dtype, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size,
+               float* panels);
+  // to(i, j) = from[i * from_row + j], rounded to its dtype
+  void (*round)(const float* from, int64_t from_row, const Matrix& to);
+};
+
+const Kernels& portable_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+
+}  // namespace nlora::cpu

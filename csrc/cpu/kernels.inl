@@ -1,0 +1,414 @@
+// The kernels of one instruction set, written once with the compiler's vector types. The including file defines kWidth,
+// kTileRows, kTileVectors, kDotRows and kDotCols in namespace nlora::cpu::{anonymous}.
+//
+// NOTE: everything here has internal linkage and nothing of the standard library is used: an inline function shared
+// between files of different flags would let the linker put AVX code into the portable path.
+
+#include <cstdint>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace nlora::cpu {
+namespace {
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef float LooseVec __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t Half __attribute__((vector_size(kWidth * 2)));
+typedef uint16_t LooseHalf __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+#define INLINE inline __attribute__((always_inline))
+
+// Conversions
+
+INLINE float to_float(float value) { return value; }
+
+INLINE float to_float(BFloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, 4);
+  return result;
+}
+
+INLINE float to_float(Float16 value) {
+  // Scaling by 2^112 moves the exponent from fp16's bias to fp32's, subnormals included.
+  const uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
+  float result;
+  __builtin_memcpy(&result, &magnitude, 4);
+  result *= 0x1p112f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &result, 4);
+  if (magnitude >= 0x7c00u << 13) bits = magnitude | 0x7f800000;
+  bits |= uint32_t(value.bits & 0x8000) << 16;
+  __builtin_memcpy(&result, &bits, 4);
+  return result;
+}
+
+INLINE void from_float(float value, float* out) { *out = value; }
+
+INLINE void from_float(float value, BFloat16* out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  out->bits = uint16_t((value != value ? bits | 0x400000 : rounded) >> 16);
+}
+
+INLINE void from_float(float value, Float16* out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  uint32_t half;
+  if (bits > 0x7f800000) {
+    half = 0x7e00;
+  } else if (bits >= 0x477ff000) {  // 65520 and above round to infinity
+    half = 0x7c00;
+  } else if (bits < 0x38800000) {  // a subnormal: adding 0.5 leaves it, rounded, in the last bits
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    __builtin_memcpy(&half, &magnitude, 4);
+    half -= 0x3f000000;
+  } else {
+    half = (bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13;
+  }
+  out->bits = uint16_t(half | sign);
+}
+
+INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
+INLINE Vec load(const BFloat16* p) {
+  const Half half = *reinterpret_cast<const LooseHalf*>(p);
+  return (Vec)(__builtin_convertvector(half, Bits) << 16);
+}
+
+INLINE Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  // NOTE: the unmasked form draws a false warning from GCC 12.
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)*reinterpret_cast<const LooseHalf*>(p));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps((__m128i)*reinterpret_cast<const LooseHalf*>(p));
+#else
+  Vec result;
+  for (int i = 0; i < kWidth; ++i) result[i] = to_float(p[i]);
+  return result;
+#endif
+}
+
+INLINE void store(float* p, Vec value) { *reinterpret_cast<LooseVec*>(p) = value; }
+INLINE Vec broadcast(float value) { return Vec{} + value; }
+
+// The rows of a result in its own dtype, from fp32.
+template <class T>
+INLINE void round_row(const float* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) from_float(from[i], to + i);
+}
+
+#if defined(__F16C__)
+INLINE void round_row(const float* from, Float16* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i].bits = uint16_t(_cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+// Product
+
+// One register tile: kTileRows × kTileVectors registers, all of which the compiler must keep in registers.
+template <class B>
+INLINE void tile(int64_t k, const float* a, const B* b, int64_t b_row, const float* init, int64_t init_row, float* c,
+                 int64_t c_row) {
+  Vec sum[kTileRows][kTileVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Vec{};
+  for (int64_t p = 0; p < k; ++p) {
+    Vec column[kTileVectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < kTileVectors; ++j) column[j] = load(b + j * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < kTileVectors; ++j) sum[i][j] += a[i] * column[j];
+    a += kTileRows;
+    b += b_row;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kTileVectors; ++j) {
+      // NOTE: added last, a sum over many blocks of k loses less to rounding than if it were carried along.
+      if (init) sum[i][j] += load(init + i * init_row + j * kWidth);
+      store(c + i * c_row + j * kWidth, sum[i][j]);
+    }
+}
+
+constexpr int kTileCols = kTileVectors * kWidth;
+
+template <class B, class C>
+void multiply_typed(const Product& p) {
+  alignas(64) float start[kTileRows * kTileCols];
+  alignas(64) float result[kTileRows * kTileCols];
+  const B* b = static_cast<const B*>(p.b);
+  for (int64_t col = 0; col < p.n; col += kTileCols, b += p.b_strip) {
+    const int cols = int(p.n - col < kTileCols ? p.n - col : kTileCols);
+    for (int64_t row = 0; row < p.m; row += kTileRows) {
+      const int rows = int(p.m - row < kTileRows ? p.m - row : kTileRows);
+      const float* a = p.a + row * p.k;
+      const float* init = p.init ? p.init + row * p.init_row + col : nullptr;
+      C* c = static_cast<C*>(p.c) + row * p.c_row + col;
+      const bool whole = rows == kTileRows && cols == kTileCols;
+      if constexpr (sizeof(C) == sizeof(float)) {
+        if (whole) {
+          tile(p.k, a, b, p.b_row, init, p.init_row, c, p.c_row);
+          continue;
+        }
+      }
+      if (init && !whole) {
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < cols; ++j) start[i * kTileCols + j] = init[i * p.init_row + j];
+        tile(p.k, a, b, p.b_row, start, kTileCols, result, kTileCols);
+      } else {
+        tile(p.k, a, b, p.b_row, init, p.init_row, result, kTileCols);
+      }
+      for (int i = 0; i < rows; ++i) round_row(result + i * kTileCols, c + i * p.c_row, cols);
+    }
+  }
+}
+
+template <class B>
+void multiply_from(const Product& p) {
+  switch (p.c_dtype) {
+    case Dtype::kFloat32: return multiply_typed<B, float>(p);
+    case Dtype::kBFloat16: return multiply_typed<B, BFloat16>(p);
+    case Dtype::kFloat16: return multiply_typed<B, Float16>(p);
+  }
+}
+
+void multiply(const Product& p) {
+  switch (p.b_dtype) {
+    case Dtype::kFloat32: return multiply_from<float>(p);
+    case Dtype::kBFloat16: return multiply_from<BFloat16>(p);
+    case Dtype::kFloat16: return multiply_from<Float16>(p);
+  }
+}
+
+// Dots
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using Type = Lanes<I...>;
+};
+using AllLanes = Count<kWidth>::Type;
+
+// Halves two vectors by adding neighbours; the sums of `a` come first.
+template <int... I>
+INLINE Vec add_neighbours(Vec a, Vec b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+template <int ROWS, int COLS, class T>
+INLINE void dot_tile(const Dots& d, int64_t row, int64_t col) {
+  Vec sum[ROWS][COLS] = {};
+  const T* rows = static_cast<const T*>(d.rows) + row * d.row;
+  const float* cols = d.cols + col * d.col;
+  int64_t k = 0;
+  for (; k + kWidth <= d.k; k += kWidth) {
+    Vec left[ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) left[i] = load(rows + i * d.row + k);
+#pragma GCC unroll 16
+    for (int j = 0; j < COLS; ++j) {
+      const Vec right = load(cols + j * d.col + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) sum[i][j] += left[i] * right;
+    }
+  }
+  if (k < d.k) {
+    // What is left of a row, padded with zeros: nothing past the row is read.
+    T tail[ROWS][kWidth] = {};
+    for (int i = 0; i < ROWS; ++i)
+      for (int64_t l = k; l < d.k; ++l) tail[i][l - k] = rows[i * d.row + l];
+#pragma GCC unroll 16
+    for (int j = 0; j < COLS; ++j) {
+      const Vec right = load(cols + j * d.col + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) sum[i][j] += load(tail[i]) * right;
+    }
+  }
+  if (d.extra_rows) {
+    const float* extra_rows = d.extra_rows + row * d.extra;
+    const float* extra_cols = d.extra_cols + col * d.extra;
+    for (k = 0; k < d.extra; k += kWidth) {
+#pragma GCC unroll 16
+      for (int j = 0; j < COLS; ++j) {
+        const Vec right = load(extra_cols + j * d.extra + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) sum[i][j] += load(extra_rows + i * d.extra + k) * right;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+    // COLS sums of kWidth lanes become one vector of COLS groups of lanes.
+#pragma GCC unroll 16
+    for (int step = COLS / 2; step > 0; step /= 2)
+#pragma GCC unroll 16
+      for (int j = 0; j < step; ++j) sum[i][j] = add_neighbours(sum[i][2 * j], sum[i][2 * j + 1], AllLanes{});
+    alignas(64) float lanes[kWidth];
+    store(lanes, sum[i][0]);
+    const float start = d.start ? d.start[row + i] : 0.0f;
+    for (int j = 0; j < COLS; ++j) {
+      float total = start;
+      for (int l = 0; l < kWidth / COLS; ++l) total += lanes[j * (kWidth / COLS) + l];
+      d.out[(row + i) * d.out_row + (col + j) * d.out_col] = total;
+    }
+  }
+}
+
+template <int ROWS, class T>
+INLINE void dot_rows(const Dots& d, int64_t row) {
+  int64_t col = 0;
+  for (; col + kDotCols <= d.n; col += kDotCols) dot_tile<ROWS, kDotCols, T>(d, row, col);
+  if (kDotCols > 4 && col + 4 <= d.n) dot_tile<ROWS, 4, T>(d, row, col), col += 4;
+  if (col + 2 <= d.n) dot_tile<ROWS, 2, T>(d, row, col), col += 2;
+  if (col < d.n) dot_tile<ROWS, 1, T>(d, row, col);
+}
+
+template <class T>
+void dots_typed(const Dots& d) {
+  int64_t row = 0;
+  for (; row + kDotRows <= d.m; row += kDotRows) dot_rows<kDotRows, T>(d, row);
+  for (; row < d.m; ++row) dot_rows<1, T>(d, row);
+}
+
+void dots(const Dots& d) {
+  switch (d.dtype) {
+    case Dtype::kFloat32: return dots_typed<float>(d);
+    case Dtype::kBFloat16: return dots_typed<BFloat16>(d);
+    case Dtype::kFloat16: return dots_typed<Float16>(d);
+  }
+}
+
+// Packing
+
+// Exchanges the off-diagonal blocks of STEP lanes of two vectors that lie STEP rows apart in a matrix.
+template <int STEP, int... I>
+INLINE void exchange(Vec& a, Vec& b, Lanes<I...>) {
+  const Vec first = __builtin_shufflevector(a, b, (I & STEP ? kWidth + I - STEP : I)...);
+  const Vec second = __builtin_shufflevector(a, b, (I & STEP ? kWidth + I : I + STEP)...);
+  a = first;
+  b = second;
+}
+
+template <int STEP>
+INLINE void transpose(Vec (&rows)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i)
+    if (!(i & STEP)) exchange<STEP>(rows[i], rows[i | STEP], AllLanes{});
+  if constexpr (STEP > 1) transpose<STEP / 2>(rows);
+}
+
+// kWidth rows, each with its k side by side, into lanes [lane, lane + kWidth) of the panels.
+template <class T>
+void pack_rows(const T* source, int64_t row_stride, int rows, int64_t k, int size, float* panel) {
+  // A panel narrower than a register takes its share of the lanes, the next panel the rest.
+  const int lanes = size < kWidth ? size : kWidth;
+  int64_t p = 0;
+  for (; p + kWidth <= k; p += kWidth) {
+    Vec block[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) block[i] = i < rows ? load(source + i * row_stride + p) : Vec{};
+    transpose<kWidth / 2>(block);
+    if (lanes == kWidth) {
+#pragma GCC unroll 16
+      for (int q = 0; q < kWidth; ++q) store(panel + (p + q) * size, block[q]);
+    } else {
+      for (int half = 0; half < kWidth; half += lanes)
+        if (half < rows)
+#pragma GCC unroll 16
+          for (int q = 0; q < kWidth; ++q)
+            __builtin_memcpy(panel + half * k + (p + q) * size, reinterpret_cast<float*>(block + q) + half,
+                             lanes * sizeof(float));
+    }
+  }
+  for (; p < k; ++p)
+    for (int i = 0; i < kWidth; ++i)
+      if (i / lanes * lanes < rows)
+        panel[i / lanes * lanes * k + p * size + i % lanes] = i < rows ? to_float(source[i * row_stride + p]) : 0.0f;
+}
+
+template <class T>
+void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size, float* panels) {
+  if (k_stride == 1) {
+    for (int64_t row = 0; row < rows; row += kWidth) {
+      const int count = int(rows - row < kWidth ? rows - row : kWidth);
+      float* panel = panels + row / size * size * k + row % size;
+      pack_rows(source + row * row_stride, row_stride, count, k, size, panel);
+    }
+    // Lanes of the last panel that no row reached.
+    const int64_t end = (rows + size - 1) / size * size;
+    for (int64_t row = (rows + kWidth - 1) / kWidth * kWidth; row < end; ++row)
+      for (int64_t p = 0; p < k; ++p) panels[row / size * size * k + row % size + p * size] = 0.0f;
+    return;
+  }
+  for (int64_t row = 0; row < rows; row += size, panels += size * k) {
+    const int count = int(rows - row < size ? rows - row : size);
+    const T* from = source + row * row_stride;
+    for (int64_t p = 0; p < k; ++p, from += k_stride) {
+      float* to = panels + p * size;
+      int i = 0;
+      if (row_stride == 1)
+        for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+      for (; i < count; ++i) to[i] = to_float(from[i * row_stride]);
+      for (; i < size; ++i) to[i] = 0.0f;
+    }
+  }
+}
+
+void pack(const void* source, Dtype dtype, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size,
+          float* panels) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return pack_typed(static_cast<const float*>(source), row_stride, k_stride, rows, k, size, panels);
+    case Dtype::kBFloat16:
+      return pack_typed(static_cast<const BFloat16*>(source), row_stride, k_stride, rows, k, size, panels);
+    case Dtype::kFloat16:
+      return pack_typed(static_cast<const Float16*>(source), row_stride, k_stride, rows, k, size, panels);
+  }
+}
+
+template <class T>
+void round_typed(const float* from, int64_t from_row, const Matrix& to) {
+  for (int64_t i = 0; i < to.rows; ++i, from += from_row) {
+    T* row = static_cast<T*>(to.data) + i * to.row_stride;
+    if (to.col_stride == 1) {
+      round_row(from, row, to.cols);
+    } else {
+      for (int64_t j = 0; j < to.cols; ++j) round_row(from + j, row + j * to.col_stride, 1);
+    }
+  }
+}
+
+void round(const float* from, int64_t from_row, const Matrix& to) {
+  switch (to.dtype) {
+    case Dtype::kFloat32: return round_typed<float>(from, from_row, to);
+    case Dtype::kBFloat16: return round_typed<BFloat16>(from, from_row, to);
+    case Dtype::kFloat16: return round_typed<Float16>(from, from_row, to);
+  }
+}
+
+constexpr Kernels kKernels = {kWidth, kTileRows, kTileCols, multiply, dots, pack, round};
+
+}  // namespace
+}  // namespace nlora::cpu

@@ -1,0 +1,15 @@
+#include "cpu/kernels.h"
+
+namespace nlora::cpu {
+namespace {
+constexpr int kWidth = 16;
+constexpr int kTileRows = 8, kTileVectors = 3;
+constexpr int kDotRows = 3, kDotCols = 8;
+}  // namespace
+}  // namespace nlora::cpu
+
+#include "cpu/kernels.inl"
+
+namespace nlora::cpu {
+const Kernels& avx512_kernels() { return kKernels; }
+}  // namespace nlora::cpu

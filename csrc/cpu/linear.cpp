@@ -1,0 +1,268 @@
+// y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ and its gradients.
+//
+// The rule that picks a product's kernel: up to kSkinny rows or columns on one side go to dots or sums, which read the
+// other side in place; everything else is packed and goes to gemm. With x's few rows the whole layer is such a product.
+#include <cmath>
+#include <cstring>
+
+#include "cpu/gemm.h"
+
+namespace nlora::cpu {
+namespace {
+
+constexpr int64_t kSkinny = 32;
+constexpr int64_t kFewRows = 16;
+// Rows read at a time by sums: their pages stay within the first-level TLB.
+constexpr int64_t kSumDepth = 64;
+// Multiply-adds below which waking the other threads costs more than it saves.
+constexpr int64_t kSerial = 1 << 17;
+
+// The few multiply-adds of a product of three sizes are not worth a team of threads.
+int team(int threads, int64_t a, int64_t b, int64_t c) { return a * b * c < kSerial ? 1 : threads; }
+
+// m in fp32, rows padded with zeros to a multiple of unit.
+Matrix copied(const Kernels& kernel, const Matrix& m, int64_t unit, Scratch& scratch) {
+  const int64_t cols = round_up(m.cols, unit);
+  const Matrix copy = fp32(scratch.take(m.rows * cols), m.rows, m.cols, cols);
+  kernel.pack(m.data, m.dtype, m.col_stride, m.row_stride, m.cols, m.rows, int(cols), static_cast<float*>(copy.data));
+  return copy;
+}
+
+float* values(const Matrix& m) { return static_cast<float*>(m.data); }
+
+void scale(const Matrix& m, float factor) {
+  for (int64_t i = 0; i < m.rows; ++i)
+    for (int64_t j = 0; j < m.row_stride; ++j) values(m)[i * m.row_stride + j] *= factor;
+}
+
+// out = rows·colsᵀ for fp32 cols padded to the vector width.
+Dots dots(const Matrix& rows, const Matrix& cols, const Matrix& out) {
+  Dots d = {};
+  d.rows = rows.data, d.dtype = rows.dtype, d.row = rows.row_stride;
+  d.cols = values(cols), d.col = cols.row_stride;
+  d.out = values(out), d.out_row = out.row_stride, d.out_col = out.col_stride;
+  d.m = rows.rows, d.n = cols.rows, d.k = rows.cols;
+  return d;
+}
+
+// m in fp32 with its columns side by side: m itself, where it is so, or a copy.
+const float* row_vector(const Kernels& kernel, const Matrix& m, Scratch& scratch) {
+  if (!m) return nullptr;
+  if (m.dtype == Dtype::kFloat32 && m.col_stride == 1) return values(m);
+  return values(copied(kernel, m, kernel.width, scratch));
+}
+
+// A sum over the rows of b, weighted by panels of left: left·b for a left of few rows.
+struct Sum {
+  const float* panels;  // [ceil(m / tile_rows)][k][tile_rows]
+  Matrix b;             // (k, n), columns side by side
+};
+
+Sum weighted(const Kernels& kernel, const Matrix& left, const Matrix& b, Scratch& scratch) {
+  float* panels = scratch.take(round_up(left.rows, kernel.tile_rows) * left.cols);
+  kernel.pack(left.data, left.dtype, left.row_stride, left.col_stride, left.rows, left.cols, kernel.tile_rows, panels);
+  return {panels, b};
+}
+
+// out[:, cols] = factor · Σ left·b, through `sums` (m, n) in fp32. `edge` holds kSumDepth · tile_cols values.
+void sum(const Kernels& kernel, std::initializer_list<Sum> parts, const Matrix& sums, Range cols, float factor,
+         float* edge, const Matrix& out) {
+  const int64_t m = out.rows, tile = kernel.tile_cols, whole = cols.size / tile * tile;
+  bool started = false;
+  const auto add = [&](const Sum& part, Range depth, const void* b, Dtype dtype, int64_t b_row, Range at) {
+    // NOTE: panels are as deep as the whole sum, so each is a product of its own.
+    for (int64_t row = 0; row < m; row += kernel.tile_rows) {
+      Product p = {};
+      p.a = part.panels + row * part.b.rows + depth.first * kernel.tile_rows;
+      p.b = b, p.b_dtype = dtype, p.b_strip = tile, p.b_row = b_row;
+      p.c = values(sums) + row * sums.row_stride + at.first, p.c_row = sums.row_stride;
+      p.init = started ? static_cast<float*>(p.c) : nullptr, p.init_row = sums.row_stride;
+      p.m = std::min<int64_t>(kernel.tile_rows, m - row), p.n = at.size, p.k = depth.size;
+      kernel.multiply(p);
+    }
+  };
+  for (const Sum& part : parts) {
+    for (int64_t k = 0; k < part.b.rows || (k == 0 && !started); k += kSumDepth) {
+      const Range depth = {k, std::min(kSumDepth, part.b.rows - k)};
+      const Matrix inner = slice(part.b, depth, {cols.first, whole});
+      if (whole) add(part, depth, inner.data, inner.dtype, inner.row_stride, {cols.first, whole});
+      if (whole < cols.size) {
+        const Matrix rest = slice(part.b, depth, {cols.first + whole, cols.size - whole});
+        kernel.pack(rest.data, rest.dtype, 1, rest.row_stride, rest.cols, depth.size, int(tile), edge);
+        add(part, depth, edge, Dtype::kFloat32, tile, {cols.first + whole, cols.size - whole});
+      }
+      started = true;
+    }
+  }
+  const Matrix mine = slice(sums, {0, m}, cols);
+  if (factor != 1.0f)
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < cols.size; ++j) values(mine)[i * mine.row_stride + j] *= factor;
+  kernel.round(values(mine), mine.row_stride, slice(out, {0, m}, cols));
+}
+
+// y for few rows of x: W is read once, in place, and the adapter's r is a continuation of its k.
+void few_rows(const Kernels& kernel, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
+              const Matrix& core, const float* bias, const Matrix& y, const Matrix& T, float scaling, int threads,
+              Scratch& scratch) {
+  const int64_t M = x.rows, R = A.rows, N = y.cols, padded = round_up(R, kernel.width);
+  const Matrix left = copied(kernel, x, kernel.width, scratch);
+  const Matrix sums = fp32(scratch.take(M * padded), M, R, padded);
+  std::memset(sums.data, 0, M * padded * sizeof(float));
+  kernel.dots(dots(A, left, transposed(sums)));
+  kernel.round(values(sums), padded, T);
+  Matrix P = sums;
+  if (core) {
+    P = fp32(scratch.take(M * padded), M, R, padded);
+    std::memset(P.data, 0, M * padded * sizeof(float));
+    kernel.dots(dots(sums, copied(kernel, core, kernel.width, scratch), P));
+  }
+  scale(P, scaling);
+  const Matrix right = fp32(scratch.take(N * padded), N, R, padded);
+  const bool in_place = y.dtype == Dtype::kFloat32;
+  const Matrix result = in_place ? y : fp32(scratch.take(M * N), M, N, N);
+  parallel(threads, [&](int index, int count) {
+    const Range cols = part(N, 16, index, count);
+    const Matrix mine = slice(right, cols, {0, R}), from = slice(B, cols, {0, R});
+    kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, R, cols.size, int(padded), values(mine));
+    const Matrix out = slice(result, {0, M}, cols);
+    Dots d = dots(slice(weight, cols, {0, weight.cols}), left, transposed(out));
+    d.extra_rows = values(mine), d.extra_cols = values(P), d.extra = padded;
+    d.start = bias ? bias + cols.first : nullptr;
+    kernel.dots(d);
+    if (!in_place) kernel.round(values(out), out.row_stride, slice(y, {0, M}, cols));
+  });
+}
+
+// Σ left(i, k)·right(j, k) in fp32, with zeros up to the padded width of its rows.
+Matrix narrow(const Kernels& kernel, const Matrix& left, const Matrix& right, float factor, int threads,
+              Scratch& scratch) {
+  const int64_t M = left.rows, R = right.rows, padded = round_up(R, kernel.width);
+  const Matrix out = fp32(scratch.take(M * padded), M, R, padded);
+  if (R > kSkinny) {
+    if (padded != R) std::memset(out.data, 0, M * padded * sizeof(float));
+    gemm({{left, right}}, nullptr, out, threads, scratch);
+    if (factor != 1.0f) scale(out, factor);
+    return out;
+  }
+  const Matrix cols = copied(kernel, right, kernel.width, scratch);
+  if (factor != 1.0f) scale(cols, factor);
+  parallel(team(threads, M, R, left.cols), [&](int index, int count) {
+    const Range rows = part(M, 12, index, count);
+    const Matrix mine = slice(out, rows, {0, R});
+    if (padded != R) std::memset(mine.data, 0, rows.size * padded * sizeof(float));
+    kernel.dots(dots(slice(left, rows, {0, left.cols}), cols, mine));
+  });
+  return out;
+}
+
+// s·T·Nᵀ
+Matrix scaled(const Kernels& kernel, const Matrix& T, const Matrix& core, float scaling, int threads, Scratch& scratch) {
+  if (core) return narrow(kernel, T, core, scaling, threads, scratch);
+  const Matrix P = copied(kernel, T, kernel.width, scratch);
+  scale(P, scaling);
+  return P;
+}
+
+// out = start + left·right for a left (m, r) of few columns: out is written once and never read.
+void widen(const Kernels& kernel, const Matrix& left, const Matrix& right, const float* start, const Matrix& out,
+           int threads, Scratch& scratch) {
+  if (left.cols > kSkinny) return gemm({{left, transposed(right)}}, start, out, threads, scratch);
+  const Matrix b = copied(kernel, right, kernel.tile_cols, scratch);
+  const int64_t tile = kernel.tile_rows;
+  float* panels = scratch.take(round_up(left.rows, tile) * left.cols);
+  parallel(team(threads, out.rows, out.cols, left.cols), [&](int index, int count) {
+    const Range rows = part(out.rows, tile, index, count);
+    const Matrix mine = slice(left, rows, {0, left.cols}), to = slice(out, rows, {0, out.cols});
+    Product p = {};
+    float* a = panels + rows.first * left.cols;
+    kernel.pack(mine.data, mine.dtype, mine.row_stride, mine.col_stride, mine.rows, mine.cols, kernel.tile_rows, a);
+    p.a = a, p.b = b.data, p.b_strip = kernel.tile_cols, p.b_row = b.row_stride;
+    p.init = start;
+    p.c = to.data, p.c_dtype = to.dtype, p.c_row = to.row_stride;
+    p.m = to.rows, p.n = to.cols, p.k = left.cols;
+    kernel.multiply(p);
+  });
+}
+
+}  // namespace
+
+void forward(const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B, const Matrix& core,
+             const Matrix& bias, const Matrix& y, const Matrix& T, float scaling, int threads) {
+  if (!x.rows) return;
+  if (forked()) threads = 1;
+  const Kernels& kernel = kernels();
+  Scratch scratch;
+  const float* start = row_vector(kernel, bias, scratch);
+  if (weight && x.rows <= kFewRows) {
+    threads = team(threads, x.rows, x.cols, y.cols);
+    return few_rows(kernel, x, weight, A, B, core, start, y, T, scaling, threads, scratch);
+  }
+  const Matrix sums = narrow(kernel, x, A, 1.0f, threads, scratch);
+  kernel.round(values(sums), sums.row_stride, T);
+  const Matrix P = scaled(kernel, sums, core, scaling, threads, scratch);
+  if (!weight) return widen(kernel, P, transposed(B), start, y, threads, scratch);
+  gemm({{x, weight}, {P, B}}, start, y, threads, scratch);
+}
+
+void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight, const Matrix& A, const Matrix& B,
+              const Matrix& core, const Matrix& dx, const Matrix& dweight, const Matrix& dA, const Matrix& dB,
+              const Matrix& dcore, const Matrix& dbias, float scaling, int threads) {
+  if (forked()) threads = 1;
+  const Kernels& kernel = kernels();
+  Scratch scratch;
+  const int64_t M = dy.rows, K = A.cols, N = dy.cols, R = A.rows;
+  Matrix G, H, P, ones;
+  if (dx || dA || dcore) G = narrow(kernel, dy, transposed(B), 1.0f, threads, scratch);
+  if (dx || dA) H = scaled(kernel, G, core ? transposed(core) : core, scaling, threads, scratch);
+  if (dB) P = scaled(kernel, T, core, scaling, threads, scratch);
+
+  // Products of many rows.
+  const bool few = M <= kFewRows && weight, narrow_rank = R <= kSkinny;
+  if (dx && !weight) widen(kernel, H, A, nullptr, dx, threads, scratch);
+  if (dx && weight && !few) gemm({{dy, transposed(weight)}, {H, transposed(A)}}, nullptr, dx, threads, scratch);
+  if (dweight) gemm({{transposed(dy), transposed(x)}}, nullptr, dweight, threads, scratch);
+  if (!narrow_rank) {
+    if (dA) gemm({{transposed(H), transposed(x)}}, nullptr, dA, threads, scratch);
+    if (dB) gemm({{transposed(dy), transposed(P)}}, nullptr, dB, threads, scratch);
+    if (dcore) {
+      const Matrix sums = fp32(scratch.take(R * R), R, R, R);
+      gemm({{transposed(G), transposed(T)}}, nullptr, sums, threads, scratch);
+      scale(sums, scaling);
+      kernel.round(values(sums), R, dcore);
+    }
+  }
+
+  // Sums over rows, each thread its own columns of each, so that nothing is added up across threads.
+  const auto columns = [&](const Matrix& out) { return fp32(scratch.take(out.rows * out.cols), out.rows, out.cols, out.cols); };
+  const bool sum_dx = dx && few, sum_dA = dA && narrow_rank, sum_dB = dB && narrow_rank, sum_dcore = dcore && narrow_rank;
+  if (!sum_dx && !sum_dA && !sum_dB && !sum_dcore && !dbias) return;
+  Sum from_dy, from_H, to_dA, to_dB, to_dcore, to_dbias;
+  Matrix dx_sums, dA_sums, dB_sums, dcore_sums, dbias_sums;
+  if (sum_dx) {
+    from_dy = weighted(kernel, dy, weight, scratch), from_H = weighted(kernel, H, A, scratch);
+    dx_sums = columns(dx);
+  }
+  if (sum_dA) to_dA = weighted(kernel, transposed(H), x, scratch), dA_sums = columns(dA);
+  if (sum_dB) to_dB = weighted(kernel, transposed(P), dy, scratch), dB_sums = columns(transposed(dB));
+  if (sum_dcore) to_dcore = weighted(kernel, transposed(G), T, scratch), dcore_sums = columns(dcore);
+  if (dbias) {
+    ones = fp32(scratch.take(M), 1, M, M);
+    std::fill_n(values(ones), M, 1.0f);
+    to_dbias = weighted(kernel, ones, dy, scratch), dbias_sums = columns(dbias);
+  }
+  const int64_t edge = kSumDepth * kernel.tile_cols;
+  float* edges = scratch.take(edge * threads);
+  const int64_t rows = (sum_dx ? N : 0) + (sum_dA || sum_dB ? R : 1);
+  parallel(team(threads, M, K + N, rows), [&](int index, int count) {
+    const Range in = part(K, kernel.tile_cols, index, count), out = part(N, kernel.tile_cols, index, count);
+    float* mine = edges + edge * index;
+    if (sum_dx) sum(kernel, {from_dy, from_H}, dx_sums, in, 1.0f, mine, dx);
+    if (sum_dA) sum(kernel, {to_dA}, dA_sums, in, 1.0f, mine, dA);
+    if (sum_dB) sum(kernel, {to_dB}, dB_sums, out, 1.0f, mine, transposed(dB));
+    if (dbias) sum(kernel, {to_dbias}, dbias_sums, out, 1.0f, mine, dbias);
+    if (sum_dcore && index == 0) sum(kernel, {to_dcore}, dcore_sums, {0, R}, scaling, mine, dcore);
+  });
+}
+
+}  // namespace nlora::cpu

@@ -1,0 +1,79 @@
+// Threads and scratch memory.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+namespace nlora::cpu {
+
+struct Range {
+  int64_t first, size;
+};
+
+// Part `index` of `count` nearly equal parts of [0, n), cut at multiples of unit.
+inline Range part(int64_t n, int64_t unit, int index, int count) {
+  const int64_t units = (n + unit - 1) / unit;
+  const int64_t first = std::min(n, units * index / count * unit);
+  return {first, std::min(n, units * (index + 1) / count * unit) - first};
+}
+
+// body(index, count) on every thread of a team. It may get fewer threads than asked for, inside another team just one.
+template <class Body>
+void parallel(int threads, const Body& body) {
+  if (threads <= 1) return body(0, 1);
+#pragma omp parallel num_threads(threads)
+  body(omp_get_thread_num(), omp_get_num_threads());
+}
+
+// Waits for the team of `count` threads. A lone thread must not wait: the barrier would be that of an outer team.
+inline void barrier(int count) {
+  if (count > 1) {
+#pragma omp barrier
+  }
+}
+
+// Scratch memory of the calling thread, kept from call to call: a call allocates only when it needs more than any before.
+class Scratch {
+ public:
+  Scratch() { blocks().next = 0; }
+
+  float* take(int64_t size) {
+    Blocks& all = blocks();
+    if (all.next == all.list.size()) all.list.push_back({});
+    Block& block = all.list[all.next++];
+    if (block.size < size) {
+      std::free(block.data);
+      block = {};
+      const size_t bytes = (size_t(size) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
+      block.data = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
+      if (!block.data) throw std::bad_alloc();
+      block.size = size;
+    }
+    return block.data;
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  struct Block {
+    float* data = nullptr;
+    int64_t size = 0;
+  };
+  struct Blocks {
+    std::vector<Block> list;
+    size_t next = 0;
+    ~Blocks() {
+      for (Block& block : list) std::free(block.data);
+    }
+  };
+  static Blocks& blocks() {
+    static thread_local Blocks all;
+    return all;
+  }
+};
+
+}  // namespace nlora::cpu

@@ -1,0 +1,51 @@
+// Every launcher of the extension. Tensors come as Matrix views; shapes are those of nn.Linear:
+//   x (M, K)   weight (N, K)   bias (1, N)   A (R, K)   core (R, R), the N of the papers   B (N, R)
+//   y (M, N)   T (M, R)        dy (M, N)
+// A Matrix without data is an argument or a result that is not there. Checks are made in Python.
+#pragma once
+
+#include <cstdint>
+
+namespace nlora {
+
+enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
+
+struct Matrix {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t rows = 0, cols = 0;
+  int64_t row_stride = 0, col_stride = 0;  // in elements
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+namespace cpu {
+
+enum class Tier : int { kPortable, kAvx2, kAvx512 };
+
+// The best instruction set this CPU has, not above the cap.
+Tier tier();
+// Lets tests and benchmarks run the code of a lesser CPU; returns the cap before.
+Tier cap_tier(Tier cap);
+// Whether this CPU multiplies bf16 (avx512_bf16, amx_bf16) or fp16 (avx512_fp16, amx_fp16) in hardware.
+bool multiplies(Dtype dtype);
+// True in a child of fork(), where OpenMP has lost its threads: everything below then runs on the calling thread.
+bool forked();
+
+// T = x·Aᵀ, y = x·Wᵀ + bias + s·(T·Nᵀ)·Bᵀ. Without weight y holds all but x·Wᵀ.
+void forward(const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B, const Matrix& core,
+             const Matrix& bias, const Matrix& y, const Matrix& T, float scaling, int threads);
+
+// G = dy·B, H = s·G·N, dx = dy·W + H·A, dA = Hᵀ·x, dB = s·dyᵀ·(T·Nᵀ), dN = s·Gᵀ·T, dW = dyᵀ·x, dbias = Σ dy.
+// Without weight dx holds H·A alone.
+void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight, const Matrix& A, const Matrix& B,
+              const Matrix& core, const Matrix& dx, const Matrix& dweight, const Matrix& dA, const Matrix& dB,
+              const Matrix& dcore, const Matrix& dbias, float scaling, int threads);
+
+// core = U·diag(E ⊙ mask)·u, and its gradients. u (r, k), E and mask (1, r), U (k, r).
+void lora2_core(const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask, const Matrix& core);
+void lora2_core_backward(const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
+                         const Matrix& du, const Matrix& dE, const Matrix& dU);
+
+}  // namespace cpu
+}  // namespace nlora

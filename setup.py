@@ -1,0 +1,177 @@
+"""Builds nlora_kernels._C: csrc/ through ninja, one object per source file, each instruction set in files of its own.
+
+NLORA_BUILD=none|cpu|cuda says what to build, and a build that fails then is an error. Without it: what this machine
+can build, and a message on stderr for what it cannot; the package then installs without its native part.
+
+    python setup.py build_ext --inplace     the extension, beside the sources
+    python setup.py sanitize [--long]       the C++ tests under AddressSanitizer and UBSan
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+CPU_SOURCES = sorted(ROOT.glob("csrc/cpu/*.cpp"))
+CUDA_SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
+
+CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}"]
+RELEASE_FLAGS = ["-O3", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math"]
+SANITIZE_FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC", "-gencode=arch=compute_90a,code=sm_90a"]
+# By the end of the file name: only these files may hold code that not every x86-64 CPU can run.
+TIER_FLAGS = {
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+}
+
+
+class NinjaBuild(build_ext):
+    """Builds each extension by one build.ninja in its temporary folder."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        includes = [f"-I{path}" for path in (sysconfig.get_paths()["include"], *ext.include_dirs)]
+        flags = [*CXX_FLAGS, *RELEASE_FLAGS, *(f"-D{name}" for name, _ in ext.define_macros), *includes]
+        sources = [Path(source) for source in ext.sources]
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        libraries = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if "NLORA_CUDA" in dict(ext.define_macros) else []
+        links = [*(f"-L{path}" for path in ext.library_dirs), *libraries]
+        build(Path(self.build_temp) / ext.name, sources, output, flags, ["-shared", "-fopenmp", *undefined, *links])
+
+
+class Sanitize(Command):
+    """Builds and runs the C++ tests under AddressSanitizer and UBSan."""
+
+    description = "build and run csrc/tests under AddressSanitizer and UBSan"
+    user_options = [("long", None, "every shape instead of the short set")]
+    boolean_options = ["long"]
+
+    def initialize_options(self) -> None:
+        self.long = False
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        folder = ROOT / "build" / "sanitize"
+        for test in sorted(ROOT.glob("csrc/tests/*.cpp")):
+            flags = [*CXX_FLAGS, *SANITIZE_FLAGS]
+            links = ["-fopenmp", "-fsanitize=address,undefined"]
+            build(folder / test.stem, [test, *CPU_SOURCES], folder / test.stem / "test", flags, links)
+            # NOTE: libgomp keeps its thread pool until exit, which is not a leak of ours.
+            environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+            command = [str(folder / test.stem / "test"), *(["--long"] if self.long else [])]
+            if subprocess.run(command, env=environment).returncode:
+                raise CompileError(f"{test.name} failed under the sanitizers")
+
+
+def build(folder: Path, sources: list[Path], output: Path, flags: list[str], links: list[str]) -> None:
+    """Compiles `sources` to one object each and links them to `output`, doing only what changed since the last time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"cxx = {shell(compiler())}",
+        f"nvcc = {shell(shutil.which('nvcc') or 'nvcc')}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule compile_cuda",
+        "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx $in $flags -o $out",
+    ]
+    objects = []
+    for source in sources:
+        stem = source.resolve().relative_to(ROOT).with_suffix("")
+        cuda = source.suffix == ".cu"
+        own = [*NVCC_FLAGS, f"-I{ROOT / 'csrc'}"] if cuda else [*flags, *tier_flags(stem.name)]
+        objects.append(f"{stem}.o")
+        lines += [
+            f"build {stem}.o: {'compile_cuda' if cuda else 'compile'} {path(source)}",
+            f"  flags = {' '.join(map(shell, own))}",
+        ]
+    lines += [
+        f"build {path(output)}: link {' '.join(objects)}",
+        f"  flags = {' '.join(map(shell, links))}",
+    ]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    if subprocess.run([ninja_path()], cwd=folder).returncode:
+        raise CompileError(f"building {output.name} failed")
+
+
+def tier_flags(stem: str) -> list[str]:
+    return next((flags for suffix, flags in TIER_FLAGS.items() if stem.endswith(suffix)), [])
+
+
+def path(file: Path) -> str:
+    """A file name as ninja reads it; ninja itself quotes it for the shell."""
+    return str(file.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def shell(word: str) -> str:
+    """A word of a command line as ninja hands it to the shell."""
+    return shlex.quote(word).replace("$", "$$")
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
+
+
+def ninja_path() -> str:
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return "ninja"
+    return str(Path(BIN_DIR) / "ninja")
+
+
+def extensions() -> list[Extension]:
+    wanted = os.environ.get("NLORA_BUILD")
+    if wanted not in (None, "none", "cpu", "cuda"):
+        sys.exit(f"NLORA_BUILD must be none, cpu or cuda, got {wanted!r}")
+    if wanted == "none":
+        return []
+    missing = [] if compiler() else ["no C++ compiler (g++ or clang++)"]
+    try:
+        from pybind11 import get_include
+    except ImportError:
+        missing.append("no pybind11")
+    nvcc = shutil.which("nvcc")
+    if wanted == "cuda":
+        missing += [] if nvcc else ["no nvcc"]
+        missing += [] if CUDA_SOURCES else ["no sources in csrc/cuda"]
+    if missing:
+        message = f"nlora_kernels: cannot build the native kernels: {', '.join(missing)}"
+        if wanted:
+            sys.exit(message)
+        print(f"{message}; installing without them", file=sys.stderr)
+        return []
+    cuda = wanted == "cuda" or wanted is None and bool(nvcc and CUDA_SOURCES)
+    cuda_home = Path(nvcc).resolve().parent.parent if cuda else None
+    # fmt: off
+    return [Extension(
+        "nlora_kernels._C",
+        sources=[str(path.relative_to(ROOT))
+                 for path in (ROOT / "csrc/bindings.cpp", *CPU_SOURCES, *(CUDA_SOURCES if cuda else []))],
+        include_dirs=[get_include(), *([str(cuda_home / "include")] if cuda else [])],
+        library_dirs=[str(cuda_home / "lib64")] if cuda else [],
+        define_macros=[("NLORA_CUDA", None)] if cuda else [],
+        # Without NLORA_BUILD a failing compiler costs the native kernels, not the installation.
+        optional=wanted is None,
+    )]
+    # fmt: on
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild, "sanitize": Sanitize})
