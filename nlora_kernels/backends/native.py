@@ -1,0 +1,132 @@
+"""C++ kernels behind the extension `_C`, compiled with the package (csrc/).
+
+On a CPU a call is computed in one of three ways (`Cpu.plan`), which differ in who does the products:
+    whole     one C++ call each way: rows of weight are read in place for few rows of x, else packed to fp32
+    adapter   C++ writes the adapter's product, which reads and writes much and multiplies little; the library adds the
+              product with weight to it
+    library   `lean`
+"""
+
+import torch
+from torch import Tensor
+
+from . import lean, reference
+from .gradients import Grads, Needs
+
+try:
+    from .. import _C
+except ImportError as error:
+    _C, _IMPORT_ERROR = None, error
+
+__all__ = ["cpu"]
+
+
+class Cpu:
+    """The backend "cpu"."""
+
+    VERIFIED_ON = frozenset({"cpu"})
+
+    def unavailable(self) -> str | None:
+        if _C is None:
+            return f"the package was built without C++ kernels (install it where a C++ compiler is): {_IMPORT_ERROR}"
+        return None
+
+    def unsupported(self, x, weight, lora_A, lora_B, lora_N) -> str | None:
+        if x.device.type != "cpu":
+            return f"tensors must be on the CPU, got {x.device}"
+        for name, t in {"x": x, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
+            if t is not None and t.dtype not in _dtypes():
+                return f"{name} must be float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
+        return None
+
+    def plan(self, dtype: torch.dtype, M: int, K: int, N: int, R: int) -> str:
+        """Which of the three ways computes a layer of these sizes fastest."""
+        if _C.forked() or not _C.cpu_multiplies(_dtypes()[dtype]):
+            return "whole"
+        if M <= 16 and dtype == torch.float32:
+            return "whole"
+        return "adapter" if R <= 32 else "library"
+
+    def forward(self, x, weight, lora_A, lora_B, lora_N, bias, scaling, plan=None) -> tuple[Tensor, Tensor]:
+        (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+        plan = plan or self.plan(x.dtype, M, K, N, R)
+        if plan == "library":
+            return lean.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling)
+        y, T = x.new_empty(M, N), x.new_empty(M, R)
+        rows, inside, lora_A = _rows(x), _rows(weight) if plan == "whole" else None, _rows(lora_A)
+        # fmt: off
+        _C.cpu_forward(
+            _view(rows), _view(inside), _view(lora_A), _view(lora_B), _view(lora_N), _view(bias), _view(y), _view(T),
+            scaling, torch.get_num_threads(),
+        )
+        # fmt: on
+        return (y if plan == "whole" else y.addmm_(x, weight.T)), T
+
+    def backward(self, dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, plan=None) -> Grads:
+        M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
+        plan = plan or self.plan(dy.dtype, M, K, N, R)
+        if plan == "library":
+            return lean.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs)
+        whole = plan == "whole"
+        dy, x, lora_A, inside = _rows(dy), _rows(x), _rows(lora_A), _rows(weight) if whole else None
+        grads = Grads(
+            x=dy.new_empty(M, K) if needs.x else None,
+            weight=torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight and whole else None,
+            lora_A=_new(lora_A) if needs.lora_A else None,
+            lora_B=_new(lora_B) if needs.lora_B else None,
+            lora_N=_new(lora_N) if needs.lora_N else None,
+            bias=dy.new_empty(N) if needs.bias else None,
+        )
+        # fmt: off
+        _C.cpu_backward(
+            _view(dy), _view(x), _view(T), _view(inside), _view(lora_A), _view(lora_B), _view(lora_N),
+            _view(grads.x), _view(grads.weight), _view(grads.lora_A), _view(grads.lora_B), _view(grads.lora_N),
+            _view(grads.bias), scaling, torch.get_num_threads(),
+        )
+        # fmt: on
+        if not whole and needs.x:
+            grads.x.addmm_(dy, weight)
+        if not whole and needs.weight:
+            grads = grads._replace(weight=dy.T @ x)
+        return grads
+
+    def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
+        if lora_u.dtype != torch.float32:
+            return reference.lora2_core(lora_u, lora_E, lora_U, mask)
+        core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
+        mask = None if mask is None else mask.float()
+        _C.cpu_lora2_core(_view(lora_u), _view(lora_E), _view(lora_U), _view(mask), _view(core))
+        return core
+
+    def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
+        if lora_u.dtype != torch.float32:
+            return reference.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
+        grads = _new(lora_u), _new(lora_E), _new(lora_U)
+        inputs = d_core, lora_u, lora_E, lora_U, None if mask is None else mask.float()
+        _C.cpu_lora2_core_backward(*map(_view, inputs), *map(_view, grads))
+        return grads
+
+
+cpu = Cpu()
+
+
+def _dtypes() -> dict[torch.dtype, int]:
+    return {torch.float32: _C.float32, torch.bfloat16: _C.bfloat16, torch.float16: _C.float16}
+
+
+def _view(t: Tensor | None) -> tuple | None:
+    """A tensor as the extension takes it; a vector is a matrix of one row."""
+    if t is None:
+        return None
+    if t.dim() == 1:
+        t = t.unsqueeze(0)
+    return t.data_ptr(), _dtypes()[t.dtype], t.shape, t.stride()
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """A matrix with its columns side by side, as the kernels read it."""
+    return t if t is None or t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _new(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)

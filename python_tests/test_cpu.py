@@ -1,0 +1,193 @@
+"""The backend "cpu": every instruction set, every plan, ragged shapes and strides, threads and fork."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nlora_kernels as nk
+from nlora_kernels import testing
+from nlora_kernels.backends import TABLE, native
+
+missing = nk.backends.available()["cpu"]
+if missing:
+    pytest.skip(missing, allow_module_level=True)
+
+from nlora_kernels import _C  # noqa: E402
+
+CPU = TABLE["cpu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PLANS = ["whole", "adapter", "library"]
+# M, K, N, R: empty, ones, odd everywhere, around the sizes of a register tile, of a block of K and of the few-rows
+# kernels, a rank above the skinny kernels' limit, more than one block of columns.
+SHAPES = [
+    (0, 12, 8, 3),
+    (1, 1, 1, 1),
+    (1, 33, 17, 5),
+    (2, 1, 9, 4),
+    (16, 65, 1, 8),
+    (17, 31, 47, 7),
+    (49, 257, 97, 8),
+    (8, 48, 96, 16),
+    (130, 513, 100, 33),
+    (33, 40, 1600, 12),
+    (150, 300, 70, 65),
+]
+
+
+def short(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def tier(request):
+    """Caps the instruction set; skips where the CPU lacks it."""
+    before = _C.cap_cpu_tier(request.param)
+    yield request.param if _C.cpu_tier() == request.param else pytest.skip(f"this CPU has no {request.param}")
+    _C.cap_cpu_tier(before)
+
+
+@pytest.fixture
+def plan(request, monkeypatch):
+    monkeypatch.setattr(type(CPU), "plan", lambda *sizes: request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("poisoned", "tier", "plan")
+@pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("shape", SHAPES, ids=short)
+def test_results_are_within_the_error_budget(shape, dtype):
+    p = testing.problem(*shape, dtype=dtype)
+    testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
+
+
+@pytest.mark.usefixtures("poisoned", "tier", "plan")
+@pytest.mark.parametrize("plan", PLANS, indirect=True)
+@pytest.mark.parametrize("shape", [(5, 33, 18, 3), (70, 90, 50, 9)], ids=short)
+@pytest.mark.parametrize(
+    "options",
+    [{"strided": True}, {"core": False}, {"bias": False}, {"adapter_dtype": torch.float32}],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_strides_absent_tensors_and_adapter_dtypes(shape, dtype, options):
+    p = testing.problem(*shape, dtype=dtype, **options)
+    testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
+
+
+@pytest.mark.usefixtures("tier")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_half_precision_is_read_and_rounded_as_torch_does(dtype):
+    one, B = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
+    _, T = CPU.forward(every, one, torch.ones(1, 1), B, None, None, 1.0, plan="whole")
+    torch.testing.assert_close(T, every, rtol=0, atol=0, equal_nan=True)
+
+    # T = 1·Aᵀ rounds the fp32 values of A: ordinary, subnormal, overflowing and halfway ones.
+    halves = every.float()[:, 0]
+    values = [torch.randn(4000) * 2.0**e for e in range(-30, 20)]
+    values = torch.cat([*values, torch.nextafter(halves, torch.tensor(9.0)), halves * (1 + 2**-10)])
+    _, T = CPU.forward(one, one, values[:, None], torch.zeros(1, len(values)), None, None, 1.0, plan="whole")
+    torch.testing.assert_close(T[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
+@pytest.mark.parametrize("shape", [(16, 96, 200, 8), (300, 96, 200, 8), (100, 64, 70, 40)], ids=short)
+def test_results_repeat_bitwise_under_any_number_of_threads(shape):
+    p, before = testing.problem(*shape), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            first, second = (testing.results(p, nk.lora_linear, backend="cpu") for _ in range(2))
+            assert all(torch.equal(first[name], second[name]) for name in first)
+            testing.assert_within_budget(first, p)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_forked_child_computes_on_one_thread():
+    # NOTE: in a process of its own: OpenMP's threads are running when it forks, and a child that hangs is ended.
+    code = """
+import os, torch, nlora_kernels as nk
+from nlora_kernels import _C, testing
+torch.set_num_threads(2)
+p = testing.problem(64, 96, 96, 8)
+expected = testing.results(p, nk.lora_linear, backend="cpu")
+child = os.fork()
+if child == 0:
+    actual = testing.results(p, nk.lora_linear, backend="cpu")
+    same = all(torch.allclose(t, expected[name], atol=1e-4) for name, t in actual.items())
+    os._exit(0 if same and _C.forked() else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and not _C.forked()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_nothing_past_a_tensor_is_written(tier):
+    """Every result lies inside a larger storage whose rest must stay as it was."""
+    M, K, N, R = 21, 37, 29, 5
+    for dtype in DTYPES:
+        p = testing.problem(M, K, N, R, dtype=dtype)
+        storages = []
+
+        def inside(*shape, dtype=dtype, storages=storages):
+            size = torch.Size(shape).numel()
+            storages.append((torch.full((size + 128,), 7.0, dtype=dtype), size))
+            return storages[-1][0][64 : 64 + size].view(shape)
+
+        y, T = inside(M, N), inside(M, R)
+        view = native._view
+        arguments = view(p.x), view(p.weight), view(p.lora_A), view(p.lora_B), view(p.lora_N), view(p.bias)
+        _C.cpu_forward(*arguments, view(y), view(T), p.scaling, 2)
+        grads = [inside(M, K), inside(N, K), inside(R, K), inside(N, R), inside(R, R), inside(N)]
+        matrices = (p.dy.contiguous(), p.x, T, p.weight, p.lora_A, p.lora_B, p.lora_N)
+        _C.cpu_backward(*map(view, matrices), *map(view, grads), p.scaling, 2)
+        for storage, size in storages:
+            assert (storage[:64] == 7).all() and (storage[64 + size :] == 7).all()
+            assert not (storage[64 : 64 + size] == 7).all()
+
+
+@pytest.mark.parametrize("mask", [None, torch.float32, torch.bool], ids=short)
+@pytest.mark.parametrize("r,k", [(8, 8), (1, 1), (5, 3), (3, 7)])
+def test_lora2_core_and_its_gradients(r, k, mask):
+    generator = torch.Generator().manual_seed(r * k)
+    u, E, U = (torch.randn(*shape, generator=generator) for shape in ((r, k), (r,), (k, r)))
+    mask = None if mask is None else (torch.rand(r, generator=generator) < 0.7).to(mask)
+    d_core = torch.randn(k, k, generator=generator)
+    exact = TABLE["reference"]
+    doubles = u.double(), E.double(), U.double(), mask
+    torch.testing.assert_close(CPU.lora2_core(u, E, U, mask).double(), exact.lora2_core(*doubles), rtol=1e-5, atol=1e-5)
+    actual = CPU.lora2_core_backward(d_core, u, E, U, mask)
+    for grad, expected in zip(actual, exact.lora2_core_backward(d_core.double(), *doubles), strict=True):
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_call_it_cannot_take_is_refused_by_name():
+    p = testing.problem(4, 3, 2, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16, got float64"):
+        nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, backend="cpu")
+    with pytest.raises(ValueError, match="name must be one of portable, avx2, avx512, got 'sse'"):
+        _C.cap_cpu_tier("sse")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_a_cpu_without_half_precision_products_converts_to_fp32(tier, dtype):
+    plan = CPU.plan(dtype, 512, 768, 768, 8)
+    assert (plan == "whole") == (not _C.cpu_multiplies(getattr(_C, short(dtype))))
+    if tier != "avx512":
+        assert plan == "whole"
+
+
+def test_without_the_extension_the_backend_says_why(monkeypatch):
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_IMPORT_ERROR", ImportError("no module named _C"), raising=False)
+    assert "without its C++ kernels" in nk.backends.available()["cpu"]
+    p = testing.problem(4, 3, 2, 2)
+    nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B)
+    with pytest.raises(ValueError, match="'cpu' cannot take this call: .*C\\+\\+ compiler.*no module named _C"):
+        nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, backend="cpu")
