@@ -93,7 +93,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--max-length", type=int, default=160, help="tokens, prompt and response together")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
     add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("finetuned"), help="folder for the adapters")
+    add("--output", type=Path, default=Path("runs"), help="folder for the adapters")
     return parser.parse_args(argv)
 
 
