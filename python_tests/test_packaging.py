@@ -1,0 +1,72 @@
+"""The package as a user installs it: a wheel, its types, and errors that name the extra to install."""
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
+    (wheel,) = folder.glob("nlora_kernels-*.whl")
+    return wheel
+
+
+def test_the_wheel_installs_and_runs_away_from_the_sources(wheel, tmp_path):
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel)
+    code = """
+import nlora_kernels as nk, torch
+print(nk.__file__)
+x, weight, lora_A, lora_B = (torch.randn(s) for s in ((3, 8), (6, 8), (2, 8), (6, 2)))
+torch.testing.assert_close(nk.lora_linear(x, weight, lora_A, lora_B), x @ weight.T + x @ lora_A.T @ lora_B.T)
+print(nk.backends.available())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    location, available = run(sys.executable, "-c", code, cwd=tmp_path, env=environment).splitlines()
+    assert Path(location).is_relative_to(tmp_path / "site")
+    assert eval(available)["lean"] is None
+
+
+def test_the_wheel_is_typed_and_requires_no_torch(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    assert "nlora_kernels/py.typed" in names
+    assert not any(name.startswith(("python_tests", "bench", "csrc")) for name in names)
+    assert "Requires-Dist: torch" not in metadata
+
+
+def test_every_extra_that_an_error_may_name_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"peft", "triton", "bench", "plot", "examples", "dev"} <= extras.keys()
+    for file in [*ROOT.glob("nlora_kernels/**/*.py"), *ROOT.glob("examples/*.py")]:
+        for named in file.read_text().split("nlora_kernels[")[1:]:
+            assert named.partition("]")[0] in extras, f"{file} names an extra that does not exist"
+
+
+@pytest.mark.parametrize("module, missing, extra", [("peft", "peft", "peft")])
+def test_without_an_optional_package_the_error_names_the_extra(module, missing, extra):
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+try:
+    import nlora_kernels.{module}
+except ImportError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert f"nlora_kernels[{extra}]" in run(sys.executable, "-c", code, env=environment)
