@@ -12,8 +12,9 @@ except ModuleNotFoundError as error:
     raise ImportError("nlora_kernels.peft needs the extra 'peft': pip install 'nlora_kernels[peft]'") from error
 
 from .config import LoRA2Config, NLoraConfig
+from .fuse import fuse, unfuse
 from .lora2 import LoRA2Linear
 from .nlora import NLoraLinear
 from .tuner import LoRA2Model, NLoraModel
 
-__all__ = ["LoRA2Config", "LoRA2Linear", "LoRA2Model", "NLoraConfig", "NLoraLinear", "NLoraModel"]
+__all__ = ["LoRA2Config", "LoRA2Linear", "LoRA2Model", "NLoraConfig", "NLoraLinear", "NLoraModel", "fuse", "unfuse"]

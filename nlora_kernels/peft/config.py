@@ -90,7 +90,7 @@ class LoRA2Config(LoraConfig):
 
     Args:
         k: rank of the outer pair lora_v, lora_V.
-        init_lora_weights: True, or False for lora_E drawn at random too, so that step 0 moves the function.
+        init_lora_weights: True, or False for all five matrices from N(0, 1), with which step 0 moves the function.
         target_rank, total_steps, t_init, t_final, delta_t, beta1, beta2: of `nlora_kernels.lora2.RankAllocator`;
             without target_rank the ranks stay.
 

@@ -53,9 +53,9 @@ class LoRA2Linear(FusedLinear):
         # Only shape, dtype and device of the weight count.
         like = torch.empty(()).expand(self.out_features, self.in_features)
         for name, tensor in zip(self.adapter_layer_names, init.lora2(like, r, config.k), strict=True):
-            getattr(self, name)[adapter_name] = nn.Parameter(tensor)
-        if not config.init_lora_weights:
-            nn.init.normal_(self.lora_E[adapter_name], std=0.02)
+            getattr(self, name)[adapter_name] = nn.Parameter(
+                tensor if config.init_lora_weights else torch.randn(tensor.shape)
+            )
         # NOTE: past register_buffer, which low_cpu_mem_usage redirects to the meta device, where PEFT cannot move a
         # container without parameters from.
         self.lora_mask._buffers[adapter_name] = torch.ones(r)

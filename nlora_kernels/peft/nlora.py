@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
@@ -13,6 +14,14 @@ from .layer import FusedLinear, Term, base_weight
 
 # Names the initial product of the residual adapter as a term of its own. No adapter can be called so.
 _INITIAL = "initial.product"
+
+
+class Kept(nn.Module):
+    """A matrix as it was at the start, frozen. The name of its parameter is not that of its key in a checkpoint."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.kept = nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
 class NLoraLinear(FusedLinear):
@@ -46,16 +55,14 @@ class NLoraLinear(FusedLinear):
         if config.train == "core":
             self.frozen_peft_weight_names[adapter_name] = ("lora_A", "lora_B")
         if config.residual:
-            self.lora_N0[adapter_name] = nn.Linear(r, r, bias=False)
+            self.lora_N0[adapter_name] = Kept(r, r)
             if config.train == "all":
-                self.lora_A0[adapter_name] = nn.Linear(self.in_features, r, bias=False)
-                self.lora_B0[adapter_name] = nn.Linear(r, self.out_features, bias=False)
+                self.lora_A0[adapter_name] = Kept(r, self.in_features)
+                self.lora_B0[adapter_name] = Kept(self.out_features, r)
         uninitialised = copy.copy(config)
         uninitialised.init_lora_weights = False
         super().update_layer(adapter_name, r, lora_alpha, uninitialised, **kwargs)
         self.initial_scaling[adapter_name] = self.scaling[adapter_name]
-        for kept in (self.lora_A0, self.lora_N0, self.lora_B0):
-            kept.requires_grad_(False)
         # Tensors on the meta device are left to whoever loads them.
         if not self.lora_N[adapter_name].weight.is_meta:
             self._initialise(adapter_name, r, config)
@@ -81,25 +88,26 @@ class NLoraLinear(FusedLinear):
             A, N, B = init.adapter(
                 base_weight(self), r, config.init_lora_weights, core=config.core, select=config.select
             )
-        tensors = {"lora_A": A, "lora_N": N, "lora_B": B}
-        if config.residual:
-            tensors |= {"lora_A0": A, "lora_N0": N, "lora_B0": B}
-        for kind, tensor in tensors.items():
-            holder = getattr(self, kind)
-            if name in holder:
-                holder[name].weight.copy_(tensor)
+        for matrix, tensor in zip((self.lora_A, self.lora_N, self.lora_B), (A, N, B), strict=True):
+            matrix[name].weight.copy_(tensor)
+        for matrix, tensor in zip((self.lora_A0, self.lora_N0, self.lora_B0), (A, N, B), strict=True):
+            if name in matrix:
+                matrix[name].kept.copy_(tensor)
         self._settle()
 
     # Forward
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
         if name == _INITIAL:
-            return tuple(kept[self.held_out].weight for kept in (self.lora_A0, self.lora_N0, self.lora_B0))
+            return self._initial(self.held_out)
         A, _, B = super().matrices(name)
         N = self.lora_N[name].weight if name in self.lora_N else None
         if self._core_moves(name):
-            N = N - self.lora_N0[name].weight
+            N = N - self.lora_N0[name].kept
         return A, N, B
+
+    def _initial(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self.lora_A0[name].kept, self.lora_N0[name].kept, self.lora_B0[name].kept
 
     def factors(self, name: str) -> tuple[nn.Module, ...]:
         return (*super().factors(name), *((self.lora_N[name],) if name in self.lora_N else ()))
@@ -108,7 +116,7 @@ class NLoraLinear(FusedLinear):
         return super().obstacle(None if name == _INITIAL else name)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.lora_A0[self.held_out].weight.dtype if name == _INITIAL else super().dtype_of(name)
+        return self.lora_A0[self.held_out].kept.dtype if name == _INITIAL else super().dtype_of(name)
 
     def scaling_of(self, name: str) -> float:
         return self.initial_scaling[self.held_out] if name == _INITIAL else super().scaling_of(name)
@@ -122,7 +130,7 @@ class NLoraLinear(FusedLinear):
         T = self.lora_A[name](self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name))))
         P = self.lora_N[name](T)
         if self._core_moves(name):
-            P = P - self.lora_N0[name](T)
+            P = P - F.linear(T, self.lora_N0[name].kept)
         return self.lora_B[name](P) * self.scaling[name]
 
     def _core_moves(self, name: str) -> bool:
@@ -146,10 +154,10 @@ class NLoraLinear(FusedLinear):
         """Takes the initial product out of the base weight, or puts it back while something is merged or on demand."""
         name = next(iter(self.lora_A0), None)
         wanted = None if restore or self.merged else name
-        if wanted == self.held_out or self.lora_A0[name].weight.is_meta:
+        if wanted == self.held_out or self.lora_A0[name].kept.is_meta:
             return
         base = self.get_base_layer()
-        A0, N0, B0 = (kept[name].weight for kept in (self.lora_A0, self.lora_N0, self.lora_B0))
+        A0, N0, B0 = self._initial(name)
         scaling = self.initial_scaling[name]
         with gather_params_ctx(base.weight):
             init.subtract_(fusion.weight_of(base).data, A0, N0, B0, scaling if wanted else -scaling)
@@ -159,14 +167,14 @@ class NLoraLinear(FusedLinear):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Loading never recomputes the initial product: the one that comes is out of the base weight afterwards."""
         name = next(iter(self.lora_A0), None)
-        keys = [f"{prefix}{kind}.{name}.weight" for kind in ("lora_A0", "lora_N0", "lora_B0")]
+        keys = [f"{prefix}{kind}.{name}.kept" for kind in ("lora_A0", "lora_N0", "lora_B0")]
         if name is not None and not self.merged and all(key in state_dict for key in keys):
             self._hold_out(name, [state_dict[key] for key in keys], f"{prefix}base_layer.weight" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _hold_out(self, name: str, loaded: list[Tensor], with_base: bool) -> None:
         base = self.get_base_layer()
-        kept = [kind[name].weight for kind in (self.lora_A0, self.lora_N0, self.lora_B0)]
+        kept = self._initial(name)
         if [t.shape for t in loaded] != [t.shape for t in kept] or base.weight.is_meta:
             return
         if self.held_out == name and all(map(_same, loaded, kept)):
@@ -188,7 +196,7 @@ class NLoraLinear(FusedLinear):
         if adapter not in self.lora_A0:
             return delta
         weight = delta.T if self.fan_in_fan_out else delta
-        A0, N0, B0 = (kept[adapter].weight for kept in (self.lora_A0, self.lora_N0, self.lora_B0))
+        A0, N0, B0 = self._initial(adapter)
         init.subtract_(weight.detach(), A0, N0, B0, self.initial_scaling[adapter])
         return delta
 

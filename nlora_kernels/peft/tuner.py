@@ -7,8 +7,10 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
+    check_target_module_exists,
 )
-from peft.utils import _get_submodules
+from peft.utils import PeftType, _get_submodules
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import nn
 
 from .. import fusion
@@ -67,6 +69,18 @@ class _FusedModel(LoraModel):
 class NLoraModel(_FusedModel):
     """The tuner of NLoraConfig."""
 
+    def _check_new_adapter_config(self, config: NLoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if config.residual:
+            _refuse_shared_weights(self.model, config)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # NOTE: that key and parameter differ in name keeps PEFT's hot swap away, which copies by name and would leave
+        # the base weight as it is.
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        return f"{key.removesuffix('kept')}weight" if key.endswith("0.kept") else key
+
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if lora_config.has_core and isinstance(target, LoraLayer) and not isinstance(target, NLoraLinear):
             raise _unsupported(lora_config, target.get_base_layer(), current_key)
@@ -95,6 +109,17 @@ class LoRA2Model(_FusedModel):
         return LoRA2Linear(target, adapter_name, config=lora_config, **kwargs)
 
 
+def _refuse_shared_weights(model: nn.Module, config: NLoraConfig) -> None:
+    """A residual base weight must have no second user, as the output layer tied to the embedding has."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for names in users.values():
+        targets = [name for name in names if check_target_module_exists(config, name)]
+        if len(names) > 1 and targets:
+            raise ValueError(f"residual=True needs a base weight of its own, and {' and '.join(names)} share one")
+
+
 def _unsupported(config, base: nn.Module, key: str) -> ValueError:
     method = getattr(config, "init_lora_weights", None) if isinstance(config, NLoraConfig) else "LoRA²"
     return ValueError(f"target_modules must be linear layers for {method!r}, got {type(base).__qualname__} at {key!r}")
@@ -118,6 +143,15 @@ def _some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
+# What must be equal before the weights of one adapter may be swapped for another's.
+CONFIG_KEYS_TO_CHECK[NLORA] = [
+    *CONFIG_KEYS_TO_CHECK[PeftType.LORA],
+    "init_lora_weights",
+    "r",
+    "rank_pattern",
+    "residual",
+    "train",
+]
 for _type, _config, _tuner in ((NLORA, NLoraConfig, NLoraModel), (LORA2, LoRA2Config, LoRA2Model)):
     PEFT_TYPE_TO_CONFIG_MAPPING[_type] = _config
     PEFT_TYPE_TO_TUNER_MAPPING[_type] = _tuner

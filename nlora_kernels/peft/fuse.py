@@ -1,0 +1,41 @@
+"""Fusing the layers of an existing PEFT LoRA model, in place and back."""
+
+from peft.tuners.lora import Linear
+from torch import nn
+
+from .layer import FusedLinear
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Makes every plain LoRA layer of PEFT on a linear layer compute y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ as one operation.
+
+    Outputs, parameters and state dict stay as they are, and so does everything PEFT can do with the model; `unfuse`
+    takes it back. Layers on quantised bases have types of their own in PEFT and are left alone, as is every layer that
+    computes fused already.
+
+    Args:
+        model: a PEFT model, or any module that has PEFT LoRA layers in it.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: model is no module. ValueError: it has no layer to fuse.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    layers = [module for module in model.modules() if type(module) is Linear]
+    if not layers and not any(isinstance(module, FusedLinear) for module in model.modules()):
+        raise ValueError("model must have LoRA layers of PEFT on linear layers, got none")
+    for layer in layers:
+        # A layer's type is its behaviour: no attribute changes, so copies and pickles stay what they are.
+        layer.__class__ = FusedLinear
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Takes `fuse` back and returns the model: its layers are PEFT's own again."""
+    for module in model.modules():
+        if type(module) is FusedLinear:
+            module.__class__ = Linear
+    return model
