@@ -28,6 +28,12 @@ def obstacle(linear: nn.Module) -> str | None:
     return None
 
 
+def unfused(model: nn.Module) -> dict[str, str]:
+    """{layer name: why it cannot be fused} for the adapter layers of this package in a model, as they are now."""
+    layers = ((name, module) for name, module in model.named_modules() if hasattr(type(module), "obstacle"))
+    return {name: reason for name, layer in layers if (reason := layer.obstacle())}
+
+
 def is_dense(weight: Tensor) -> bool:
     """Whether it is a plain floating tensor: not quantised, not a shard."""
     return type(weight) in (nn.Parameter, Tensor) and weight.dtype in DTYPES

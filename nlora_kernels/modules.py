@@ -35,6 +35,10 @@ class _AdapterLinear(nn.Module):
         """(A (r, in), N (r, r) or None, B (out, r)): the adapter adds s·B·N·A to the base weight."""
         raise TypeError(f"{type(self).__name__} must define matrices()")
 
+    def obstacle(self) -> str | None:
+        """None if forward is one operation, else why the base layer is called and the adapter added."""
+        return fusion.obstacle(self.base)
+
     def delta_weight(self) -> Tensor:
         """s·B·N·A, (out, in), in the adapter's dtype."""
         A, N, B = self.matrices()
@@ -144,7 +148,7 @@ class NLoraLinear(_AdapterLinear):
         if self.merged:
             return self.base(x)
         A, N, B = self.matrices()
-        if fusion.obstacle(self.base):
+        if self.obstacle():
             return self.base(x) + fusion.branch(x, A, B, N, self.scaling).to(x.dtype)
         return lora_linear(x, self.base.weight, A, B, N, self.base.bias, scaling=self.scaling)
 
@@ -201,7 +205,7 @@ class LoRA2Linear(_AdapterLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base(x)
-        if fusion.obstacle(self.base):
+        if self.obstacle():
             v, core, V = self.matrices()
             return self.base(x) + fusion.branch(x, v, V, core, self.scaling).to(x.dtype)
         return lora2_linear(

@@ -48,6 +48,7 @@ class NLoraConfig(LoraConfig):
         train: "all", or "core" for lora_N alone (IntTune, with "nystrom").
         core: N of "nystrom": "sample", "optimal" or "pinv".
         select: rows and columns of "nystrom": "leading", "uniform", "norm" or "pivoted".
+        select_seed: of "uniform", which does not read the global generator.
         residual: make step 0 of "nystrom" exact: its initial product leaves the base weight (train="all") or the core
             (train="core"). One adapter of a layer may do so.
 
@@ -60,6 +61,7 @@ class NLoraConfig(LoraConfig):
     train: Literal["all", "core"] = "all"
     core: Literal["sample", "optimal", "pinv"] = "sample"
     select: Literal["leading", "uniform", "norm", "pivoted"] = "leading"
+    select_seed: int = 0
     residual: bool = False
 
     def __post_init__(self):

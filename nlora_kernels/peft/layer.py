@@ -47,18 +47,16 @@ class FusedLinear(Linear):
         return self.scaling[name]
 
     def obstacle(self, name: str | None = None) -> str | None:
-        """None if the adapter can be computed as one operation with the base layer, else why it is not."""
+        """None if the base layer, and the adapter if named, can be computed as one operation, else why not."""
         reason = fusion.obstacle(self.base_layer)
-        if reason:
-            return f"the base layer cannot be fused: {reason}"
-        if name is None:
-            return None
+        if reason or name is None:
+            return reason
         for factor in self.factors(name):
             reason = fusion.obstacle(factor)
             if reason:
                 return f"a matrix of adapter {name!r} cannot be fused: {reason}"
         dropout = self.lora_dropout[name]
-        if self.training and type(dropout) is not nn.Identity and getattr(dropout, "p", 1) > 0:
+        if dropout.training and type(dropout) is not nn.Identity:
             return f"adapter {name!r} has dropout"
         if self.lora_bias.get(name):
             return f"adapter {name!r} has a bias"

@@ -1,6 +1,7 @@
 """The adapter layer of LoRA, SLoRA, NLoRA and IntTune."""
 
 import copy
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class NLoraLinear(FusedLinear):
         self.initial_scaling[adapter_name] = self.scaling[adapter_name]
         # Tensors on the meta device are left to whoever loads them.
         if not self.lora_N[adapter_name].weight.is_meta:
-            self._initialise(adapter_name, r, config)
+            self._initialise(adapter_name, r, config, kwargs.get("target_name", ""))
 
     def _check_core(self, r: int, lora_alpha: float, config: NLoraConfig) -> None:
         base = self.get_base_layer()
@@ -83,17 +84,22 @@ class NLoraLinear(FusedLinear):
             raise ValueError(f"residual=True needs a dense base weight, got {type(base.weight).__qualname__}")
 
     @torch.no_grad()
-    def _initialise(self, name: str, r: int, config: NLoraConfig) -> None:
+    def _initialise(self, name: str, r: int, config: NLoraConfig, target_name: str) -> None:
+        options, generator = {}, None
+        if config.init_lora_weights == "nystrom":
+            options = {"core": config.core, "select": config.select}
+            # The same rows and columns wherever the model is built again: on every rank, and where the adapter is
+            # loaded, whose initial product then is out of the weight already.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{config.select_seed} {target_name}".encode()))
         with gather_params_ctx(self.get_base_layer().weight):
-            A, N, B = init.adapter(
-                base_weight(self), r, config.init_lora_weights, core=config.core, select=config.select
-            )
+            # Random matrices need the weight's shape alone.
+            W = base_weight(self) if options else torch.empty(()).expand(self.out_features, self.in_features)
+            A, N, B = init.adapter(W, r, config.init_lora_weights, generator=generator, **options)
         for matrix, tensor in zip((self.lora_A, self.lora_N, self.lora_B), (A, N, B), strict=True):
             matrix[name].weight.copy_(tensor)
         for matrix, tensor in zip((self.lora_A0, self.lora_N0, self.lora_B0), (A, N, B), strict=True):
             if name in matrix:
                 matrix[name].kept.copy_(tensor)
-        self._settle()
 
     # Forward
 
@@ -150,8 +156,11 @@ class NLoraLinear(FusedLinear):
     # Residual life cycle
 
     @torch.no_grad()
-    def _settle(self, *, restore: bool = False) -> None:
-        """Takes the initial product out of the base weight, or puts it back while something is merged or on demand."""
+    def settle(self, *, restore: bool = False) -> None:
+        """Takes the initial product out of the base weight, or puts it back while something is merged or on demand.
+
+        The tuner calls it when every layer is made, so that an injection that fails has changed no weight.
+        """
         name = next(iter(self.lora_A0), None)
         wanted = None if restore or self.merged else name
         if wanted == self.held_out or self.lora_A0[name].kept.is_meta:
@@ -204,20 +213,20 @@ class NLoraLinear(FusedLinear):
         try:
             super().merge(safe_merge, adapter_names)
         finally:
-            self._settle()
+            self.settle()
 
     def unmerge(self) -> None:
         super().unmerge()
-        self._settle()
+        self.settle()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name == self.held_out:
-            self._settle(restore=True)
+            self.settle(restore=True)
         super().delete_adapter(adapter_name)
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names) -> nn.Module:
         base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        self._settle(restore=True)
+        self.settle(restore=True)
         return base
 
 

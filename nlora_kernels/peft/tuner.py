@@ -1,5 +1,8 @@
 """The tuners, which put adapter layers into a model, and their registration with PEFT."""
 
+import sys
+import warnings
+
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -19,6 +22,9 @@ from .layer import FusedLinear
 from .lora2 import LoRA2Linear
 from .nlora import NLoraLinear
 
+# Packages whose patched attention and MLP compute LoRA by themselves.
+_READ_ONLY_A_AND_B = ("unsloth", "axolotl")
+
 
 class _FusedModel(LoraModel):
     """What the two tuners share: an injection that fails leaves the model as it was, and loading checks first."""
@@ -30,6 +36,10 @@ class _FusedModel(LoraModel):
         except Exception:
             _withdraw(model, adapter_name, before)
             raise
+        for module in model.modules():
+            if isinstance(module, NLoraLinear):
+                module.settle()
+        _advise(model, self.peft_config[adapter_name])
 
     def add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs) -> None:
         for name in adapters:
@@ -107,6 +117,25 @@ class LoRA2Model(_FusedModel):
         if not isinstance(target, nn.Linear) and not fusion.is_conv1d(target):
             raise _unsupported(lora_config, target, kwargs.get("target_name"))
         return LoRA2Linear(target, adapter_name, config=lora_config, **kwargs)
+
+
+def _advise(model: nn.Module, config) -> None:
+    """One warning for what works but is not what the user came for."""
+    unfused = fusion.unfused(model)
+    if unfused:
+        name, reason = next(iter(unfused.items()))
+        warnings.warn(
+            f"{len(unfused)} adapter layers cannot be fused and run as base layer plus adapter, as in PEFT: {name}, "
+            f"because {reason}",
+            stacklevel=2,
+        )
+    patched = [name for name in _READ_ONLY_A_AND_B if name in sys.modules]
+    if patched and (config.peft_type == LORA2 or config.has_core):
+        warnings.warn(
+            f"{patched[0]} is loaded: its own LoRA kernels read lora_A and lora_B alone and would leave the core out. "
+            "Switch them off",
+            stacklevel=2,
+        )
 
 
 def _refuse_shared_weights(model: nn.Module, config: NLoraConfig) -> None:
