@@ -24,13 +24,13 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import lean, native, reference
+from . import lean, native, reference, triton
 from .gradients import Grads, Needs
 
 __all__ = ["Grads", "Needs", "available", "select"]
 
 # In order of preference.
-TABLE: dict[str, ModuleType] = {"cpu": native.cpu, "lean": lean, "reference": reference}
+TABLE: dict[str, ModuleType] = {"cpu": native.cpu, "triton": triton, "lean": lean, "reference": reference}
 
 
 def available() -> dict[str, str | None]:

@@ -1,0 +1,81 @@
+"""Triton kernels for GPUs from compute capability 8.0 on; under TRITON_INTERPRET=1 the same kernels run on the CPU.
+
+Triton itself is imported when the backend is first used.
+"""
+
+import torch
+from torch import Tensor
+
+from ..gradients import Grads, Needs
+
+# NOTE: no run on a GPU has been made yet.
+VERIFIED_ON: frozenset[str] = frozenset()
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str | None:
+    reasons = []
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install nlora_kernels[triton]"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        reasons.append(f"triton 3.6 or newer is needed, got {triton.__version__}")
+    if not interpreted():
+        if not torch.cuda.is_available():
+            reasons.append("torch sees no GPU; set TRITON_INTERPRET=1 before triton is imported to run on the CPU")
+        elif torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+            capability = ".".join(map(str, torch.cuda.get_device_capability()))
+            reasons.append(f"compute capability 8.0 or newer is needed, got {capability}")
+    return "; ".join(reasons) or None
+
+
+def unsupported(x, weight, lora_A, lora_B, lora_N) -> str | None:
+    if x.dtype not in DTYPES:
+        return f"x must be float32, bfloat16 or float16, got {x.dtype}"
+    if interpreted() and torch.bfloat16 in {t.dtype for t in (x, lora_A, lora_B, lora_N) if t is not None}:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return misplaced("x", x)
+
+
+def misplaced(name: str, t: Tensor) -> str | None:
+    """Why a kernel cannot run on the device of a tensor."""
+    if interpreted():
+        return None
+    if t.device.type != "cuda":
+        return f"{name} must be on a GPU, got {t.device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(t.device) < (8, 0):
+        return f"{t.device} must have compute capability 8.0 or newer"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, which takes CPU tensors."""
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> tuple[Tensor, Tensor]:
+    from . import linear
+
+    return linear.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling)
+
+
+def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs) -> Grads:
+    from . import linear
+
+    return linear.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs)
+
+
+def lora2_core(lora_u, lora_E, lora_U, mask) -> Tensor:
+    from . import core
+
+    return core.forward(lora_u, lora_E, lora_U, mask)
+
+
+def lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
+    from . import core
+
+    return core.backward(d_core, lora_u, lora_E, lora_U, mask)

@@ -1,0 +1,50 @@
+"""What every launch needs to know: the device, the precision of fp32, and how an operand is read."""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ... import tuning
+from . import interpreted
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# What the interpreter takes the CPU for.
+INTERPRETED = tuning.Device("interpreter", 80, 4, 232_448)
+
+
+def run(kernel, grid: tuple[int, ...], on: Tensor, *, warps: int, stages: int = 1, **arguments) -> None:
+    """Launches a kernel on the device of a tensor and on its current stream."""
+    with torch.cuda.device_of(on):
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+
+
+def source(matrix: Tensor, block: tuple[int, int], dtype: torch.dtype, device: tuning.Device):
+    """The matrix, or the descriptor of its tiles where the device copies them by itself and the matrix allows it.
+
+    It must have 16-byte rows and start, and be of the dtype of the product: what is cast passes through registers.
+    """
+    itemsize = matrix.element_size()
+    if (
+        device.capability < 90
+        or matrix.dtype != dtype
+        or matrix.numel() == 0
+        or matrix.stride(1) != 1
+        or matrix.stride(0) * itemsize % 16
+        or matrix.data_ptr() % 16
+    ):
+        return matrix
+    return TensorDescriptor.from_tensor(matrix, list(block))
+
+
+def target(x: Tensor) -> tuning.Device:
+    return INTERPRETED if interpreted() else tuning.device_of(x.device.index)
+
+
+def tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def precision(dtype: torch.dtype) -> str:
+    # NOTE: Triton's own default for fp32 is TF32.
+    return "tf32" if dtype == torch.float32 and tf32() else "ieee"

@@ -1,0 +1,44 @@
+"""Forward and backward of the adapted linear layer, as launches.
+
+    T, P = x·Aᵀ, s·T·Nᵀ             y = [x | P]·[W | B]ᵀ + bias
+    G, H = dy·B, s·G·N              dx = [dy | H]·[W ; A]
+    dA = Hᵀ·x       dN = s·Gᵀ·T     dB = s·(dyᵀ·T)·Nᵀ
+
+s is folded into P and H, so neither y nor dx is scaled in a pass of its own, and dB multiplies by N after its sum over
+tokens, so P is not made again.
+"""
+
+import torch
+from torch import Tensor
+
+from ..gradients import Grads, Needs
+from .extended import widen
+from .narrow import narrow
+
+
+def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> tuple[Tensor, Tensor]:
+    T, _, y = widen(x, weight, lora_A, lora_N, lora_B, bias, scaling, transposed=True)
+    return y, T
+
+
+def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs) -> Grads:
+    dx = dA = dB = dN = None
+    if needs.x:
+        G, H, dx = widen(dy, weight, lora_B, lora_N, lora_A, None, scaling, transposed=False)
+    elif needs.lora_A or needs.lora_N:
+        G, H = narrow(dy, lora_B, core=lora_N, alpha=scaling, raw=True)
+    if needs.lora_A:
+        dA = narrow(H, x, a_transposed=True, dtype=lora_A.dtype)[1]
+    if needs.lora_N:
+        dN = narrow(G, T, a_transposed=True, alpha=scaling, dtype=lora_N.dtype)[1]
+    if needs.lora_B:
+        dB = narrow(dy, T, core=lora_N, core_transposed=True, a_transposed=True, alpha=scaling, dtype=lora_B.dtype)[1]
+    return Grads(
+        x=dx,
+        # The gradient of the weight itself is a plain product of two large matrices: the library's is best.
+        weight=torch.mm(dy.T, x) if needs.weight else None,
+        lora_A=dA,
+        lora_B=dB,
+        lora_N=dN,
+        bias=dy.sum(0) if needs.bias else None,
+    )

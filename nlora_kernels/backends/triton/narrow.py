@@ -1,0 +1,205 @@
+"""A product with a narrow side and what follows it: T and P, G and H, dA, dB, dN.
+
+Letters: M rows, N columns, K features or tokens that are summed over.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import tuning
+from . import launch
+from .tiles import multiply, store_product, store_tile
+
+# A core wider than this has a product of its own: a program holds a tile as wide as the core.
+WIDEST_CORE = 256
+
+
+@triton.jit
+def narrow_product(
+    a,
+    b,
+    core,
+    raw,
+    out,
+    slices,
+    M,
+    N,
+    K,
+    a_stride_row,
+    a_stride_col,
+    b_stride_row,
+    b_stride_col,
+    core_stride_row,
+    core_stride_col,
+    alpha,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHECK_K: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    A_DESCRIPTOR: tl.constexpr,
+    B_DESCRIPTOR: tl.constexpr,
+    STORE_RAW: tl.constexpr,
+    CORE: tl.constexpr,
+    CORE_TRANSPOSED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CORE_DTYPE: tl.constexpr,
+    CORE_PRECISION: tl.constexpr,
+):
+    """raw = a·b, out = alpha·raw·core: T and P, G and H, dA, dB, dN.
+
+    Split along K, each part of the sum goes to a slice of its own.
+    """
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    m = tile // tiles_n * BLOCK_M
+    n = tile % tiles_n * BLOCK_N
+    part = tl.cdiv(K, SPLITS * BLOCK_K) * BLOCK_K
+    # fmt: off
+    acc = multiply(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), a, b, m, n, M, N,
+                   split * part, tl.minimum(K, (split + 1) * part),
+                   a_stride_row, a_stride_col, b_stride_row, b_stride_col, BLOCK_M, BLOCK_N, BLOCK_K, CHECK_K,
+                   A_TRANSPOSED, B_TRANSPOSED, A_DESCRIPTOR, B_DESCRIPTOR, DTYPE, PRECISION)
+    if SPLITS == 1:
+        store_product(acc, raw, out, core, m, n, M, N, core_stride_row, core_stride_col, alpha,
+                      BLOCK_M, BLOCK_N, STORE_RAW, CORE, CORE_TRANSPOSED, CORE_DTYPE, CORE_PRECISION)
+    else:
+        store_tile(slices + split.to(tl.int64) * M * N, acc, m, n, M, N, N, BLOCK_M, BLOCK_N)
+    # fmt: on
+
+
+@triton.jit
+def sum_slices(
+    slices,
+    core,
+    raw,
+    out,
+    M,
+    N,
+    core_stride_row,
+    core_stride_col,
+    alpha,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STORE_RAW: tl.constexpr,
+    CORE: tl.constexpr,
+    CORE_TRANSPOSED: tl.constexpr,
+    CORE_DTYPE: tl.constexpr,
+    CORE_PRECISION: tl.constexpr,
+):
+    """The slices of `narrow_product` summed in their order, so that the result is bitwise repeatable."""
+    tile = tl.program_id(0)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    m = tile // tiles_n * BLOCK_M
+    n = tile % tiles_n * BLOCK_N
+    i = m + tl.arange(0, BLOCK_M)
+    j = n + tl.arange(0, BLOCK_N)
+    inside = (i < M)[:, None] & (j < N)[None, :]
+    pointers = slices + i.to(tl.int64)[:, None] * N + j[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(SPLITS):
+        acc += tl.load(pointers, mask=inside, other=0.0)
+        pointers += M.to(tl.int64) * N
+    # fmt: off
+    store_product(acc, raw, out, core, m, n, M, N, core_stride_row, core_stride_col, alpha,
+                  BLOCK_M, BLOCK_N, STORE_RAW, CORE, CORE_TRANSPOSED, CORE_DTYPE, CORE_PRECISION)
+    # fmt: on
+
+
+def narrow(
+    a: Tensor,
+    b: Tensor,
+    core: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
+    core_transposed: bool = False,
+    raw: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """(raw, out) = (a·b, alpha·raw·core) for a product with a narrow side, with fp32 sums in a fixed order.
+
+    Transposed operands are stored as the transpose of what is multiplied, and all are used in a's dtype. raw, computed
+    on request, is in that dtype; out in `dtype`, a's by default. Where out alone is wanted, a·b meets the core in fp32.
+    """
+    M, K = a.T.shape if a_transposed else a.shape
+    N = b.shape[0] if b_transposed else b.shape[1]
+    out = a.new_empty(M, N, dtype=dtype or a.dtype)
+    raw_out = a.new_empty(M, N) if raw else None
+    if core is not None and N > WIDEST_CORE:
+        product = narrow(a, b, a_transposed=a_transposed, b_transposed=b_transposed)[1]
+        return product, narrow(product, core, alpha=alpha, b_transposed=core_transposed, dtype=dtype)[1]
+    if M == 0 or N == 0:
+        return raw_out, out
+    device, tf32 = launch.target(a), launch.tf32()
+    columns = tuning.padded(N) if core is not None else 16
+    tile, splits = tuning.narrow_tile(M, N, K, columns, a.dtype, tf32, device)
+    slices = a.new_empty(splits, M, N, dtype=torch.float32) if splits > 1 else None
+    a_block = (tile.k, tile.m) if a_transposed else (tile.m, tile.k)
+    b_block = (tile.n, tile.k) if b_transposed else (tile.k, tile.n)
+    a_source, b_source = launch.source(a, a_block, a.dtype, device), launch.source(b, b_block, a.dtype, device)
+    precision = launch.precision(a.dtype)
+    finish = dict(
+        core=core,
+        raw=raw_out,
+        out=out,
+        M=M,
+        N=N,
+        core_stride_row=core.stride(0) if core is not None else 0,
+        core_stride_col=core.stride(1) if core is not None else 0,
+        alpha=alpha,
+        SPLITS=splits,
+        STORE_RAW=raw,
+        CORE=core is not None,
+        CORE_TRANSPOSED=core_transposed,
+        CORE_DTYPE=launch.DTYPES[a.dtype if raw else torch.float32],
+        CORE_PRECISION=precision if raw or a.dtype == torch.float32 else "tf32x3",
+    )
+    launch.run(
+        narrow_product,
+        (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n), splits),
+        on=a,
+        warps=tile.warps,
+        stages=tile.stages,
+        a=a_source,
+        b=b_source,
+        slices=slices,
+        K=K,
+        a_stride_row=a.stride(0),
+        a_stride_col=a.stride(1),
+        b_stride_row=b.stride(0),
+        b_stride_col=b.stride(1),
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        CHECK_K=K % tile.k != 0,
+        A_TRANSPOSED=a_transposed,
+        B_TRANSPOSED=b_transposed,
+        A_DESCRIPTOR=a_source is not a,
+        B_DESCRIPTOR=b_source is not b,
+        DTYPE=launch.DTYPES[a.dtype],
+        PRECISION=precision,
+        **finish,
+    )
+    if splits > 1:
+        width = columns if core is not None else min(tuning.padded(N), 128)
+        height = max(16, 1024 // width)
+        launch.run(
+            sum_slices,
+            (triton.cdiv(M, height) * triton.cdiv(N, width),),
+            on=a,
+            warps=8 if width > 128 else 4,
+            slices=slices,
+            BLOCK_M=height,
+            BLOCK_N=width,
+            **finish,
+        )
+    return raw_out, out

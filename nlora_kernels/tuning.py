@@ -1,0 +1,156 @@
+"""Which tile a Triton kernel runs with: measured entries where there are some, else a rule.
+
+Letters: M rows, N columns and K summed features of a product, R rank. The rule is a wave model: among the tiles that
+the device can run, take the one whose waves of programs cost least. Measured entries are data in tuned/<device>.json
+and are written by `measure`; the nearest entry of the same kernel, dtype and rank is used if its shape lies within a
+factor of two in each dimension.
+"""
+
+import functools
+import json
+import math
+import re
+from importlib import resources
+from typing import NamedTuple
+
+import torch
+
+TUNED = resources.files(__package__) / "tuned"
+
+
+class Device(NamedTuple):
+    """What the rule knows of a GPU. `capability` is 80 for sm_80; `shared` is the bytes one program may use."""
+
+    name: str
+    capability: int
+    processors: int
+    shared: int
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's tile, features it sums over at a time, warps, and stages of its pipeline."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# Bytes of shared memory that one program may use, by compute capability.
+SHARED = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
+# What Triton takes beside the stages of operands: barriers, and scratch for the layouts of what is stored.
+RESERVED = 4_096
+
+# Tiles for 16-bit operands and the share of the matrix units' peak that each is expected to reach.
+WIDE_TILES = {
+    Tile(128, 256, 64, 8, 4): 1.0,
+    Tile(128, 256, 64, 8, 3): 0.98,
+    Tile(128, 128, 64, 8, 4): 0.86,
+    Tile(128, 128, 32, 8, 4): 0.80,
+    Tile(64, 128, 64, 4, 4): 0.70,
+    Tile(64, 64, 64, 4, 4): 0.50,
+}
+# Few rows: the weight is read once whatever the tile, so many small programs with deep pipelines read it fastest.
+DECODE_TILES = {Tile(m, n, 128, 4, stages): n / 64 for m in (16, 32, 64) for n, stages in ((32, 5), (64, 4))}
+# fp32 without TF32 runs on the scalar units, whose operands fill registers first.
+EXACT_TILES = {Tile(64, 64, 32, 4, 2): 1.0, Tile(32, 64, 32, 4, 2): 0.8, Tile(16, 32, 32, 2, 2): 0.4}
+TF32_TILES = {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 4, 3): 0.6, Tile(16, 64, 32, 4, 3): 0.2}
+
+
+@functools.cache
+def device_of(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    capability = properties.major * 10 + properties.minor
+    shared = getattr(properties, "shared_memory_per_block_optin", SHARED.get(capability, 101_376))
+    return Device(properties.name, capability, properties.multi_processor_count, shared)
+
+
+def wide_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, device: Device) -> Tile:
+    """The tile of the extended product (M, K)·(K, N) and of the single launch."""
+    measured = _measured("wide", dtype, tf32, (M, N, K, R), device)
+    return measured or min(_candidates(M, dtype, tf32, device).items(), key=lambda c: _cost(M, N, *c, device))[0]
+
+
+def narrow_tile(
+    M: int, N: int, K: int, columns: int, dtype: torch.dtype, tf32: bool, device: Device
+) -> tuple[Tile, int]:
+    """The tile of a product that has a short side, and into how many parts its sum over K is split.
+
+    `columns` is the least width of the tile: all of N where a core follows. The tile is as large as registers allow,
+    for these products read more than they compute, and the sum is split until every processor has a program.
+    """
+    measured = _measured("narrow", dtype, tf32, (M, N, K, 0), device)
+    width = max(columns, min(128, padded(N)))
+    if dtype == torch.float32 and not tf32:
+        tile = Tile(min(padded(M), 32, max(16, 2048 // width)), width, 32, 8 if width > 128 else 4, 2)
+    else:
+        height, stages = 64 if width > 64 else 128, 3 if device.capability >= 90 else 2
+        depth = 32 if dtype == torch.float32 else 64
+        tile = Tile(min(padded(M), height), width, depth, 8 if width > 128 else 4, stages)
+    tile = measured or tile
+    while tile.stages > 1 and _shared_bytes(tile, dtype) > device.shared:
+        tile = tile._replace(stages=tile.stages - 1)
+    tiles = math.ceil(M / tile.m) * math.ceil(N / tile.n)
+    splits = 1
+    while tiles * splits < device.processors and K / (2 * splits) >= 4 * tile.k and splits < 64:
+        splits *= 2
+    return tile, splits
+
+
+def single_launch(M: int, N: int, K: int, R: int, dtype: torch.dtype, tile: Tile, device: Device) -> bool:
+    """Whether the narrow product goes into the launch of the wide one: where it then fills the last wave.
+
+    Its items are as many rows as a tile by R, so they pay from many rows on. Two kinds of tile in one program need its
+    registers: up to a rank of 128 on Hopper, of 64 on Blackwell, and not on Ampere.
+    """
+    widest = {9: 128, 10: 64}.get(device.capability // 10, 0)
+    return dtype != torch.float32 and R <= widest and M >= 2048 and tile.m >= 64
+
+
+def padded(n: int) -> int:
+    """The power of two, 16 at least, that holds n: what a tile of n rows or columns is padded to."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _candidates(M: int, dtype: torch.dtype, tf32: bool, device: Device) -> dict[Tile, float]:
+    if dtype == torch.float32:
+        tiles = TF32_TILES if tf32 else EXACT_TILES
+    else:
+        tiles = DECODE_TILES if M <= 64 else WIDE_TILES
+    fitting = {
+        tile: share
+        for tile, share in tiles.items()
+        if _shared_bytes(tile, dtype) <= device.shared and (device.capability >= 90 or tile.m * tile.n <= 128 * 128)
+    }
+    return fitting or {Tile(32, 32, 32, 4, 2): 1.0}
+
+
+def _shared_bytes(tile: Tile, dtype: torch.dtype) -> int:
+    return tile.stages * (tile.m + tile.n) * tile.k * dtype.itemsize + RESERVED
+
+
+def _cost(M: int, N: int, tile: Tile, share: float, device: Device) -> tuple[float, int]:
+    """Waves times the work of a tile; among equals the smaller tile, whose last wave wastes less."""
+    waves = math.ceil(math.ceil(M / tile.m) * math.ceil(N / tile.n) / device.processors)
+    return waves * tile.m * tile.n / share, tile.m * tile.n
+
+
+def _measured(kernel: str, dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], device: Device) -> Tile | None:
+    nearest, distance = None, 1.0
+    for entry in _entries(device.name):
+        if (entry["kernel"], entry["dtype"], entry["tf32"]) == (kernel, str(dtype).removeprefix("torch."), tf32):
+            far = max(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(shape, entry["shape"], strict=True))
+            if far <= distance:
+                nearest, distance = Tile(*entry["tile"]), far
+    return nearest
+
+
+@functools.cache
+def _entries(name: str) -> tuple[dict, ...]:
+    file = TUNED / (file_name(name))
+    return tuple(json.loads(file.read_text())["entries"]) if file.is_file() else ()
+
+
+def file_name(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
