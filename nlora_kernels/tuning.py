@@ -54,7 +54,7 @@ WIDE_TILES = {
 # Few rows: the weight is read once whatever the tile, so many small programs with deep pipelines read it fastest.
 DECODE_TILES = {Tile(m, n, 128, 4, stages): n / 64 for m in (16, 32, 64) for n, stages in ((32, 5), (64, 4))}
 # fp32 without TF32 runs on the scalar units, whose operands fill registers first.
-EXACT_TILES = {Tile(64, 64, 32, 4, 2): 1.0, Tile(32, 64, 32, 4, 2): 0.8, Tile(16, 32, 32, 2, 2): 0.4}
+EXACT_TILES = {Tile(64, 64, 32, 8, 2): 1.0, Tile(32, 64, 32, 4, 2): 0.8, Tile(16, 32, 32, 2, 2): 0.4}
 TF32_TILES = {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 4, 3): 0.6, Tile(16, 64, 32, 4, 3): 0.2}
 
 
@@ -102,9 +102,9 @@ def single_launch(M: int, N: int, K: int, R: int, dtype: torch.dtype, tile: Tile
     """Whether the narrow product goes into the launch of the wide one: where it then fills the last wave.
 
     Its items are as many rows as a tile by R, so they pay from many rows on. Two kinds of tile in one program need its
-    registers: up to a rank of 128 on Hopper, of 64 on Blackwell, and not on Ampere.
+    registers: up to a rank of 128 on Hopper, of 32 on Blackwell, and not on Ampere.
     """
-    widest = {9: 128, 10: 64}.get(device.capability // 10, 0)
+    widest = {9: 128, 10: 32}.get(device.capability // 10, 0)
     return dtype != torch.float32 and R <= widest and M >= 2048 and tile.m >= 64
 
 

@@ -72,10 +72,20 @@ def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs) ->
 def lora2_core(lora_u, lora_E, lora_U, mask) -> Tensor:
     from . import core
 
+    _check_core(lora_u)
     return core.forward(lora_u, lora_E, lora_U, mask)
 
 
 def lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
     from . import core
 
+    _check_core(lora_u)
     return core.backward(d_core, lora_u, lora_E, lora_U, mask)
+
+
+def _check_core(lora_u: Tensor) -> None:
+    reason = misplaced("lora_u", lora_u)
+    if reason is None and lora_u.dtype not in DTYPES:
+        reason = f"lora_u must be float32, bfloat16 or float16, got {lora_u.dtype}"
+    if reason:
+        raise ValueError(f"backend 'triton' cannot take this call: {reason}")

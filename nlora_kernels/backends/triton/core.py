@@ -8,14 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import DTYPES, launch, misplaced
+from . import launch
 from .tiles import load_tile, store_tile
 
 BLOCK = 32
 
 
 def forward(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None) -> Tensor:
-    _check(lora_u)
     r, k = lora_u.shape
     core = lora_u.new_empty(k, k)
     blocks = triton.cdiv(k, BLOCK)
@@ -26,7 +25,6 @@ def forward(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None)
 def backward(
     d_core: Tensor, lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(lora_u)
     r, k = lora_u.shape
     du, dE, dU = (t.new_empty(t.shape) for t in (lora_u, lora_E, lora_U))
     launch.run(
@@ -41,14 +39,6 @@ def backward(
         **_arguments(lora_u, lora_E, lora_U, mask),
     )
     return du, dE, dU
-
-
-def _check(lora_u: Tensor) -> None:
-    reason = misplaced("lora_u", lora_u)
-    if reason is None and lora_u.dtype not in DTYPES:
-        reason = f"lora_u must be float32, bfloat16 or float16, got {lora_u.dtype}"
-    if reason:
-        raise ValueError(f"backend 'triton' cannot take this call: {reason}")
 
 
 def _arguments(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None) -> dict:

@@ -34,7 +34,7 @@ def narrow_product(
     core_stride_row,
     core_stride_col,
     alpha,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -60,17 +60,17 @@ def narrow_product(
     tiles_n = tl.cdiv(N, BLOCK_N)
     m = tile // tiles_n * BLOCK_M
     n = tile % tiles_n * BLOCK_N
-    part = tl.cdiv(K, SPLITS * BLOCK_K) * BLOCK_K
+    part = tl.cdiv(K, tl.num_programs(1) * BLOCK_K) * BLOCK_K
     # fmt: off
     acc = multiply(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), a, b, m, n, M, N,
                    split * part, tl.minimum(K, (split + 1) * part),
                    a_stride_row, a_stride_col, b_stride_row, b_stride_col, BLOCK_M, BLOCK_N, BLOCK_K, CHECK_K,
                    A_TRANSPOSED, B_TRANSPOSED, A_DESCRIPTOR, B_DESCRIPTOR, DTYPE, PRECISION)
-    if SPLITS == 1:
+    if SPLIT:
+        store_tile(slices + split.to(tl.int64) * M * N, acc, m, n, M, N, N, BLOCK_M, BLOCK_N)
+    else:
         store_product(acc, raw, out, core, m, n, M, N, core_stride_row, core_stride_col, alpha,
                       BLOCK_M, BLOCK_N, STORE_RAW, CORE, CORE_TRANSPOSED, CORE_DTYPE, CORE_PRECISION)
-    else:
-        store_tile(slices + split.to(tl.int64) * M * N, acc, m, n, M, N, N, BLOCK_M, BLOCK_N)
     # fmt: on
 
 
@@ -85,7 +85,7 @@ def sum_slices(
     core_stride_row,
     core_stride_col,
     alpha,
-    SPLITS: tl.constexpr,
+    splits,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STORE_RAW: tl.constexpr,
@@ -104,7 +104,7 @@ def sum_slices(
     inside = (i < M)[:, None] & (j < N)[None, :]
     pointers = slices + i.to(tl.int64)[:, None] * N + j[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(SPLITS):
+    for _ in range(splits):
         acc += tl.load(pointers, mask=inside, other=0.0)
         pointers += M.to(tl.int64) * N
     # fmt: off
@@ -142,7 +142,9 @@ def narrow(
     device, tf32 = launch.target(a), launch.tf32()
     columns = tuning.padded(N) if core is not None else 16
     tile, splits = tuning.narrow_tile(M, N, K, columns, a.dtype, tf32, device)
-    slices = a.new_empty(splits, M, N, dtype=torch.float32) if splits > 1 else None
+    # NOTE: the fp32 product with a core follows the sum in a kernel of its own; behind a sum it would spill registers.
+    split = splits > 1 or (core is not None and not raw)
+    slices = a.new_empty(splits, M, N, dtype=torch.float32) if split else None
     a_block = (tile.k, tile.m) if a_transposed else (tile.m, tile.k)
     b_block = (tile.n, tile.k) if b_transposed else (tile.k, tile.n)
     a_source, b_source = launch.source(a, a_block, a.dtype, device), launch.source(b, b_block, a.dtype, device)
@@ -156,7 +158,6 @@ def narrow(
         core_stride_row=core.stride(0) if core is not None else 0,
         core_stride_col=core.stride(1) if core is not None else 0,
         alpha=alpha,
-        SPLITS=splits,
         STORE_RAW=raw,
         CORE=core is not None,
         CORE_TRANSPOSED=core_transposed,
@@ -177,6 +178,7 @@ def narrow(
         a_stride_col=a.stride(1),
         b_stride_row=b.stride(0),
         b_stride_col=b.stride(1),
+        SPLIT=split,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
@@ -189,15 +191,16 @@ def narrow(
         PRECISION=precision,
         **finish,
     )
-    if splits > 1:
+    if split:
         width = columns if core is not None else min(tuning.padded(N), 128)
-        height = max(16, 1024 // width)
+        height = max(16, 2048 // width)
         launch.run(
             sum_slices,
             (triton.cdiv(M, height) * triton.cdiv(N, width),),
             on=a,
             warps=8 if width > 128 else 4,
             slices=slices,
+            splits=splits,
             BLOCK_M=height,
             BLOCK_N=width,
             **finish,
