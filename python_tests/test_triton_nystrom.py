@@ -87,3 +87,28 @@ def test_solve_triangular_gives_nothing_to_a_direction_that_is_not_there():
     R = torch.diag(torch.tensor([2.0, 0.0, 4.0])).to(DEVICE)
     X = nystrom.solve_triangular(R, torch.ones(3, 2, device=DEVICE))
     assert X.tolist() == [[0.5, 0.5], [0.0, 0.0], [0.25, 0.25]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("how", nk.init.SELECTIONS)
+@pytest.mark.parametrize("core", ["sample", "optimal"])
+def test_the_named_backend_initialises(monkeypatch, dtype, how, core):
+    weight = normal(60, 90, dtype=dtype)
+    A, N, B = nk.init.nystrom(weight, 9, core=core, select=how, generator=torch.Generator().manual_seed(3))
+    # Rows that are all zero are dependent on any others.
+    if core == "optimal":
+        weight[A.shape[0] - 1] = 0
+        A, N, B = nk.init.nystrom(weight, 9, core=core, select=how, generator=torch.Generator().manual_seed(3))
+    expected = weight.clone()
+    nk.init.subtract_(expected, A, N, B, 0.5)
+    monkeypatch.setenv("NLORA_BACKEND", "triton")
+    ours = nk.init.nystrom(weight, 9, core=core, select=how, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(ours[0], A) and torch.equal(ours[2], B)
+    if core == "sample":
+        assert torch.equal(ours[1], N)
+    pointer = weight.data_ptr()
+    assert nk.init.subtract_(weight, *ours, 0.5) is weight and weight.data_ptr() == pointer
+    eps = torch.finfo(dtype).eps
+    assert testing.error_norm(weight, expected.double()) <= 4 * eps * expected.norm().item() * (
+        1 if core == "sample" else 4
+    )

@@ -69,6 +69,17 @@ def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs) ->
     return linear.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs)
 
 
+def initialisation(weight: Tensor, r: int):
+    """The functions that initialise an adapter of this weight on its device, or None where they cannot take it."""
+    if weight.dtype not in DTYPES or weight.is_meta or r > 256 or misplaced("weight", weight):
+        return None
+    if interpreted() and weight.dtype == torch.bfloat16:
+        return None
+    from . import nystrom
+
+    return nystrom
+
+
 def lora2_core(lora_u, lora_E, lora_U, mask) -> Tensor:
     from . import core
 

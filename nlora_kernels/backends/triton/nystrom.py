@@ -17,9 +17,6 @@ from ... import tuning
 from . import launch
 from .tiles import load_tile, store_tile
 
-# The widest rank that a program holds a tile of.
-WIDEST = 256
-
 
 def gather(weight: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(W[I, :], W[I][:, J], W[:, J]) of W (out, in) for int64 indices I and J of length r, in one launch."""
