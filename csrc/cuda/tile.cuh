@@ -1,0 +1,106 @@
+// Shapes and places of a GEMM tile: what the kernel, its launcher and its tests agree on.
+#pragma once
+
+#include "hopper.cuh"
+
+namespace hopper {
+
+// One block computes BLOCK_M × BLOCK_N of y, a cluster computes kCluster such tiles one below the other and
+// shares the weight tile by multicast.
+template <int BLOCK_M, int BLOCK_N, int Stages, int Cluster = 1>
+struct GemmTile {
+    static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kBlockK = 64;
+    static constexpr int kStages = Stages;
+    static constexpr int kCluster = Cluster;
+    static constexpr int kTicketSlots = 2;
+
+    // One warpgroup feeds, each of the others multiplies 64 rows.
+    static constexpr int kConsumers = BLOCK_M / 64;
+    static constexpr int kThreads = 128 * (1 + kConsumers);
+    static constexpr int kRegisters = 168, kProducerRegisters = 40, kConsumerRegisters = 232;
+
+    static constexpr uint32_t kBytesX = BLOCK_M * kBlockK * 2;
+    static constexpr uint32_t kBytesWeight = BLOCK_N * kBlockK * 2;
+    static constexpr uint32_t kBytesStage = kBytesX + kBytesWeight;
+    // Results leave through boxes of 64 × 64.
+    static constexpr uint32_t kBytesBox = 64 * 64 * 2;
+    static constexpr int kBoxes = BLOCK_N / 64;
+
+    static constexpr uint32_t kStagesAt = 1024;
+    static constexpr uint32_t kStagingAt = kStagesAt + Stages * kBytesStage;
+    static constexpr uint32_t kSharedBytes = kStagingAt + kConsumers * kBoxes * kBytesBox;
+
+    static_assert(BLOCK_M == 128, "register counts are those of two consumer warpgroups");
+    static_assert(BLOCK_N % 64 == 0 && BLOCK_N <= 256, "whole boxes, one wgmma wide");
+    static_assert(kSharedBytes + kSharedAlignment <= 227 * 1024, "more shared memory than a block can have");
+};
+
+// Addresses in the shared memory of one block. Every control word has 16 bytes of its own.
+template <class Tile>
+struct GemmShared {
+    uint32_t base;
+
+    __device__ uint32_t full(uint32_t stage) const {
+        return base + 16 * stage;
+    }
+    __device__ uint32_t empty(uint32_t stage) const {
+        return base + 16 * (Tile::kStages + stage);
+    }
+    __device__ uint32_t ticket_full(uint32_t slot) const {
+        return base + 16 * (2 * Tile::kStages + slot);
+    }
+    __device__ uint32_t ticket_empty(uint32_t slot) const {
+        return base + 16 * (2 * Tile::kStages + Tile::kTicketSlots + slot);
+    }
+    __device__ uint32_t ticket(uint32_t slot) const {
+        return base + 16 * (2 * Tile::kStages + 2 * Tile::kTicketSlots + slot);
+    }
+    __device__ uint32_t x(uint32_t stage) const {
+        return base + Tile::kStagesAt + stage * Tile::kBytesStage;
+    }
+    __device__ uint32_t weight(uint32_t stage) const {
+        return x(stage) + Tile::kBytesX;
+    }
+    __device__ uint32_t staging(uint32_t consumer, uint32_t box) const {
+        return base + Tile::kStagingAt + (consumer * Tile::kBoxes + box) * Tile::kBytesBox;
+    }
+};
+
+// Position in a ring of slots; the parity flips with every lap.
+template <int Slots>
+struct RingPosition {
+    uint32_t slot = 0, parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        slot = slot + 1 == Slots ? 0 : slot + 1;
+        parity ^= slot == 0;
+    }
+};
+
+// Order of the work: tickets count clusters' worth of tiles, in bands of kBand tile rows that stay in the L2 cache.
+template <class Tile>
+struct TileSchedule {
+    static constexpr uint32_t kBand = 8;
+    uint32_t rows, columns;
+
+    __device__ TileSchedule(uint32_t m, uint32_t n)
+        : rows(ceil_div(m, Tile::kBlockM * Tile::kCluster)), columns(ceil_div(n, Tile::kBlockN)) {}
+
+    __device__ uint32_t count() const {
+        return rows * columns;
+    }
+
+    struct Place {
+        uint32_t m, n;   // first row and column of the block's tile
+    };
+
+    __device__ Place at(uint32_t ticket, uint32_t rank) const {
+        const uint32_t band = ticket / (kBand * columns);
+        const uint32_t within = ticket % (kBand * columns);
+        const uint32_t band_rows = rows - band * kBand < kBand ? rows - band * kBand : kBand;
+        const uint32_t row = band * kBand + within % band_rows;
+        return {(row * Tile::kCluster + rank) * Tile::kBlockM, within / band_rows * Tile::kBlockN};
+    }
+};
+
+}  // namespace hopper

@@ -1,0 +1,69 @@
+// Host side of csrc/cuda/context.cuh on the emulator: "device" memory is host memory the run knows about.
+#pragma once
+
+#include <cstring>
+#include <deque>
+#include <vector>
+
+#include "layer.h"
+#include "report.h"
+
+namespace hopper {
+
+struct LaunchShape {
+    uint32_t grid, block, cluster, shared_bytes, registers;
+};
+
+class Context {
+public:
+    // Where and how later launches run; grid, block and the like come from each launch.
+    emulator::Run setup;
+    // Of the last launch; a launch after a report does nothing.
+    emulator::Report report;
+
+    void* input(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::Input); }
+    void* output(size_t bytes) { return add(nullptr, bytes, emulator::Memory::Output); }
+    void* control(size_t bytes) { return add(nullptr, bytes, emulator::Memory::Control); }
+    void fetch(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+    uint32_t processors() const { return 4; }
+
+    template <class Parameters>
+    void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
+        if (report) {
+            return;
+        }
+        setup.grid = shape.grid;
+        setup.block = shape.block;
+        setup.cluster = shape.cluster;
+        setup.shared_bytes = shape.shared_bytes;
+        setup.registers = shape.registers;
+        report = emulator::run(setup, buffers_, [&] { kernel(parameters); });
+    }
+
+private:
+    // Output starts as NaN in every float format, control words as 0.
+    void* add(const void* from, size_t bytes, emulator::Memory memory) {
+        storage_.emplace_back((bytes + 127) / 128);
+        void* data = storage_.back().data();
+        std::memset(data, memory == emulator::Memory::Output ? 0xFF : 0, bytes);
+        if (from) {
+            std::memcpy(data, from, bytes);
+        }
+        buffers_.push_back({data, bytes, memory});
+        return data;
+    }
+
+    struct alignas(128) Line {
+        uint8_t bytes[128];
+    };
+    std::deque<std::vector<Line>> storage_;
+    std::vector<emulator::Buffer> buffers_;
+};
+
+inline TensorMap tensor_map(const void* data, uint64_t rows, uint64_t columns, uint64_t row_bytes, uint32_t box_rows,
+                            uint32_t box_columns, Swizzle swizzle) {
+    auto bytes = static_cast<uint8_t*>(const_cast<void*>(data));
+    return {bytes, rows, columns, row_bytes, box_rows, box_columns, swizzle};
+}
+
+}  // namespace hopper

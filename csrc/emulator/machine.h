@@ -1,0 +1,270 @@
+// The emulated machine: blocks, warps and threads, the scheduler's side of them, and what layer calls need of it.
+#pragma once
+
+#include <array>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <unordered_map>
+
+#include "clock.h"
+#include "fiber.h"
+#include "report.h"
+
+namespace hopper::emulator {
+
+constexpr uint32_t kWarp = 32;
+constexpr uint32_t kWarpgroup = 128;
+constexpr uint32_t kNamedBarriers = 16;
+// Dynamic shared memory begins here, as on a device, where the system keeps the first kilobyte.
+constexpr uint32_t kSharedStart = 1024;
+constexpr uint32_t kSharedLimit = 227 * 1024;
+constexpr uint32_t kRankShift = 24;
+
+struct Thread;
+struct Warp;
+struct Block;
+struct Cluster;
+
+// What a thread is blocked on, put into words only when a deadlock is reported.
+struct Waiting {
+    std::string (*text)(const void* object, uint32_t argument) = nullptr;
+    const void* object = nullptr;
+    uint32_t argument = 0;
+};
+
+// Threads blocked on one object; they become ready together.
+using WaitList = std::vector<Thread*>;
+
+// Lanes of one collective instruction meet here; the last one acts for all.
+struct Meeting {
+    const char* operation = nullptr;
+    Site site;
+    uint32_t arrived = 0;
+    std::array<void*, kWarpgroup> arguments{};
+    WaitList waiters;
+};
+
+// Groups of one asynchronous kind: operations join the open group, commit closes it, wait counts closed ones.
+struct Groups {
+    AgentId agent = 0;   // 0: unused so far
+    Time committed = 0;
+    Time known = 0;      // newest group whose completion a wait has established
+    Time last_group = 0; // of the newest operation
+    std::map<Time, uint32_t> unfinished;
+    Site last_issue;
+    WaitList waiters;
+
+    Time open() const { return committed + 1; }
+    bool finished(Time group) const { return unfinished.empty() || unfinished.begin()->first > group; }
+    bool unwaited() const { return last_issue.line && known < last_group; }
+};
+
+struct Thread {
+    Fiber fiber;
+    Block* block = nullptr;
+    Warp* warp = nullptr;
+    uint32_t rank = 0;
+    uint32_t lane = 0;
+    Agent* agent = nullptr;
+    std::unique_ptr<Agent> own_agent;   // lane mode
+    Groups bulk_read, bulk_write, cp_async;
+    bool at_cluster_barrier = false;
+    Time cluster_generation = 0;
+    bool finished = false;
+    const char* operation = "";         // the layer call it is in
+    Site site;
+    Waiting waiting;
+};
+
+// Accumulators of a warpgroup while its wgmma operations own them: registers hold a NaN pattern meanwhile.
+struct Accumulators {
+    std::array<float*, kWarpgroup> registers;
+    uint32_t columns;
+    std::vector<float> values;   // 64 × columns, row-major
+    std::array<Time, 4> last_group;
+    std::array<bool, 4> written_back{};
+};
+
+struct Warpgroup {
+    Meeting meeting;
+    std::vector<std::unique_ptr<Accumulators>> in_flight;
+    uint64_t last_due = 0;
+};
+
+struct Warp {
+    Block* block = nullptr;
+    uint32_t rank = 0;
+    Agent own_agent;   // warp mode
+    Meeting meeting;
+    Groups wgmma;
+    bool wgmma_fenced = false;
+    uint32_t registers = 0;
+    uint32_t finished_lanes = 0;
+};
+
+struct MBarrier {
+    uint32_t offset;
+    Block* block;
+    uint32_t count, pending;
+    int64_t tx = 0;
+    int64_t in_flight = 0;    // bytes of loads issued for this phase that have not landed
+    Time phase = 0;           // completed phases
+    AgentId agent;            // the TMA loads that complete here; the time is the phase
+    Access initialised;
+    bool fenced = false;
+    bool remote_arrivals = false;
+    Site last_arrival;
+    Knowledge collecting, released;
+    WaitList waiters;
+};
+
+struct NamedBarrier {
+    uint32_t expected = 0, arrived = 0;
+    uint32_t warps = 0;         // of this generation
+    uint32_t participants = 0;  // of every generation
+    Site first;
+    Knowledge collecting;
+    WaitList waiters;
+};
+
+// A peer's access to this block's shared memory: it must be known to be over before this block ends.
+struct RemoteAccess {
+    Access access;
+    const char* what;
+};
+
+struct Block {
+    Cluster* cluster = nullptr;
+    uint32_t rank = 0;         // in the grid
+    uint32_t cluster_rank = 0;
+    std::vector<uint8_t> storage;
+    Region shared;
+    std::vector<std::unique_ptr<Thread>> threads;
+    std::vector<std::unique_ptr<Warp>> warps;
+    std::vector<std::unique_ptr<Warpgroup>> warpgroups;
+    std::map<uint32_t, MBarrier> barriers;
+    std::array<NamedBarrier, kNamedBarriers> named;
+    uint32_t free_registers = 0;
+    WaitList register_waiters;
+    std::vector<RemoteAccess> remote_accesses;
+    Clock at_exit;
+    uint32_t finished_threads = 0;
+
+    bool finished() const { return finished_threads == threads.size(); }
+};
+
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;
+    uint32_t arrived = 0;
+    Time generation = 0;
+    Knowledge collecting, released;
+    WaitList waiters;
+
+    uint32_t running_threads() const;
+};
+
+struct Flag {
+    Knowledge released;
+    WaitList waiters;
+};
+
+struct Machine {
+    explicit Machine(const Run& setup);
+
+    Run setup;
+    Report report;
+    std::mt19937_64 random;
+    std::function<void()> kernel;
+    uint64_t step = 0;
+    Thread* self = nullptr;
+    AgentId next_agent = 1;
+    std::vector<std::unique_ptr<Cluster>> clusters, retired;
+    std::vector<Region> global;
+    std::unordered_map<uint64_t, Flag> flags;
+
+    AgentId new_agents(AgentId count);
+    uint64_t draw(uint64_t below) { return random() % below; }
+
+    // Asynchronous work that takes place at a random later step.
+    uint64_t late() const;
+    void later(uint64_t due, std::function<void()> action) { pending.emplace(due, std::move(action)); }
+
+    // First thing in every layer call: maybe let others run. False if the mutation test deletes the call.
+    bool enter(Site site, const char* operation, bool synchronises);
+    void block_on(WaitList& list, Waiting waiting);
+    void wake(WaitList& list);
+    // Runs `act(arguments of all lanes)` when the last of `count` lanes arrives; the others wait for it.
+    void meet(Meeting& meeting, uint32_t count, uint32_t index, void* argument,
+              const std::function<void(void**)>& act);
+    [[noreturn]] void fail(const char* rule, const std::string& text);
+
+    void loop();
+
+private:
+    std::vector<Thread*> ready;
+    std::multimap<uint64_t, std::function<void()>> pending;
+    uint32_t launched = 0;
+    uint64_t slow_salt = 0;
+
+    void launch_block(Cluster& cluster, uint32_t rank, uint32_t cluster_rank);
+    void launch_clusters();
+    void retire_clusters();
+    void finish_thread();
+    void check_block_exit(Block& block);
+    [[noreturn]] void deadlock();
+    bool slow(const Thread& thread) const;
+    static void thread_main();
+};
+
+extern Machine* machine;
+
+std::string describe(Site site);
+std::string describe(const Thread& thread);
+std::string hex(uint64_t value);
+
+// ---- Memory (memory.cpp) ----
+
+// Who reads or writes: the identity that goes into the shadow, and all agents that must know of earlier accesses.
+struct Actor {
+    Access access;   // without bytes
+    std::vector<const Agent*> agents;
+    uint16_t block;
+};
+
+Actor thread_actor(Site site);
+// The asynchronous agent `id` at `time`, acting on behalf of the calling thread.
+Actor async_actor(AgentId id, Time time, Proxy proxy, Site site);
+
+void check_read(Region& region, size_t offset, size_t bytes, const Actor& actor);
+void check_write(Region& region, size_t offset, size_t bytes, const Actor& actor);
+
+// The block and offset behind a 32-bit shared address; fails if [address, address + bytes) is out of bounds.
+struct SharedPlace {
+    Block* block;
+    uint32_t offset;
+
+    uint8_t* bytes() const { return block->shared.bytes + offset; }
+};
+
+SharedPlace shared_place(uint32_t address, size_t bytes, uint32_t alignment);
+Region& global_region(const void* address, size_t bytes);
+
+// ---- Barriers (sync.cpp) ----
+
+// An initialised mbarrier that the calling thread knows to be so.
+MBarrier& barrier_at(uint32_t address);
+// Lands `bytes` of a load that was issued for `phase`.
+void complete_transaction(MBarrier& barrier, Time phase, uint32_t bytes, Site issued);
+void complete_cluster_barrier(Cluster& cluster);
+void note_remote_access(Block& target, const Access& access, const char* what);
+
+// ---- Asynchronous groups (async.cpp) ----
+
+void issue(Groups& groups, Site site);
+void finish(Groups& groups, Time group);
+// Blocks until all but the newest `pending` groups are done; they are then known to the calling agent.
+void wait_groups(Groups& groups, uint32_t pending);
+
+}  // namespace hopper::emulator

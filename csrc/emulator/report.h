@@ -1,0 +1,48 @@
+// How a run is set up and what it says.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace hopper::emulator {
+
+struct Run {
+    uint32_t grid = 1;
+    uint32_t block = 128;
+    uint32_t cluster = 1;
+    uint32_t shared_bytes = 0;
+    uint32_t registers = 168;   // a thread's at the start of the kernel
+    uint32_t resident = 0;      // blocks that run at the same time; 0 means all
+    uint64_t seed = 0;
+    bool lanes = false;         // a clock for each lane rather than for each warp
+    int skipped_line = 0;       // synchronisation calls of this line do nothing (mutation test)
+};
+
+struct Report {
+    std::string rule;   // empty: nothing to report
+    std::string text;
+    std::set<int> synchronisation_lines;   // of every synchronisation call that ran
+    uint64_t steps = 0;
+
+    explicit operator bool() const { return !rule.empty(); }
+};
+
+// Global memory that the kernel may touch: everything else is out of bounds. Input is never written, Output not
+// read before it is written; Control holds flags and tickets, one in each 16 bytes.
+enum class Memory { Input, Output, InOut, Control };
+
+struct Buffer {
+    void* data;
+    size_t bytes;
+    Memory memory;
+};
+
+// Runs `kernel` once per CUDA thread. `data` of every buffer must be 16-byte aligned. The first broken rule
+// ends the run; the same setup and seed give the same report.
+Report run(const Run& setup, const std::vector<Buffer>& buffers, const std::function<void()>& kernel);
+
+}  // namespace hopper::emulator
