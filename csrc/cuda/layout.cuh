@@ -42,7 +42,7 @@ HOPPER_FN constexpr uint64_t matrix_descriptor(uint32_t start, uint32_t leading,
 
 // Descriptor of the same operand, `bytes` further on: how a K loop steps through one stage.
 HOPPER_FN constexpr uint64_t advanced(uint64_t descriptor, uint32_t bytes) {
-    return descriptor + (bytes >> 4);
+    return descriptor + ((bytes & 0x3FFFF) >> 4);
 }
 
 // K-major tile of 64 elements (128 bytes) a row, as one TMA box with 128-byte swizzle leaves it.

@@ -146,6 +146,8 @@ void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int32_t colum
         // Until the data lands the slot holds NaN.
         std::memset(at.bytes(), 0xFF, bytes);
         target.in_flight += bytes;
+        target.last_load = phase + 1;
+        target.last_load_site = site;
         machine->later(machine->late(), [box, at, &target, phase, bytes, site] {
             std::vector<uint8_t> data(bytes, 0);
             box.for_each_row([&](uint8_t* global, uint32_t first, uint32_t length, uint32_t r) {

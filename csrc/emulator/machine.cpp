@@ -197,10 +197,10 @@ void Machine::retire_clusters() {
 // What a block leaves behind when its last thread ends: nothing may still read or write its shared memory.
 void Machine::check_block_exit(Block& block) {
     for (const auto& [offset, barrier] : block.barriers) {
-        if (barrier.in_flight) {
-            fail("exit with work in flight", "block " + std::to_string(block.rank) + " ends while " +
-                                                 std::to_string(barrier.in_flight) +
-                                                 " bytes of TMA loads are under way to mbarrier " + hex(offset));
+        if (block.at_exit[barrier.agent] < barrier.last_load) {
+            fail("exit with work in flight", "block " + std::to_string(block.rank) +
+                                                 " ends without a wait for the load issued at " +
+                                                 describe(barrier.last_load_site) + " on mbarrier " + hex(offset));
         }
     }
     for (const auto& remote : block.remote_accesses) {

@@ -111,6 +111,8 @@ struct MBarrier {
     int64_t tx = 0;
     int64_t in_flight = 0;    // bytes of loads issued for this phase that have not landed
     Time phase = 0;           // completed phases
+    Time last_load = 0;       // phase that the newest TMA load completes
+    Site last_load_site;
     AgentId agent;            // the TMA loads that complete here; the time is the phase
     Access initialised;
     bool fenced = false;

@@ -58,8 +58,7 @@ struct Operand {
                 address += major == Major::K ? group_of_8 * stride + chunk * leading
                                              : group_of_8 * leading + chunk * stride;
             } else {
-                address += group_of_8 * stride + (major == Major::K ? chunk / width * 16 * width
-                                                                    : chunk / width * leading);
+                address += group_of_8 * stride + chunk / width * leading;
             }
             return address ^ (address >> 7 & (width - 1)) << 4;
         };

@@ -1,0 +1,173 @@
+"""Builds the emulator (g++) and the device library (nvcc) and calls their C entry points."""
+
+import ctypes
+import dataclasses
+import fcntl
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "emulator"
+CUDA = ROOT / "csrc" / "cuda"
+EMULATOR = ROOT / "csrc" / "emulator"
+
+CXX_FLAGS = "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
+NVCC_FLAGS = "-gencode arch=compute_90a,code=sm_90a -DNDEBUG -std=c++17 -O3"
+RUNNERS = ("gemm_runner", "probe_runner")
+
+# GemmTile instantiations of gemm_runner.cpp, in its order: rows, columns, cluster
+TILES = ((128, 128, 1), (128, 256, 1), (128, 128, 2), (128, 256, 2), (128, 64, 2))
+
+
+def ninja(lines, target):
+    """Writes build.ninja and brings `target` up to date; only one process builds at a time."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = "\n".join(lines) + "\n"
+        path = BUILD / f"{target}.ninja"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        program = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
+        done = subprocess.run([*program, "-C", BUILD, "-f", path, target], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"building {target} failed:\n{done.stdout}\n{done.stderr}")
+    return BUILD / target
+
+
+@functools.cache
+def emulator():
+    """The emulator with GEMM, probes and seeded bugs as a shared library."""
+    compiler = os.environ.get("CXX", "g++")
+    lines = [
+        "rule compile",
+        f"  command = {compiler} {CXX_FLAGS} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared -o $out $in",
+    ]
+    objects = []
+    for source in sorted([*EMULATOR.glob("*.cpp"), *(EMULATOR / "tests").glob("*.cpp")]):
+        objects.append(f"{source.stem}.o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+    lines.append(f"build libemulator.so: link {' '.join(objects)}")
+    return ctypes.CDLL(str(ninja(lines, "libemulator.so")))
+
+
+def nvcc():
+    return os.environ.get("NVCC") or shutil.which("nvcc")
+
+
+def cuobjdump():
+    """The disassembler of the CUDA toolkit, else the one bundled with Triton; None where there is neither."""
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if not found and spec:
+        found = shutil.which("cuobjdump", path=Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    return found
+
+
+def cubin_lines():
+    lines = [
+        "rule cubin",
+        f"  command = {nvcc()} -x cu {NVCC_FLAGS} -Xptxas -v -MD -MF $out.d -cubin -o $out $in > $out.log 2>&1"
+        " || (cat $out.log; false)",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    for runner in RUNNERS:
+        lines.append(f"build {runner}.cubin: cubin {EMULATOR / 'tests' / runner}.cpp")
+    return lines
+
+
+def cubin(runner):
+    """(cubin, what ptxas said) of one runner's kernels."""
+    path = ninja(cubin_lines(), f"{runner}.cubin")
+    return path, Path(f"{path}.log").read_text()
+
+
+@functools.cache
+def device():
+    """The same entry points for a CUDA device."""
+    sources = " ".join(str(EMULATOR / "tests" / f"{runner}.cpp") for runner in RUNNERS)
+    lines = [
+        "rule device",
+        f"  command = {nvcc()} -x cu {NVCC_FLAGS} -cudart static -Xcompiler -fPIC -shared -o $out $in",
+        f"build libdevice.so: device {sources} | {' '.join(map(str, sorted(CUDA.glob('*.cuh'))))}"
+        f" {EMULATOR / 'tests' / 'probes.cuh'} {EMULATOR / 'tests' / 'runner.h'}",
+    ]
+    return ctypes.CDLL(str(ninja(lines, "libdevice.so")))
+
+
+class Options(ctypes.Structure):
+    _fields_ = [
+        ("seed", ctypes.c_uint64),
+        ("lanes", ctypes.c_int32),
+        ("resident", ctypes.c_int32),
+        ("skipped_line", ctypes.c_int32),
+    ]
+
+
+class Outcome(ctypes.Structure):
+    _fields_ = [
+        ("rule", ctypes.c_char * 64),
+        ("text", ctypes.c_char * 16384),
+        ("line_count", ctypes.c_int32),
+        ("lines", ctypes.c_int32 * 256),
+    ]
+
+
+class GemmCase(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("tile", "is_fp16")),
+        *((name, ctypes.c_uint32) for name in ("m", "n", "k", "blocks", "launches")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y", "ticket_after")),
+    ]
+
+
+@dataclasses.dataclass
+class Result:
+    rule: str  # of the emulator's report; empty: none
+    text: str
+    lines: list  # of the synchronisation calls that ran
+
+
+def call(function, *arguments, seed=0, lanes=False, resident=0, skipped_line=0):
+    outcome = Outcome()
+    options = Options(seed, lanes, resident, skipped_line)
+    status = function(*arguments, ctypes.byref(options), ctypes.byref(outcome))
+    text = outcome.text.decode()
+    if status == 2:
+        raise RuntimeError(text)
+    return Result(outcome.rule.decode(), text, list(outcome.lines[: outcome.line_count]))
+
+
+def run_gemm(x, weight, bias=None, *, tile=0, blocks=4, launches=1, library=None, **options):
+    """y = x·Wᵀ + bias by the GEMM kernel; returns (y, ticket counter afterwards, Result)."""
+    (m, k), n = x.shape, weight.shape[0]
+    y = torch.zeros(m, n, dtype=x.dtype)
+    ticket = torch.zeros(1, dtype=torch.int32)
+    case = GemmCase(
+        tile=tile,
+        is_fp16=x.dtype == torch.float16,
+        m=m,
+        n=n,
+        k=k,
+        blocks=blocks,
+        launches=launches,
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        ticket_after=ticket.data_ptr(),
+    )
+    result = call((library or emulator()).run_gemm, ctypes.byref(case), **options)
+    return y, ticket.item(), result
