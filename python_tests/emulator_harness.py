@@ -21,6 +21,7 @@ EMULATOR = ROOT / "csrc" / "emulator"
 CXX_FLAGS = "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
 NVCC_FLAGS = "-gencode arch=compute_90a,code=sm_90a -DNDEBUG -std=c++17 -O3"
 RUNNERS = ("gemm_runner", "probe_runner")
+GOLDEN = Path(__file__).resolve().parent / "emulator_golden"  # what each device wrote, one file a device
 
 # GemmTile instantiations of gemm_runner.cpp, in its order: rows, columns, cluster
 TILES = ((128, 128, 1), (128, 256, 1), (128, 128, 2), (128, 256, 2), (128, 64, 2))
@@ -100,7 +101,8 @@ def device():
     sources = " ".join(str(EMULATOR / "tests" / f"{runner}.cpp") for runner in RUNNERS)
     lines = [
         "rule device",
-        f"  command = {nvcc()} -x cu {NVCC_FLAGS} -cudart static -Xcompiler -fPIC -shared -o $out $in",
+        # Without NDEBUG every spin is bounded: a hang becomes an error.
+        f"  command = {nvcc()} -x cu {NVCC_FLAGS.replace('-DNDEBUG ', '')} -cudart static -Xcompiler -fPIC -shared -o $out $in",
         f"build libdevice.so: device {sources} | {' '.join(map(str, sorted(CUDA.glob('*.cuh'))))}"
         f" {EMULATOR / 'tests' / 'probes.cuh'} {EMULATOR / 'tests' / 'runner.h'}",
     ]

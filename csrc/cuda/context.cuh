@@ -69,6 +69,12 @@ public:
         return uint32_t(count);
     }
 
+    std::string name() const {
+        cudaDeviceProp properties;
+        check_cuda(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+        return properties.name;
+    }
+
     template <class Parameters>
     void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
         // The layer rounds the start of shared memory up to its alignment.

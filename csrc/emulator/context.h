@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <deque>
+#include <string>
 #include <vector>
 
 #include "layer.h"
@@ -26,6 +27,7 @@ public:
     void* control(size_t bytes) { return add(nullptr, bytes, emulator::Memory::Control); }
     void fetch(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
     uint32_t processors() const { return 4; }
+    std::string name() const { return "emulator"; }
 
     template <class Parameters>
     void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {

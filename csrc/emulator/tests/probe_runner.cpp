@@ -133,3 +133,15 @@ extern "C" int run_probe(const hopper::tests::ProbeCase* c, const hopper::tests:
                          hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) { run_case(context, *c); });
 }
+
+// The device's name goes into outcome->text.
+extern "C" int name_device(const hopper::tests::Options* options, hopper::tests::Outcome* outcome) {
+    std::string name;
+    const int status = hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) {
+        name = context.name();
+    });
+    if (status == 0) {
+        std::snprintf(outcome->text, sizeof(outcome->text), "%s", name.c_str());
+    }
+    return status;
+}

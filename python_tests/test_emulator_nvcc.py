@@ -1,0 +1,62 @@
+"""The same kernels under nvcc: no spill, no stack, no serialised wgmma, and the instructions that they are meant to be."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from emulator_harness import TILES, cubin, cuobjdump, nvcc
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc not found")
+
+
+def resources(log):
+    """mangled name -> ptxas's lines about it"""
+    parts = re.split(r"Function properties for (\S+)", log)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("runner", ["gemm_runner", "probe_runner"])
+def test_ptxas_is_content(runner):
+    _, log = cubin(runner)
+    assert "warning" not in log.lower(), log
+    # C7510 says that wgmma is serialised, C7508 that setmaxnreg is ignored, C7519 that ptxas had to add a fence.
+    assert not re.search(r"\(C7\d\d\d\)|serializ", log), log
+    kernels = resources(log)
+    assert kernels
+    for name, text in kernels.items():
+        if "gemm_kernel" in name or "wgmma" in name:
+            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, name
+
+
+@needs_nvcc
+def test_gemm_registers():
+    kernels = resources(cubin("gemm_runner")[1])
+    assert len(kernels) == 2 * len(TILES)
+    for name, text in kernels.items():
+        # 384 threads must start with 168 registers each for 128·40 + 256·232 to add up.
+        assert int(re.search(r"Used (\d+) registers", text)[1]) == 168, name
+
+
+@needs_nvcc
+def test_gemm_sass():
+    if cuobjdump() is None:
+        pytest.skip("cuobjdump not found: comes with the CUDA toolkit and with Triton")
+    path, _ = cubin("gemm_runner")
+    tools = Path(cuobjdump()).parent
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    sass = subprocess.run([cuobjdump(), "-sass", path], capture_output=True, text=True, check=True, env=environment)
+    parts = re.split(r"Function : (\S+)", sass.stdout)
+    kernels = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert len(kernels) == 2 * len(TILES)
+    for name, code in kernels.items():
+        wide = [tile for tile in TILES if f"GemmTileILi{tile[0]}ELi{tile[1]}E" in name]
+        assert re.search(rf"HGMMA\.64x{wide[0][1]}x16\.F32", code), name
+        for instruction in ("UTMALDG.2D", "UTMASTG.2D", "STSM.16.M88.4", "USETMAXREG", "SYNCS"):
+            assert instruction in code, f"{name}: {instruction}"
+        clustered = re.search(r"GemmTileILi\d+ELi\d+ELi\d+ELi2E", name)
+        assert ("UTMALDG.2D.MULTICAST" in code) == bool(clustered), name
+        for spill in ("LDL", "STL"):
+            assert not re.search(rf"\b{spill}\b", code), f"{name}: {spill}"
