@@ -66,6 +66,7 @@ __device__ __forceinline__ void release_stage(const GemmShared<Tile> shared, uin
     if (lane_rank() < Tile::kCluster) {
         mbarrier_arrive_cluster(map_to_rank(shared.empty(slot), lane_rank()));
     }
+    sync_warp();
 }
 
 // acc (64 × BLOCK_N) = x tile · weight tileᵀ over the whole of K.
@@ -114,6 +115,7 @@ __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2]
     if (storing_thread) {
         bulk_wait_read<0>();
     }
+    sync_warp();
     bar_sync(barrier, 128);
 #pragma unroll
     for (int block = 0; block < Tile::kBlockN / 8; block += 2) {
@@ -171,6 +173,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
     if constexpr (Tile::kCluster == 1) {
         sync_threads();
     } else {
+        sync_warp();
         cluster_sync();
     }
 
@@ -204,6 +207,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
             if (leader) {
                 mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(tickets.slot), 0));
             }
+            sync_warp();
             tickets.advance();
             if (ticket >= schedule.count()) {
                 break;
@@ -219,6 +223,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
     }
     // No block leaves while another may still reach into its shared memory.
     if constexpr (Tile::kCluster > 1) {
+        sync_warp();
         cluster_sync();
     }
 }

@@ -57,10 +57,14 @@ bool Machine::enter(Site site, const char* operation, bool synchronises) {
         ready.push_back(self);
         self->fiber.suspend();
     }
-    if (synchronises) {
-        report.synchronisation_lines.insert(site.line);
-        return site.line != setup.skipped_line;
+    if (!synchronises) {
+        return true;
     }
+    report.synchronisation_lines.insert(site.line);
+    if (site.line == setup.skipped_line) {
+        return false;
+    }
+    self->path = (self->path + uint64_t(site.line)) * 0x9E3779B97F4A7C15ull;
     return true;
 }
 
@@ -76,7 +80,7 @@ void Machine::wake(WaitList& list) {
 }
 
 void Machine::meet(Meeting& meeting, uint32_t count, uint32_t index, void* argument,
-                   const std::function<void(void**)>& act) {
+                   const std::function<void(void**)>& act, Convergence convergence) {
     Thread* thread = self;
     if (meeting.arrived == 0) {
         meeting.operation = thread->operation;
@@ -90,6 +94,18 @@ void Machine::meet(Meeting& meeting, uint32_t count, uint32_t index, void* argum
         fail("divergent collective", std::string(thread->operation) + " at " + describe(thread->site) + " by " +
                                          describe(*thread) + " after other lanes of the warp have exited");
     }
+    if (convergence == Convergence::Needed) {
+        const uint32_t warp = index / kWarp;
+        if (!(meeting.warps_seen >> warp & 1)) {
+            meeting.warps_seen |= 1u << warp;
+            meeting.paths[warp] = thread->path;
+        } else if (meeting.paths[warp] != thread->path) {
+            fail("divergent collective", std::string(thread->operation) + " at " + describe(thread->site) + " by " +
+                                             describe(*thread) +
+                                             ": the lanes of the warp came by different ways; sync_warp() joins them");
+        }
+    }
+    thread->path = 0;
     meeting.arguments[index] = argument;
     if (++meeting.arrived < count) {
         auto text = [](const void* object, uint32_t count) {
@@ -101,6 +117,7 @@ void Machine::meet(Meeting& meeting, uint32_t count, uint32_t index, void* argum
     }
     act(meeting.arguments.data());
     meeting.arrived = 0;
+    meeting.warps_seen = 0;
     wake(meeting.waiters);
 }
 

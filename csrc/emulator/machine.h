@@ -43,8 +43,13 @@ struct Meeting {
     Site site;
     uint32_t arrived = 0;
     std::array<void*, kWarpgroup> arguments{};
+    std::array<uint64_t, kWarpgroup / kWarp> paths{};   // of each warp's first lane
+    uint32_t warps_seen = 0;
     WaitList waiters;
 };
+
+// Aligned instructions want all lanes to arrive together: after a branch with synchronisation in it, sync_warp first.
+enum class Convergence { Needed, NotNeeded };
 
 // Groups of one asynchronous kind: operations join the open group, commit closes it, wait counts closed ones.
 struct Groups {
@@ -73,6 +78,7 @@ struct Thread {
     bool at_cluster_barrier = false;
     Time cluster_generation = 0;
     bool finished = false;
+    uint64_t path = 0;                  // synchronisation calls since its warp was last together, as a hash
     const char* operation = "";         // the layer call it is in
     Site site;
     Waiting waiting;
@@ -199,7 +205,7 @@ struct Machine {
     void wake(WaitList& list);
     // Runs `act(arguments of all lanes)` when the last of `count` lanes arrives; the others wait for it.
     void meet(Meeting& meeting, uint32_t count, uint32_t index, void* argument,
-              const std::function<void(void**)>& act);
+              const std::function<void(void**)>& act, Convergence convergence = Convergence::Needed);
     [[noreturn]] void fail(const char* rule, const std::string& text);
 
     void loop();

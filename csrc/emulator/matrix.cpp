@@ -240,7 +240,7 @@ void wait_for_warp(int pending) {
 
 // Runs `act(lane, argument)` for all lanes of the warp in turn, each under its own identity.
 template <class Act>
-void for_all_lanes(void* argument, Act act) {
+void for_all_lanes(void* argument, Convergence convergence, Act act) {
     Thread* self = machine->self;
     machine->meet(self->warp->meeting, kWarp, self->lane, argument, [&](void** arguments) {
         for (uint32_t lane = 0; lane < kWarp; ++lane) {
@@ -248,7 +248,7 @@ void for_all_lanes(void* argument, Act act) {
             act(lane, arguments);
         }
         machine->self = self;
-    });
+    }, convergence);
 }
 
 struct MatrixCall {
@@ -271,7 +271,7 @@ using namespace emulator;
 bool elect_one(Site site) {
     machine->enter(site, "elect_one", false);
     Thread& self = *machine->self;
-    machine->meet(self.warp->meeting, kWarp, self.lane, nullptr, [](void**) {});
+    machine->meet(self.warp->meeting, kWarp, self.lane, nullptr, [](void**) {}, Convergence::NotNeeded);
     // Any lane may be the one, so each seed picks another.
     return self.lane == machine->setup.seed * 7 % kWarp;
 }
@@ -279,7 +279,7 @@ bool elect_one(Site site) {
 uint32_t exchange(uint32_t bits, uint32_t source, Site site) {
     machine->enter(site, "shuffle", false);
     uint32_t call[3] = {bits, source, 0};
-    for_all_lanes(call, [](uint32_t lane, void** calls) {
+    for_all_lanes(call, Convergence::NotNeeded, [](uint32_t lane, void** calls) {
         auto mine = static_cast<uint32_t*>(calls[lane]);
         mine[2] = static_cast<uint32_t*>(calls[mine[1]])[0];
     });
@@ -287,9 +287,11 @@ uint32_t exchange(uint32_t bits, uint32_t source, Site site) {
 }
 
 void fence_accumulators(Site site) {
-    if (machine->enter(site, "wgmma_fence", true)) {
-        machine->self->warp->wgmma_fenced = true;
+    if (!machine->enter(site, "wgmma_fence", true)) {
+        return;
     }
+    Thread& self = *machine->self;
+    machine->meet(self.warp->meeting, kWarp, self.lane, nullptr, [&](void**) { self.warp->wgmma_fenced = true; });
 }
 
 void issue_wgmma(float* d, int columns, bool is_bf16, Major major_a, Major major_b, uint64_t a, uint64_t b,
@@ -328,7 +330,7 @@ void wait_wgmma(int pending, Site site) {
 void store_matrix(uint32_t row, const uint32_t* r, bool transposed, Site site) {
     machine->enter(site, "stmatrix", false);
     MatrixCall call{row, const_cast<uint32_t*>(r)};
-    for_all_lanes(&call, [&](uint32_t lane, void** calls) {
+    for_all_lanes(&call, Convergence::Needed, [&](uint32_t lane, void** calls) {
         const SharedPlace at = shared_place(static_cast<MatrixCall*>(calls[lane])->row, 16, 16);
         check_write(at.block->shared, at.offset, 16, thread_actor(site));
         for (uint32_t column = 0; column < 8; ++column) {
@@ -343,7 +345,7 @@ void store_matrix(uint32_t row, const uint32_t* r, bool transposed, Site site) {
 void load_matrix(uint32_t* r, uint32_t row, bool transposed, Site site) {
     machine->enter(site, "ldmatrix", false);
     MatrixCall call{row, r};
-    for_all_lanes(&call, [&](uint32_t lane, void** calls) {
+    for_all_lanes(&call, Convergence::Needed, [&](uint32_t lane, void** calls) {
         const SharedPlace at = shared_place(static_cast<MatrixCall*>(calls[lane])->row, 16, 16);
         check_read(at.block->shared, at.offset, 16, thread_actor(site));
         for (uint32_t column = 0; column < 8; ++column) {

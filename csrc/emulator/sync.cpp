@@ -117,6 +117,20 @@ void arrive_named(uint32_t id, uint32_t threads, bool wait) {
     machine->wake(barrier.waiters);
 }
 
+// Barrier instructions are aligned: the lanes of a warp arrive together.
+void assemble_warp() {
+    Thread& self = *machine->self;
+    machine->meet(self.warp->meeting, kWarp, self.lane, nullptr, [](void**) {});
+}
+
+void arrive_user_barrier(uint32_t id, uint32_t threads, bool wait) {
+    if (id == 0 || id >= kNamedBarriers) {
+        machine->fail("named barrier", where() + ": id must be 1 to 15, got " + std::to_string(id));
+    }
+    assemble_warp();
+    arrive_named(id, threads, wait);
+}
+
 std::string cluster_state(const void* object, uint32_t) {
     const auto& cluster = *static_cast<const Cluster*>(object);
     return "cluster barrier, " + std::to_string(cluster.arrived) + " of " +
@@ -293,6 +307,8 @@ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity, Site site) {
 
 void sync_threads(Site site) {
     if (machine->enter(site, "sync_threads", true)) {
+        // The compiler brings a warp together at __syncthreads.
+        machine->self->path = 0;
         arrive_named(0, uint32_t(machine->self->block->threads.size()), true);
     }
 }
@@ -301,20 +317,14 @@ void bar_sync(uint32_t id, uint32_t threads, Site site) {
     if (!machine->enter(site, "bar_sync", true)) {
         return;
     }
-    if (id == 0 || id >= kNamedBarriers) {
-        machine->fail("named barrier", where() + ": id must be 1 to 15, got " + std::to_string(id));
-    }
-    arrive_named(id, threads, true);
+    arrive_user_barrier(id, threads, true);
 }
 
 void bar_arrive(uint32_t id, uint32_t threads, Site site) {
     if (!machine->enter(site, "bar_arrive", true)) {
         return;
     }
-    if (id == 0 || id >= kNamedBarriers) {
-        machine->fail("named barrier", where() + ": id must be 1 to 15, got " + std::to_string(id));
-    }
-    arrive_named(id, threads, false);
+    arrive_user_barrier(id, threads, false);
 }
 
 void sync_warp(Site site) {
@@ -330,13 +340,14 @@ void sync_warp(Site site) {
         for (uint32_t lane = 0; lane < kWarp && machine->setup.lanes; ++lane) {
             static_cast<Agent*>(agents[lane])->known.join(all);
         }
-    });
+    }, Convergence::NotNeeded);
 }
 
 void cluster_arrive(Site site) {
     if (!machine->enter(site, "cluster_arrive", true)) {
         return;
     }
+    assemble_warp();
     Thread& self = *machine->self;
     Cluster& cluster = *self.block->cluster;
     if (self.at_cluster_barrier) {
@@ -353,6 +364,7 @@ void cluster_wait(Site site) {
     if (!machine->enter(site, "cluster_wait", true)) {
         return;
     }
+    assemble_warp();
     Thread& self = *machine->self;
     Cluster& cluster = *self.block->cluster;
     if (!self.at_cluster_barrier) {

@@ -259,6 +259,19 @@ void changing_participants(const BugProblem) {
     }
 }
 
+// An aligned instruction right after a branch in which one lane synchronises.
+template <bool Broken>
+void barrier_after_branch(const BugProblem) {
+    init_barriers(1, 1);
+    if (thread_rank() == 0) {
+        mbarrier_arrive(shared_base());
+    }
+    if (!Broken) {
+        sync_warp();
+    }
+    bar_sync(1, 128);
+}
+
 template <bool Broken>
 void differing_counts(const BugProblem) {
     bar_sync(1, Broken && warp_rank() == 1 ? 96 : 128);
@@ -342,6 +355,7 @@ void restaging(const BugProblem p) {
         if (thread_rank() == 0 && !Broken) {
             bulk_wait_read<0>();
         }
+        sync_warp();
         bar_sync(1, 128);
         fill_tile(tile, 128);
         fence_async_shared();
@@ -350,6 +364,7 @@ void restaging(const BugProblem p) {
             tma_store(&p.to, tile, 0, round * 64);
             bulk_commit();
         }
+        sync_warp();
     }
     if (thread_rank() == 0) {
         bulk_wait<0>();
@@ -442,6 +457,7 @@ void multiplying(const BugProblem p) {
             tma_load(a, &p.from, base, 0, 0);
             tma_load(b, &p.from, base, 0, 0);
         }
+        sync_warp();
         // Only one warp forgets to wait.
         if (!broken(Mma::NoFullWait) || warp_rank() != 2) {
             mbarrier_wait(base, 0);
@@ -469,6 +485,7 @@ void multiplying(const BugProblem p) {
             load_tile(p, a, base + 16);
         }
         mbarrier_wait(base + 16, 0);
+        sync_warp();
     }
     if (!broken(Mma::NoWait)) {
         wgmma_wait<0>(d);
@@ -488,6 +505,7 @@ void reaching_across(const BugProblem) {
         mbarrier_init(base, 1);
         fence_barrier_init();
     }
+    sync_warp();
     if (broken(Peer::UnsyncedStart)) {
         sync_threads();
     } else {
@@ -504,6 +522,7 @@ void reaching_across(const BugProblem) {
     if (Fault != Peer::EarlyExit || cluster_rank() == 0) {
         broken(Peer::BlockScopeWait) ? mbarrier_wait(base, 0) : mbarrier_wait_cluster(base, 0);
     }
+    sync_warp();
     if (!broken(Peer::EarlyExit)) {
         cluster_sync();
     }
@@ -594,6 +613,7 @@ const Bug kBugs[] = {
     HOPPER_BUG("beyond_global", "out of bounds", beyond_global<),
     {"blocks_race", "race", &blocks_race<false>, &blocks_race<true>, {2, 64, 1, 1024, 168}},
     HOPPER_BUG("half_a_warp", "divergent collective", half_a_warp<),
+    HOPPER_BUG("barrier_after_branch", "divergent collective", barrier_after_branch<),
     HOPPER_BUG("changing_participants", "named barrier", changing_participants<),
     HOPPER_BUG("differing_counts", "named barrier", differing_counts<),
     HOPPER_BUG("cp_async_unwaited", "race", cp_async_unwaited<),

@@ -173,6 +173,7 @@ __global__ void multicast_kernel(const __grid_constant__ ProbeProblem p) {
     }
     mbarrier_wait(barrier, 0);
     dump(p, box, 2 * p.bytes_a, 128);
+    sync_warp();
     cluster_sync();
 }
 
@@ -250,6 +251,7 @@ __global__ void __launch_bounds__(128, 1) tma_wgmma_kernel(const __grid_constant
         tma_load(a_at, &p.a, barrier, 0, 0);
         tma_load(b_at, &p.b, barrier, 0, 0);
     }
+    sync_warp();
     mbarrier_wait(barrier, 0);
     const uint64_t a = advanced(p.descriptor_a, a_at), b = advanced(p.descriptor_b, b_at);
     float d[32];
