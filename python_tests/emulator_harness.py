@@ -99,10 +99,11 @@ def cubin(runner):
 def device():
     """The same entry points for a CUDA device."""
     sources = " ".join(str(EMULATOR / "tests" / f"{runner}.cpp") for runner in RUNNERS)
+    # Without NDEBUG every spin is bounded: a hang becomes an error.
+    flags = NVCC_FLAGS.replace("-DNDEBUG ", "") + " -cudart static -Xcompiler -fPIC -shared"
     lines = [
         "rule device",
-        # Without NDEBUG every spin is bounded: a hang becomes an error.
-        f"  command = {nvcc()} -x cu {NVCC_FLAGS.replace('-DNDEBUG ', '')} -cudart static -Xcompiler -fPIC -shared -o $out $in",
+        f"  command = {nvcc()} -x cu {flags} -o $out $in",
         f"build libdevice.so: device {sources} | {' '.join(map(str, sorted(CUDA.glob('*.cuh'))))}"
         f" {EMULATOR / 'tests' / 'probes.cuh'} {EMULATOR / 'tests' / 'runner.h'}",
     ]

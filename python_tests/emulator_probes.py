@@ -128,7 +128,9 @@ def accumulators(product):
     """(128, N / 2) registers that hold a 64 × N product, thread by thread, from CuTe's CLayout_64xN."""
     columns = product.shape[1]
     out = np.zeros((128, columns // 2), np.float32)
-    for t0, t1, t2, v0, v1, v2 in itertools.product(range(4), range(8), range(4), range(2), range(2), range(columns // 8)):
+    for t0, t1, t2, v0, v1, v2 in itertools.product(
+        range(4), range(8), range(4), range(2), range(2), range(columns // 8)
+    ):
         index = t0 * 128 + t1 + t2 * 16 + v0 * 64 + v1 * 8 + v2 * 512  # column-major in 64 × N
         out[t0 + 4 * t1 + 32 * t2, v0 + 2 * v1 + 4 * v2] = product[index % 64, index // 64]
     return out

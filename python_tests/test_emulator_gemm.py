@@ -131,9 +131,7 @@ def test_deleting_a_synchronisation_call_is_caught(line):
         exact, budget = reference(shape, torch.bfloat16, True)
         for seed in range(3):
             for lanes in (False, True):
-                y, ticket, result = run_gemm(
-                    x, weight, bias, tile=tile, seed=seed, lanes=lanes, skipped_line=line
-                )
+                y, ticket, result = run_gemm(x, weight, bias, tile=tile, seed=seed, lanes=lanes, skipped_line=line)
                 wrong = not (y.double() - exact).abs().max().item() <= budget
                 caught.append(bool(result.rule) or wrong or ticket != 0)
     assert caught

@@ -1,4 +1,4 @@
-"""The same kernels under nvcc: no spill, no stack, no serialised wgmma, and the instructions that they are meant to be."""
+"""The same kernels under nvcc: no spill, no stack, no serialised wgmma, and the instructions they are meant to be."""
 
 import os
 import re

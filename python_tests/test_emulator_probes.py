@@ -62,7 +62,8 @@ def cute_headers():
         package = importlib.metadata.distribution("nvidia-cutlass")
     except importlib.metadata.PackageNotFoundError:
         return None
-    return next((Path(package.locate_file(f)).parents[1] for f in package.files if f.match("include/cute/tensor.hpp")), None)
+    found = [Path(package.locate_file(f)) for f in package.files if f.match("include/cute/tensor.hpp")]
+    return found[0].parents[1] if found else None
 
 
 def test_formulas_agree_with_cute():

@@ -49,7 +49,8 @@ std::string where() {
 uint32_t swizzle_address(uint32_t address, Swizzle mode) {
     const uint32_t line = address / 128 % 8;
     const uint32_t chunk = address / 16 % 8;
-    const uint32_t flips = mode == Swizzle::B128 ? line : mode == Swizzle::B64 ? line % 4 : mode == Swizzle::B32 ? line % 2 : 0;
+    const uint32_t chunks = mode == Swizzle::B128 ? 8 : mode == Swizzle::B64 ? 4 : mode == Swizzle::B32 ? 2 : 1;
+    const uint32_t flips = line % chunks;
     return address / 128 * 128 + (chunk ^ flips) * 16 + address % 16;
 }
 

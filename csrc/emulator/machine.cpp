@@ -39,12 +39,6 @@ AgentId Machine::new_agents(AgentId count) {
     return next_agent - count;
 }
 
-// Delays spread over several orders of magnitude: from the next step to after most other work.
-uint64_t Machine::late() const {
-    auto& generator = machine->random;
-    return step + 1 + generator() % (uint64_t(1) << (generator() % 13));
-}
-
 bool Machine::slow(const Thread& thread) const {
     const uint64_t id = uint64_t(thread.block->rank) * 64 + thread.warp->rank;
     return ((id + slow_salt) * 0x9E3779B97F4A7C15ull >> 61) == 0;

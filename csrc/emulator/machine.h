@@ -195,8 +195,8 @@ struct Machine {
     AgentId new_agents(AgentId count);
     uint64_t draw(uint64_t below) { return random() % below; }
 
-    // Asynchronous work that takes place at a random later step.
-    uint64_t late() const;
+    // When asynchronous work takes place: delays from the next step to after most other work.
+    uint64_t late() { return step + 1 + draw(uint64_t(1) << draw(13)); }
     void later(uint64_t due, std::function<void()> action) { pending.emplace(due, std::move(action)); }
 
     // First thing in every layer call: maybe let others run. False if the mutation test deletes the call.

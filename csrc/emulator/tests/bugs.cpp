@@ -528,6 +528,15 @@ void reaching_across(const BugProblem) {
     }
 }
 
+template <bool Broken>
+void arrive_twice(const BugProblem) {
+    cluster_arrive();
+    if (Broken) {
+        cluster_arrive();
+    }
+    cluster_wait();
+}
+
 // ---- Deadlocks ----
 
 template <bool Broken>
@@ -648,6 +657,7 @@ const Bug kBugs[] = {
      &reaching_across<Peer::EarlyExit, true>, {2, 64, 2, 1024, 168}},
     {"unsynced_start", "race|mbarrier not initialised", &reaching_across<Peer::UnsyncedStart, false>,
      &reaching_across<Peer::UnsyncedStart, true>, {2, 64, 2, 1024, 168}},
+    {"arrive_twice", "cluster barrier", &arrive_twice<false>, &arrive_twice<true>, {2, 64, 2, 1024, 168}},
     HOPPER_BUG("circular", "deadlock", circular<),
     {"static_order", "deadlock", &static_order<false>, &static_order<true>, {4, 32, 1, 1024, 168}, false, 2},
     {"register_shortage", "deadlock", &register_shortage<false>, &register_shortage<true>,

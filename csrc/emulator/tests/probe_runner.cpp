@@ -33,13 +33,14 @@ using Kernel = void (*)(ProbeProblem);
 
 template <int N>
 Kernel wgmma_probe(uint32_t options) {
-    const bool is_fp16 = options >> 16 & 1;
-    switch (options >> 17 & 3) {
-        case 0: return is_fp16 ? &wgmma_kernel<N, fp16, Major::K, Major::K> : &wgmma_kernel<N, bf16, Major::K, Major::K>;
-        case 1: return &wgmma_kernel<N, bf16, Major::MN, Major::K>;
-        case 2: return &wgmma_kernel<N, bf16, Major::K, Major::MN>;
-        default:
-            return is_fp16 ? &wgmma_kernel<N, fp16, Major::MN, Major::MN> : &wgmma_kernel<N, bf16, Major::MN, Major::MN>;
+    switch (options >> 16 & 7) {
+        case 0: return &wgmma_kernel<N, bf16, Major::K, Major::K>;
+        case 1: return &wgmma_kernel<N, fp16, Major::K, Major::K>;
+        case 2: return &wgmma_kernel<N, bf16, Major::MN, Major::K>;
+        case 4: return &wgmma_kernel<N, bf16, Major::K, Major::MN>;
+        case 6: return &wgmma_kernel<N, bf16, Major::MN, Major::MN>;
+        case 7: return &wgmma_kernel<N, fp16, Major::MN, Major::MN>;
+        default: return nullptr;
     }
 }
 

@@ -24,8 +24,10 @@ void compare_accumulators() {
     for (int thread = 0; thread < 128; ++thread) {
         for (int i = 0; i < N / 2; ++i) {
             const int index = layout(thread, i);
-            expect(index % 64 == int(hopper::accumulator_row(thread / 32, thread % 32, i)), "accumulator row", thread, i);
-            expect(index / 64 == int(hopper::accumulator_column(thread % 32, i)), "accumulator column", thread, i);
+            const auto row = int(hopper::accumulator_row(thread / 32, thread % 32, i));
+            const auto column = int(hopper::accumulator_column(thread % 32, i));
+            expect(index % 64 == row, "accumulator row", thread, i);
+            expect(index / 64 == column, "accumulator column", thread, i);
         }
     }
 }
@@ -59,14 +61,16 @@ void compare_tile(const Tensor& tile, Linear linear, const char* what) {
     }
 }
 
-void compare_descriptor(uint32_t start, uint32_t leading, uint32_t stride, cute::SM90::GMMA::LayoutType type, hopper::Swizzle mode) {
+void compare_descriptor(uint32_t start, uint32_t leading, uint32_t stride, cute::SM90::GMMA::LayoutType type,
+                        hopper::Swizzle mode) {
     cute::GmmaDescriptor expected;
     expected.bitfield.start_address_ = uint16_t((start & 0x3FFFF) >> 4);
     expected.bitfield.leading_byte_offset_ = uint16_t(leading >> 4);
     expected.bitfield.stride_byte_offset_ = uint16_t(stride >> 4);
     expected.bitfield.base_offset_ = 0;
     expected.bitfield.layout_type_ = uint8_t(type);
-    expect(uint64_t(expected) == hopper::matrix_descriptor(start, leading, stride, mode), "descriptor", int(start), int(stride));
+    const uint64_t ours = hopper::matrix_descriptor(start, leading, stride, mode);
+    expect(uint64_t(expected) == ours, "descriptor", int(start), int(stride));
 }
 
 // The strides that CuTe itself derives for a tile.
