@@ -1,0 +1,10 @@
+"""LoRA² training (arXiv 2408.06854): which singular values to keep, and how to keep the singular vectors orthogonal.
+
+Works on every layer that holds an active LoRA² adapter, the plain `LoRA2Linear` as well as the PEFT layer.
+"""
+
+from .allocator import NonFiniteGradientError, RankAllocator
+from .layers import Layer, layers
+from .penalty import orthogonal_penalty
+
+__all__ = ["Layer", "NonFiniteGradientError", "RankAllocator", "layers", "orthogonal_penalty"]

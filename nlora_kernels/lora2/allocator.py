@@ -1,0 +1,258 @@
+"""Which singular values to keep: scores, schedule and masks over all layers of a model at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Layer, layers
+
+
+class NonFiniteGradientError(ArithmeticError):
+    """A gradient held NaN or infinity; the allocator's state is as it was before the step."""
+
+
+class RankAllocator:
+    """I(i) = S(E_i) + mean_k S(u[i, :]) + mean_k S(U[:, i]),  S = Ī·Ū
+
+    with the moving averages of sensitivity and uncertainty, for every element w of E, u and U:
+
+        Ī ← β1·Ī + (1 − β1)·|w·∂w|,   Ū ← β2·Ū + (1 − β2)·| |w·∂w| − Ī |
+
+    Keeps the singular values of greatest importance over all layers of a model (LoRA², arXiv 2408.06854, sec. 3, after
+    AdaLoRA, arXiv 2303.10512). Only the three small tensors of a layer are scored.
+
+    The number of values kept is b(t), t = 1 at the first step, falling from b_0 = Σ r to b_T = target_rank·layers:
+
+        b(t) = b_0                                                                     t ≤ t_init
+               int((b_0 − b_T)·(1 − (t − t_init)/(T − t_final − t_init))³ + b_T)       t_init < t < T − t_final
+               b_T                                                                     t ≥ T − t_final
+
+    Averages move while t < T − t_final. Values are masked where t > t_init is a multiple of delta_t, by zeros written
+    into E, from which they may regrow, and at t = T − t_final for good, by zeros in `lora_mask` too. Of equal scores
+    the earlier layer wins, then the smaller index.
+
+    Args:
+        model: holds LoRA² layers, see `layers`; their order is that of model.named_modules().
+        target_rank: singular values left per layer, on average, 1 … mean r.
+        total_steps: T, optimizer steps of the run.
+        t_init: steps before the first pruning, t_final: steps after the last, delta_t: steps between maskings.
+        beta1, beta2: 0 ≤ β < 1.
+        group: process group of data-parallel ranks; the scores of its first rank then decide for all. None needs no
+            communication and gives the same decisions wherever ranks hold equal parameters and gradients.
+
+    Raises:
+        TypeError: a step count or rank is no integer. ValueError: the model has no LoRA² layers, or a number is out
+        of range, or t_init + t_final ≥ total_steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        target_rank: int,
+        total_steps: int,
+        t_init: int,
+        t_final: int,
+        delta_t: int,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        group: Any = None,
+    ):
+        found = layers(model)
+        counts = {"target_rank": (target_rank, 1), "total_steps": (total_steps, 1)}
+        counts |= {"t_init": (t_init, 0), "t_final": (t_final, 0), "delta_t": (delta_t, 1)}
+        for name, (value, least) in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {beta}")
+        if t_init + t_final >= total_steps:
+            raise ValueError(f"t_init + t_final must be below total_steps = {total_steps}, got {t_init} + {t_final}")
+        ranks = [layer.r for layer in found]
+        if target_rank * len(found) > sum(ranks):
+            mean = sum(ranks) / len(found)
+            raise ValueError(f"target_rank must be at most the mean r of the layers, {mean:g}, got {target_rank}")
+        devices = {str(t.device) for layer in found for t in layer.scored}
+        if len(devices) > 1:
+            raise ValueError(f"the LoRA² adapters must be on one device, got {', '.join(sorted(devices))}")
+        self.target_rank, self.total_steps, self.t_init, self.t_final = target_rank, total_steps, t_init, t_final
+        self.delta_t, self.beta1, self.beta2, self.group = delta_t, beta1, beta2, group
+        self.layers = found
+        self.t = 0
+        self.skipped = 0
+        self._scored = [t for layer in found for t in layer.scored]
+        self._sizes = ranks
+        like = self._scored[0]
+        dtype = torch.promote_types(torch.float32, like.dtype)
+        self.exp_avg = torch.zeros(sum(t.numel() for t in self._scored), dtype=dtype, device=like.device)
+        self.exp_unc = torch.zeros_like(self.exp_avg)
+        self._kept = torch.ones(sum(ranks), dtype=torch.bool, device=like.device)
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=like.device)
+        self._where, self._share = _score_index(found, self.exp_avg)
+
+    def budget(self, t: int) -> int:
+        """b(t), how many singular values step t leaves."""
+        first, last = sum(self._sizes), self.target_rank * len(self.layers)
+        if t <= self.t_init:
+            return first
+        if t >= self._freezing_step:
+            return last
+        remaining = 1 - (t - self.t_init) / (self._freezing_step - self.t_init)
+        return int((first - last) * remaining**3 + last)
+
+    @torch.no_grad()
+    def step(self, *, skip_nonfinite: bool = False) -> int:
+        """One step of the schedule; returns b(t). Call it after optimizer.step() and before zero_grad().
+
+        A tensor without a gradient counts as one with a zero gradient. A step whose gradients hold NaN or infinity
+        does not enter the averages: it raises, with nothing changed, or with skip_nonfinite, for losses that are
+        scaled, goes on with the scores as they were and is counted in `skipped`. On a device other than the CPU such
+        a step is seen at the next masking and not before, where the host waits for the device anyway: nothing else
+        here makes it wait.
+
+        Raises:
+            NonFiniteGradientError: see above.
+            RuntimeError: no tensor has a gradient; or total_steps steps were made already.
+        """
+        t = self.t + 1
+        if t > self.total_steps:
+            raise RuntimeError(f"step() must be called at most total_steps = {self.total_steps} times, got call {t}")
+        budget = self.budget(t)
+        freeze = t == self._freezing_step
+        mask = freeze or (self.t_init < t < self._freezing_step and t % self.delta_t == 0)
+        averages = None
+        if t < self._freezing_step:
+            averages = self._averages()
+            if mask or self._reports_at_once:
+                self._report(skip_nonfinite)
+        elif freeze:
+            self._report(skip_nonfinite)
+        if averages:
+            self.exp_avg, self.exp_unc = averages
+        if mask:
+            self._mask(budget, freeze)
+        self.t = t
+        return budget
+
+    def importance(self) -> dict[str, Tensor]:
+        """{module name: scores (r,)}, higher is more important."""
+        return self._by_layer(self._scores())
+
+    def ranks(self) -> dict[str, int]:
+        """{module name: how many of its singular values the last masking kept}, r before the first."""
+        return {name: sum(kept) for name, kept in self._by_layer(self._kept.cpu(), Tensor.tolist).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on exactly from here, beside the model's own parameters and buffers."""
+        return {
+            "layers": {layer.name: [layer.r, layer.k] for layer in self.layers},
+            "t": self.t,
+            "skipped": self.skipped,
+            "exp_avg": self.exp_avg.clone(),
+            "exp_unc": self.exp_unc.clone(),
+            "kept": self._kept.clone(),
+            "nonfinite": int(self._nonfinite),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError, with nothing changed, if the state is of other layers, ranks or a longer schedule."""
+        own = self.state_dict()
+        if missing := own.keys() - state.keys():
+            raise ValueError(f"state must hold {', '.join(own)}, got none of {', '.join(sorted(missing))}")
+        for name in own["layers"] | state["layers"]:
+            expected, actual = own["layers"].get(name), state["layers"].get(name)
+            if expected is None or actual is None or list(actual) != expected:
+                raise ValueError(f"state must hold (r, k) = {expected} of layer {name}, got {actual}")
+        if not 0 <= state["t"] <= self.total_steps:
+            raise ValueError(f"state must be of a step up to total_steps = {self.total_steps}, got {state['t']}")
+        for name in ("exp_avg", "exp_unc", "kept"):
+            if state[name].shape != own[name].shape:
+                raise ValueError(f"{name} must have shape {tuple(own[name].shape)}, got {tuple(state[name].shape)}")
+        self.t, self.skipped = state["t"], state["skipped"]
+        self.exp_avg = state["exp_avg"].to(self.exp_avg, copy=True)
+        self.exp_unc = state["exp_unc"].to(self.exp_unc, copy=True)
+        self._kept = state["kept"].to(self._kept, copy=True)
+        self._nonfinite.fill_(state["nonfinite"])
+
+    @property
+    def _freezing_step(self) -> int:
+        return self.total_steps - self.t_final
+
+    @property
+    def _reports_at_once(self) -> bool:
+        # Elsewhere reading the flag would make the host wait for the device.
+        return self.exp_avg.is_cpu
+
+    def _averages(self) -> tuple[Tensor, Tensor]:
+        """The averages after this step, and in `_nonfinite` whether they are only those before it."""
+        grads = [t.grad for t in self._scored]
+        if all(grad is None for grad in grads):
+            raise RuntimeError("step() must be called between backward() and zero_grad(), got no gradient at all")
+        w = _flat(self._scored).to(self.exp_avg.dtype)
+        g = _flat([torch.zeros_like(t) if d is None else d for t, d in zip(self._scored, grads, strict=True)])
+        sensitivity = (w * g.to(w.dtype)).abs_()
+        finite = sensitivity.isfinite().all()
+        exp_avg = self.beta1 * self.exp_avg + (1 - self.beta1) * sensitivity
+        exp_unc = self.beta2 * self.exp_unc + (1 - self.beta2) * (sensitivity - exp_avg).abs_()
+        self._nonfinite += ~finite
+        return torch.where(finite, exp_avg, self.exp_avg), torch.where(finite, exp_unc, self.exp_unc)
+
+    def _report(self, skip_nonfinite: bool) -> None:
+        count = int(self._nonfinite)
+        if not count:
+            return
+        self._nonfinite.zero_()
+        if not skip_nonfinite:
+            raise NonFiniteGradientError(
+                f"gradients of lora_E, lora_u and lora_U must be finite, got NaN or infinity in {count} step(s)"
+            )
+        self.skipped += count
+
+    def _scores(self) -> Tensor:
+        return ((self.exp_avg * self.exp_unc)[self._where] * self._share).sum(1)
+
+    def _mask(self, budget: int, freeze: bool) -> None:
+        scores = self._scores()
+        if self.group is not None:
+            torch.distributed.broadcast(scores, group_src=0, group=self.group)
+        order = scores.argsort(descending=True, stable=True)
+        self._kept = torch.zeros_like(self._kept).index_fill_(0, order[:budget], True)
+        kept = self._kept.to(self.exp_avg.dtype).split(self._sizes)
+        torch._foreach_mul_([layer.lora_E for layer in self.layers], kept)
+        if freeze:
+            torch._foreach_copy_([layer.lora_mask for layer in self.layers], kept)
+
+    def _by_layer(self, values: Tensor, convert=Tensor.clone) -> dict[str, Any]:
+        parts = zip(self.layers, values.split(self._sizes), strict=True)
+        return {layer.name: convert(part) for layer, part in parts}
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def _score_index(found: list[Layer], flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Which elements of the flat averages make up each singular value's score, and with what weight: (Σr, 1 + 2·max k).
+
+    A sum over the second dimension is then the score, in a fixed order. Where a layer's k is smaller the rest of its
+    rows weighs nothing.
+    """
+    width = 1 + 2 * max(layer.k for layer in found)
+    where = torch.zeros(sum(layer.r for layer in found), width, dtype=torch.int64)
+    share = torch.zeros(where.shape, dtype=flat.dtype)
+    row = start = 0
+    for layer in found:
+        r, k = layer.r, layer.k
+        E = start + torch.arange(r)[:, None]
+        u = start + r + torch.arange(r * k).view(r, k)
+        U = start + r + r * k + torch.arange(k * r).view(k, r)
+        where[row : row + r, : 1 + 2 * k] = torch.cat([E, u, U.T], 1)
+        share[row : row + r, 0] = 1
+        share[row : row + r, 1 : 1 + 2 * k] = 1 / k
+        row, start = row + r, start + r + 2 * r * k
+    return where.to(flat.device), share.to(flat.device)

@@ -1,0 +1,58 @@
+"""What makes a LoRA² layer, the same for the plain module and the PEFT layer."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+_TENSORS = ("lora_E", "lora_u", "lora_U", "lora_v", "lora_V", "lora_mask")
+
+
+class Layer(NamedTuple):
+    """The tensors of one LoRA² adapter: E (r), u (r, k), U (k, r), v (k, in), V (out, k) and the mask (r)."""
+
+    name: str
+    module: nn.Module
+    lora_E: Tensor
+    lora_u: Tensor
+    lora_U: Tensor
+    lora_v: Tensor
+    lora_V: Tensor
+    lora_mask: Tensor
+
+    @property
+    def r(self) -> int:
+        return self.lora_u.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.lora_u.shape[1]
+
+    @property
+    def scored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three small tensors that importance is computed from."""
+        return self.lora_E, self.lora_u, self.lora_U
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """The LoRA² adapters of a model in the order of its modules.
+
+    A layer is a module with the attributes lora_E, lora_u, lora_U, lora_v, lora_V and lora_mask, each a tensor or a
+    mapping from adapter name to tensor; of a mapping it is the one active adapter that counts.
+
+    Raises ValueError if the model has none, or a layer more than one active.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not all(hasattr(module, attribute) for attribute in _TENSORS):
+            continue
+        held = [getattr(module, attribute) for attribute in _TENSORS]
+        if isinstance(held[0], Tensor):
+            found.append(Layer(name, module, *held))
+            continue
+        active = [adapter for adapter in module.active_adapters if adapter in held[0]]
+        if len(active) > 1:
+            raise ValueError(f"model must have one active LoRA² adapter, layer {name} has {', '.join(active)}")
+        found += [Layer(name, module, *(mapping[adapter] for mapping in held)) for adapter in active]
+    if not found:
+        raise ValueError("model must have layers with an active LoRA² adapter, got none")
+    return found

@@ -1,0 +1,421 @@
+"""RankAllocator and orthogonal_penalty against their equations, written out again here value by value."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import nlora_kernels as nk
+from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
+
+SCHEDULE = {"target_rank": 2, "total_steps": 30, "t_init": 4, "t_final": 8, "delta_t": 3}
+# r and k of the layers of the test model: equal ones, and all orders of r and k.
+RANKS = [(6, 3), (4, 4), (6, 3), (3, 5)]
+
+
+class Net(nn.Module):
+    def __init__(self, ranks=RANKS, width=12, dtype=torch.float32):
+        super().__init__()
+        linears = [nn.Linear(width, width, dtype=dtype) for _ in ranks]
+        self.layers = nn.ModuleList(
+            nk.LoRA2Linear.from_linear(linear, r, k) for linear, (r, k) in zip(linears, ranks, strict=True)
+        )
+        with torch.no_grad():
+            for layer in self.layers:
+                for t in (layer.lora_v, layer.lora_u, layer.lora_U, layer.lora_V):
+                    t.mul_(20)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def net(seed=0, **options):
+    torch.manual_seed(seed)
+    return Net(**options)
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.1)
+
+
+def backward(model, step):
+    generator = torch.Generator().manual_seed(step)
+    x, y = (torch.randn(16, 12, generator=generator) for _ in range(2))
+    loss = (model(x) - y).square().mean()
+    loss.backward()
+    return loss.item()
+
+
+def train(model, optimizer, allocator, steps):
+    budgets = []
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+        budgets.append(allocator.step())
+        optimizer.zero_grad()
+    return budgets
+
+
+def assert_same(actual, expected):
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        assert_same(list(actual.values()), list(expected.values()))
+    elif isinstance(expected, list):
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a, e)
+    else:
+        assert actual == expected
+
+
+class Equations:
+    """The published equations, one singular value after the other, in double precision."""
+
+    def __init__(self, model, target_rank, total_steps, t_init, t_final, delta_t, beta=0.85):
+        self.adapters = list(model.layers)
+        self.T, self.t_init, self.t_final, self.delta_t, self.beta = total_steps, t_init, t_final, delta_t, beta
+        self.b0 = sum(a.r for a in self.adapters)
+        self.bT = target_rank * len(self.adapters)
+        self.t = 0
+        self.averages = {}
+
+    def smooth(self, parameter, place):
+        product = (parameter.detach().double() * parameter.grad.double()).abs()
+        mean, spread = self.averages.get(place, (torch.zeros_like(product), torch.zeros_like(product)))
+        mean = self.beta * mean + (1 - self.beta) * product
+        spread = self.beta * spread + (1 - self.beta) * (product - mean).abs()
+        self.averages[place] = mean, spread
+
+    def scores(self):
+        result = {}
+        for n, adapter in enumerate(self.adapters):
+            S = {name: math.prod(self.averages[n, name]) for name in ("lora_E", "lora_u", "lora_U")}
+            for i in range(adapter.r):
+                result[n, i] = (
+                    S["lora_E"][i].item()
+                    + sum(S["lora_u"][i, c].item() for c in range(adapter.k)) / adapter.k
+                    + sum(S["lora_U"][c, i].item() for c in range(adapter.k)) / adapter.k
+                )
+        return result
+
+    @torch.no_grad()
+    def step(self):
+        self.t += 1
+        last = self.T - self.t_final
+        if self.t < last:
+            for n, adapter in enumerate(self.adapters):
+                for name in ("lora_E", "lora_u", "lora_U"):
+                    self.smooth(getattr(adapter, name), (n, name))
+        if self.t <= self.t_init:
+            return self.b0
+        budget = self.bT
+        if self.t < last:
+            part = 1 - (self.t - self.t_init) / (self.T - self.t_final - self.t_init)
+            budget = int((self.b0 - self.bT) * part**3 + self.bT)
+        if self.t == last or (self.t < last and self.t % self.delta_t == 0):
+            scores = self.scores()
+            kept = set(sorted(scores, key=lambda place: (-scores[place], *place))[:budget])
+            for n, i in scores.keys() - kept:
+                self.adapters[n].lora_E[i] = 0
+                if self.t == last:
+                    self.adapters[n].lora_mask[i] = 0
+        return budget
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_whole_run_equals_the_equations(seed):
+    model, twin = net(seed), net(seed)
+    optimizer, twin_optimizer = optimizer_of(model), optimizer_of(twin)
+    allocator, equations = RankAllocator(model, **SCHEDULE), Equations(twin, **SCHEDULE)
+    zeroed = 0
+    for step in range(SCHEDULE["total_steps"]):
+        assert backward(model, step) == pytest.approx(backward(twin, step), rel=1e-6)
+        optimizer.step()
+        twin_optimizer.step()
+        assert allocator.step() == equations.step()
+        expected = equations.scores()
+        actual = {(n, i): s for n, scores in enumerate(allocator.importance().values()) for i, s in enumerate(scores)}
+        assert actual.keys() == expected.keys()
+        for place, score in expected.items():
+            assert actual[place].item() == pytest.approx(score, rel=1e-5, abs=1e-12)
+        for layer, other in zip(model.layers, twin.layers, strict=True):
+            assert torch.equal(layer.lora_mask, other.lora_mask)
+            assert torch.equal(layer.lora_E == 0, other.lora_E == 0)
+            assert allocator.t >= 22 or layer.lora_mask.all()
+            zeroed += int((layer.lora_E == 0).sum()) if allocator.t < 22 else 0
+        optimizer.zero_grad()
+        twin_optimizer.zero_grad()
+    kept = {(n, i) for n, layer in enumerate(model.layers) for i in range(layer.r) if layer.lora_mask[i]}
+    assert len(kept) == SCHEDULE["target_rank"] * len(RANKS)
+    assert list(allocator.ranks().values()) == [int(layer.lora_mask.sum()) for layer in model.layers]
+    assert zeroed > 19
+
+
+def test_a_masked_value_may_regrow_until_the_mask_is_frozen():
+    model = net(ranks=[(2, 1), (2, 1)])
+    allocator = RankAllocator(model, target_rank=1, total_steps=5, t_init=0, t_final=2, delta_t=1)
+    kept = []
+    for strong in ([0, 0, 1, 1], [8, 0, 0, 8], [8, 0, 0, 8], [0, 8, 0, 8]):
+        for layer, values in zip(model.layers, torch.tensor(strong).view(2, 2), strict=True):
+            layer.lora_E.data += 1
+            layer.lora_E.grad = values.float()
+            layer.lora_u.grad = layer.lora_U.grad = None
+        budget = allocator.step()
+        E = torch.stack([layer.lora_E.data for layer in model.layers]).flatten()
+        kept.append((budget, E.tolist()))
+    assert kept == [(2, [0, 0, 1, 1]), (2, [1, 0, 0, 2]), (2, [2, 0, 0, 3]), (2, [3, 1, 1, 4])]
+    assert [layer.lora_mask.tolist() for layer in model.layers] == [[1, 0], [0, 1]]
+
+
+def test_the_frozen_mask_holds_against_weight_decay_and_momentum():
+    model = net()
+    optimizer, allocator = optimizer_of(model), RankAllocator(model, **SCHEDULE)
+    train(model, optimizer, allocator, range(30))
+    revived = 0
+    for layer in model.layers:
+        # Momentum moves the parameter itself; the function must not see it.
+        revived += int(layer.lora_E[layer.lora_mask == 0].count_nonzero())
+        core = nk.lora2_core(layer.lora_u, layer.lora_E * layer.lora_mask, layer.lora_U)
+        assert torch.equal(layer.matrices()[1], core)
+    assert revived
+
+
+@pytest.mark.parametrize("at", [2, 10, 12, 22, 25])
+def test_resuming_changes_nothing(at, tmp_path):
+    model = net()
+    optimizer, allocator = optimizer_of(model), RankAllocator(model, **SCHEDULE)
+    budgets = train(model, optimizer, allocator, range(30))
+
+    half = net()
+    half_optimizer, half_allocator = optimizer_of(half), RankAllocator(half, **SCHEDULE)
+    first = train(half, half_optimizer, half_allocator, range(at))
+    torch.save([half.state_dict(), half_optimizer.state_dict(), half_allocator.state_dict()], tmp_path / "state.pt")
+
+    resumed = net(seed=7)
+    resumed_optimizer, resumed_allocator = optimizer_of(resumed), RankAllocator(resumed, **SCHEDULE)
+    parts = torch.load(tmp_path / "state.pt", weights_only=True)
+    for part, state in zip((resumed, resumed_optimizer, resumed_allocator), parts, strict=True):
+        part.load_state_dict(state)
+    assert resumed_allocator.ranks() == half_allocator.ranks()
+    assert first + train(resumed, resumed_optimizer, resumed_allocator, range(at, 30)) == budgets
+    assert_same(resumed_allocator.state_dict(), allocator.state_dict())
+    assert_same(dict(resumed.state_dict()), dict(model.state_dict()))
+
+
+def test_ties_go_to_the_earlier_layer_then_the_smaller_index():
+    model = net()
+    for t in (t for layer in model.layers for t in (layer.lora_E, layer.lora_u, layer.lora_U)):
+        t.grad = torch.zeros_like(t)
+    allocator = RankAllocator(model, target_rank=2, total_steps=2, t_init=0, t_final=1, delta_t=1)
+    assert allocator.step() == 8
+    assert [layer.lora_mask.tolist() for layer in model.layers] == [[1] * 6, [1, 1, 0, 0], [0] * 6, [0] * 3]
+    assert list(allocator.ranks().values()) == [6, 2, 0, 0]
+
+
+def test_other_dtypes_strides_and_parameters_without_gradient():
+    model, twin = net(), net()
+    twin.layers[1].bfloat16()
+    model.layers[1].load_state_dict(twin.layers[1].state_dict())
+    for m in (model, twin):
+        for n, layer in enumerate(m.layers):
+            generator = torch.Generator().manual_seed(n)
+            layer.lora_E.data.fill_(0.5)
+            for t in (layer.lora_E, layer.lora_u, layer.lora_U):
+                t.grad = torch.randn(t.shape, generator=generator).bfloat16().to(t.dtype)
+    model.layers[2].lora_u.grad.zero_()
+    twin.layers[2].lora_u.grad = None
+    twin.layers[3].lora_u.data = twin.layers[3].lora_u.data.T.contiguous().T
+    twin.layers[3].lora_U.grad = twin.layers[3].lora_U.grad.T.contiguous().T
+    allocators = [RankAllocator(m, **SCHEDULE) for m in (model, twin)]
+    for allocator in allocators:
+        allocator.step()
+    scores, twin_scores = (a.importance() for a in allocators)
+    for name, expected in scores.items():
+        torch.testing.assert_close(twin_scores[name], expected, rtol=1e-6, atol=0)
+        assert (expected > 0).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("tensor", ["lora_E", "lora_u", "lora_U"])
+@pytest.mark.parametrize("at", [3, 5])
+def test_a_non_finite_gradient_leaves_everything_as_it_was(value, tensor, at):
+    model = net()
+    optimizer, allocator = optimizer_of(model), RankAllocator(model, **SCHEDULE)
+    train(model, optimizer, allocator, range(at))
+    backward(model, at)
+    grad = getattr(model.layers[2], tensor).grad
+    good = grad.clone()
+    grad.view(-1)[-1] = value
+    before = copy.deepcopy([dict(model.state_dict()), allocator.state_dict()])
+    with pytest.raises(nk.lora2.NonFiniteGradientError, match="NaN or infinity"):
+        allocator.step()
+    assert_same([dict(model.state_dict()), allocator.state_dict()], before)
+    # Skipped, the clock goes on and the scores stand.
+    scores = copy.deepcopy(allocator.importance())
+    assert allocator.step(skip_nonfinite=True) == allocator.budget(at + 1)
+    assert allocator.t == at + 1 and allocator.skipped == 1
+    assert_same(allocator.importance(), scores)
+    grad.copy_(good)
+    allocator.step()
+    assert allocator.skipped == 1 and allocator.exp_avg.isfinite().all()
+
+
+def test_on_other_devices_non_finite_gradients_are_reported_at_the_next_masking(monkeypatch):
+    monkeypatch.setattr(RankAllocator, "_reports_at_once", False)
+    model, twin = net(), net()
+    allocator, expected = RankAllocator(model, **SCHEDULE), RankAllocator(twin, **SCHEDULE)
+    optimizer = optimizer_of(model)
+    train(twin, optimizer_of(twin), expected, range(3))
+    train(model, optimizer, allocator, range(3))
+    backward(model, 3)
+    model.layers[0].lora_E.grad[0] = math.nan
+    assert allocator.step() == allocator.budget(4)
+    assert_same(allocator.importance(), expected.importance())
+    optimizer.zero_grad()
+    train(model, optimizer, allocator, [4])
+    backward(model, 5)
+    before = copy.deepcopy([dict(model.state_dict()), allocator.importance(), allocator.t])
+    with pytest.raises(nk.lora2.NonFiniteGradientError, match="1 step"):
+        allocator.step()
+    assert_same([dict(model.state_dict()), allocator.importance(), allocator.t], before)
+    # Said once, it is over.
+    assert allocator.step() == allocator.budget(6)
+
+
+def test_steps_that_a_gradient_scaler_skips():
+    model = net()
+    optimizer, allocator = optimizer_of(model), RankAllocator(model, **SCHEDULE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step in range(30):
+        x = torch.randn(16, 12, generator=torch.Generator().manual_seed(step))
+        loss = model(x).square().mean() * (math.inf if step in (4, 5, 12) else 1)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        allocator.step(skip_nonfinite=True)
+        optimizer.zero_grad()
+    assert allocator.skipped == 3 and sum(allocator.ranks().values()) == 8
+    assert all(t.isfinite().all() for t in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"t_init": 22}, ValueError, r"t_init \+ t_final must be below total_steps = 30, got 22 \+ 8"),
+        ({"target_rank": 5}, ValueError, r"target_rank must be at most the mean r of the layers, 4.75, got 5"),
+        ({"target_rank": 0}, ValueError, "target_rank must be at least 1, got 0"),
+        ({"delta_t": 0}, ValueError, "delta_t must be at least 1, got 0"),
+        ({"t_final": -1}, ValueError, "t_final must be at least 0, got -1"),
+        ({"total_steps": 30.0}, TypeError, "total_steps must be an integer, got float"),
+        ({"beta1": 1.0}, ValueError, "beta1 must be at least 0 and below 1, got 1.0"),
+        ({"beta2": -0.1}, ValueError, "beta2"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "model must have layers with an active LoRA² adapter, got none"),
+    ],
+)
+def test_bad_schedules(changed, error, message):
+    model = changed.get("model") or net()
+    before = copy.deepcopy(dict(model.state_dict()))
+    with pytest.raises(error, match=message):
+        RankAllocator(**{"model": model, **SCHEDULE, **changed})
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_steps_out_of_place():
+    model = net()
+    allocator = RankAllocator(model, **{**SCHEDULE, "total_steps": 13})
+    before = copy.deepcopy([dict(model.state_dict()), allocator.state_dict()])
+    with pytest.raises(RuntimeError, match="between backward"):
+        allocator.step()
+    assert_same([dict(model.state_dict()), allocator.state_dict()], before)
+    train(model, optimizer_of(model), allocator, range(13))
+    backward(model, 0)
+    before = copy.deepcopy([dict(model.state_dict()), allocator.state_dict()])
+    with pytest.raises(RuntimeError, match="at most total_steps = 13 times, got call 14"):
+        allocator.step()
+    assert_same([dict(model.state_dict()), allocator.state_dict()], before)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("exp_unc"), "exp_unc"),
+        (lambda s: s["layers"].update({"layers.0": [6, 4]}), r"\(r, k\) = \[6, 3\] of layer layers.0, got \[6, 4\]"),
+        (lambda s: s["layers"].pop("layers.3"), "layers.3, got None"),
+        (lambda s: s["layers"].update({"layers.9": [1, 1]}), "layers.9"),
+        (lambda s: s.update(t=31), "up to total_steps = 30, got 31"),
+        (lambda s: s.update(kept=s["kept"][1:]), r"kept must have shape \(19,\), got \(18,\)"),
+    ],
+)
+def test_bad_states(change, message):
+    model = net()
+    allocator = RankAllocator(model, **SCHEDULE)
+    train(model, optimizer_of(model), allocator, range(7))
+    before = allocator.state_dict()
+    state = copy.deepcopy(before)
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        allocator.load_state_dict(state)
+    assert_same(allocator.state_dict(), before)
+
+
+def penalty_by_definition(model, form):
+    def off(m):
+        return m - torch.eye(len(m), dtype=m.dtype)
+
+    total = 0
+    for layer in model.layers:
+        v, u, U, V = layer.lora_v, layer.lora_u, layer.lora_U, layer.lora_V
+        terms = [v @ v.T, u.T @ u, U @ U.T, V.T @ V]
+        if form == "paper":
+            terms += [u @ v @ v.T @ u.T, U.T @ V.T @ V @ U]
+            total = total + sum(off(m).square().sum() for m in terms)
+        else:
+            total = total + sum(torch.linalg.matrix_norm(off(m)) for m in terms) / (4 * len(model.layers))
+    return total
+
+
+@pytest.mark.parametrize("form", ["paper", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_both_penalties_equal_autograd_through_their_definitions(form, dtype):
+    model = net().to(dtype)
+    exact = copy.deepcopy(model).double()
+    expected = penalty_by_definition(exact, form)
+    (0.3 * expected).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = orthogonal_penalty(model, form)
+        (0.3 * value).backward()
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8}[dtype]
+    assert value.item() == pytest.approx(expected.item(), rel=min(tolerance, 1e-6))
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        if name.split(".")[-1] in ("lora_v", "lora_u", "lora_U", "lora_V"):
+            assert p.grad.dtype == dtype and p.grad.is_contiguous()
+            scale = q.grad.abs().max()
+            torch.testing.assert_close(p.grad.double() / scale, q.grad / scale, rtol=0, atol=tolerance)
+        else:
+            assert p.grad is None
+
+
+@pytest.mark.parametrize("form", ["paper", "reference"])
+def test_the_penalty_of_orthogonal_vectors_and_its_gradient_are_zero(form):
+    model = net(ranks=[(4, 4)] * 2)
+    for layer in model.layers:
+        for t in (layer.lora_v, layer.lora_u, layer.lora_U, layer.lora_V):
+            t.data = torch.eye(*t.shape)
+    value = orthogonal_penalty(model, form)
+    value.backward()
+    assert value == 0
+    for layer in model.layers:
+        assert not any(t.grad.any() for t in (layer.lora_v, layer.lora_u, layer.lora_U, layer.lora_V))
+
+
+def test_the_penalty_names_what_it_does_not_take():
+    with pytest.raises(ValueError, match="form must be one of paper, reference, got 'frobenius'"):
+        orthogonal_penalty(net(), "frobenius")
+    with pytest.raises(ValueError, match="got none"):
+        orthogonal_penalty(nn.Linear(2, 2))
