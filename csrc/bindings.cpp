@@ -1,6 +1,7 @@
 // Python module nlora_kernels._C. A matrix is None or the tuple (address, dtype, shape, strides) with a dtype of `Dtype`
 // and two sizes; arguments are checked by the caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "ops.h"
 
@@ -37,6 +38,33 @@ struct type_caster<Matrix> {
 
 }  // namespace pybind11::detail
 
+namespace {
+
+template <typename T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Nine numbers a layer, in the order of Lora2Layer.
+std::vector<nlora::cpu::Lora2Layer> layers_of(const std::vector<int64_t>& numbers) {
+  std::vector<nlora::cpu::Lora2Layer> layers;
+  for (auto n = numbers.begin(); n < numbers.end(); n += 9)
+    layers.push_back({pointer<float>(n[0]), pointer<float>(n[1]), pointer<float>(n[2]), pointer<float>(n[3]),
+                      pointer<float>(n[4]), pointer<float>(n[5]), pointer<float>(n[6]), n[7], n[8]});
+  return layers;
+}
+
+// Nine numbers a pair, in the order of Lora2Pair.
+std::vector<nlora::cpu::Lora2Pair> pairs_of(const std::vector<int64_t>& numbers) {
+  std::vector<nlora::cpu::Lora2Pair> pairs;
+  for (auto n = numbers.begin(); n < numbers.end(); n += 9)
+    pairs.push_back({pointer<float>(n[0]), pointer<float>(n[1]), pointer<float>(n[2]), pointer<float>(n[3]),
+                     pointer<float>(n[4]), n[5], n[6], n[7], n[8] != 0});
+  return pairs;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   using namespace nlora::cpu;
   // Kernels do not touch Python objects.
@@ -64,4 +92,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_backward", &backward, free_threads());
   m.def("cpu_lora2_core", &lora2_core, free_threads());
   m.def("cpu_lora2_core_backward", &lora2_core_backward, free_threads());
+  m.def("cpu_lora2_allocate", [](const std::vector<int64_t>& layers, int64_t exp_avg, int64_t exp_unc, int64_t kept,
+                                 float beta1, float beta2, bool scoring, int64_t budget, bool freeze) {
+    return lora2_allocate(layers_of(layers), pointer<float>(exp_avg), pointer<float>(exp_unc), pointer<uint8_t>(kept),
+                          beta1, beta2, scoring, budget, freeze);
+  }, free_threads());
+  m.def("cpu_lora2_penalty", [](const std::vector<int64_t>& pairs, bool squared, int threads) {
+    return lora2_penalty(pairs_of(pairs), squared, threads);
+  }, free_threads());
+  m.def("cpu_lora2_penalty_backward", [](const std::vector<int64_t>& pairs, float scale, int threads) {
+    lora2_penalty_backward(pairs_of(pairs), scale, threads);
+  }, free_threads());
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace nlora {
 
@@ -46,6 +47,31 @@ void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& 
 void lora2_core(const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask, const Matrix& core);
 void lora2_core_backward(const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
                          const Matrix& du, const Matrix& dE, const Matrix& dU);
+
+// LoRA² training, over all layers of a model. Everything is contiguous fp32.
+// The scored tensors of an adapter, E (r), u (r, k), U (k, r), with its mask (r) and their gradients, nullptr for zero.
+struct Lora2Layer {
+  float *E, *u, *U, *mask;
+  const float *dE, *du, *dU;
+  int64_t r, k;
+};
+// Moves the averages (per layer those of E, u and U), then keeps the `budget` values of highest score, if it is not
+// negative. False, with nothing changed, if a product w·∂w is not finite.
+bool lora2_allocate(const std::vector<Lora2Layer>& layers, float* exp_avg, float* exp_unc, uint8_t* kept, float beta1,
+                    float beta2, bool scoring, int64_t budget, bool freeze);
+
+// One side of an adapter: w (k, n) is v, or Vᵀ if transposed, when it lies as (n, k); t (r, k) is u, or Uᵀ likewise.
+// The gradient of w is D·w, with D (k, k).
+struct Lora2Pair {
+  const float *w, *t;
+  float *dw, *dt, *D;
+  int64_t n, k, r;
+  bool transposed;
+};
+// Σ ‖t·w·wᵀ·tᵀ − I‖² + ‖w·wᵀ − I‖² + ‖tᵀ·t − I‖², or ‖w·wᵀ − I‖ + ‖tᵀ·t − I‖ where not squared; fills D and dt.
+double lora2_penalty(const std::vector<Lora2Pair>& pairs, bool squared, int threads);
+// dw = scale·D·w
+void lora2_penalty_backward(const std::vector<Lora2Pair>& pairs, float scale, int threads);
 
 }  // namespace cpu
 }  // namespace nlora

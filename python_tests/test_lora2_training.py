@@ -8,11 +8,20 @@ import torch
 from torch import nn
 
 import nlora_kernels as nk
-from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
+from nlora_kernels.lora2 import RankAllocator, native, orthogonal_penalty
 
 SCHEDULE = {"target_rank": 2, "total_steps": 30, "t_init": 4, "t_final": 8, "delta_t": 3}
 # r and k of the layers of the test model: equal ones, and all orders of r and k.
 RANKS = [(6, 3), (4, 4), (6, 3), (3, 5)]
+
+
+@pytest.fixture(autouse=True, params=["C++", "PyTorch"])
+def path(request, monkeypatch):
+    if request.param == "PyTorch":
+        monkeypatch.setattr(native, "_C", None)
+    elif native._C is None:
+        pytest.skip("the package was built without its C++ kernels")
+    return request.param
 
 
 class Net(nn.Module):
@@ -266,6 +275,7 @@ def test_a_non_finite_gradient_leaves_everything_as_it_was(value, tensor, at):
 
 
 def test_on_other_devices_non_finite_gradients_are_reported_at_the_next_masking(monkeypatch):
+    monkeypatch.setattr(native, "_C", None)
     monkeypatch.setattr(RankAllocator, "_reports_at_once", False)
     model, twin = net(), net()
     allocator, expected = RankAllocator(model, **SCHEDULE), RankAllocator(twin, **SCHEDULE)

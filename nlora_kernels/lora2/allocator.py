@@ -1,11 +1,12 @@
 """Which singular values to keep: scores, schedule and masks over all layers of a model at once."""
 
-from collections.abc import Sequence
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import native
 from .layers import Layer, layers
 
 
@@ -85,11 +86,12 @@ class RankAllocator:
         self.layers = found
         self.t = 0
         self.skipped = 0
-        self._scored = [t for layer in found for t in layer.scored]
         self._sizes = ranks
-        like = self._scored[0]
+        like = found[0].lora_E
         dtype = torch.promote_types(torch.float32, like.dtype)
-        self.exp_avg = torch.zeros(sum(t.numel() for t in self._scored), dtype=dtype, device=like.device)
+        self.exp_avg = torch.zeros(
+            sum(t.numel() for layer in found for t in layer.scored), dtype=dtype, device=like.device
+        )
         self.exp_unc = torch.zeros_like(self.exp_avg)
         self._kept = torch.ones(sum(ranks), dtype=torch.bool, device=like.device)
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=like.device)
@@ -122,20 +124,17 @@ class RankAllocator:
         t = self.t + 1
         if t > self.total_steps:
             raise RuntimeError(f"step() must be called at most total_steps = {self.total_steps} times, got call {t}")
+        scoring, freeze = t < self._freezing_step, t == self._freezing_step
+        masking = freeze or (scoring and t > self.t_init and t % self.delta_t == 0)
+        if masking:
+            self.layers = [layer.again() for layer in self.layers]
+        grads = [tensor.grad if scoring else None for layer in self.layers for tensor in layer.scored]
+        if scoring and all(grad is None for grad in grads):
+            raise RuntimeError("step() must be called between backward() and zero_grad(), got no gradient at all")
         budget = self.budget(t)
-        freeze = t == self._freezing_step
-        mask = freeze or (self.t_init < t < self._freezing_step and t % self.delta_t == 0)
-        averages = None
-        if t < self._freezing_step:
-            averages = self._averages()
-            if mask or self._reports_at_once:
-                self._report(skip_nonfinite)
-        elif freeze:
-            self._report(skip_nonfinite)
-        if averages:
-            self.exp_avg, self.exp_unc = averages
-        if mask:
-            self._mask(budget, freeze)
+        if scoring or masking:
+            step = self._native_step if self._native(grads) else self._step
+            step(grads, skip_nonfinite, budget if masking else None, scoring=scoring, freeze=freeze)
         self.t = t
         return budget
 
@@ -188,19 +187,40 @@ class RankAllocator:
         # Elsewhere reading the flag would make the host wait for the device.
         return self.exp_avg.is_cpu
 
-    def _averages(self) -> tuple[Tensor, Tensor]:
-        """The averages after this step, and in `_nonfinite` whether they are only those before it."""
-        grads = [t.grad for t in self._scored]
-        if all(grad is None for grad in grads):
-            raise RuntimeError("step() must be called between backward() and zero_grad(), got no gradient at all")
-        w = _flat(self._scored).to(self.exp_avg.dtype)
-        g = _flat([torch.zeros_like(t) if d is None else d for t, d in zip(self._scored, grads, strict=True)])
-        sensitivity = (w * g.to(w.dtype)).abs_()
+    def _native(self, grads: list[Tensor | None]) -> bool:
+        # The group's first rank must speak between scores and masks.
+        if self.group is not None:
+            return False
+        return native.takes(itertools.chain([self.exp_avg], grads, *((*la.scored, la.lora_mask) for la in self.layers)))
+
+    def _native_step(self, grads, skip_nonfinite: bool, budget: int | None, *, scoring: bool, freeze: bool) -> None:
+        arguments = self.layers, grads, self.exp_avg, self.exp_unc, self._kept, (self.beta1, self.beta2)
+        if not native.allocate(*arguments, scoring=scoring, budget=budget, freeze=freeze):
+            self._nonfinite += 1
+            self._report(skip_nonfinite)
+            native.allocate(*arguments, scoring=False, budget=budget, freeze=freeze)
+
+    def _step(self, grads, skip_nonfinite: bool, budget: int | None, *, scoring: bool, freeze: bool) -> None:
+        averages = self._averages(grads) if scoring else (self.exp_avg, self.exp_unc)
+        if budget is not None or self._reports_at_once:
+            self._report(skip_nonfinite)
+        self.exp_avg, self.exp_unc = averages
+        if budget is not None:
+            self._mask(budget, freeze)
+
+    def _averages(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """The averages after this step; only those before it, and one more in `_nonfinite`, if it is of no use."""
+        tensors = [tensor for layer in self.layers for tensor in layer.scored]
+        grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
+        sensitivity = (self._flat(tensors) * self._flat(grads)).abs_()
         finite = sensitivity.isfinite().all()
         exp_avg = self.beta1 * self.exp_avg + (1 - self.beta1) * sensitivity
         exp_unc = self.beta2 * self.exp_unc + (1 - self.beta2) * (sensitivity - exp_avg).abs_()
         self._nonfinite += ~finite
         return torch.where(finite, exp_avg, self.exp_avg), torch.where(finite, exp_unc, self.exp_unc)
+
+    def _flat(self, tensors: list[Tensor]) -> Tensor:
+        return torch.cat([t.reshape(-1) for t in tensors]).to(self.exp_avg.dtype)
 
     def _report(self, skip_nonfinite: bool) -> None:
         count = int(self._nonfinite)
@@ -230,10 +250,6 @@ class RankAllocator:
     def _by_layer(self, values: Tensor, convert=Tensor.clone) -> dict[str, Any]:
         parts = zip(self.layers, values.split(self._sizes), strict=True)
         return {layer.name: convert(part) for layer, part in parts}
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def _score_index(found: list[Layer], flat: Tensor) -> tuple[Tensor, Tensor]:

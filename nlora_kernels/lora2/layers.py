@@ -12,6 +12,8 @@ class Layer(NamedTuple):
 
     name: str
     module: nn.Module
+    # Its name in the mappings of a PEFT layer.
+    adapter: str | None
     lora_E: Tensor
     lora_u: Tensor
     lora_U: Tensor
@@ -32,6 +34,15 @@ class Layer(NamedTuple):
         """The three small tensors that importance is computed from."""
         return self.lora_E, self.lora_u, self.lora_U
 
+    @classmethod
+    def of(cls, name: str, module: nn.Module, adapter: str | None) -> "Layer":
+        held = (getattr(module, attribute) for attribute in _TENSORS)
+        return cls(name, module, adapter, *(held if adapter is None else (mapping[adapter] for mapping in held)))
+
+    def again(self) -> "Layer":
+        """The same with the tensors that the module holds now: moving a model replaces its buffers."""
+        return Layer.of(self.name, self.module, self.adapter)
+
 
 def layers(model: nn.Module) -> list[Layer]:
     """The LoRA² adapters of a model in the order of its modules.
@@ -45,14 +56,13 @@ def layers(model: nn.Module) -> list[Layer]:
     for name, module in model.named_modules():
         if not all(hasattr(module, attribute) for attribute in _TENSORS):
             continue
-        held = [getattr(module, attribute) for attribute in _TENSORS]
-        if isinstance(held[0], Tensor):
-            found.append(Layer(name, module, *held))
+        if isinstance(module.lora_E, Tensor):
+            found.append(Layer.of(name, module, None))
             continue
-        active = [adapter for adapter in module.active_adapters if adapter in held[0]]
+        active = [adapter for adapter in module.active_adapters if adapter in module.lora_E]
         if len(active) > 1:
             raise ValueError(f"model must have one active LoRA² adapter, layer {name} has {', '.join(active)}")
-        found += [Layer(name, module, *(mapping[adapter] for mapping in held)) for adapter in active]
+        found += [Layer.of(name, module, adapter) for adapter in active]
     if not found:
         raise ValueError("model must have layers with an active LoRA² adapter, got none")
     return found

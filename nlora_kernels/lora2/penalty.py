@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import native
 from .layers import layers
 
 FORMS = ("paper", "reference")
@@ -41,21 +42,29 @@ class _OrthogonalPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, *tensors):
         ctx.form = form
-        ctx.save_for_backward(*tensors)
-        value = 0
+        # "reference" is a mean over the tensors.
         weight = 1.0 if form == "paper" else 1 / len(tensors)
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            for _, w, t in _pairs(tensors):
-                value = value + weight * _pair_penalty(w, t, form)[0].sum()
+        if native.takes(tensors, max(u.shape[1] for u in tensors[1::4])):
+            value, *ctx.native = native.penalty(tensors, form == "paper")
+            value = tensors[0].new_tensor(weight * value)
+        else:
+            ctx.native, value = None, 0
+            with torch.autocast(tensors[0].device.type, enabled=False):
+                for _, w, t in _pairs(tensors):
+                    value = value + weight * _pair_penalty(w, t, form)[0].sum()
+        ctx.weight = weight
+        ctx.save_for_backward(*tensors)
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_value):
-        grads: list[Tensor | None] = [None] * len(ctx.saved_tensors)
-        weight = d_value if ctx.form == "paper" else d_value / len(ctx.saved_tensors)
+        tensors, weight = ctx.saved_tensors, ctx.weight * d_value
+        if ctx.native:
+            return None, *native.penalty_backward(tensors, *ctx.native, weight.item())
+        grads: list[Tensor | None] = [None] * len(tensors)
         with torch.autocast(d_value.device.type, enabled=False):
-            for places, w, t in _pairs(ctx.saved_tensors):
+            for places, w, t in _pairs(tensors):
                 _, D, dt = _pair_penalty(w, t, ctx.form)
                 # NOTE: D is symmetric, so either product is written in the layout of its own side.
                 right = places[0] % 4 == 2
@@ -63,7 +72,7 @@ class _OrthogonalPenalty(torch.autograd.Function):
                 dt = weight * (dt.mT if right else dt)
                 for place, *pair in zip(places, dw, dt, strict=True):
                     for offset, grad in enumerate(pair):
-                        grads[place + offset] = grad.to(ctx.saved_tensors[place + offset].dtype)
+                        grads[place + offset] = grad.to(tensors[place + offset].dtype)
         return None, *grads
 
 
