@@ -1,0 +1,265 @@
+"""RankAllocatorCallback and add_orthogonal_penalty in transformers.Trainer."""
+
+import json
+import math
+import socket
+
+import pytest
+import torch
+from tiny import llama, tokens
+from torch import nn
+
+import nlora_kernels as nk
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+import peft
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from nlora_kernels.peft import LoRA2Config
+from nlora_kernels.trainer import RankAllocatorCallback, add_orthogonal_penalty
+
+NUMBERS = {"target_rank": 2, "t_init": 3, "t_final": 4, "delta_t": 2}
+STEPS = 14
+
+
+class Classifier(nn.Module):
+    """Plain layers, and a loss that is the mean over a batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nk.LoRA2Linear.from_linear(nn.Linear(8, 8), 5, 3) for _ in range(3)]
+        self.layers = nn.Sequential(*layers)
+        for p in self.parameters():
+            p.data.mul_(5)
+
+    def forward(self, x, labels):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return {"loss": nn.functional.cross_entropy(x, labels), "logits": x}
+
+
+def plain_data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 8, generator=generator)
+    return [{"x": row, "labels": row[:8].argmax()} for row in x]
+
+
+def peft_model(**options):
+    torch.manual_seed(0)
+    config = LoRA2Config(r=5, k=3, lora_alpha=20, target_modules="all-linear", **options)
+    return peft.get_peft_model(llama(), config)
+
+
+def peft_data():
+    return [{"input_ids": row, "labels": row} for row in tokens(64, 9)]
+
+
+MODELS = {"plain": (Classifier, plain_data), "peft": (peft_model, peft_data)}
+
+
+@pytest.fixture(params=MODELS)
+def kind(request):
+    return request.param
+
+
+def trainer_of(kind, folder, *, numbers=NUMBERS, weight=0.01, model=None, callbacks=(), optimizer=None, **arguments):
+    make, data = MODELS[kind]
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.02,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 1,
+        **arguments,
+    }
+    trainer = Trainer(
+        model or make(),
+        TrainingArguments(**arguments),
+        train_dataset=data(),
+        eval_dataset=data()[:8],
+        callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+    )
+    callback = RankAllocatorCallback(**numbers)
+    trainer.add_callback(callback)
+    if weight:
+        add_orthogonal_penalty(trainer, weight)
+    return trainer, callback
+
+
+def history(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_a_run_prunes_to_the_budget_it_logs(kind, tmp_path):
+    trainer, callback = trainer_of(kind, tmp_path)
+    trainer.train()
+    layers = nk.lora2.layers(trainer.model)
+    budgets = history(trainer, "rank_budget")
+    assert budgets == [callback.allocator.budget(t) for t in range(1, STEPS + 1)]
+    assert budgets[0] == 5 * len(layers) and budgets[-1] == 2 * len(layers)
+    assert (
+        sum(int(layer.lora_mask.sum()) for layer in layers) == budgets[-1] == sum(callback.allocator.ranks().values())
+    )
+
+
+def test_the_penalty_is_part_of_the_training_loss_alone(kind, tmp_path):
+    (with_it, _), (without, _) = (trainer_of(kind, tmp_path, weight=weight) for weight in (0.01, 0))
+    expected = without.evaluate()["eval_loss"]
+    assert with_it.evaluate()["eval_loss"] == expected
+    penalty = 0.01 * nk.lora2.orthogonal_penalty(without.model).item()
+    for trainer in (with_it, without):
+        trainer.train()
+    assert history(with_it)[0] == pytest.approx(history(without)[0] + penalty, rel=1e-4)
+    assert penalty > 1e-3 * expected
+
+
+def test_accumulated_batches_train_as_one_large_batch(kind, tmp_path):
+    whole, whole_callback = trainer_of(kind, tmp_path, per_device_train_batch_size=8, max_grad_norm=0)
+    parts, parts_callback = trainer_of(kind, tmp_path, gradient_accumulation_steps=2, max_grad_norm=0)
+    for trainer in (whole, parts):
+        trainer.train()
+    torch.testing.assert_close(history(parts), history(whole), rtol=2e-4, atol=0)
+    assert history(parts, "rank_budget") == history(whole, "rank_budget")
+    assert parts_callback.allocator.ranks() == whole_callback.allocator.ranks()
+
+
+# Steps before the first pruning, amid them and after the last.
+@pytest.mark.parametrize("at", [2, 7, 11])
+@pytest.mark.parametrize("restore", [False, True], ids=["", "restored"])
+def test_a_resumed_run_goes_on_as_if_never_stopped(kind, at, restore, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": at, "restore_callback_states_from_checkpoint": restore}
+    trainer, callback = trainer_of(kind, tmp_path, **arguments)
+    trainer.train()
+    resumed, _ = trainer_of(kind, tmp_path, **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert history(resumed) == history(trainer)
+    assert history(resumed, "rank_budget") == history(trainer, "rank_budget")
+    expected = parameters(trainer)
+    for name, p in parameters(resumed).items():
+        assert torch.equal(p, expected[name]), name
+    for layer, other in zip(nk.lora2.layers(resumed.model), nk.lora2.layers(trainer.model), strict=True):
+        assert torch.equal(layer.lora_mask, other.lora_mask)
+    [again] = [c for c in resumed.callback_handler.callbacks if isinstance(c, RankAllocatorCallback)]
+    assert again.allocator.ranks() == callback.allocator.ranks()
+    assert torch.equal(again.allocator.exp_avg, callback.allocator.exp_avg)
+
+
+def test_mixed_precision(kind, tmp_path):
+    trainer, callback = trainer_of(kind, tmp_path, bf16=True)
+    trainer.train()
+    assert all(map(math.isfinite, history(trainer)))
+    assert callback.allocator.skipped == 0
+    assert sum(callback.allocator.ranks().values()) == 2 * len(nk.lora2.layers(trainer.model))
+
+
+class Poison(TrainerCallback):
+    """Spoils the gradients of some steps."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step in (1, 7):
+            nk.lora2.layers(model)[1].lora_u.grad[0, 0] = math.inf
+
+
+class Careful(torch.optim.AdamW):
+    """Skips a step as a gradient scaler makes it."""
+
+    def step(self, closure=None):
+        if all(p.grad.isfinite().all() for group in self.param_groups for p in group["params"] if p.grad is not None):
+            super().step(closure)
+
+
+def test_steps_with_non_finite_gradients_are_skipped_and_counted(tmp_path):
+    model = Classifier()
+    optimizer = Careful([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    trainer, callback = trainer_of(
+        "plain", tmp_path, model=model, optimizer=optimizer, callbacks=[Poison()], max_grad_norm=0
+    )
+    trainer.train()
+    assert callback.allocator.skipped == 2 and callback.allocator.t == STEPS
+    assert callback.allocator.exp_avg.isfinite().all()
+    assert sum(callback.allocator.ranks().values()) == 6
+
+
+def test_numbers_come_from_the_configuration_where_none_are_given(tmp_path):
+    model = peft_model(**NUMBERS, beta1=0.5)
+    trainer, callback = trainer_of("peft", tmp_path, model=model, numbers={"delta_t": 5}, weight=0)
+    trainer.train()
+    allocator = callback.allocator
+    assert (allocator.target_rank, allocator.t_init, allocator.t_final, allocator.delta_t) == (2, 3, 4, 5)
+    assert (allocator.beta1, allocator.beta2, allocator.total_steps) == (0.5, 0.85, STEPS)
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ({"target_rank": 2}, "must give t_init, t_final, delta_t"),
+        ({**NUMBERS, "total_steps": 10}, "total_steps must be at least 14, got 10"),
+        ({**NUMBERS, "t_final": 11}, "t_init"),
+    ],
+)
+def test_bad_numbers(numbers, message, tmp_path):
+    trainer, _ = trainer_of("plain", tmp_path, numbers=numbers)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_a_checkpoint_without_averages_is_refused(tmp_path):
+    trainer, callback = trainer_of("plain", tmp_path, save_strategy="steps", save_steps=5)
+    trainer.train()
+    path = tmp_path / "checkpoint-5" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["RankAllocatorCallback"]
+    path.write_text(json.dumps(state))
+    resumed, _ = trainer_of("plain", tmp_path)
+    with pytest.raises(ValueError, match="state of a RankAllocatorCallback, got none"):
+        resumed.train(resume_from_checkpoint=str(path.parent))
+
+
+def test_the_penalty_needs_lora2_layers(tmp_path):
+    trainer, _ = trainer_of("plain", tmp_path, weight=0)
+    trainer.model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="got none"):
+        add_orthogonal_penalty(trainer)
+
+
+def _decide(rank, port, folder):
+    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    model = Classifier()
+    allocator = nk.lora2.RankAllocator(
+        model, **{**NUMBERS, "t_init": 0, "t_final": 1}, total_steps=4, group=torch.distributed.group.WORLD
+    )
+    # Gradients of one rank's own, as if nobody had averaged them.
+    torch.manual_seed(rank)
+    for _ in range(3):
+        for layer in model.layers:
+            layer.lora_E.data.add_(0.1)
+            for t in (layer.lora_E, layer.lora_u, layer.lora_U):
+                t.grad = torch.randn_like(t)
+        allocator.step()
+    masks = [layer.lora_mask for layer in model.layers]
+    torch.save((masks, allocator.importance()), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_every_rank_takes_the_decision_of_the_first(tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_decide, (port, str(tmp_path)), nprocs=2)
+    (masks, scores), (other_masks, other_scores) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(masks, other_masks, strict=True))
+    own = [torch.cat(list(s.values())).topk(6).indices.sort().values for s in (scores, other_scores)]
+    assert not torch.equal(*own), "both ranks would have decided alike anyway, so the run shows nothing"
+    assert torch.equal(torch.cat(masks).nonzero().flatten(), own[0])
