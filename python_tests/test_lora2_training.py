@@ -429,3 +429,42 @@ def test_the_penalty_names_what_it_does_not_take():
         orthogonal_penalty(net(), "frobenius")
     with pytest.raises(ValueError, match="got none"):
         orthogonal_penalty(nn.Linear(2, 2))
+
+
+def pruned_net():
+    model = net()
+    train(model, optimizer_of(model), RankAllocator(model, **SCHEDULE), range(30))
+    # A layer that lost everything: its last values have momentum, so that only the mask keeps them out.
+    model.layers[3].lora_mask.zero_()
+    return model
+
+
+def test_a_compressed_model_is_the_masked_one():
+    model = pruned_net()
+    model.layers[0].alpha, model.layers[0].scaling = 9, 9 / 6
+    x = torch.randn(7, 12)
+    expected, masks = model(x), [layer.lora_mask.clone() for layer in model.layers]
+    scalings = [layer.scaling for layer in model.layers]
+    ranks = nk.lora2.compress(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
+    assert list(ranks.values()) == [max(1, int(mask.sum())) for mask in masks] and masks[3].sum() == 0
+    for layer, scaling, mask in zip(model.layers, scalings, masks, strict=True):
+        r, k = layer.r, layer.k
+        shapes = [t.shape for t in (layer.lora_E, layer.lora_u, layer.lora_U, layer.lora_mask)]
+        assert shapes == [(r,), (r, k), (k, r), (r,)]
+        assert layer.scaling == scaling and layer.alpha / r == pytest.approx(scaling, rel=1e-15)
+        assert all(p.requires_grad for name, p in layer.named_parameters() if name.startswith("lora"))
+        assert bool(mask.sum()) == bool(layer.lora_E.any())
+    assert not model.layers[3].lora_E.any()
+    # Nothing is left to drop, and training goes on.
+    state = copy.deepcopy(dict(model.state_dict()))
+    assert nk.lora2.compress(model) == ranks
+    assert_same(dict(model.state_dict()), state)
+    backward(model, 0)
+
+
+def test_compressing_before_pruning_changes_nothing():
+    model = net()
+    state = copy.deepcopy(dict(model.state_dict()))
+    assert list(nk.lora2.compress(model).values()) == [r for r, _ in RANKS]
+    assert_same(dict(model.state_dict()), state)
