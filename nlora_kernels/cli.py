@@ -31,15 +31,44 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"wrote {args.dst_dir}")
 
 
-COMMANDS = {"convert": Command("convert a saved adapter", _convert_arguments, _convert)}
+def _plot_ranks_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="folder of a saved LoRA² adapter or of a Trainer's checkpoint")
+    parser.add_argument("--out", metavar="DIR", help="folder for the PNG files, default: the checkpoint's")
+
+
+def _plot_ranks(args: argparse.Namespace) -> None:
+    from . import plotting
+
+    plotting.plot_ranks(args.checkpoint, args.out)
+
+
+PLOTS = {
+    "ranks": Command(
+        "the singular values that each LoRA² layer keeps, and the curves of loss and budget",
+        _plot_ranks_arguments,
+        _plot_ranks,
+    )
+}
+
+
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_commands(parser, PLOTS, "what")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    PLOTS[args.what].run(args)
+
+
+COMMANDS = {
+    "convert": Command("convert a saved adapter", _convert_arguments, _convert),
+    "plot": Command("draw what was trained", _plot_arguments, _plot),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, or 1 with the reason on stderr where the input is at fault."""
     parser = argparse.ArgumentParser(prog="python -m nlora_kernels")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.help, description=command.help))
+    _add_commands(parser, COMMANDS, "command")
     args = parser.parse_args(argv)
     try:
         COMMANDS[args.command].run(args)
@@ -47,3 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _add_commands(parser: argparse.ArgumentParser, table: dict[str, Command], dest: str) -> None:
+    commands = parser.add_subparsers(dest=dest, required=True, metavar=dest.upper())
+    for name, command in table.items():
+        command.add_arguments(commands.add_parser(name, help=command.help, description=command.help))
