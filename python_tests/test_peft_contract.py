@@ -436,11 +436,49 @@ def test_conversion_by_the_initial_model_is_refused(tmp_path):
         model.save_pretrained(tmp_path / "x", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
 
 
-def test_tensor_parallel_plans_are_refused_for_a_core():
+@pytest.mark.parametrize("method", ["nlora", "slora", "lora2"])
+def test_tensor_parallel_plans_are_refused_for_a_core(method):
     model = nn.Sequential(nn.Linear(8, 8))
     model[0]._hf_tp_plan = "colwise"
     with pytest.raises(ValueError, match="tensor-parallel layer, got the plan 'colwise'"):
-        peft.get_peft_model(model, NLoraConfig(r=2, target_modules=["0"]))
+        peft.get_peft_model(model, config(method, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["dora", "pissa"])
+@pytest.mark.parametrize("first", ["core", "variant"])
+def test_a_variant_beside_a_core_is_refused(options, first):
+    """PEFT's own forward of the variant would leave lora_N and the residual's initial product out."""
+    variant = NLoraConfig(r=4, target_modules=["q_proj"], **({"init_lora_weights": True} | options))
+    core = NLoraConfig(r=4, target_modules=["q_proj"], residual=True)
+    one, other = (core, variant) if first == "core" else (variant, core)
+    model = peft.get_peft_model(llama(), one)
+    before = logits(model)
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* beside an adapter that has a lora_N"):
+        model.add_adapter("second", other)
+    close(logits(model), before, atol=0)
+
+
+def test_adapters_of_transformers_itself(method, tmp_path):
+    """model.add_adapter and model.load_adapter inject into the model without a PeftModel around it."""
+    wrapped = adapted(llama(), method)
+    wrapped.save_pretrained(tmp_path)
+    model = llama()
+    model.load_adapter(tmp_path, "default")
+    close(logits(model), logits(wrapped))
+    model = llama()
+    model.add_adapter(config(method), "mine")
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(wrapped), "mine")
+    close(logits(model), logits(wrapped))
+
+
+def test_pefts_own_conversion_by_svd(method):
+    """What get_delta_weight says is relative to the base model, also where the base weight holds less."""
+    base = llama()
+    model = adapted(base, method)
+    lora_config, state = peft.convert_to_lora(model, rank=8)
+    plain = peft.get_peft_model(copy.deepcopy(base), lora_config)
+    peft.set_peft_model_state_dict(plain, state)
+    close(logits(plain), logits(model), atol=1e-4)
 
 
 def test_reading_the_weight_gathers_its_shards(monkeypatch):
@@ -619,6 +657,10 @@ def test_residual_weights_with_a_second_user_are_refused():
     model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(ValueError, match="a base weight of its own"):
         peft.get_peft_model(model, NLoraConfig(r=2, residual=True, target_modules=["q_proj", "lm_head"]))
+    assert not adapter_layers(model)
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj and model.layers.1.mlp.up_proj share one"):
+        peft.get_peft_model(model, NLoraConfig(r=2, residual=True, target_modules="all-linear"))
     assert not adapter_layers(model)
 
 

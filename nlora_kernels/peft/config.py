@@ -19,7 +19,7 @@ NLORA = _PeftType("NLORA")
 LORA2 = _PeftType("LORA2")
 
 # Variants of LoRA that replace its product B·A, and options that tie or spread A and B: none knows of a core between.
-_PLAIN_ONLY = (
+_VARIANTS = (
     "alora_invocation_tokens",
     "arrow_config",
     "ensure_weight_tying",
@@ -33,6 +33,8 @@ _PLAIN_ONLY = (
     "use_qalora",
     "velora_config",
 )
+# Initialisations that rewrite the base weight, or are variants themselves.
+_VARIANT_INITS = ("corda", "kasa", "loftq", "lora_ga", "mica", "olora", "pissa")
 _INIT = LoraConfig.__dataclass_fields__["init_lora_weights"]
 
 
@@ -72,8 +74,8 @@ class NLoraConfig(LoraConfig):
         check_method(self.init_lora_weights if self.has_core else "lora", self.core, self.residual)
         if self.train == "core" and not self.has_core:
             raise ValueError(f"train='core' needs a lora_N, which init_lora_weights={self.init_lora_weights!r} has not")
-        if self.has_core:
-            _check_plain_only(self, f"init_lora_weights={self.init_lora_weights!r}")
+        if self.has_core and self.variant:
+            raise ValueError(f"{self.variant} is not supported with init_lora_weights={self.init_lora_weights!r}")
         if self.residual and self.layer_replication:
             raise ValueError("layer_replication shares base weights and is not supported with residual=True")
 
@@ -81,6 +83,11 @@ class NLoraConfig(LoraConfig):
     def has_core(self) -> bool:
         """Whether the adapter has a lora_N."""
         return self.init_lora_weights in ("nystrom", "slora", "slora_gaussian")
+
+    @property
+    def variant(self) -> str | None:
+        """The option that makes it another method than plain LoRA or one with a core, as name=value."""
+        return _variant(self)
 
 
 @dataclass
@@ -116,11 +123,16 @@ class LoRA2Config(LoraConfig):
         init.check_rank(self.k, name="k")
         if not isinstance(self.init_lora_weights, bool):
             raise ValueError(f"init_lora_weights must be True or False for LoRA², got {self.init_lora_weights!r}")
-        _check_plain_only(self, "LoRA²")
+        variant = _variant(self)
+        if variant:
+            raise ValueError(f"{variant} is not supported with LoRA²")
 
 
-def _check_plain_only(config: LoraConfig, what: str) -> None:
+def _variant(config: LoraConfig) -> str | None:
     present = {f.name for f in fields(config)}
-    for name in _PLAIN_ONLY:
+    for name in _VARIANTS:
         if name in present and getattr(config, name):
-            raise ValueError(f"{name} is not supported with {what}, got {getattr(config, name)!r}")
+            return f"{name}={getattr(config, name)!r}"
+    if str(config.init_lora_weights).startswith(_VARIANT_INITS):
+        return f"init_lora_weights={config.init_lora_weights!r}"
+    return None

@@ -137,6 +137,13 @@ class FusedLinear(Linear):
         return f"nlora_kernels.{nn.Module.__repr__(self)}"
 
 
+def check_whole(base: nn.Module, method: str) -> None:
+    """ValueError if tensor parallelism splits the base layer: a core would have to be kept equal on its ranks."""
+    plan = getattr(base, "_hf_tp_plan", None)
+    if plan is not None:
+        raise ValueError(f"{method} is not supported on a tensor-parallel layer, got the plan {plan!r}")
+
+
 def base_weight(layer: Linear) -> Tensor:
     """W as (out, in) for reading, in full and dequantised: gathered from its shards if need be."""
     base = layer.get_base_layer()

@@ -10,7 +10,7 @@ from .. import fusion, init
 from ..modules import check_alpha
 from ..ops import lora2_core
 from .config import LoRA2Config
-from .layer import FusedLinear
+from .layer import FusedLinear, check_whole
 
 
 class LoRA2Linear(FusedLinear):
@@ -34,6 +34,7 @@ class LoRA2Linear(FusedLinear):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoRA2Config, **kwargs) -> None:
         init.check_rank(r)
         check_alpha(lora_alpha, "lora_alpha")
+        check_whole(self.get_base_layer(), "LoRA²")
         # NOTE: not in __init__, because PEFT's __init__ adds the first adapter.
         if "lora_v" not in self._modules:
             for name in self.adapter_layer_names:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import fusion, init
 from ..modules import check_alpha
 from .config import NLoraConfig
-from .layer import FusedLinear, Term, base_weight
+from .layer import FusedLinear, Term, base_weight, check_whole
 
 # Names the initial product of the residual adapter as a term of its own. No adapter can be called so.
 _INITIAL = "initial.product"
@@ -73,11 +73,7 @@ class NLoraLinear(FusedLinear):
         nystrom = config.init_lora_weights == "nystrom"
         init.check_rank(r, *((min(self.in_features, self.out_features), "min(out, in)") if nystrom else ()))
         check_alpha(lora_alpha, "lora_alpha")
-        if getattr(base, "_hf_tp_plan", None) is not None:
-            raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} is not supported on a tensor-parallel layer, "
-                f"got the plan {base._hf_tp_plan!r}"
-            )
+        check_whole(base, f"init_lora_weights={config.init_lora_weights!r}")
         if config.residual and self.lora_N0:
             raise ValueError(f"residual=True is for one adapter of a layer, and {next(iter(self.lora_N0))!r} is it")
         if config.residual and config.train == "all" and not fusion.is_dense(base.weight):
@@ -166,6 +162,11 @@ class NLoraLinear(FusedLinear):
         if wanted == self.held_out or self.lora_A0[name].kept.is_meta:
             return
         base = self.get_base_layer()
+        if not fusion.is_dense(base.weight):
+            raise ValueError(
+                f"the initial product of adapter {name!r} can join or leave a dense base weight alone, "
+                f"got {type(base.weight).__qualname__}"
+            )
         A0, N0, B0 = self._initial(name)
         scaling = self.initial_scaling[name]
         with gather_params_ctx(base.weight):

@@ -1,5 +1,6 @@
 """The tuners, which put adapter layers into a model, and their registration with PEFT."""
 
+import copy
 import sys
 import warnings
 
@@ -10,6 +11,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
+    _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
 from peft.utils import PeftType, _get_submodules
@@ -69,9 +71,11 @@ class _FusedModel(LoraModel):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # PyTorch fills what fits and then complains of the rest: check before anything is filled.
-        for name, tensor in self.state_dict(prefix=prefix).items():
+        for name, tensor in self.named_parameters(prefix.rstrip("."), remove_duplicate=False):
             value = state_dict.get(name)
-            if isinstance(value, torch.Tensor) and value.shape != tensor.shape and ".lora_" in name:
+            # Parameters that FSDP1 or DeepSpeed took apart are theirs to load.
+            apart = hasattr(tensor, "_fsdp_flattened") or hasattr(tensor, "ds_shape")
+            if ".lora_" in name and isinstance(value, torch.Tensor) and not apart and value.shape != tensor.shape:
                 raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(value.shape)}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -81,8 +85,15 @@ class NLoraModel(_FusedModel):
 
     def _check_new_adapter_config(self, config: NLoraConfig) -> None:
         super()._check_new_adapter_config(config)
-        if config.residual:
-            _refuse_shared_weights(self.model, config)
+        configs = self.peft_config.values()
+        for other in configs:
+            if other.variant and any(c.has_core for c in configs):
+                raise ValueError(f"{other.variant} is not supported beside an adapter that has a lora_N")
+
+    def _prepare_model(self, peft_config: NLoraConfig, model: nn.Module) -> None:
+        if peft_config.residual:
+            _refuse_shared_weights(model, peft_config)
+        super()._prepare_model(peft_config, model)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -140,9 +151,10 @@ def _advise(model: nn.Module, config) -> None:
 
 def _refuse_shared_weights(model: nn.Module, config: NLoraConfig) -> None:
     """A residual base weight must have no second user, as the output layer tied to the embedding has."""
+    config = _maybe_include_all_linear_layers(copy.copy(config), model)
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+        users.setdefault(id(parameter), []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
     for names in users.values():
         targets = [name for name in names if check_target_module_exists(config, name)]
         if len(names) > 1 and targets:
