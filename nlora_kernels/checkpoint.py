@@ -44,16 +44,22 @@ def to_lora(src_dir: str | os.PathLike, dst_dir: str | os.PathLike) -> None:
         ValueError: src_dir holds no such adapter, or a file is damaged; the message names the file and the reason.
     """
     config, tensors = _read(src_dir)
-    layers, others = _by_layer(tensors)
     kind = config.get("peft_type")
-    if kind == "NLORA":
-        exported = {name: _nlora_as_lora(name, layer, config) for name, layer in layers.items()}
-        config = _nlora_config_as_lora(config)
-    elif kind == "LORA2":
-        exported = {name: _lora2_as_lora(name, layer) for name, layer in layers.items()}
-        config = _lora2_config_as_lora(config, exported)
-    else:
+    if kind not in ("NLORA", "LORA2"):
         raise ValueError(f"{Path(src_dir, CONFIG)} must have peft_type NLORA or LORA2, got {kind!r}")
+    absent = [name for name in ("r", "lora_alpha", *(("k",) if kind == "LORA2" else ())) if name not in config]
+    if absent:
+        raise ValueError(f"{Path(src_dir, CONFIG)} lacks {', '.join(absent)}")
+    layers, others = _by_layer(tensors)
+    exported = {}
+    for name, layer in layers.items():
+        layer = {part: tensor.double() for part, tensor in layer.items()}
+        try:
+            exported[name] = _lora2_as_lora(layer) if kind == "LORA2" else _nlora_as_lora(layer, config)
+        except (KeyError, RuntimeError) as error:
+            reason = f"lacks lora_{error.args[0]}" if isinstance(error, KeyError) else f"does not fit together: {error}"
+            raise ValueError(f"{Path(src_dir, WEIGHTS)}: {name} {reason}") from error
+    config = _lora2_config_as_lora(config, exported) if kind == "LORA2" else _nlora_config_as_lora(config)
     for name, (A, B) in exported.items():
         others[f"{name}.lora_A.weight"] = A.float().contiguous()
         others[f"{name}.lora_B.weight"] = B.float().contiguous()
@@ -83,7 +89,9 @@ def from_published(src_dir: str | os.PathLike, dst_dir: str | os.PathLike) -> No
     layers, _ = _by_layer(tensors)
     if any("N" in layer for layer in layers.values()):
         for name, layer in layers.items():
-            _need(layer, ("A", "N", "B"), name, src_dir)
+            absent = [f"lora_{part}" for part in "ANB" if part not in layer]
+            if absent:
+                raise ValueError(f"{Path(src_dir, WEIGHTS)}: {name} lacks {', '.join(absent)}")
     else:
         # The published code gives no N to a second adapter, which then is plain LoRA.
         method = True
@@ -144,42 +152,28 @@ def _by_layer(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]],
     return layers, others
 
 
-def _need(layer: dict[str, Tensor], kinds: tuple[str, ...], name: str, src_dir="the checkpoint") -> list[Tensor]:
-    missing = [f"lora_{kind}" for kind in kinds if kind not in layer]
-    if missing:
-        raise ValueError(f"{src_dir} lacks {', '.join(missing)} of {name}")
-    return [layer[kind] for kind in kinds]
-
-
 # Conversion to (A, B)
 
 
-def _nlora_as_lora(name: str, layer: dict[str, Tensor], config: dict) -> tuple[Tensor, Tensor]:
-    layer = {kind: tensor.double() for kind, tensor in layer.items()}
-    A, B = _need(layer, ("A", "B"), name)
+def _nlora_as_lora(layer: dict[str, Tensor], config: dict) -> tuple[Tensor, Tensor]:
+    A, B = layer["A"], layer["B"]
     if config.get("init_lora_weights") not in _CORE_METHODS:
         return A, B
-    (N,) = _need(layer, ("N",), name)
+    N = layer["N"]
     if not config.get("residual"):
         return _folded(A, N, B)
     if config.get("train") == "core":
-        (N0,) = _need(layer, ("N0",), name)
-        return _folded(A, N - N0, B)
-    A0, N0, B0 = _need(layer, ("A0", "N0", "B0"), name)
-    (A, B), (A0, B0) = _folded(A, N, B), _folded(A0, N0, B0)
+        return _folded(A, N - layer["N0"], B)
+    (A, B), (A0, B0) = _folded(A, N, B), _folded(layer["A0"], layer["N0"], layer["B0"])
     return torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
 
 
-def _lora2_as_lora(name: str, layer: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    layer = {kind: tensor.double() for kind, tensor in layer.items()}
-    v, u, E, U, V, mask = _need(layer, ("v", "u", "E", "U", "V", "mask"), name)
+def _lora2_as_lora(layer: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    v, u, E, U, V, mask = (layer[kind] for kind in ("v", "u", "E", "U", "V", "mask"))
     return _folded(v, (U * (E * mask)) @ u, V)
 
 
 def _folded(A: Tensor, N: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    if B.shape[1] != N.shape[0] or N.shape[1] != A.shape[0]:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (A, N, B))
-        raise ValueError(f"lora_A, the core and lora_B must have shapes (r, in), (r, r), (out, r), got {shapes}")
     return (A, B @ N) if B.shape[0] <= A.shape[1] else (N @ A, B)
 
 

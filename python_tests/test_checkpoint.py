@@ -177,6 +177,16 @@ def edit(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+def strip(folder, field):
+    file = folder / checkpoint.CONFIG
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != field}))
+
+
+def reshape(folder, key_part):
+    tensors = load_file(folder / checkpoint.WEIGHTS)
+    save_file({key: t[:-1] if key_part in key else t for key, t in tensors.items()}, folder / checkpoint.WEIGHTS)
+
+
 FAULTS = {
     "no_folder": (lambda d: [f.unlink() for f in d.iterdir()], "has no adapter_config.json"),
     "no_weights": (lambda d: (d / checkpoint.WEIGHTS).unlink(), "has no adapter_model.safetensors"),
@@ -185,8 +195,10 @@ FAULTS = {
     "truncated_config": (lambda d: truncate(d / checkpoint.CONFIG), "adapter_config.json cannot be read"),
     "foreign_config": (lambda d: (d / checkpoint.CONFIG).write_text("[1]"), "must hold a JSON object, got list"),
     "foreign_type": (lambda d: edit(d, peft_type="IA3"), "must have peft_type NLORA or LORA2, got 'IA3'"),
-    "missing_N": (lambda d: drop(d, "layers.1.mlp.up_proj.lora_N"), "lacks lora_N of .*layers.1.mlp.up_proj"),
-    "missing_B": (lambda d: drop(d, "layers.0.mlp.up_proj.lora_B"), "lacks lora_B of .*layers.0.mlp.up_proj"),
+    "missing_N": (lambda d: drop(d, "layers.1.mlp.up_proj.lora_N"), "layers.1.mlp.up_proj lacks lora_N"),
+    "missing_B": (lambda d: drop(d, "layers.0.mlp.up_proj.lora_B"), "layers.0.mlp.up_proj lacks lora_B"),
+    "no_rank": (lambda d: strip(d, "r"), "adapter_config.json lacks r"),
+    "shapes": (lambda d: reshape(d, "layers.0.mlp.up_proj.lora_N"), "layers.0.mlp.up_proj does not fit together"),
 }
 
 

@@ -191,7 +191,7 @@ class NLoraLinear(FusedLinear):
             return
         # A base weight that comes along has its product out already.
         if not with_base:
-            A, N, B = (_full(t).to(base.weight.device) for t in loaded)
+            A, N, B = (_full(t).to(base.weight.device, torch.promote_types(t.dtype, torch.float32)) for t in loaded)
             BN = B @ N
             if self.held_out == name:
                 # Out with the new and in with the old product at once: the weight is rounded once.
