@@ -55,7 +55,10 @@ def to_lora(src_dir: str | os.PathLike, dst_dir: str | os.PathLike) -> None:
     for name, layer in layers.items():
         layer = {part: tensor.double() for part, tensor in layer.items()}
         try:
-            exported[name] = _lora2_as_lora(layer) if kind == "LORA2" else _nlora_as_lora(layer, config)
+            A, B = _lora2_as_lora(layer) if kind == "LORA2" else _nlora_as_lora(layer, config)
+            if A.shape[0] != B.shape[1]:
+                raise RuntimeError(f"A is {tuple(A.shape)}, B is {tuple(B.shape)}")
+            exported[name] = A, B
         except (KeyError, RuntimeError) as error:
             reason = f"lacks lora_{error.args[0]}" if isinstance(error, KeyError) else f"does not fit together: {error}"
             raise ValueError(f"{Path(src_dir, WEIGHTS)}: {name} {reason}") from error
