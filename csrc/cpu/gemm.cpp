@@ -4,8 +4,8 @@
 namespace nlora::cpu {
 namespace {
 
-// A strip of right and a panel of left of this depth stay in the first cache level.
-constexpr int64_t kDepth = 256;
+// Values of a strip of right, which with a panel of left stays in the first cache level: 24 KiB.
+constexpr int64_t kStrip = 6144;
 // Rows of left that are packed at a time, for the second level.
 constexpr int64_t kRows = 128;
 // Packed values of right at a time: 16 MiB, and no more columns than keep a half-precision result's sums in the cache.
@@ -23,11 +23,11 @@ struct Problem {
   std::vector<Depth> depths;
   const float* start;
   Matrix out;
-  int64_t k, block_rows, block_cols;
+  int64_t k, depth, block_rows, block_cols;
   float* right;  // [depth][strip][k][tile_cols] for block_cols columns
 };
 
-int64_t left_size(const Kernels& kernel, const Problem& p) { return round_up(p.block_rows, kernel.tile_rows) * kDepth; }
+int64_t left_size(const Kernels& kernel, const Problem& p) { return round_up(p.block_rows, kernel.tile_rows) * p.depth; }
 
 int64_t sums_size(const Problem& p) { return p.out.dtype == Dtype::kFloat32 ? 0 : p.block_rows * p.block_cols; }
 
@@ -98,9 +98,9 @@ Matrix slice(const Matrix& m, Range rows, Range cols) {
 void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch) {
   if (!out.rows || !out.cols) return;
   const Kernels& kernel = kernels();
-  Problem p = {{}, start, out, 0, 0, 0, nullptr};
+  Problem p = {{}, start, out, 0, kStrip / kernel.tile_cols, 0, 0, nullptr};
   for (const Summand& summand : summands) {
-    const int64_t k = summand.left.cols, runs = std::max<int64_t>(1, (k + kDepth - 1) / kDepth);
+    const int64_t k = summand.left.cols, runs = std::max<int64_t>(1, (k + p.depth - 1) / p.depth);
     for (int64_t i = 0; i < runs; ++i) {
       const Range range = part(k, std::min<int64_t>(k ? k : 1, kernel.width), int(i), int(runs));
       if (range.size || runs == 1) p.depths.push_back({&summand, range, p.k});

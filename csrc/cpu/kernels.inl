@@ -121,8 +121,12 @@ INLINE void round_row(const float* from, Float16* to, int64_t n) {
 
 // One register tile: kTileRows × kTileVectors registers, all of which the compiler must keep in registers.
 template <class B>
-INLINE void tile(int64_t k, const float* a, const B* b, int64_t b_row, const float* init, int64_t init_row, float* c,
-                 int64_t c_row) {
+INLINE void tile(int64_t k, const float* a, const B* b, int64_t b_row, int64_t b_ahead, const float* init,
+                 int64_t init_row, float* c, int64_t c_row) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kTileVectors; ++j) __builtin_prefetch(c + i * c_row + j * kWidth, 1);
   Vec sum[kTileRows][kTileVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i)
@@ -131,7 +135,10 @@ INLINE void tile(int64_t k, const float* a, const B* b, int64_t b_row, const flo
   for (int64_t p = 0; p < k; ++p) {
     Vec column[kTileVectors];
 #pragma GCC unroll 16
-    for (int j = 0; j < kTileVectors; ++j) column[j] = load(b + j * kWidth);
+    for (int j = 0; j < kTileVectors; ++j) {
+      column[j] = load(b + j * kWidth);
+      __builtin_prefetch(b + b_ahead + j * kWidth);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 16
@@ -150,35 +157,44 @@ INLINE void tile(int64_t k, const float* a, const B* b, int64_t b_row, const flo
 }
 
 constexpr int kTileCols = kTileVectors * kWidth;
+// The k up to which a product is bound by writing c.
+constexpr int kShallow = 32;
+
+template <class B, class C>
+INLINE void multiply_tile(const Product& p, int64_t row, int64_t col) {
+  const int cols = int(p.n - col < kTileCols ? p.n - col : kTileCols);
+  const int rows = int(p.m - row < kTileRows ? p.m - row : kTileRows);
+  const bool whole = rows == kTileRows && cols == kTileCols;
+  const float* a = p.a + row * p.k;
+  const B* b = static_cast<const B*>(p.b) + col / kTileCols * p.b_strip;
+  // Rows of b read in place lie far apart, where no hardware prefetcher looks: fetch the next strip's meanwhile.
+  const int64_t ahead = p.b_row == kTileCols ? 0 : p.b_strip;
+  const float* init = p.init ? p.init + row * p.init_row + col : nullptr;
+  C* c = static_cast<C*>(p.c) + row * p.c_row + col;
+  if constexpr (sizeof(C) == sizeof(float)) {
+    if (whole) return tile(p.k, a, b, p.b_row, ahead, init, p.init_row, c, p.c_row);
+  }
+  alignas(64) float start[kTileRows * kTileCols];
+  alignas(64) float result[kTileRows * kTileCols];
+  int64_t init_row = p.init_row;
+  if (init && !whole) {
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < cols; ++j) start[i * kTileCols + j] = init[i * p.init_row + j];
+    init = start, init_row = kTileCols;
+  }
+  tile(p.k, a, b, p.b_row, ahead, init, init_row, result, kTileCols);
+  for (int i = 0; i < rows; ++i) round_row(result + i * kTileCols, c + i * p.c_row, cols);
+}
 
 template <class B, class C>
 void multiply_typed(const Product& p) {
-  alignas(64) float start[kTileRows * kTileCols];
-  alignas(64) float result[kTileRows * kTileCols];
-  const B* b = static_cast<const B*>(p.b);
-  for (int64_t col = 0; col < p.n; col += kTileCols, b += p.b_strip) {
-    const int cols = int(p.n - col < kTileCols ? p.n - col : kTileCols);
-    for (int64_t row = 0; row < p.m; row += kTileRows) {
-      const int rows = int(p.m - row < kTileRows ? p.m - row : kTileRows);
-      const float* a = p.a + row * p.k;
-      const float* init = p.init ? p.init + row * p.init_row + col : nullptr;
-      C* c = static_cast<C*>(p.c) + row * p.c_row + col;
-      const bool whole = rows == kTileRows && cols == kTileCols;
-      if constexpr (sizeof(C) == sizeof(float)) {
-        if (whole) {
-          tile(p.k, a, b, p.b_row, init, p.init_row, c, p.c_row);
-          continue;
-        }
-      }
-      if (init && !whole) {
-        for (int i = 0; i < rows; ++i)
-          for (int j = 0; j < cols; ++j) start[i * kTileCols + j] = init[i * p.init_row + j];
-        tile(p.k, a, b, p.b_row, start, kTileCols, result, kTileCols);
-      } else {
-        tile(p.k, a, b, p.b_row, init, p.init_row, result, kTileCols);
-      }
-      for (int i = 0; i < rows; ++i) round_row(result + i * kTileCols, c + i * p.c_row, cols);
-    }
+  if (p.k <= kShallow) {
+    // All of b stays in the first cache level, so c is written row by row.
+    for (int64_t row = 0; row < p.m; row += kTileRows)
+      for (int64_t col = 0; col < p.n; col += kTileCols) multiply_tile<B, C>(p, row, col);
+  } else {
+    for (int64_t col = 0; col < p.n; col += kTileCols)
+      for (int64_t row = 0; row < p.m; row += kTileRows) multiply_tile<B, C>(p, row, col);
   }
 }
 
@@ -362,11 +378,12 @@ void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t r
       for (int64_t p = 0; p < k; ++p) panels[row / size * size * k + row % size + p * size] = 0.0f;
     return;
   }
-  for (int64_t row = 0; row < rows; row += size, panels += size * k) {
-    const int count = int(rows - row < size ? rows - row : size);
-    const T* from = source + row * row_stride;
-    for (int64_t p = 0; p < k; ++p, from += k_stride) {
-      float* to = panels + p * size;
+  // The source is read along its rows, whatever number of panels they go to.
+  for (int64_t p = 0; p < k; ++p) {
+    const T* from = source + p * k_stride;
+    float* to = panels + p * size;
+    for (int64_t row = 0; row < rows; row += size, from += size * row_stride, to += size * k) {
+      const int count = int(rows - row < size ? rows - row : size);
       int i = 0;
       if (row_stride == 1)
         for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));

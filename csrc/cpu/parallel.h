@@ -46,10 +46,10 @@ class Scratch {
     Blocks& all = blocks();
     if (all.next == all.list.size()) all.list.push_back({});
     Block& block = all.list[all.next++];
-    if (block.size < size) {
+    if (!block.data || block.size < size) {
       std::free(block.data);
       block = {};
-      const size_t bytes = (size_t(size) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
+      const size_t bytes = (size_t(size) * sizeof(float) / kAlignment + 1) * kAlignment;
       block.data = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
       if (!block.data) throw std::bad_alloc();
       block.size = size;

@@ -1,0 +1,197 @@
+// The CPU kernels over ragged shapes, every dtype and instruction set, against sums in double. Built with sanitizers by
+// `python setup.py sanitize`: every buffer is as large as its matrix and not a byte larger.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "ops.h"
+
+namespace {
+
+using nlora::Dtype;
+using nlora::Matrix;
+using nlora::cpu::Tier;
+
+double rounding(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? 0x1p-24 : dtype == Dtype::kFloat16 ? 0x1p-11 : 0x1p-8;
+}
+
+// Values of a dtype are eighths and quarters, which all three hold exactly.
+struct Tensor {
+  Matrix view;
+  std::unique_ptr<char[]> storage;
+  std::vector<double> exact;
+
+  double& operator()(int64_t i, int64_t j) { return exact[i * view.cols + j]; }
+};
+
+uint16_t half_bits(double value, Dtype dtype) {
+  if (dtype == Dtype::kBFloat16) {
+    const float single = float(value);
+    uint32_t bits;
+    std::memcpy(&bits, &single, 4);
+    return uint16_t(bits >> 16);
+  }
+  if (value == 0) return 0;
+  int exponent;
+  const double fraction = std::frexp(std::fabs(value), &exponent);
+  return uint16_t((value < 0) << 15 | (exponent + 14) << 10 | int(fraction * 2048 - 1024));
+}
+
+double read(const Matrix& m, int64_t i, int64_t j) {
+  const int64_t offset = i * m.row_stride + j * m.col_stride;
+  if (m.dtype == Dtype::kFloat32) return static_cast<float*>(m.data)[offset];
+  const uint16_t bits = static_cast<uint16_t*>(m.data)[offset];
+  if (m.dtype == Dtype::kBFloat16) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+  }
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+  return bits >> 15 ? -size : size;
+}
+
+// `gap` elements lie between two rows; `flipped` stores the matrix by columns.
+Tensor tensor(int64_t rows, int64_t cols, Dtype dtype, unsigned seed, bool random = true, int64_t gap = 0,
+              bool flipped = false) {
+  const int64_t outer = flipped ? cols : rows, inner = (flipped ? rows : cols) + gap;
+  const int64_t size = outer && inner ? (outer - 1) * inner + inner - gap : 0, bytes = dtype == Dtype::kFloat32 ? 4 : 2;
+  Tensor t;
+  t.storage.reset(new char[size * bytes]);
+  std::memset(t.storage.get(), 0xff, size * bytes);
+  t.view = {t.storage.get(), dtype, rows, cols, flipped ? 1 : inner, flipped ? inner : 1};
+  t.exact.resize(rows * cols);
+  uint32_t state = seed * 2654435761u + 1;
+  for (int64_t i = 0; random && i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) {
+      state = state * 1664525u + 1013904223u;
+      const double value = (int(state >> 24 & 15) - 8) / 8.0;
+      const int64_t offset = i * t.view.row_stride + j * t.view.col_stride;
+      t(i, j) = value;
+      if (dtype == Dtype::kFloat32) {
+        reinterpret_cast<float*>(t.storage.get())[offset] = float(value);
+      } else {
+        reinterpret_cast<uint16_t*>(t.storage.get())[offset] = half_bits(value, dtype);
+      }
+    }
+  return t;
+}
+
+int failures = 0;
+
+// Every element of `actual` against `exact`, where `size` bounds what was added up to an element.
+void compare(const char* name, const Tensor& actual, const std::vector<double>& exact, double size, const char* where) {
+  const double bound = size * rounding(actual.view.dtype) * 2 + size * 0x1p-18;
+  for (int64_t i = 0; i < actual.view.rows; ++i)
+    for (int64_t j = 0; j < actual.view.cols; ++j) {
+      const double value = read(actual.view, i, j), expected = exact[i * actual.view.cols + j];
+      if (std::fabs(value - expected) <= bound) continue;
+      std::printf("%s: %s(%d, %d) is %g, expected %g within %g\n", where, name, int(i), int(j), value, expected, bound);
+      ++failures;
+      return;
+    }
+}
+
+std::vector<double> product(const std::vector<double>& a, const std::vector<double>& b, int64_t m, int64_t k, int64_t n,
+                            double factor = 1, bool a_by_cols = false, bool b_by_cols = false) {
+  std::vector<double> c(m * n);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t p = 0; p < k; ++p) {
+      const double left = factor * (a_by_cols ? a[p * m + i] : a[i * k + p]);
+      for (int64_t j = 0; j < n; ++j) c[i * n + j] += left * (b_by_cols ? b[j * k + p] : b[p * n + j]);
+    }
+  return c;
+}
+
+std::vector<double> add(std::vector<double> a, const std::vector<double>& b) {
+  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+  return a;
+}
+
+struct Shape {
+  int64_t M, K, N, R;
+};
+
+void check(const Shape& s, Dtype dtype, Dtype adapter, bool with_core, bool with_weight, bool strided, int threads) {
+  const auto [M, K, N, R] = s;
+  char where[160];
+  std::snprintf(where, sizeof where, "M=%d K=%d N=%d R=%d dtype=%d/%d core=%d weight=%d strided=%d threads=%d tier=%d",
+                int(M), int(K), int(N), int(R), int(dtype), int(adapter), with_core, with_weight, strided, threads,
+                int(nlora::cpu::tier()));
+  const int64_t gap = strided ? 3 : 0;
+  const float scaling = 0.5f;
+  Tensor x = tensor(M, K, dtype, 1, true, gap), W = tensor(N, K, dtype, 2, true, gap), A = tensor(R, K, adapter, 3);
+  Tensor B = tensor(N, R, adapter, 4, true, gap, strided), C = tensor(R, R, adapter, 5, true, gap, strided);
+  Tensor bias = tensor(1, N, dtype, 6), dy = tensor(M, N, dtype, 7, true, gap);
+  const Matrix weight = with_weight ? W.view : Matrix(), core = with_core ? C.view : Matrix();
+  const auto eye = [&] {
+    std::vector<double> one(R * R);
+    for (int64_t i = 0; i < R; ++i) one[i * R + i] = 1;
+    return one;
+  };
+  const std::vector<double> inner = with_core ? C.exact : eye();
+
+  Tensor y = tensor(M, N, dtype, 0, false), T = tensor(M, R, dtype, 0, false);
+  nlora::cpu::forward(x.view, weight, A.view, B.view, core, bias.view, y.view, T.view, scaling, threads);
+  const auto exact_T = product(x.exact, A.exact, M, K, R, 1, false, true);
+  const auto P = product(exact_T, inner, M, R, R, scaling, false, true);
+  auto exact_y = product(P, B.exact, M, R, N, 1, false, true);
+  if (with_weight) exact_y = add(exact_y, product(x.exact, W.exact, M, K, N, 1, false, true));
+  for (int64_t i = 0; i < M * N; ++i) exact_y[i] += bias.exact[i % N];
+  const double wide = 2 + K + double(K) * R * (with_core ? R : 1);
+  compare("T", T, exact_T, 1 + K, where);
+  compare("y", y, exact_y, wide, where);
+
+  // Backward from the T that forward rounded.
+  std::vector<double> kept(M * R);
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < R; ++j) kept[i * R + j] = read(T.view, i, j);
+  Tensor dx = tensor(M, K, dtype, 0, false), dW = tensor(N, K, dtype, 0, false), dA = tensor(R, K, adapter, 0, false);
+  Tensor dB = tensor(N, R, adapter, 0, false), dC = tensor(R, R, adapter, 0, false), dbias = tensor(1, N, dtype, 0, false);
+  nlora::cpu::backward(dy.view, x.view, T.view, weight, A.view, B.view, core, dx.view, dW.view, dA.view, dB.view,
+                       with_core ? dC.view : Matrix(), dbias.view, scaling, threads);
+  const auto G = product(dy.exact, B.exact, M, N, R);
+  const auto H = product(G, inner, M, R, R, scaling);
+  auto exact_dx = product(H, A.exact, M, R, K);
+  if (with_weight) exact_dx = add(exact_dx, product(dy.exact, W.exact, M, N, K));
+  const double chain = double(R) * (with_core ? R : 1);
+  compare("dx", dx, exact_dx, 1 + N + N * chain, where);
+  compare("dW", dW, product(dy.exact, x.exact, N, M, K, 1, true), 1 + M, where);
+  compare("dA", dA, product(H, x.exact, R, M, K, 1, true), 1 + M * N * (with_core ? R : 1.0), where);
+  const auto kept_P = product(kept, inner, M, R, R, scaling, false, true);
+  compare("dB", dB, product(dy.exact, kept_P, N, M, R, 1, true), 1 + M * K * (with_core ? R : 1.0), where);
+  if (with_core) compare("dN", dC, product(G, kept, R, M, R, scaling, true), 1 + double(M) * N * K, where);
+  compare("dbias", dbias, product(std::vector<double>(M, 1), dy.exact, 1, M, N), 1 + M, where);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool all = argc > 1 && !std::strcmp(argv[1], "--long");
+  std::vector<Shape> shapes = {{0, 5, 3, 2},   {1, 1, 1, 1},    {1, 33, 17, 5},   {2, 1, 49, 3},   {16, 65, 1, 8},
+                               {17, 31, 47, 7}, {33, 130, 97, 9}, {50, 70, 100, 33}, {130, 300, 60, 4}};
+  if (all)
+    for (int64_t M : {1, 3, 15, 16, 17, 31, 64, 257})
+      for (int64_t K : {1, 7, 16, 48, 129, 513})
+        for (int64_t N : {1, 13, 47, 48, 49, 200})
+          for (int64_t R : {1, 4, 8, 15, 32, 33, 66}) shapes.push_back({M, K, N, R});
+  int checks = 0;
+  for (Tier tier : {Tier::kPortable, Tier::kAvx2, Tier::kAvx512}) {
+    nlora::cpu::cap_tier(tier);
+    if (nlora::cpu::tier() != tier) continue;
+    for (const Shape& s : shapes)
+      for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+        // Each shape takes another combination of the rest; over the shapes all of them come.
+        const unsigned mix = unsigned(checks++) * 2654435761u >> 24;
+        const Dtype adapter = mix & 1 ? dtype : Dtype::kFloat32;
+        check(s, dtype, adapter, mix & 2, true, mix & 4, mix & 8 ? 1 : 3);
+        check(s, dtype, adapter, mix & 2, false, mix & 4, mix & 8 ? 3 : 1);
+      }
+  }
+  std::printf("%d shapes and dtypes, %d failures\n", checks, failures);
+  return failures ? 1 : 0;
+}
