@@ -2,20 +2,20 @@
 
 Letters: M rows, N columns and K summed features of a product, R rank. The rule is a wave model: among the tiles that
 the device can run, take the one whose waves of programs cost least. Measured entries are data in tuned/<device>.json
-and are written by `measure`; the nearest entry of the same kernel, dtype and rank is used if its shape lies within a
-factor of two in each dimension.
+and are written by `save`; the nearest entry of the same dtype is used if its shape lies within a factor of two in each
+dimension.
 """
 
 import functools
 import json
 import math
 import re
-from importlib import resources
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-TUNED = resources.files(__package__) / "tuned"
+TUNED = Path(__file__).parent / "tuned"
 
 
 class Device(NamedTuple):
@@ -68,8 +68,10 @@ def device_of(index: int) -> Device:
 
 def wide_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, device: Device) -> Tile:
     """The tile of the extended product (M, K)·(K, N) and of the single launch."""
-    measured = _measured("wide", dtype, tf32, (M, N, K, R), device)
-    return measured or min(_candidates(M, dtype, tf32, device).items(), key=lambda c: _cost(M, N, *c, device))[0]
+    measured = _measured(dtype, tf32, (M, N, K, R), device)
+    if measured:
+        return Tile(*measured["tile"])
+    return min(_candidates(M, dtype, tf32, device).items(), key=lambda c: _cost(M, N, *c, device))[0]
 
 
 def narrow_tile(
@@ -80,7 +82,6 @@ def narrow_tile(
     `columns` is the least width of the tile: all of N where a core follows. The tile is as large as registers allow,
     for these products read more than they compute, and the sum is split until every processor has a program.
     """
-    measured = _measured("narrow", dtype, tf32, (M, N, K, 0), device)
     width = max(columns, min(128, padded(N)))
     if dtype == torch.float32 and not tf32:
         tile = Tile(min(padded(M), 32, max(16, 2048 // width)), width, 32, 8 if width > 128 else 4, 2)
@@ -88,7 +89,6 @@ def narrow_tile(
         height, stages = 64 if width > 64 else 128, 3 if device.capability >= 90 else 2
         depth = 32 if dtype == torch.float32 else 64
         tile = Tile(min(padded(M), height), width, depth, 8 if width > 128 else 4, stages)
-    tile = measured or tile
     while tile.stages > 1 and _shared_bytes(tile, dtype) > device.shared:
         tile = tile._replace(stages=tile.stages - 1)
     tiles = math.ceil(M / tile.m) * math.ceil(N / tile.n)
@@ -98,12 +98,15 @@ def narrow_tile(
     return tile, splits
 
 
-def single_launch(M: int, N: int, K: int, R: int, dtype: torch.dtype, tile: Tile, device: Device) -> bool:
+def single_launch(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, tile: Tile, device: Device) -> bool:
     """Whether the narrow product goes into the launch of the wide one: where it then fills the last wave.
 
     Its items are as many rows as a tile by R, so they pay from many rows on. Two kinds of tile in one program need its
     registers: up to a rank of 128 on Hopper, of 32 on Blackwell, and not on Ampere.
     """
+    measured = _measured(dtype, tf32, (M, N, K, R), device)
+    if measured:
+        return measured["single"]
     widest = {9: 128, 10: 32}.get(device.capability // 10, 0)
     return dtype != torch.float32 and R <= widest and M >= 2048 and tile.m >= 64
 
@@ -136,21 +139,80 @@ def _cost(M: int, N: int, tile: Tile, share: float, device: Device) -> tuple[flo
     return waves * tile.m * tile.n / share, tile.m * tile.n
 
 
-def _measured(kernel: str, dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], device: Device) -> Tile | None:
+def _measured(dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], device: Device) -> dict | None:
+    """The entry nearest to a shape, if no dimension is off by more than a factor of two."""
     nearest, distance = None, 1.0
     for entry in _entries(device.name):
-        if (entry["kernel"], entry["dtype"], entry["tf32"]) == (kernel, str(dtype).removeprefix("torch."), tf32):
+        if (entry["dtype"], entry["tf32"]) == (_short(dtype), tf32):
             far = max(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(shape, entry["shape"], strict=True))
-            if far <= distance:
-                nearest, distance = Tile(*entry["tile"]), far
+            if far < distance or far == distance == 1.0:
+                nearest, distance = entry, far
     return nearest
 
 
 @functools.cache
 def _entries(name: str) -> tuple[dict, ...]:
-    file = TUNED / (file_name(name))
+    file = TUNED / file_name(name)
     return tuple(json.loads(file.read_text())["entries"]) if file.is_file() else ()
 
 
 def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool = True) -> dict:
+    """Times every tile and both numbers of launches for one shape on the current GPU; returns the entry of the best.
+
+    `transposed`: the orientation of forward, else that of the gradient of x. A tile that does not compile or run here
+    is reported and passed over.
+    """
+    from triton.testing import do_bench
+
+    from . import testing
+    from .backends.triton import extended, launch
+
+    p = testing.problem(M, K, N, R, dtype=dtype, device="cuda")
+    tf32, device = launch.tf32(), launch.target(p.x)
+    operands = (p.x, p.weight, p.lora_A, p.lora_N, p.lora_B)
+    if not transposed:
+        operands = (p.x, p.weight.T.contiguous(), p.lora_A.T.contiguous(), p.lora_N, p.lora_B.T.contiguous())
+    times = {}
+    for tile in _candidates(M, dtype, tf32, device):
+        for single in (False, True) if tile.m >= 64 and R <= 256 else (False,):
+
+            def step(tile=tile, single=single):
+                return extended.widen(*operands, None, 1.0, transposed=transposed, tile=tile, single=single)
+
+            try:
+                times[tile, single] = do_bench(step, warmup=25, rep=100, return_mode="median")
+            except Exception as error:  # noqa: BLE001
+                print(f"{tile} in {1 if single else 2} launches: {type(error).__name__}: {error}")
+    chosen = wide_tile(M, N, K, R, dtype, tf32, device)
+    rule = chosen, single_launch(M, N, K, R, dtype, tf32, chosen, device)
+    (tile, single), best = min(times.items(), key=lambda item: item[1])
+    return {
+        "dtype": _short(dtype),
+        "tf32": tf32,
+        "shape": [M, N, K, R],
+        "tile": list(tile),
+        "single": single,
+        "us": round(1000 * best, 2),
+        "rule_us": round(1000 * times.get(rule, best), 2),
+    }
+
+
+def save(entries: list[dict], folder: Path, device: str) -> Path:
+    """Writes the table of a device; of two entries for one shape the one that gains more over the rule stays."""
+    best = {}
+    for entry in sorted(entries, key=lambda entry: entry["rule_us"] / entry["us"]):
+        best[entry["dtype"], entry["tf32"], *entry["shape"]] = entry
+    file = Path(folder) / file_name(device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"device": device, "entries": list(best.values())}, indent=1) + "\n")
+    partial.replace(file)
+    return file

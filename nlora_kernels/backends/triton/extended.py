@@ -229,10 +229,13 @@ def widen(
     alpha: float,
     *,
     transposed: bool,
+    tile: tuning.Tile | None = None,
+    single: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(raw, narrow, y) = (x·shrink, alpha·raw·core, [x | narrow]·[weight ; wide] + bias), all in x's dtype.
 
     `transposed`: weight, shrink, core and wide are stored as the transpose of what is multiplied, as in forward.
+    tile, single: tile and number of launches in place of those that `tuning` chooses.
     """
     (M, K), R = x.shape, shrink.shape[0 if transposed else 1]
     N = weight.shape[0 if transposed else 1]
@@ -241,8 +244,9 @@ def widen(
         # Many tiles read the adapter, so it is cast once; for a few rows it is cast in registers, without a launch.
         shrink, wide = shrink.to(x.dtype), wide.to(x.dtype)
     device, tf32 = launch.target(x), launch.tf32()
-    tile = tuning.wide_tile(M, N, K, R, x.dtype, tf32, device)
-    single = tuning.single_launch(M, N, K, R, x.dtype, tile, device)
+    tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, device)
+    if single is None:
+        single = tuning.single_launch(M, N, K, R, x.dtype, tf32, tile, device)
     if single:
         raw, out = x.new_empty(M, R), x.new_empty(M, R)
     else:

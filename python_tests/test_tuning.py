@@ -1,0 +1,85 @@
+"""The rule that chooses the tiles of the Triton kernels, and the table of measured ones."""
+
+import itertools
+
+import pytest
+import torch
+
+from nlora_kernels import tuning
+from nlora_kernels.tuning import Device, Tile
+
+HOPPER = Device("NVIDIA H200", 90, 132, tuning.SHARED[90])
+AMPERE = Device("NVIDIA A100", 80, 108, tuning.SHARED[80])
+SMALL = Device("NVIDIA GeForce RTX 4090", 89, 128, tuning.SHARED[89])
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("device", [HOPPER, AMPERE, SMALL], ids=lambda d: d.name)
+@pytest.mark.parametrize("dtype, tf32", [(BF16, False), (torch.float32, False), (torch.float32, True)], ids=str)
+def test_every_choice_fits_the_device(device, dtype, tf32):
+    for M, N, K, R in itertools.product((1, 17, 300, 8192), (1, 768, 11008), (1, 4096), (1, 16, 100, 256, 300)):
+        tile = tuning.wide_tile(M, N, K, R, dtype, tf32, device)
+        narrow, splits = tuning.narrow_tile(M, R, K, min(tuning.padded(R), 256), dtype, tf32, device)
+        for chosen in (tile, narrow):
+            assert chosen.stages * (chosen.m + chosen.n) * chosen.k * dtype.itemsize <= device.shared
+        assert splits >= 1 and narrow.n >= min(R, 256)
+
+
+def test_large_layers_get_wide_tiles_and_few_rows_many_programs():
+    large = tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, HOPPER)
+    assert (large.m, large.n) == (128, 256)
+    decode = tuning.wide_tile(1, 4096, 4096, 64, BF16, False, HOPPER)
+    assert decode.m == 16 and 4096 // decode.n >= 64
+
+
+def test_a_short_product_is_split_until_every_processor_has_a_program():
+    tile, splits = tuning.narrow_tile(16, 16, 4096, 16, BF16, False, HOPPER)
+    assert splits > 1 and splits * tile.k <= 4096
+    tile, splits = tuning.narrow_tile(65536, 64, 4096, 64, BF16, False, HOPPER)
+    assert splits == 1
+
+
+def test_the_single_launch_stays_within_registers():
+    def single(M, R, device):
+        tile = tuning.wide_tile(M, 4096, 4096, R, BF16, False, device)
+        return tuning.single_launch(M, 4096, 4096, R, BF16, False, tile, device)
+
+    assert single(8192, 64, HOPPER) and single(2048, 128, HOPPER)
+    assert not single(8192, 256, HOPPER) and not single(512, 64, HOPPER) and not single(8192, 64, AMPERE)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    tuning._entries.cache_clear()
+    yield tmp_path
+    tuning._entries.cache_clear()
+
+
+def entry(shape, tile, us, rule_us=100.0, single=False):
+    return {"dtype": "bfloat16", "tf32": False, "shape": shape, "tile": tile, "single": single} | {
+        "us": us,
+        "rule_us": rule_us,
+    }
+
+
+def test_the_nearest_measured_entry_goes_before_the_rule(table):
+    near, far = [64, 128, 64, 4, 4], [128, 128, 64, 8, 4]
+    file = tuning.save(
+        [
+            entry([8192, 4096, 4096, 64], near, 90.0, single=True),
+            entry([16384, 4096, 4096, 64], far, 90.0),
+            entry([8192, 4096, 4096, 64], far, 99.0),
+        ],
+        table,
+        HOPPER.name,
+    )
+    assert file.name == "nvidia-h200.json"
+    assert tuning.wide_tile(9000, 4096, 4096, 64, BF16, False, HOPPER) == Tile(*near)
+    assert tuning.single_launch(9000, 4096, 4096, 64, BF16, False, Tile(*near), HOPPER)
+    assert tuning.wide_tile(15000, 4096, 4096, 64, BF16, False, HOPPER) == Tile(*far)
+    # Another dtype, a shape too far off and another device keep to the rule.
+    rule = tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, HOPPER._replace(name="other"))
+    assert rule not in (Tile(*near), Tile(*far))
+    assert tuning.wide_tile(8192, 4096, 4096, 64, torch.float16, False, HOPPER) == rule
+    assert tuning.wide_tile(8192, 4096, 4096, 500, BF16, False, HOPPER) == rule
