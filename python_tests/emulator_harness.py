@@ -18,7 +18,7 @@ BUILD = ROOT / "build" / "emulator"
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR = ROOT / "csrc" / "emulator"
 
-CXX_FLAGS = "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
+CXX_FLAGS = "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 NVCC_FLAGS = "-gencode arch=compute_90a,code=sm_90a -DNDEBUG -std=c++17 -O3"
 RUNNERS = ("gemm_runner", "probe_runner")
 GOLDEN = Path(__file__).resolve().parent / "emulator_golden"  # what each device wrote, one file a device

@@ -95,8 +95,8 @@ SYNCHRONISATION = re.compile(
     r"\b(mbarrier_\w+|fence_\w+|bar_sync|sync_threads|sync_warp|cluster_sync|wgmma_(?:fence|commit|wait)|"
     r"bulk_(?:commit|wait\w*)|setmaxnreg_\w+)\s*(?:<[^;]*>)?\("
 )
-# Without and with a cluster; K is no multiple of the stage, and both go several laps round the ring of slots.
-MUTATED = [(0, (200, 264, 456)), (2, (300, 264, 456))]
+# Without and with a cluster; K of several laps round the ring of slots, and K so short that nothing waits for a slot.
+MUTATED = [(0, (200, 264, 456)), (2, (300, 264, 456)), (0, (300, 264, 72)), (2, (600, 264, 72))]
 
 
 def synchronisation_calls():
@@ -123,19 +123,22 @@ def test_every_synchronisation_call_of_the_source_runs():
 @pytest.mark.parametrize("line", synchronisation_calls(), ids=lambda n: f"line{n}-{synchronisation_calls()[n]}")
 def test_deleting_a_synchronisation_call_is_caught(line):
     name = synchronisation_calls()[line]
-    caught = []
+    caught = {}
     for tile, shape in MUTATED:
         if line not in executed_lines(tile, shape):
             continue
         x, weight, bias = problem(shape, torch.bfloat16)
         exact, budget = reference(shape, torch.bfloat16, True)
+        seen = caught[tile, shape] = []
         for seed in range(3):
             for lanes in (False, True):
                 y, ticket, result = run_gemm(x, weight, bias, tile=tile, seed=seed, lanes=lanes, skipped_line=line)
                 wrong = not (y.double() - exact).abs().max().item() <= budget
-                caught.append(bool(result.rule) or wrong or ticket != 0)
-    assert caught
-    assert all(caught) != (name in REDUNDANT), f"{name}: caught in {sum(caught)} of {len(caught)} runs"
+                seen.append(bool(result.rule) or wrong or ticket != 0)
+        if all(seen):
+            break
+    # One of the problems must show it on every schedule.
+    assert any(map(all, caught.values())) != (name in REDUNDANT), f"{name}: caught {caught}"
 
 
 def test_kernel_source_has_no_emulator_conditionals_and_no_ptx():
@@ -144,3 +147,10 @@ def test_kernel_source_has_no_emulator_conditionals_and_no_ptx():
         assert not re.search(r"\basm\b|__shared__|__CUDA|__GNUC__|EMULATOR|#\s*if", source), path.name
         includes = re.findall(r'#include [<"](.+)[>"]', source)
         assert set(includes) <= {"hopper.cuh", "tile.cuh"}, path.name
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8), (8, 0, 8), (8, 8, 0), (8, 12, 8), (8, 8, 12)])
+def test_sizes_are_checked(shape):
+    m, n, k = shape
+    with pytest.raises(RuntimeError, match=f"got {m}, {n} and {k}"):
+        run_gemm(torch.zeros(m, k).bfloat16(), torch.zeros(n, k).bfloat16())

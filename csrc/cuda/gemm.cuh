@@ -18,20 +18,21 @@ struct GemmProblem {
     uint32_t m, n, k;   // k and n multiples of 8
 };
 
-// Rank 0 of the cluster draws tickets and tells every block, ahead of need, until one says that no work is left.
+// Rank 0 of the cluster draws tickets and tells every block, until one says that no work is left. A ticket is drawn
+// when the loads of the previous tile are on their way: early enough to load on without a pause, and no earlier, for
+// a block that hoards tickets leaves others idle at the end.
 template <class Tile>
 __device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, uint32_t* counter, uint32_t count) {
-    RingPosition<Tile::kTicketSlots> ring;
     const uint32_t clusters = grid_blocks() / Tile::kCluster;
-    uint32_t ticket;
+    uint32_t ticket, parity = 1;
     do {
+        mbarrier_wait_cluster(shared.ticket_empty(), parity);
         ticket = ticket_take(counter);
-        mbarrier_wait_cluster(shared.ticket_empty(ring.slot), ring.parity ^ 1);
         for (uint32_t rank = 0; rank < Tile::kCluster; ++rank) {
-            st_cluster(map_to_rank(shared.ticket(ring.slot), rank), ticket);
-            mbarrier_arrive_cluster(map_to_rank(shared.ticket_full(ring.slot), rank));
+            st_cluster(map_to_rank(shared.ticket(), rank), ticket);
+            mbarrier_arrive_cluster(map_to_rank(shared.ticket_full(), rank));
         }
-        ring.advance();
+        parity ^= 1;
     } while (ticket < count);
     // Each cluster draws one ticket too many; the last of those draws is the last of all.
     if (ticket == count + clusters - 1) {
@@ -163,10 +164,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
             mbarrier_init(shared.full(stage), 1);
             mbarrier_init(shared.empty(stage), kConsumerWarps * Tile::kCluster);
         }
-        for (uint32_t slot = 0; slot < Tile::kTicketSlots; ++slot) {
-            mbarrier_init(shared.ticket_full(slot), 1);
-            mbarrier_init(shared.ticket_empty(slot), (kConsumerWarps + 1) * Tile::kCluster);
-        }
+        mbarrier_init(shared.ticket_full(), 1);
+        mbarrier_init(shared.ticket_empty(), (kConsumerWarps + 1) * Tile::kCluster);
         fence_barrier_init();
     }
     // Blocks touch each other's barriers, so all of the cluster must be ready.
@@ -178,19 +177,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
     }
 
     RingPosition<Tile::kStages> ring;
-    RingPosition<Tile::kTicketSlots> tickets;
+    uint32_t ticket_parity = 0;
     if (warp < 4) {
         setmaxnreg_decrease<Tile::kProducerRegisters>();
         if (warp == 0 && leader) {
-            while (true) {
-                mbarrier_wait_cluster(shared.ticket_full(tickets.slot), tickets.parity);
-                const auto ticket = ld_shared<uint32_t>(shared.ticket(tickets.slot));
-                mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(tickets.slot), 0));
-                tickets.advance();
+            for (;; ticket_parity ^= 1) {
+                mbarrier_wait_cluster(shared.ticket_full(), ticket_parity);
+                const auto ticket = ld_shared<uint32_t>(shared.ticket());
                 if (ticket >= schedule.count()) {
                     break;
                 }
                 load_tile<Tile, T>(shared, problem, schedule.at(ticket, rank), rank, ring);
+                mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
             }
         } else if (warp == 1 && leader && rank == 0) {
             hand_out_tickets<Tile>(shared, problem.ticket, schedule.count());
@@ -199,16 +197,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
         setmaxnreg_increase<Tile::kConsumerRegisters>();
         const uint32_t consumer = warp / 4 - 1;
         const bool storing_thread = warp % 4 == 0 && leader;
-        while (true) {
-            mbarrier_wait_cluster(shared.ticket_full(tickets.slot), tickets.parity);
-            const auto ticket = ld_shared<uint32_t>(shared.ticket(tickets.slot));
-            // All lanes have read the slot before one of them gives it back.
+        for (;; ticket_parity ^= 1) {
+            mbarrier_wait_cluster(shared.ticket_full(), ticket_parity);
+            const auto ticket = ld_shared<uint32_t>(shared.ticket());
+            // All lanes have read the ticket before one of them gives its place back.
             sync_warp();
             if (leader) {
-                mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(tickets.slot), 0));
+                mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
             }
             sync_warp();
-            tickets.advance();
             if (ticket >= schedule.count()) {
                 break;
             }

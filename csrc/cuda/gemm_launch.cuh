@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "context.cuh"
 #include "gemm.cuh"
@@ -13,6 +15,10 @@ namespace hopper {
 template <class Tile, class T>
 void launch_gemm(Context& context, const T* x, const T* weight, const T* bias, T* y, uint32_t* ticket, uint32_t m,
                  uint32_t n, uint32_t k, uint32_t blocks = 0) {
+    if (m == 0 || n == 0 || k == 0 || n % 8 || k % 8) {
+        throw std::invalid_argument("m, n and k must be positive, n and k multiples of 8, got " + std::to_string(m) +
+                                    ", " + std::to_string(n) + " and " + std::to_string(k));
+    }
     GemmProblem<T> problem;
     problem.x = tensor_map(x, m, k, uint64_t(k) * 2, Tile::kBlockM, Tile::kBlockK, Swizzle::B128);
     problem.weight = tensor_map(weight, n, k, uint64_t(k) * 2, Tile::kBlockN / Tile::kCluster, Tile::kBlockK,

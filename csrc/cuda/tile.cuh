@@ -12,7 +12,6 @@ struct GemmTile {
     static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kBlockK = 64;
     static constexpr int kStages = Stages;
     static constexpr int kCluster = Cluster;
-    static constexpr int kTicketSlots = 2;
 
     // One warpgroup feeds, each of the others multiplies 64 rows.
     static constexpr int kConsumers = BLOCK_M / 64;
@@ -46,14 +45,14 @@ struct GemmShared {
     __device__ uint32_t empty(uint32_t stage) const {
         return base + 16 * (Tile::kStages + stage);
     }
-    __device__ uint32_t ticket_full(uint32_t slot) const {
-        return base + 16 * (2 * Tile::kStages + slot);
+    __device__ uint32_t ticket_full() const {
+        return base + 16 * (2 * Tile::kStages);
     }
-    __device__ uint32_t ticket_empty(uint32_t slot) const {
-        return base + 16 * (2 * Tile::kStages + Tile::kTicketSlots + slot);
+    __device__ uint32_t ticket_empty() const {
+        return base + 16 * (2 * Tile::kStages + 1);
     }
-    __device__ uint32_t ticket(uint32_t slot) const {
-        return base + 16 * (2 * Tile::kStages + 2 * Tile::kTicketSlots + slot);
+    __device__ uint32_t ticket() const {
+        return base + 16 * (2 * Tile::kStages + 2);
     }
     __device__ uint32_t x(uint32_t stage) const {
         return base + Tile::kStagesAt + stage * Tile::kBytesStage;

@@ -329,6 +329,10 @@ Report run(const Run& setup, const std::vector<Buffer>& buffers, const std::func
         invalid("shared_bytes must be at most " + std::to_string(kSharedLimit) + ", got " +
                 std::to_string(setup.shared_bytes));
     }
+    if (setup.block * setup.registers > kRegisterFile) {
+        invalid("block × registers must be at most " + std::to_string(kRegisterFile) + ", got " +
+                std::to_string(setup.block) + " × " + std::to_string(setup.registers));
+    }
     Machine current(setup);
     current.kernel = kernel;
     for (const Buffer& buffer : buffers) {

@@ -21,6 +21,7 @@ constexpr uint32_t kNamedBarriers = 16;
 constexpr uint32_t kSharedStart = 1024;
 constexpr uint32_t kSharedLimit = 227 * 1024;
 constexpr uint32_t kRankShift = 24;
+constexpr uint32_t kRegisterFile = 64 * 1024;
 
 struct Thread;
 struct Warp;

@@ -42,7 +42,7 @@ struct Buffer {
 };
 
 // Runs `kernel` once per CUDA thread. `data` of every buffer must be 16-byte aligned. The first broken rule
-// ends the run; the same setup and seed give the same report.
+// ends the run; the same setup and seed give the same report. One run at a time in a process.
 Report run(const Run& setup, const std::vector<Buffer>& buffers, const std::function<void()>& kernel);
 
 }  // namespace hopper::emulator

@@ -290,6 +290,10 @@ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes, Site site) {
     }
     MBarrier& target = barrier_at(barrier);
     target.tx += bytes;
+    if (target.tx >= 1 << 20) {
+        machine->fail("transaction bytes", where() + ": a phase can count at most 2^20 - 1 bytes, got " +
+                                               std::to_string(target.tx));
+    }
     arrive(target);
 }
 
