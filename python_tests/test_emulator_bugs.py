@@ -7,7 +7,7 @@ import re
 import pytest
 from emulator_harness import EMULATOR, call, emulator
 
-SEEDS = range(20)
+SEEDS = range(40)
 
 TABLE = (EMULATOR / "tests" / "bugs.cpp").read_text().split("const Bug kBugs[]")[1]
 NAMES = re.findall(r'(?:HOPPER_BUG\(|\{)"(\w+)", "', TABLE)
@@ -46,7 +46,7 @@ def test_bug_is_named_on_every_seed(name, lanes):
 
 
 def test_report_names_both_lines_the_thread_and_the_seed():
-    report = run("wrong_slot", seed=11)
+    report = run("no_fence_in_one_warp", seed=11)
     assert len(set(re.findall(r"bugs\.cpp:\d+", report.text))) == 2
     assert re.search(r"block \d+ warp \d+ lane \d+", report.text)
     assert "seed 11" in report.text

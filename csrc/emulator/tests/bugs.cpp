@@ -600,7 +600,7 @@ struct Bug {
 #define HOPPER_BUG(name, rule, ...) {name, rule, &__VA_ARGS__ false>, &__VA_ARGS__ true>}
 
 const Bug kBugs[] = {
-    HOPPER_BUG("wrong_slot", "race", wrong_slot<),
+    HOPPER_BUG("wrong_slot", "race|uninitialised read", wrong_slot<),
     {"refill_without_release", "race", &refill_without_release<false>, &refill_without_release<true>,
      {1, 64, 1, 32 * 1024, 168}},
     HOPPER_BUG("too_few_bytes", "transaction bytes", wrong_byte_count<-16,),
@@ -629,7 +629,7 @@ const Bug kBugs[] = {
     HOPPER_BUG("cp_async_unfenced", "missing proxy fence", cp_async_unfenced<),
     HOPPER_BUG("no_fence_in_one_warp", "missing proxy fence", unfenced_staging<Fences::NotInWarp3,),
     HOPPER_BUG("fence_after_barrier", "missing proxy fence", unfenced_staging<Fences::OnlyAfterBarrier,),
-    HOPPER_BUG("unordered_staging", "race|uninitialised read", unordered_staging<),
+    HOPPER_BUG("unordered_staging", "race|uninitialised read|missing proxy fence", unordered_staging<),
     HOPPER_BUG("restaging", "race", restaging<),
     HOPPER_BUG("wait_in_another_thread", "race", wait_in_another_thread<),
     HOPPER_BUG("exit_before_store", "exit with work in flight", exit_before_store<),
