@@ -40,11 +40,6 @@ void wait_groups(Groups& groups, uint32_t pending) {
 
 namespace {
 
-std::string where() {
-    const Thread& thread = *machine->self;
-    return std::string(thread.operation) + " at " + describe(thread.site) + " by " + describe(thread);
-}
-
 // Physical place of a byte of a swizzled tile: the chunk number is xor-ed with the number of its 128-byte line.
 uint32_t swizzle_address(uint32_t address, Swizzle mode) {
     const uint32_t line = address / 128 % 8;

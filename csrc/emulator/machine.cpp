@@ -18,6 +18,11 @@ std::string describe(const Thread& thread) {
            std::to_string(thread.lane);
 }
 
+std::string where() {
+    const Thread& thread = *machine->self;
+    return std::string(thread.operation) + " at " + describe(thread.site) + " by " + describe(thread);
+}
+
 std::string hex(uint64_t value) {
     std::ostringstream out;
     out << "0x" << std::hex << value;
@@ -80,13 +85,11 @@ void Machine::meet(Meeting& meeting, uint32_t count, uint32_t index, void* argum
         meeting.operation = thread->operation;
         meeting.site = thread->site;
     } else if (meeting.site.line != thread->site.line || meeting.operation != thread->operation) {
-        fail("divergent collective", std::string(thread->operation) + " at " + describe(thread->site) + " by " +
-                                         describe(*thread) + ", while other lanes are in " + meeting.operation +
-                                         " at " + describe(meeting.site));
+        fail("divergent collective", where() + ", while other lanes are in " + meeting.operation + " at " +
+                                         describe(meeting.site));
     }
     if (thread->warp->finished_lanes > 0) {
-        fail("divergent collective", std::string(thread->operation) + " at " + describe(thread->site) + " by " +
-                                         describe(*thread) + " after other lanes of the warp have exited");
+        fail("divergent collective", where() + " after other lanes of the warp have exited");
     }
     if (convergence == Convergence::Needed) {
         const uint32_t warp = index / kWarp;
@@ -94,9 +97,8 @@ void Machine::meet(Meeting& meeting, uint32_t count, uint32_t index, void* argum
             meeting.warps_seen |= 1u << warp;
             meeting.paths[warp] = thread->path;
         } else if (meeting.paths[warp] != thread->path) {
-            fail("divergent collective", std::string(thread->operation) + " at " + describe(thread->site) + " by " +
-                                             describe(*thread) +
-                                             ": the lanes of the warp came by different ways; sync_warp() joins them");
+            fail("divergent collective", where() + ": the lanes of the warp came by different ways; sync_warp() " +
+                                             "joins them");
         }
     }
     thread->path = 0;

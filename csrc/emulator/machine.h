@@ -94,6 +94,13 @@ struct Accumulators {
     std::array<bool, 4> written_back{};
 };
 
+// What those registers hold, and anything computed from them.
+constexpr uint32_t kInFlight = 0x7FFADACC;
+
+inline bool is_in_flight(float value) {
+    return (__builtin_bit_cast(uint32_t, value) & 0x7FFFFFFF) == kInFlight;
+}
+
 struct Warpgroup {
     Meeting meeting;
     std::vector<std::unique_ptr<Accumulators>> in_flight;
@@ -232,6 +239,8 @@ extern Machine* machine;
 std::string describe(Site site);
 std::string describe(const Thread& thread);
 std::string hex(uint64_t value);
+// The layer call in progress: its name, line and thread.
+std::string where();
 
 // ---- Memory (memory.cpp) ----
 

@@ -147,22 +147,20 @@ void check_write(Region& region, size_t offset, size_t bytes, const Actor& actor
 }
 
 SharedPlace shared_place(uint32_t address, size_t bytes, uint32_t alignment) {
-    Thread& thread = *machine->self;
     const uint32_t rank = (address >> kRankShift) - 1;
     const uint32_t offset = address & ((1u << kRankShift) - 1);
-    Cluster& cluster = *thread.block->cluster;
-    const auto where = std::string(thread.operation) + " at " + describe(thread.site) + " by " + describe(thread);
+    Cluster& cluster = *machine->self->block->cluster;
     if (rank >= cluster.blocks.size() || offset < kSharedStart || offset + bytes > cluster.blocks[rank]->shared.size) {
-        machine->fail("out of bounds", where + ": shared address " + hex(address) + " + " + std::to_string(bytes) +
+        machine->fail("out of bounds", where() + ": shared address " + hex(address) + " + " + std::to_string(bytes) +
                                            " bytes");
     }
     if (address % alignment) {
-        machine->fail("alignment", where + ": shared address " + hex(address) + " must be a multiple of " +
+        machine->fail("alignment", where() + ": shared address " + hex(address) + " must be a multiple of " +
                                        std::to_string(alignment));
     }
     Block* block = cluster.blocks[rank].get();
     if (block->finished()) {
-        machine->fail("exit before remote access", where + ": block " + std::to_string(block->rank) +
+        machine->fail("exit before remote access", where() + ": block " + std::to_string(block->rank) +
                                                        " of the cluster has already ended");
     }
     return {block, offset};
@@ -175,10 +173,7 @@ Region& global_region(const void* address, size_t bytes) {
             return region;
         }
     }
-    Thread& thread = *machine->self;
-    machine->fail("out of bounds", std::string(thread.operation) + " at " + describe(thread.site) + " by " +
-                                       describe(thread) + ": " + std::to_string(bytes) +
-                                       " bytes outside every buffer of the run");
+    machine->fail("out of bounds", where() + ": " + std::to_string(bytes) + " bytes outside every buffer of the run");
 }
 
 }  // namespace hopper::emulator

@@ -1,14 +1,9 @@
-// Synchronisation: mbarriers, named and cluster barriers, flags, tickets and the register pool.
+// Synchronisation: mbarriers, named and cluster barriers, flags and tickets.
 #include "layer.h"
 #include "machine.h"
 
 namespace hopper::emulator {
 namespace {
-
-std::string where() {
-    const Thread& thread = *machine->self;
-    return std::string(thread.operation) + " at " + describe(thread.site) + " by " + describe(thread);
-}
 
 void complete_phase(MBarrier& barrier) {
     if (barrier.pending || barrier.tx) {
@@ -150,29 +145,6 @@ Flag& flag_at(const uint32_t* address) {
 std::string flag_state(const void* object, uint32_t target) {
     return "flag is " + std::to_string(*static_cast<const uint32_t*>(object)) + ", waits for " +
            std::to_string(target);
-}
-
-void set_registers(uint32_t registers, bool increase) {
-    Warp& warp = *machine->self->warp;
-    Block& block = *warp.block;
-    if (increase ? registers < warp.registers : registers > warp.registers) {
-        machine->fail("setmaxnreg", where() + ": from " + std::to_string(warp.registers) + " to " +
-                                        std::to_string(registers) + " registers");
-    }
-    if (!increase) {
-        block.free_registers += (warp.registers - registers) * kWarp;
-        machine->wake(block.register_waiters);
-    }
-    auto text = [](const void* object, uint32_t needed) {
-        return std::to_string(static_cast<const Block*>(object)->free_registers) + " of " + std::to_string(needed) +
-               " registers are free";
-    };
-    const uint32_t needed = increase ? (registers - warp.registers) * kWarp : 0;
-    while (block.free_registers < needed) {
-        machine->block_on(block.register_waiters, {text, &block, needed});
-    }
-    block.free_registers -= needed;
-    warp.registers = registers;
 }
 
 }  // namespace
@@ -331,22 +303,6 @@ void bar_arrive(uint32_t id, uint32_t threads, Site site) {
     arrive_user_barrier(id, threads, false);
 }
 
-void sync_warp(Site site) {
-    if (!machine->enter(site, "sync_warp", true)) {
-        return;
-    }
-    Thread& self = *machine->self;
-    machine->meet(self.warp->meeting, kWarp, self.lane, self.agent, [](void** agents) {
-        Knowledge all;
-        for (uint32_t lane = 0; lane < kWarp && machine->setup.lanes; ++lane) {
-            static_cast<Agent*>(agents[lane])->release_into(all);
-        }
-        for (uint32_t lane = 0; lane < kWarp && machine->setup.lanes; ++lane) {
-            static_cast<Agent*>(agents[lane])->known.join(all);
-        }
-    }, Convergence::NotNeeded);
-}
-
 void cluster_arrive(Site site) {
     if (!machine->enter(site, "cluster_arrive", true)) {
         return;
@@ -425,15 +381,6 @@ void ticket_reset(uint32_t* counter, Site site) {
     machine->enter(site, "ticket_reset", false);
     flag_at(counter);
     *counter = 0;
-}
-
-void change_registers(uint32_t registers, bool increase, Site site) {
-    if (!machine->enter(site, increase ? "setmaxnreg_increase" : "setmaxnreg_decrease", true)) {
-        return;
-    }
-    Thread& self = *machine->self;
-    machine->meet(self.warp->meeting, kWarp, self.lane, nullptr,
-                  [&](void**) { set_registers(registers, increase); });
 }
 
 }  // namespace hopper
