@@ -87,6 +87,12 @@ def test_k_beyond_many_laps_of_the_ring():
     check((130, 136, 2056), 0, tile=4)
 
 
+@pytest.mark.parametrize("tile", [0, 2])
+def test_rows_beyond_one_band_of_the_schedule(tile):
+    rows = 128 * TILES[tile][2]
+    check((9 * rows + 8, 136, 8), 0, tile=tile)
+
+
 # Calls that may go without harm to the result, and why.
 REDUNDANT = {
     "setmaxnreg_increase": "gives registers to a warp, orders nothing: without it the kernel is right and may spill",
