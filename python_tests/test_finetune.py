@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "finetune.py"
 METHODS = ["lora", "slora", "nlora", "inttune", "lora2"]
@@ -98,6 +99,7 @@ def test_every_method_end_to_end(run, capsys, tmp_path):
     out = capsys.readouterr().out
     assert status == 0, out
     assert out.splitlines().count("reloaded adapter agrees") == len(METHODS) + 1
+    assert out.splitlines().count("vanilla export agrees") == len(METHODS)
     table = table_of(out)
     assert list(table) == [*METHODS, "peft-lora"]
     for method, (_, trainable, base, step0, end, speed, _) in table.items():
@@ -117,6 +119,16 @@ def test_residual_starts_at_the_base_model(run, capsys):
     for _, _, base, step0, *_ in table_of(out).values():
         # As printed, to four decimals.
         assert abs(step0 - base) < 1.5e-4
+
+
+def test_pruned_singular_values_are_exported_as_trained(run, capsys, tmp_path):
+    status = run("--method", "lora2", "--target-rank", "2", "--penalty", "1e-4")
+    out = capsys.readouterr().out
+    assert status == 0, out
+    assert "vanilla export agrees" in out
+    saved = safetensors.load_file(tmp_path / "out" / "lora2" / "adapter_model.safetensors")
+    masks = [t for name, t in saved.items() if "lora_mask" in name]
+    assert sum(float(mask.sum()) for mask in masks) == 2 * len(masks)
 
 
 def test_accumulation_epochs_and_target_modules(run, capsys):
