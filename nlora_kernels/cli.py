@@ -1,6 +1,7 @@
 """python -m nlora_kernels COMMAND"""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,7 +10,8 @@ from typing import NamedTuple
 class Command(NamedTuple):
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    # The exit status, None for 0.
+    run: Callable[[argparse.Namespace], int | None]
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,27 +57,50 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     _add_commands(parser, PLOTS, "what")
 
 
-def _plot(args: argparse.Namespace) -> None:
-    PLOTS[args.what].run(args)
+def _plot(args: argparse.Namespace) -> int | None:
+    return PLOTS[args.what].run(args)
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape",
+        nargs=4,
+        type=int,
+        metavar=("M", "K", "N", "R"),
+        help="say which way a layer takes: tokens, in, out, rank",
+    )
+    parser.add_argument("--dtype", default="float32", help="of that layer, default %(default)s")
+    parser.add_argument("--model", metavar="DIR", help="folder of a saved model whose configuration is checked too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    found = doctor.report(args.shape, args.dtype, args.model)
+    print(json.dumps(found, indent=2) if args.json else doctor.text(found))
+    return 1 if found["problems"] else 0
 
 
 COMMANDS = {
+    "doctor": Command(
+        "say what this machine can run and what is wrong, with exit status 1 if anything is", _doctor_arguments, _doctor
+    ),
     "convert": Command("convert a saved adapter", _convert_arguments, _convert),
     "plot": Command("draw what was trained", _plot_arguments, _plot),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, or 1 with the reason on stderr where the input is at fault."""
+    """Runs one command; returns its exit status, 1 with the reason on stderr where the input is at fault."""
     parser = argparse.ArgumentParser(prog="python -m nlora_kernels")
     _add_commands(parser, COMMANDS, "command")
     args = parser.parse_args(argv)
     try:
-        COMMANDS[args.command].run(args)
+        return COMMANDS[args.command].run(args) or 0
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _add_commands(parser: argparse.ArgumentParser, table: dict[str, Command], dest: str) -> None:

@@ -5,6 +5,9 @@ from torch import Tensor, nn
 
 from .ops import DTYPES
 
+# Packages whose patched attention and MLP compute LoRA by themselves.
+READ_ONLY_A_AND_B = ("unsloth", "axolotl")
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

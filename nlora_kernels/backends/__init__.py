@@ -29,7 +29,7 @@ from torch import Tensor
 from . import lean, native, reference, triton
 from .gradients import Grads, Needs
 
-__all__ = ["Grads", "Needs", "available", "select"]
+__all__ = ["Grads", "Needs", "available", "preferred", "select"]
 
 # In order of preference.
 TABLE: dict[str, ModuleType] = {"cpu": native.cpu, "triton": triton, "lean": lean, "reference": reference}
@@ -40,6 +40,11 @@ def available() -> dict[str, str | None]:
     return {name: module.unavailable() for name, module in TABLE.items()}
 
 
+def preferred() -> str | None:
+    """The backend that NLORA_BACKEND gives to calls that name none."""
+    return os.environ.get("NLORA_BACKEND")
+
+
 def select(name: str | None, first: Tensor, call: tuple | None = None) -> ModuleType:
     """The backend module for a call whose first tensor is `first`; `call` holds the arguments of `unsupported`.
 
@@ -47,7 +52,7 @@ def select(name: str | None, first: Tensor, call: tuple | None = None) -> Module
     or cannot take this call. Without a name: the first of the table that can take the call and is verified on hardware
     of the tensors' kind.
     """
-    name = name or os.environ.get("NLORA_BACKEND")
+    name = name or preferred()
     if name:
         module = TABLE.get(name)
         if module is None:

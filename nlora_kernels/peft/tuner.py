@@ -24,9 +24,6 @@ from .layer import FusedLinear
 from .lora2 import LoRA2Linear
 from .nlora import NLoraLinear
 
-# Packages whose patched attention and MLP compute LoRA by themselves.
-_READ_ONLY_A_AND_B = ("unsloth", "axolotl")
-
 
 class _FusedModel(LoraModel):
     """What the two tuners share: an injection that fails leaves the model as it was, and loading checks first."""
@@ -140,7 +137,7 @@ def _advise(model: nn.Module, config) -> None:
             f"because {reason}",
             stacklevel=2,
         )
-    patched = [name for name in _READ_ONLY_A_AND_B if name in sys.modules]
+    patched = [name for name in fusion.READ_ONLY_A_AND_B if name in sys.modules]
     if patched and (config.peft_type == LORA2 or config.has_core):
         warnings.warn(
             f"{patched[0]} is loaded: its own LoRA kernels read lora_A and lora_B alone and would leave the core out. "

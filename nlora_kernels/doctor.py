@@ -1,0 +1,351 @@
+"""What this machine can run, which way a layer takes, and what is wrong: `python -m nlora_kernels doctor`.
+
+Every backend that can run is tried on a small layer and held to the error budget against fp64, so "ready" means that
+it ran here and was right. Problems are what makes results wrong or slow; notes are what one may want to know.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__, backends, fusion, ops, testing, tuning
+from .backends import native
+
+# Oldest versions that work, as in pyproject.toml, and what each optional package is for.
+OLDEST = {"torch": "2.11", "triton": "3.6", "peft": "0.21", "transformers": "5"}
+OPTIONAL = {
+    "triton": ("triton", "the backend triton"),
+    "peft": ("peft", "nlora_kernels.peft, trainer and checkpoint"),
+    "transformers": ("peft", "nlora_kernels.trainer"),
+    "safetensors": ("peft", "nlora_kernels.checkpoint"),
+    "matplotlib": ("plot", "PNG files of `plot`"),
+    "pytest_benchmark": ("bench", "bench/"),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+PLANS = {
+    "whole": "one C++ call each way",
+    "adapter": "C++ for the adapter's product, the library adds the product with weight to it",
+    "library": "the library's products in place, as in lean: fastest at this size",
+}
+# The instruction sets that decide between kernels, as Linux names them.
+INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
+SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+
+
+def report(
+    shape: tuple[int, int, int, int] | None = None, dtype: str = "float32", model: nn.Module | str | Path | None = None
+) -> dict[str, Any]:
+    """Everything that doctor knows, as numbers, strings, lists and dicts.
+
+    Args:
+        shape: (M, K, N, R) of a layer whose path is wanted: tokens, in, out, rank.
+        dtype: of that layer's x and weight; the adapter is float32 for the 16-bit ones, as PEFT has it.
+        model: a model with adapters, to name its layers that cannot be fused; or the folder of a saved one, whose
+            configuration is read.
+
+    Returns:
+        {"versions", "build", "cpu", "gpus", "backends", "tuned", "layer" (with shape), "notes", "problems"}.
+
+    Raises:
+        ValueError: a size below 1, or an unknown dtype. FileNotFoundError: the folder has no config.json.
+    """
+    notes: list[str] = []
+    problems: list[str] = []
+    found = {
+        "versions": _versions(notes, problems),
+        "build": _build(problems),
+        "cpu": _cpu(notes),
+        "gpus": _gpus(),
+        "backends": _backends(problems),
+        "tuned": _tuned(notes),
+    }
+    _traps(notes, problems)
+    if model is not None:
+        _inspect(model, problems)
+    if shape is not None:
+        found["layer"] = _layer(shape, dtype, problems)
+    return {**found, "notes": notes, "problems": problems}
+
+
+def text(found: dict[str, Any]) -> str:
+    """A report for people."""
+    cpu, build = found["cpu"], found["build"]
+    lines = ["versions"]
+    lines += [f"  {name:<17}{version or 'not installed'}" for name, version in found["versions"].items()]
+    lines += ["", "machine", f"  {'cpu':<17}{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads"]
+    lines += [f"  {'instructions':<17}{' '.join(cpu['instructions']) or 'unknown'}; torch uses {cpu['torch_uses']}"]
+    for gpu in found["gpus"]:
+        size = f"{gpu['memory_bytes'] / 2**30:.0f} GiB, {gpu['processors']} processors"
+        lines += [f"  {gpu['device']:<17}{gpu['name']}, capability {gpu['capability']}, {size}"]
+    if not found["gpus"]:
+        lines += [f"  {'gpu':<17}none that torch sees"]
+    lines += [f"  {'compilers':<17}{', '.join(build['compilers'].values()) or 'none'}"]
+    lines += [f"  {'C++ kernels':<17}{build['extension'] or 'not built'}"]
+    if cpu["kernels_use"]:
+        native_dtypes = ", ".join(cpu["multiplies"])
+        lines += [f"  {'':<17}use {cpu['kernels_use']}; dtypes multiplied in hardware: {native_dtypes}"]
+    lines += ["", "backends, in order of preference"]
+    for name, backend in found["backends"].items():
+        if backend["unavailable"]:
+            lines += [f"  {name:<17}cannot run: {backend['unavailable']}"]
+            continue
+        for device, entry in backend["devices"].items():
+            ready = [dtype for dtype, reason in entry["dtypes"].items() if reason is None]
+            chosen = "" if entry["by_default"] else ", by name only: it has not passed its tests on such hardware"
+            if ready:
+                lines += [f"  {name:<17}ready on {device}: {', '.join(ready)}{chosen}"]
+            refused = {dtype: reason for dtype, reason in entry["dtypes"].items() if reason}
+            lines += [f"  {'' if ready else name:<17}{device}, {dtype}: {why}" for dtype, why in refused.items()]
+    lines += ["", "tuned tables"]
+    lines += [f"  {t['device']}: {t['entries']} entries{', in use' if t['in_use'] else ''}" for t in found["tuned"]]
+    lines += [] if found["tuned"] else ["  none: tiles are chosen by rule"]
+    if layer := found.get("layer"):
+        sizes = "M={} K={} N={} R={}".format(*layer["shape"])
+        lines += ["", f"a layer of {sizes}, {layer['dtype']}, adapter {layer['adapter_dtype']}, on {layer['device']}"]
+        lines += [f"  {'takes':<17}{layer['backend'] or 'nothing'}{': ' + layer['path'] if layer['path'] else ''}"]
+        lines += [f"  {'not ' + name:<17}{why}" for name, why in layer["passed_over"].items()]
+    for title in ("notes", "problems"):
+        if found[title]:
+            lines += ["", title, *(f"  - {line}" for line in found[title])]
+    if not found["problems"]:
+        lines += ["", "no problems found"]
+    return "\n".join(lines)
+
+
+def _versions(notes: list[str], problems: list[str]) -> dict[str, str | None]:
+    versions = {"nlora_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name, (extra, purpose) in OPTIONAL.items():
+        versions[name] = _version(name)
+        if versions[name] is None:
+            notes.append(f"without {name} there is no {purpose}: pip install 'nlora_kernels[{extra}]'")
+    for name, oldest in OLDEST.items():
+        if versions[name] and _numbers(versions[name]) < _numbers(oldest):
+            problems.append(f"{name} must be {oldest} or newer, got {versions[name]}")
+    if versions["peft"]:
+        try:
+            importlib.import_module("nlora_kernels.peft")
+        except Exception as error:  # noqa: BLE001 - whatever breaks in there is the finding
+            problems.append(f"nlora_kernels.peft cannot be imported: {_said(error)}")
+    return versions
+
+
+def _version(name: str) -> str | None:
+    """The version of a package that can be imported; it is not imported."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return importlib.metadata.version(name.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version)[0].split(".")) if version[0].isdigit() else ()
+
+
+def _build(problems: list[str]) -> dict[str, Any]:
+    built = native._C is not None
+    compilers = {name: path for name in ("g++", "clang++", "nvcc") if (path := shutil.which(name))}
+    if not built:
+        remedy = "then install it again" if {"g++", "clang++"} & compilers.keys() else "install g++ first"
+        problems.append(f"no C++ kernels, so the CPU runs library products: {native.cpu.unavailable()}; {remedy}")
+        stale = sorted(path.name for path in Path(__file__).parent.glob("_C.*"))
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        if stale and f"_C{suffix}" not in stale:
+            problems.append(f"the kernels were built for another Python: found {', '.join(stale)}, expected _C{suffix}")
+    return {"extension": native._C.__file__ if built else None, "compilers": compilers}
+
+
+def _cpu(notes: list[str]) -> dict[str, Any]:
+    name, flags = platform.processor() or platform.machine(), set()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", cpuinfo.read_text().partition("\n\n")[0], re.MULTILINE))
+        name = fields.get("model name", name)
+        flags = set(fields.get("flags", fields.get("Features", "")).split())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    if threads != usable:
+        notes.append(f"torch runs {threads} threads on {usable} usable cores: OMP_NUM_THREADS sets their number")
+    C = native._C
+    return {
+        "name": name,
+        "machine": platform.machine(),
+        "cores": usable,
+        "threads": threads,
+        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
+        "torch_uses": torch.backends.cpu.get_cpu_capability(),
+        "kernels_use": C.cpu_tier() if C else None,
+        "multiplies": [str(d).removeprefix("torch.") for d, n in native._dtypes().items() if C.cpu_multiplies(n)]
+        if C
+        else [],
+    }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    found = []
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        capability = f"{p.major}.{p.minor}"
+        size = {"memory_bytes": p.total_memory, "processors": p.multi_processor_count}
+        found.append({"device": f"cuda:{index}", "name": p.name, "capability": capability, **size})
+    return found
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _backends(problems: list[str]) -> dict[str, Any]:
+    found = {}
+    for name, reason in backends.available().items():
+        found[name] = {"unavailable": reason, "devices": {}}
+        if reason:
+            continue
+        for device in _devices():
+            tried = {dtype: _try(name, device, DTYPES[dtype]) for dtype in ("float32", "bfloat16", "float16")}
+            refusals = {dtype: refusal for dtype, (refusal, _) in tried.items()}
+            faults = {dtype: fault for dtype, (_, fault) in tried.items() if fault}
+            problems += [f"backend {name!r} on {device}, {dtype}: {fault}" for dtype, fault in faults.items()]
+            # A backend that takes nothing on a device is none for that device.
+            if len(set(refusals.values())) > 1 or None in refusals.values():
+                by_default = device in backends.TABLE[name].VERIFIED_ON
+                found[name]["devices"][device] = {"dtypes": {**refusals, **faults}, "by_default": by_default}
+    return found
+
+
+def _try(name: str, device: str, dtype: torch.dtype) -> tuple[str | None, str | None]:
+    """(why a backend does not take a small layer, what went wrong when it did)"""
+    p = testing.problem(19, 40, 24, 5, dtype=dtype, device=device)
+    refusal = backends.TABLE[name].unsupported(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N)
+    if refusal:
+        return refusal, None
+    try:
+        testing.assert_within_budget(testing.results(p, ops.lora_linear, backend=name), p)
+    except AssertionError as error:
+        return None, f"wrong results: {error}"
+    except Exception as error:  # noqa: BLE001 - whatever breaks in there is the finding
+        return None, f"fails: {_said(error)}"
+    return None, None
+
+
+def _tuned(notes: list[str]) -> list[dict[str, Any]]:
+    names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    files = {tuning.file_name(name): name for name in names}
+    found = []
+    for file in sorted(Path(str(tuning.TUNED)).glob("*.json")):
+        table = json.loads(file.read_text())
+        entries, in_use = len(table["entries"]), file.name in files
+        found.append(
+            {"device": table.get("device", file.stem), "entries": entries, "in_use": in_use, "file": str(file)}
+        )
+    present = {Path(table["file"]).name for table in found}
+    notes += [f"no measured tiles for {name}: the rule chooses" for file, name in files.items() if file not in present]
+    return found
+
+
+def _traps(notes: list[str], problems: list[str]) -> None:
+    for name in fusion.READ_ONLY_A_AND_B:
+        says = f"{name} computes LoRA by itself from lora_A and lora_B and would leave the core out"
+        if name in sys.modules:
+            problems.append(f"{name} is loaded: {says}. Switch its LoRA kernels off")
+        elif importlib.util.find_spec(name):
+            notes.append(f"{name} is installed: {says}. Do not use it with SLoRA, NLoRA, IntTune or LoRA²")
+    for variable, system in SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("1", "true"):
+            notes.append(
+                f"{variable} is set: under {system} a layer whose weight is a shard while it is called runs as base "
+                "layer plus adapter, right but not fused; one that is gathered for the call is fused"
+            )
+    if named := backends.preferred():
+        notes.append(f"NLORA_BACKEND={named} takes the choice away from every call that names no backend")
+        try:
+            backends.select(None, torch.empty(0))
+        except ValueError as error:
+            problems.append(f"NLORA_BACKEND: {error}")
+    if native._C and native._C.forked():
+        notes.append("this process is a child of fork(): the C++ kernels run on one thread in it")
+
+
+def _inspect(model: nn.Module | str | Path, problems: list[str]) -> None:
+    if isinstance(model, nn.Module):
+        found = fusion.unfused(model)
+        problems += [f"layer {name} cannot be fused: {reason}" for name, reason in found.items()]
+        return
+    file = Path(model, "config.json")
+    if not file.is_file():
+        raise FileNotFoundError(f"model must be a folder with a config.json, got {model}")
+    config = json.loads(file.read_text())
+    if quantised := config.get("quantization_config"):
+        problems.append(
+            f"{model} is quantised ({quantised.get('quant_method', 'unknown method')}): its layers run as base layer "
+            "plus adapter, right but not fused, and cannot be merged into"
+        )
+
+
+def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) -> dict[str, Any]:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    for name, size in zip("MKNR", shape, strict=True):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    M, K, N, R = shape
+    device, adapter = _devices()[-1], "float32" if DTYPES[dtype].itemsize == 2 else dtype
+
+    def empty(rows: int, cols: int, to: str) -> Tensor:
+        return torch.empty(rows, cols, dtype=DTYPES[to], device=device)
+
+    call = empty(M, K, dtype), empty(N, K, dtype), *(empty(*s, adapter) for s in ((R, K), (N, R), (R, R)))
+    chosen, path = None, None
+    try:
+        module = backends.select(None, call[0], call)
+        chosen = next(name for name, entry in backends.TABLE.items() if entry is module)
+        path = _path(chosen, *shape, DTYPES[dtype])
+    except ValueError as error:
+        problems.append(f"the layer cannot run: {error}")
+    passed_over = {}
+    for name, module in backends.TABLE.items():
+        if name == chosen:
+            break
+        reason = module.unavailable() or module.unsupported(*call)
+        if not reason and device not in module.VERIFIED_ON:
+            reason = f"by name only: it has not passed its tests on {device} hardware"
+        passed_over[name] = reason or f"NLORA_BACKEND={backends.preferred()}"
+    return {
+        "shape": list(shape),
+        "dtype": dtype,
+        "adapter_dtype": adapter,
+        "device": device,
+        "backend": chosen,
+        "path": path,
+        "passed_over": passed_over,
+    }
+
+
+def _path(name: str, M: int, K: int, N: int, R: int, dtype: torch.dtype) -> str | None:
+    """What a backend does with a layer of these sizes."""
+    if name == "cpu":
+        return PLANS[native.cpu.plan(dtype, M, K, N, R)]
+    if name == "triton":
+        from .backends.triton import launch
+
+        device = launch.target(torch.empty(0, device=_devices()[-1]))
+        tile = tuning.wide_tile(M, N, K, R, dtype, launch.tf32(), device)
+        return f"tiles of {tile.m}×{tile.n}×{tile.k}, {tile.warps} warps, {tile.stages} stages"
+    return None
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
