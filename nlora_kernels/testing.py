@@ -1,7 +1,9 @@
 """Inputs for one layer, and the error budget that every backend must keep. Shared by tests and benchmarks."""
 
+import functools
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -74,31 +76,68 @@ def plain_linear(x, weight, lora_A, lora_B, lora_N=None, bias=None, *, scaling=1
 
 def results(p: Problem, linear=plain_linear, **options) -> dict[str, Tensor]:
     """The output ("y") and every gradient ("dx", "dweight", "dlora_A", …) of `linear` on a problem."""
-    leaves = {n: t.detach().requires_grad_() for n in TENSORS if (t := getattr(p, n)) is not None}
-    y = linear(**leaves, scaling=p.scaling, **options)
-    grads = torch.autograd.grad(y, list(leaves.values()), p.dy)
-    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+    tensors = {n: t for n in TENSORS if (t := getattr(p, n)) is not None}
+    return outputs(functools.partial(linear, scaling=p.scaling, **options), tensors, p.dy)
 
 
-def assert_within_budget(actual: dict[str, Tensor], p: Problem) -> None:
-    """Fails unless the error of every result against fp64 is at most twice that of plain PyTorch, plus eps.
+def outputs(
+    function: Callable[..., Tensor], tensors: dict[str, Tensor], dy: Tensor, wrt: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """The output ("y") of `function(**tensors)` and its gradients ("d" + name) for `wrt`, by default all of them."""
+    wrt = list(tensors) if wrt is None else wrt
+    leaves = {n: t.detach().requires_grad_(n in wrt) for n, t in tensors.items()}
+    y = function(**leaves)
+    grads = torch.autograd.grad(y, [leaves[n] for n in wrt], dy, materialize_grads=True)
+    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(wrt, grads, strict=True)}}
+
+
+class Budget:
+    """The error that a computation may have: twice that of plain PyTorch in the same dtype, plus eps.
 
     Errors are measured as the largest absolute one and as the Euclidean norm. eps is that of the dtype of the result,
     or of x where that is coarser, relative to the norms of the two terms that are summed (the base layer's and the
     adapter's, which may cancel). It matters only where plain PyTorch is exact by luck.
+
+    Args:
+        plain: the computation in plain PyTorch, called with `tensors` by name, "x" among them.
+        base: the same without the adapter's term.
+        tensors, dy, wrt: as for `outputs`.
     """
-    exact, plain = results(p.to(torch.float64)), results(p)
-    base = results(replace(p, scaling=0.0).to(torch.float64))
-    assert actual.keys() == exact.keys(), f"results are {list(actual)}, expected {list(exact)}"
-    for name, value in actual.items():
-        assert value.shape == exact[name].shape, f"{name} has shape {tuple(value.shape)}"
-        assert value.dtype == plain[name].dtype, f"{name} has dtype {value.dtype}, expected {plain[name].dtype}"
-        eps = max(torch.finfo(value.dtype).eps, torch.finfo(p.x.dtype).eps)
-        for norm in (math.inf, 2):
-            error, allowed = error_norm(value, exact[name], norm), error_norm(plain[name], exact[name], norm)
-            terms = error_norm(exact[name], base[name], norm) + _norm(base[name], norm)
-            bound = 2 * allowed + eps * terms
-            assert error <= bound, f"{name} is off by {error:.3g} in the {norm}-norm, the budget is {bound:.3g}"
+
+    def __init__(self, plain, base, tensors: dict[str, Tensor], dy: Tensor, wrt: Sequence[str] | None = None):
+        wide = {name: t.double() for name, t in tensors.items()}
+        self.dtype = tensors["x"].dtype
+        self.exact = outputs(plain, wide, dy.double(), wrt)
+        self.plain = outputs(plain, tensors, dy, wrt)
+        self.bounds = {}
+        without = outputs(base, wide, dy.double(), wrt)
+        for name, exact in self.exact.items():
+            eps = max(torch.finfo(self.plain[name].dtype).eps, torch.finfo(self.dtype).eps)
+            for norm in (math.inf, 2):
+                terms = error_norm(exact, without[name], norm) + _norm(without[name], norm)
+                self.bounds[name, norm] = 2 * error_norm(self.plain[name], exact, norm) + eps * terms
+
+    def check(self, actual: dict[str, Tensor]) -> float:
+        """Fails unless every result keeps the budget; returns the largest error relative to the exact result's norm."""
+        largest = 0.0
+        for name, value in actual.items():
+            exact, dtype = self.exact[name], self.plain[name].dtype
+            assert value.shape == exact.shape, f"{name} has shape {tuple(value.shape)}"
+            assert value.dtype == dtype, f"{name} has dtype {value.dtype}, expected {dtype}"
+            for norm in (math.inf, 2):
+                error, bound = error_norm(value, exact, norm), self.bounds[name, norm]
+                assert error <= bound, f"{name} is off by {error:.3g} in the {norm}-norm, the budget is {bound:.3g}"
+            largest = max(largest, error / (_norm(exact, 2) or 1.0))
+        return largest
+
+
+def assert_within_budget(actual: dict[str, Tensor], p: Problem) -> None:
+    """Fails unless the results of a problem, all of them, keep its `Budget`."""
+    tensors = {n: t for n in TENSORS if (t := getattr(p, n)) is not None}
+    plain, base = (functools.partial(plain_linear, scaling=scaling) for scaling in (p.scaling, 0.0))
+    budget = Budget(plain, base, tensors, p.dy)
+    assert actual.keys() == budget.exact.keys(), f"results are {list(actual)}, expected {list(budget.exact)}"
+    budget.check(actual)
 
 
 def error_norm(value: Tensor, exact: Tensor, norm: float = 2) -> float:

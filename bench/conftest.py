@@ -1,0 +1,32 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seconds", type=float, default=1.0, help="for one row, shared with what it is compared with")
+    parser.addoption("--cap", choices=["portable", "avx2", "avx512"], help="the instruction set that ours stays within")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cap(request):
+    if name := request.config.getoption("--cap"):
+        from nlora_kernels import _C
+
+        _C.cap_cpu_tier(name)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """What the figures depend on; pytest-benchmark adds the commit and the rest."""
+    from nlora_kernels import doctor
+
+    found = doctor.report()
+    cpu = found["cpu"] | {"kernels_use": config.getoption("--cap") or found["cpu"]["kernels_use"]}
+    # The name of the computer says nothing of its speed.
+    machine_info.pop("node", None)
+    machine_info |= {"versions": found["versions"], "cpu": cpu, "gpus": found["gpus"]}
+    machine_info["threads"] = torch.get_num_threads()

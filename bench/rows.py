@@ -1,0 +1,35 @@
+"""What a row of the tables holds."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from timing import interleave, median_ratio
+
+
+def record(
+    benchmark, target: Callable, others: dict[str, Callable], info: dict, request, flops: int = 0, bytes_moved: int = 0
+) -> dict[str, list[float]]:
+    """Times `target` in turn with the others and writes the row: `info`, times, ratios to each of them, throughput.
+
+    Returns the seconds of the single rounds. Everything is to have been checked before.
+    """
+    times = interleave(benchmark, target, others, request.config.getoption("--seconds"))
+    seconds = statistics.median(times["self"])
+    info = {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "ms": 1e3 * seconds,
+        "rounds": len(times["self"]),
+    } | info
+    for name in others:
+        middle, low, high = median_ratio(times["self"], times[name])
+        info |= {f"ratio_to_{name}": middle, f"ratio_to_{name}_p20_p80": [low, high]}
+    if "peft" in others:
+        info["speedup_vs_peft"] = 1 / info["ratio_to_peft"]
+    if flops:
+        info["gflops"] = flops / seconds / 1e9
+    if bytes_moved:
+        info["gbytes_per_second"] = bytes_moved / seconds / 1e9
+    benchmark.extra_info.update(info)
+    return times
