@@ -43,7 +43,7 @@ def _runs(name: str, reason: str | None) -> bool:
     return reason is None and name not in ("reference", "triton")
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(2)
 def tensors_of(cell: Cell) -> tuple[dict[str, Tensor], Tensor, float]:
     """The tensors of a cell by name, dy, and the scaling."""
     dtype, bias = getattr(torch, cell.dtype), cell.model in WITH_BIAS

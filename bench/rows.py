@@ -8,13 +8,21 @@ from timing import interleave, median_ratio
 
 
 def record(
-    benchmark, target: Callable, others: dict[str, Callable], info: dict, request, flops: int = 0, bytes_moved: int = 0
+    benchmark,
+    target: Callable,
+    others: dict[str, Callable],
+    info: dict,
+    request,
+    *,
+    flops: int = 0,
+    bytes_moved: int = 0,
+    **options,
 ) -> dict[str, list[float]]:
     """Times `target` in turn with the others and writes the row: `info`, times, ratios to each of them, throughput.
 
-    Returns the seconds of the single rounds. Everything is to have been checked before.
+    Returns the seconds of the single rounds; options are those of `interleave`. Everything was checked before.
     """
-    times = interleave(benchmark, target, others, request.config.getoption("--seconds"))
+    times = interleave(benchmark, target, others, request.config.getoption("--seconds"), **options)
     seconds = statistics.median(times["self"])
     info = {
         "device": "cpu",

@@ -11,15 +11,25 @@ LEAST, MOST = 7, 300
 CLOCK = time.perf_counter
 
 
-def interleave(benchmark, target: Callable, others: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
+def interleave(
+    benchmark,
+    target: Callable,
+    others: dict[str, Callable],
+    seconds: float,
+    *,
+    least: int = LEAST,
+    prepare: Callable = lambda: None,
+) -> dict[str, list[float]]:
     """Times `target` by pytest-benchmark and before each of its rounds the others, in turn, so all share the weather.
 
-    Returns the seconds of each round of the others, and those of `target` as "self". About `seconds` in all, after
-    two rounds that are not counted. The caller has run every function once.
+    Returns the seconds of each round of the others, and those of `target` as "self". About `seconds` in all, `least`
+    rounds at least; if they are quick, after two that are not counted. `prepare` runs untimed before each round. The
+    caller has run every function once.
     """
     times = {name: [] for name in others}
 
     def before():
+        prepare()
         for name, function in others.items():
             start = CLOCK()
             function()
@@ -28,8 +38,9 @@ def interleave(benchmark, target: Callable, others: dict[str, Callable], seconds
     start = CLOCK()
     before()
     target()
-    rounds = max(LEAST, min(MOST, int(seconds / (CLOCK() - start))))
-    benchmark.pedantic(target, setup=before, rounds=rounds, warmup_rounds=2)
+    each = CLOCK() - start
+    rounds = max(least, min(MOST, int(seconds / each)))
+    benchmark.pedantic(target, setup=before, rounds=rounds, warmup_rounds=2 if each < 1 else 0)
     # Without timing, as under --benchmark-disable, there is one round and nothing to tell of it.
     own = list(benchmark.stats.stats.data) if benchmark.stats else [float("nan")]
     return {name: rounds[-len(own) :] for name, rounds in times.items()} | {"self": own}

@@ -34,10 +34,12 @@ OPTIONAL = {
     "pytest_benchmark": ("bench", "bench/"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+TRIED = ("float32", "bfloat16", "float16")
 PLANS = {
     "whole": "one C++ call each way",
     "adapter": "C++ for the adapter's product, the library adds the product with weight to it",
     "library": "the library's products in place, as in lean: fastest at this size",
+    "folded": "the library's products with a scratch copy of weight + s·B·N·A, which the many rows share",
 }
 # The instruction sets that decide between kernels, as Linux names them.
 INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
@@ -188,9 +190,7 @@ def _cpu(notes: list[str]) -> dict[str, Any]:
         "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "kernels_use": C.cpu_tier() if C else None,
-        "multiplies": [str(d).removeprefix("torch.") for d, n in native._dtypes().items() if C.cpu_multiplies(n)]
-        if C
-        else [],
+        "multiplies": [name for name in TRIED if C.cpu_multiplies(getattr(C, name))] if C else [],
     }
 
 
@@ -215,7 +215,7 @@ def _backends(problems: list[str]) -> dict[str, Any]:
         if reason:
             continue
         for device in _devices():
-            tried = {dtype: _try(name, device, DTYPES[dtype]) for dtype in ("float32", "bfloat16", "float16")}
+            tried = {dtype: _try(name, device, DTYPES[dtype]) for dtype in TRIED}
             refusals = {dtype: refusal for dtype, (refusal, _) in tried.items()}
             faults = {dtype: fault for dtype, (_, fault) in tried.items() if fault}
             problems += [f"backend {name!r} on {device}, {dtype}: {fault}" for dtype, fault in faults.items()]
