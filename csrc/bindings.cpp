@@ -45,12 +45,17 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Nine numbers a layer, in the order of Lora2Layer.
-std::vector<nlora::cpu::Lora2Layer> layers_of(const std::vector<int64_t>& numbers) {
+// r and k of each layer, the addresses of E, u and U and of their gradients, and those of the masks or none.
+std::vector<nlora::cpu::Lora2Layer> layers_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors,
+                                              const std::vector<int64_t>& grads, const std::vector<int64_t>& masks) {
   std::vector<nlora::cpu::Lora2Layer> layers;
-  for (auto n = numbers.begin(); n < numbers.end(); n += 9)
-    layers.push_back({pointer<float>(n[0]), pointer<float>(n[1]), pointer<float>(n[2]), pointer<float>(n[3]),
-                      pointer<float>(n[4]), pointer<float>(n[5]), pointer<float>(n[6]), n[7], n[8]});
+  auto g = grads.begin();
+  for (auto t = tensors.begin(); t < tensors.end(); t += 3, g += 3) {
+    const size_t n = layers.size();
+    layers.push_back({pointer<float>(t[0]), pointer<float>(t[1]), pointer<float>(t[2]),
+                      masks.empty() ? nullptr : pointer<float>(masks[n]), pointer<float>(g[0]), pointer<float>(g[1]),
+                      pointer<float>(g[2]), sizes[2 * n], sizes[2 * n + 1]});
+  }
   return layers;
 }
 
@@ -92,15 +97,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_backward", &backward, free_threads());
   m.def("cpu_lora2_core", &lora2_core, free_threads());
   m.def("cpu_lora2_core_backward", &lora2_core_backward, free_threads());
-  m.def("cpu_lora2_allocate", [](const std::vector<int64_t>& layers, int64_t exp_avg, int64_t exp_unc, int64_t kept,
-                                 float beta1, float beta2, bool scoring, int64_t budget, bool freeze) {
-    return lora2_allocate(layers_of(layers), pointer<float>(exp_avg), pointer<float>(exp_unc), pointer<uint8_t>(kept),
-                          beta1, beta2, scoring, budget, freeze);
-  }, free_threads());
-  m.def("cpu_lora2_penalty", [](const std::vector<int64_t>& pairs, bool squared, int threads) {
-    return lora2_penalty(pairs_of(pairs), squared, threads);
-  }, free_threads());
-  m.def("cpu_lora2_penalty_backward", [](const std::vector<int64_t>& pairs, float scale, int threads) {
-    lora2_penalty_backward(pairs_of(pairs), scale, threads);
-  }, free_threads());
+  m.def(
+      "cpu_lora2_allocate",
+      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors, const std::vector<int64_t>& grads,
+         const std::vector<int64_t>& masks, int64_t exp_avg, int64_t exp_unc, int64_t kept, float beta1, float beta2,
+         bool scoring, int64_t budget) {
+        return lora2_allocate(layers_of(sizes, tensors, grads, masks), pointer<float>(exp_avg), pointer<float>(exp_unc),
+                              pointer<uint8_t>(kept), beta1, beta2, scoring, budget);
+      },
+      free_threads());
+  m.def(
+      "cpu_lora2_penalty",
+      [](const std::vector<int64_t>& pairs, bool squared, int threads) {
+        return lora2_penalty(pairs_of(pairs), squared, threads);
+      },
+      free_threads());
+  m.def(
+      "cpu_lora2_penalty_backward",
+      [](const std::vector<int64_t>& pairs, float scale, int threads) {
+        lora2_penalty_backward(pairs_of(pairs), scale, threads);
+      },
+      free_threads());
 }

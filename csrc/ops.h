@@ -49,7 +49,8 @@ void lora2_core_backward(const Matrix& dcore, const Matrix& u, const Matrix& E, 
                          const Matrix& du, const Matrix& dE, const Matrix& dU);
 
 // LoRA² training, over all layers of a model. Everything is contiguous fp32.
-// The scored tensors of an adapter, E (r), u (r, k), U (k, r), with its mask (r) and their gradients, nullptr for zero.
+// The scored tensors of an adapter, E (r), u (r, k), U (k, r), their gradients, nullptr for zero, and the mask (r) if it
+// is to be written.
 struct Lora2Layer {
   float *E, *u, *U, *mask;
   const float *dE, *du, *dU;
@@ -58,7 +59,7 @@ struct Lora2Layer {
 // Moves the averages (per layer those of E, u and U), then keeps the `budget` values of highest score, if it is not
 // negative. False, with nothing changed, if a product w·∂w is not finite.
 bool lora2_allocate(const std::vector<Lora2Layer>& layers, float* exp_avg, float* exp_unc, uint8_t* kept, float beta1,
-                    float beta2, bool scoring, int64_t budget, bool freeze);
+                    float beta2, bool scoring, int64_t budget);
 
 // One side of an adapter: w (k, n) is v, or Vᵀ if transposed, when it lies as (n, k); t (r, k) is u, or Uᵀ likewise.
 // The gradient of w is D·w, with D (k, k).

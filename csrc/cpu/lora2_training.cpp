@@ -50,7 +50,7 @@ void score(int64_t r, int64_t k, const float* mean, const float* spread, float* 
 }  // namespace
 
 bool lora2_allocate(const std::vector<Lora2Layer>& layers, float* exp_avg, float* exp_unc, uint8_t* kept, float beta1,
-                    float beta2, bool scoring, int64_t budget, bool freeze) {
+                    float beta2, bool scoring, int64_t budget) {
   if (scoring) {
     for (const Lora2Layer& l : layers) {
       const int64_t vectors = l.r * l.k;
@@ -84,7 +84,7 @@ bool lora2_allocate(const std::vector<Lora2Layer>& layers, float* exp_avg, float
   for (const Lora2Layer& l : layers) {
     for (int64_t i = 0; i < l.r; ++i) {
       l.E[i] *= kept[i];
-      if (freeze) l.mask[i] = kept[i];
+      if (l.mask) l.mask[i] = kept[i];
     }
     kept += l.r;
   }

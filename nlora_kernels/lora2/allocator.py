@@ -86,12 +86,10 @@ class RankAllocator:
         self.layers = found
         self.t = 0
         self.skipped = 0
-        self._sizes = ranks
-        like = found[0].lora_E
-        dtype = torch.promote_types(torch.float32, like.dtype)
-        self.exp_avg = torch.zeros(
-            sum(t.numel() for layer in found for t in layer.scored), dtype=dtype, device=like.device
-        )
+        self._scored = [t for layer in found for t in layer.scored]
+        self._sizes = [size for layer in found for size in (layer.r, layer.k)]
+        like, size = found[0].lora_E, sum(t.numel() for t in self._scored)
+        self.exp_avg = torch.zeros(size, dtype=torch.promote_types(torch.float32, like.dtype), device=like.device)
         self.exp_unc = torch.zeros_like(self.exp_avg)
         self._kept = torch.ones(sum(ranks), dtype=torch.bool, device=like.device)
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=like.device)
@@ -99,7 +97,7 @@ class RankAllocator:
 
     def budget(self, t: int) -> int:
         """b(t), how many singular values step t leaves."""
-        first, last = sum(self._sizes), self.target_rank * len(self.layers)
+        first, last = self._kept.numel(), self.target_rank * len(self.layers)
         if t <= self.t_init:
             return first
         if t >= self._freezing_step:
@@ -126,15 +124,18 @@ class RankAllocator:
             raise RuntimeError(f"step() must be called at most total_steps = {self.total_steps} times, got call {t}")
         scoring, freeze = t < self._freezing_step, t == self._freezing_step
         masking = freeze or (scoring and t > self.t_init and t % self.delta_t == 0)
-        if masking:
+        if freeze:
+            # Moving a model gives it new buffers.
             self.layers = [layer.again() for layer in self.layers]
-        grads = [tensor.grad if scoring else None for layer in self.layers for tensor in layer.scored]
+            self._scored = [t for layer in self.layers for t in layer.scored]
+        grads = [tensor.grad if scoring else None for tensor in self._scored]
         if scoring and all(grad is None for grad in grads):
             raise RuntimeError("step() must be called between backward() and zero_grad(), got no gradient at all")
         budget = self.budget(t)
         if scoring or masking:
-            step = self._native_step if self._native(grads) else self._step
-            step(grads, skip_nonfinite, budget if masking else None, scoring=scoring, freeze=freeze)
+            masks = [layer.lora_mask for layer in self.layers] if freeze else []
+            step = self._native_step if self._native(grads, masks) else self._step
+            step(grads, masks, budget if masking else None, scoring=scoring, skip_nonfinite=skip_nonfinite)
         self.t = t
         return budget
 
@@ -187,32 +188,41 @@ class RankAllocator:
         # Elsewhere reading the flag would make the host wait for the device.
         return self.exp_avg.is_cpu
 
-    def _native(self, grads: list[Tensor | None]) -> bool:
+    def _native(self, grads: list[Tensor | None], masks: list[Tensor]) -> bool:
         # The group's first rank must speak between scores and masks.
-        if self.group is not None:
+        if self.group is not None or not native.takes(itertools.chain((self.exp_avg,), self._scored, masks)):
             return False
-        return native.takes(itertools.chain([self.exp_avg], grads, *((*la.scored, la.lora_mask) for la in self.layers)))
+        return all([grad is None or (grad.dtype is torch.float32 and grad.is_contiguous()) for grad in grads])
 
-    def _native_step(self, grads, skip_nonfinite: bool, budget: int | None, *, scoring: bool, freeze: bool) -> None:
-        arguments = self.layers, grads, self.exp_avg, self.exp_unc, self._kept, (self.beta1, self.beta2)
-        if not native.allocate(*arguments, scoring=scoring, budget=budget, freeze=freeze):
+    def _native_step(self, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
+        arguments = (
+            self._sizes,
+            self._scored,
+            grads,
+            masks,
+            self.exp_avg,
+            self.exp_unc,
+            self._kept,
+            self.beta1,
+            self.beta2,
+        )
+        if not native.allocate(*arguments, scoring=scoring, budget=budget):
             self._nonfinite += 1
             self._report(skip_nonfinite)
-            native.allocate(*arguments, scoring=False, budget=budget, freeze=freeze)
+            native.allocate(*arguments, scoring=False, budget=budget)
 
-    def _step(self, grads, skip_nonfinite: bool, budget: int | None, *, scoring: bool, freeze: bool) -> None:
+    def _step(self, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
         averages = self._averages(grads) if scoring else (self.exp_avg, self.exp_unc)
         if budget is not None or self._reports_at_once:
             self._report(skip_nonfinite)
         self.exp_avg, self.exp_unc = averages
         if budget is not None:
-            self._mask(budget, freeze)
+            self._mask(budget, masks)
 
     def _averages(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         """The averages after this step; only those before it, and one more in `_nonfinite`, if it is of no use."""
-        tensors = [tensor for layer in self.layers for tensor in layer.scored]
-        grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
-        sensitivity = (self._flat(tensors) * self._flat(grads)).abs_()
+        grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(self._scored, grads, strict=True)]
+        sensitivity = (self._flat(self._scored) * self._flat(grads)).abs_()
         finite = sensitivity.isfinite().all()
         exp_avg = self.beta1 * self.exp_avg + (1 - self.beta1) * sensitivity
         exp_unc = self.beta2 * self.exp_unc + (1 - self.beta2) * (sensitivity - exp_avg).abs_()
@@ -236,19 +246,19 @@ class RankAllocator:
     def _scores(self) -> Tensor:
         return ((self.exp_avg * self.exp_unc)[self._where] * self._share).sum(1)
 
-    def _mask(self, budget: int, freeze: bool) -> None:
+    def _mask(self, budget: int, masks: list[Tensor]) -> None:
         scores = self._scores()
         if self.group is not None:
             torch.distributed.broadcast(scores, group_src=0, group=self.group)
         order = scores.argsort(descending=True, stable=True)
         self._kept = torch.zeros_like(self._kept).index_fill_(0, order[:budget], True)
-        kept = self._kept.to(self.exp_avg.dtype).split(self._sizes)
-        torch._foreach_mul_([layer.lora_E for layer in self.layers], kept)
-        if freeze:
-            torch._foreach_copy_([layer.lora_mask for layer in self.layers], kept)
+        kept = self._kept.to(self.exp_avg.dtype).split(self._sizes[::2])
+        torch._foreach_mul_(self._scored[::3], kept)
+        if masks:
+            torch._foreach_copy_(masks, kept)
 
     def _by_layer(self, values: Tensor, convert=Tensor.clone) -> dict[str, Any]:
-        parts = zip(self.layers, values.split(self._sizes), strict=True)
+        parts = zip(self.layers, values.split(self._sizes[::2]), strict=True)
         return {layer.name: convert(part) for layer, part in parts}
 
 

@@ -5,8 +5,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .layers import Layer
-
 try:
     from .. import _C
 except ImportError:
@@ -16,42 +14,46 @@ except ImportError:
 MAX_K = 32
 
 
-def takes(tensors: Iterable[Tensor | None], k: int = 1) -> bool:
+def takes(tensors: Iterable[Tensor], k: int = 1) -> bool:
     """Whether the calls below can and should be used: the extension is built and the tensors are plain ones of fp32."""
-    return (
-        _C is not None
-        and k <= MAX_K
-        and all(
-            t is None
-            or (type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype is torch.float32 and t.is_contiguous())
-            for t in tensors
-        )
-    )
+    if _C is None or k > MAX_K:
+        return False
+    for t in tensors:
+        if not (t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() and type(t) in (nn.Parameter, Tensor)):
+            return False
+    return True
 
 
 def allocate(
-    layers: Sequence[Layer],
+    sizes: list[int],
+    scored: Sequence[Tensor],
     grads: Sequence[Tensor | None],
+    masks: Sequence[Tensor],
     exp_avg: Tensor,
     exp_unc: Tensor,
     kept: Tensor,
-    betas: tuple[float, float],
+    beta1: float,
+    beta2: float,
     *,
     scoring: bool,
     budget: int | None,
-    freeze: bool,
 ) -> bool:
     """The allocator's step, in place; False, with nothing changed, if scoring met a product w·∂w that is not finite.
 
-    grads holds those of E, u and U of each layer; no masking without a budget.
+    sizes holds r and k of each layer, scored its E, u and U, grads their gradients. Without a budget nothing is masked;
+    masks are those to be written, or none.
     """
-    numbers: list[int] = []
-    for layer, (dE, du, dU) in zip(layers, zip(*[iter(grads)] * 3, strict=True), strict=True):
-        tensors = layer.lora_E, layer.lora_u, layer.lora_U, layer.lora_mask, dE, du, dU
-        numbers += [0 if t is None else t.data_ptr() for t in tensors]
-        numbers += layer.lora_u.shape
-    state = (t.data_ptr() for t in (exp_avg, exp_unc, kept))
-    return _C.cpu_lora2_allocate(numbers, *state, *betas, scoring, -1 if budget is None else budget, freeze)
+    return _C.cpu_lora2_allocate(
+        sizes,
+        [t.data_ptr() for t in scored],
+        [0 if t is None else t.data_ptr() for t in grads],
+        [t.data_ptr() for t in masks],
+        *(t.data_ptr() for t in (exp_avg, exp_unc, kept)),
+        beta1,
+        beta2,
+        scoring,
+        -1 if budget is None else budget,
+    )
 
 
 def penalty(tensors: Sequence[Tensor], squared: bool) -> tuple[float, Tensor, Tensor]:
