@@ -44,8 +44,9 @@ class RankAllocator:
             communication and gives the same decisions wherever ranks hold equal parameters and gradients.
 
     Raises:
-        TypeError: a step count or rank is no integer. ValueError: the model has no LoRA² layers, or a number is out
-        of range, or t_init + t_final ≥ total_steps.
+        TypeError: a step count or rank is no integer.
+        ValueError: the model has no LoRA² layers, or holds them in shards or on several devices; a number is out of
+        range, or t_init + t_final ≥ total_steps.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class RankAllocator:
         if target_rank * len(found) > sum(ranks):
             mean = sum(ranks) / len(found)
             raise ValueError(f"target_rank must be at most the mean r of the layers, {mean:g}, got {target_rank}")
+        if sharded := [layer.name for layer in found if any(hasattr(t, "full_tensor") for t in layer.scored)]:
+            raise ValueError(f"the LoRA² adapters must be whole on every rank, got shards (DTensor) in {sharded[0]}")
         devices = {str(t.device) for layer in found for t in layer.scored}
         if len(devices) > 1:
             raise ValueError(f"the LoRA² adapters must be on one device, got {', '.join(sorted(devices))}")
