@@ -1,0 +1,139 @@
+"""Correctness on the GPU: every result against fp64, bitwise repeats, CUDA graphs, and initialisation."""
+
+import itertools
+import sys
+
+import record
+import torch
+
+import nlora_kernels as nk
+from nlora_kernels import testing
+
+BACKENDS = ["triton"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# M, K, N, R: ragged, decode, the ranks' edges, and shapes of LLaMA-2-7B and BERT that take every form of launch.
+SHAPES = [
+    (0, 64, 48, 8),
+    (1, 33, 17, 5),
+    (7, 65, 31, 13),
+    (1, 4096, 4096, 16),
+    (16, 4096, 11008, 64),
+    (100, 768, 768, 100),
+    (333, 1000, 520, 256),
+    (70, 512, 640, 300),
+    (2048, 768, 768, 8),
+    (2500, 768, 3072, 64),
+    (4096, 4096, 4096, 16),
+    (2048, 4096, 4096, 128),
+]
+
+
+def within_budget(backend, dtype, shape, adapter_dtype=None, core=True, strided=False) -> dict:
+    p = testing.problem(
+        *shape, dtype=dtype, adapter_dtype=adapter_dtype, core=core, bias=core, strided=strided, device="cuda"
+    )
+    first = testing.results(p, nk.lora_linear, backend=backend)
+    testing.assert_within_budget(first, p)
+    second = testing.results(p, nk.lora_linear, backend=backend)
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not differing, f"not bitwise repeatable: {', '.join(differing)}"
+    return {}
+
+
+def lora2(backend, dtype, r, k) -> dict:
+    u, E, U = (torch.randn(s, device="cuda", dtype=dtype, requires_grad=True) for s in ((r, k), (r,), (k, r)))
+    mask = torch.arange(r, device="cuda") % 3 != 1
+    d_core = torch.randn(k, k, device="cuda", dtype=dtype)
+
+    def results(u, E, U, d_core, backend):
+        core = nk.ops._core(u, E, U, mask, backend)
+        return core, *torch.autograd.grad(core, (u, E, U), d_core)
+
+    wide = [t.detach().double().requires_grad_() for t in (u, E, U)]
+    exact = results(*wide, d_core.double(), "reference")
+    for ours, plain, true in zip(
+        results(u, E, U, d_core, backend), results(u, E, U, d_core, "reference"), exact, strict=True
+    ):
+        bound = 2 * testing.error_norm(plain, true) + torch.finfo(dtype).eps * true.norm().item()
+        assert testing.error_norm(ours, true) <= bound
+    return {}
+
+
+def graph(backend, dtype, shape) -> dict:
+    """A captured step replayed on new inputs equals the same step run directly, bit by bit."""
+    p, other = (testing.problem(*shape, dtype=dtype, device="cuda", seed=seed) for seed in (0, 1))
+    leaves = {n: getattr(p, n).detach().requires_grad_() for n in testing.TENSORS}
+
+    def step():
+        y = nk.lora_linear(**leaves, scaling=p.scaling, backend=backend)
+        return y.detach(), *torch.autograd.grad(y, list(leaves.values()), p.dy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        outputs = step()
+    with torch.no_grad():
+        leaves["x"].copy_(other.x)
+    expected = [t.clone() for t in step()]
+    for _ in range(3):
+        captured.replay()
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    return {}
+
+
+def initialise(dtype, shape, r) -> dict:
+    from nlora_kernels.backends.triton import nystrom
+
+    weight = torch.randn(shape, device="cuda").to(dtype) / shape[1] ** 0.5
+    for how in nk.init.SELECTIONS:
+        rows, cols = nk.init.select(weight, r, how)
+        A, N, B = nystrom.gather(weight, rows, cols)
+        assert torch.equal(A, weight[rows]) and torch.equal(B, weight[:, cols]) and torch.equal(N, A[:, cols])
+    for dim, squares in zip((1, 0), nystrom.squared_norms(weight), strict=True):
+        exact = weight.double().square().sum(dim)
+        assert (squares - exact).abs().max() <= 1e-6 * exact.max()
+    exact = weight.double() - 0.5 * B.double() @ N.double() @ A.double()
+    plain = nk.init.subtract_(weight.clone(), A, N, B, 0.5)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    nystrom.subtract_([weight], [A], [N], [B], 0.5)
+    extra = torch.cuda.max_memory_allocated() - before
+    bound = 2 * testing.error_norm(plain, exact) + torch.finfo(dtype).eps * exact.norm().item()
+    assert testing.error_norm(weight, exact) <= bound
+    assert extra < weight.nbytes / 8, f"subtract_ allocated {extra} B"
+    R = torch.linalg.qr(torch.randn(2 * r, r, device="cuda")).R
+    C = torch.randn(r, 300, device="cuda")
+    true = torch.linalg.solve_triangular(R.double(), C.double(), upper=True)
+    assert testing.error_norm(nystrom.solve_triangular(R, C), true) <= 1e-4 * true.norm().item()
+    return {"allocated": extra}
+
+
+def cells():
+    found = {}
+    for backend, (name, dtype), shape in itertools.product(BACKENDS, DTYPES.items(), SHAPES):
+        prefix = f"{backend} {name} {'x'.join(map(str, shape))}"
+        found[prefix] = lambda b=backend, d=dtype, s=shape: within_budget(b, d, s)
+        found[f"{prefix} noN strided"] = lambda b=backend, d=dtype, s=shape: within_budget(b, d, s, None, False, True)
+        if dtype != torch.float32 and shape[0]:
+            found[f"{prefix} fp32 adapter"] = lambda b=backend, d=dtype, s=shape: within_budget(b, d, s, torch.float32)
+    for backend, (name, dtype) in itertools.product(BACKENDS, DTYPES.items()):
+        for r, k in ((8, 1), (8, 8), (100, 40)):
+            found[f"{backend} {name} lora2 {r}x{k}"] = lambda b=backend, d=dtype, r=r, k=k: lora2(b, d, r, k)
+        for shape in ((16, 4096, 4096, 64), (2048, 4096, 4096, 64)):
+            key = f"{backend} {name} graph {'x'.join(map(str, shape))}"
+            found[key] = lambda b=backend, d=dtype, s=shape: graph(b, d, s)
+    for name, dtype in DTYPES.items():
+        for shape, r in (((4096, 4096), 128), ((1000, 777), 13), ((11008, 4096), 256)):
+            key = f"triton {name} nystrom {'x'.join(map(str, shape))} r{r}"
+            found[key] = lambda d=dtype, s=shape, r=r: initialise(d, s, r)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(record.run("correctness", cells))
