@@ -51,31 +51,40 @@ WIDE_TILES = {
     Tile(64, 128, 64, 4, 4): 0.70,
     Tile(64, 64, 64, 4, 4): 0.50,
 }
+# Operands whose rows are not 16-byte aligned are read element by element, and their addresses fill registers.
+RAGGED_TILES = {Tile(64, 64, 32, 8, 2): 1.0, Tile(32, 32, 32, 4, 2): 0.5}
 # Few rows: the weight is read once whatever the tile, so many small programs with deep pipelines read it fastest.
 DECODE_TILES = {Tile(m, n, 128, 4, stages): n / 64 for m in (16, 32, 64) for n, stages in ((32, 5), (64, 4))}
 # fp32 without TF32 runs on the scalar units, whose operands fill registers first.
-EXACT_TILES = {Tile(64, 64, 32, 8, 2): 1.0, Tile(32, 64, 32, 4, 2): 0.8, Tile(16, 32, 32, 2, 2): 0.4}
+EXACT_TILES = {Tile(64, 64, 32, 8, 2): 1.0, Tile(32, 64, 32, 4, 2): 0.8, Tile(16, 32, 32, 4, 2): 0.4}
 TF32_TILES = {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 4, 3): 0.6, Tile(16, 64, 32, 4, 3): 0.2}
+
+# M, K, N, R that are measured: the linear layers of LLaMA-2-7B and BERT, and for the gradient of x their transposes.
+LAYERS = ((4096, 4096), (4096, 11008), (11008, 4096), (768, 768), (768, 3072), (3072, 768))
+SHAPES = tuple((M, K, N, R) for K, N in LAYERS for M in (16, 2048, 8192) for R in (16, 64, 128, 256))
 
 
 @functools.cache
 def device_of(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        # Other vendors' devices get what Ampere gets: pointers and two launches.
+        return Device(properties.name, 80, properties.multi_processor_count, properties.shared_memory_per_block)
     capability = properties.major * 10 + properties.minor
     shared = getattr(properties, "shared_memory_per_block_optin", SHARED.get(capability, 101_376))
     return Device(properties.name, capability, properties.multi_processor_count, shared)
 
 
-def wide_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, device: Device) -> Tile:
-    """The tile of the extended product (M, K)·(K, N) and of the single launch."""
-    measured = _measured(dtype, tf32, (M, N, K, R), device)
+def wide_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device) -> Tile:
+    """The tile of the extended product (M, K)·(K, N) and of the single launch. `aligned`: rows start at 16 bytes."""
+    measured = _measured(dtype, tf32, (M, N, K, R), device) if aligned else None
     if measured:
         return Tile(*measured["tile"])
-    return min(_candidates(M, dtype, tf32, device).items(), key=lambda c: _cost(M, N, *c, device))[0]
+    return min(_candidates(M, dtype, tf32, aligned, device).items(), key=lambda c: _cost(M, N, *c, device))[0]
 
 
 def narrow_tile(
-    M: int, N: int, K: int, columns: int, dtype: torch.dtype, tf32: bool, device: Device
+    M: int, N: int, K: int, columns: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device
 ) -> tuple[Tile, int]:
     """The tile of a product that has a short side, and into how many parts its sum over K is split.
 
@@ -84,7 +93,10 @@ def narrow_tile(
     """
     width = max(columns, min(128, padded(N)))
     if dtype == torch.float32 and not tf32:
-        tile = Tile(min(padded(M), 32, max(16, 2048 // width)), width, 32, 8 if width > 128 else 4, 2)
+        tile = Tile(min(padded(M), 32, max(16, 2048 // width)), width, 32, 8 if width > 64 else 4, 2)
+    elif not aligned:
+        width = max(columns, min(64, width))
+        tile = Tile(min(padded(M), 64 if width <= 64 else 32), width, 32, 8, 2)
     else:
         height, stages = 64 if width > 64 else 128, 3 if device.capability >= 90 else 2
         depth = 32 if dtype == torch.float32 else 64
@@ -98,17 +110,19 @@ def narrow_tile(
     return tile, splits
 
 
-def single_launch(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, tile: Tile, device: Device) -> bool:
+def single_launch(
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, aligned: bool, tile: Tile, device: Device
+) -> bool:
     """Whether the narrow product goes into the launch of the wide one: where it then fills the last wave.
 
     Its items are as many rows as a tile by R, so they pay from many rows on. Two kinds of tile in one program need its
     registers: up to a rank of 128 on Hopper, of 32 on Blackwell, and not on Ampere.
     """
-    measured = _measured(dtype, tf32, (M, N, K, R), device)
+    measured = _measured(dtype, tf32, (M, N, K, R), device) if aligned else None
     if measured:
         return measured["single"]
     widest = {9: 128, 10: 32}.get(device.capability // 10, 0)
-    return dtype != torch.float32 and R <= widest and M >= 2048 and tile.m >= 64
+    return aligned and dtype != torch.float32 and R <= widest and M >= 2048 and tile.m >= 64
 
 
 def padded(n: int) -> int:
@@ -116,9 +130,13 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _candidates(M: int, dtype: torch.dtype, tf32: bool, device: Device) -> dict[Tile, float]:
-    if dtype == torch.float32:
-        tiles = TF32_TILES if tf32 else EXACT_TILES
+def _candidates(M: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device) -> dict[Tile, float]:
+    if dtype == torch.float32 and not tf32:
+        tiles = EXACT_TILES
+    elif not aligned:
+        tiles = RAGGED_TILES
+    elif dtype == torch.float32:
+        tiles = TF32_TILES
     else:
         tiles = DECODE_TILES if M <= 64 else WIDE_TILES
     fitting = {
@@ -181,7 +199,7 @@ def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool
     if not transposed:
         operands = (p.x, p.weight.T.contiguous(), p.lora_A.T.contiguous(), p.lora_N, p.lora_B.T.contiguous())
     times = {}
-    for tile in _candidates(M, dtype, tf32, device):
+    for tile in _candidates(M, dtype, tf32, True, device):
         for single in (False, True) if tile.m >= 64 and R <= 256 else (False,):
 
             def step(tile=tile, single=single):
@@ -189,10 +207,10 @@ def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool
 
             try:
                 times[tile, single] = do_bench(step, warmup=25, rep=100, return_mode="median")
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 print(f"{tile} in {1 if single else 2} launches: {type(error).__name__}: {error}")
-    chosen = wide_tile(M, N, K, R, dtype, tf32, device)
-    rule = chosen, single_launch(M, N, K, R, dtype, tf32, chosen, device)
+    chosen = wide_tile(M, N, K, R, dtype, tf32, True, device)
+    rule = chosen, single_launch(M, N, K, R, dtype, tf32, True, chosen, device)
     (tile, single), best = min(times.items(), key=lambda item: item[1])
     return {
         "dtype": _short(dtype),
@@ -203,6 +221,18 @@ def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool
         "us": round(1000 * best, 2),
         "rule_us": round(1000 * times.get(rule, best), 2),
     }
+
+
+def tune(folder: Path = TUNED, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Measures SHAPES in both orientations on the current GPU and writes its table; returns the file.
+
+    Raises RuntimeError where torch sees no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("tuning needs a GPU, and torch sees none")
+    entries = [measure(*shape, dtype, transposed) for shape in SHAPES for transposed in (True, False)]
+    _entries.cache_clear()
+    return save(entries, folder, torch.cuda.get_device_name())
 
 
 def save(entries: list[dict], folder: Path, device: str) -> Path:

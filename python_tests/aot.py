@@ -5,7 +5,7 @@
 
 The calls themselves run on the meta device with a driver that only names its target, so what is compiled is what a GPU
 would run. Fails on shared memory beyond the device's limit, on a stack (spilled registers), on 16-bit products of 64
-rows and more without wgmma on sm_90, and on a single launch without acquire and release.
+rows and more without wgmma on sm_90, and on a single launch without release, acquire and the barrier before release.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -30,6 +29,8 @@ PROCESSORS = {80: 108, 90: 132, 100: 148}
 LAYERS = [(4096, 4096), (4096, 11008), (11008, 4096), (768, 768), (768, 3072)]
 ROWS = [1, 16, 512, 2048, 8192]
 RANKS = [8, 16, 64, 128, 256]
+# M, K, N, R: sizes of 1 are compiled as constants, and ragged ones with masks and without descriptors.
+EDGES = [(1, 1, 1, 1), (3, 1, 7, 2), (100, 65, 1, 300), (2500, 777, 333, 13)]
 # dtype of the base, dtype of the adapter, TF32 allowed.
 CASES = {
     "bf16": (torch.bfloat16, torch.bfloat16, False),
@@ -80,6 +81,7 @@ class Target:
 
 def compile_case(capability: int, case: str, ranks: list[int], rows: list[int]) -> list[Compiled]:
     """Every distinct kernel that forward, backward and initialisation launch for one device and one case of dtypes."""
+    os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
     from nlora_kernels import tuning
@@ -98,6 +100,8 @@ def compile_case(capability: int, case: str, ranks: list[int], rows: list[int]) 
     dtype, adapter_dtype, tf32 = CASES[case]
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     for (K, N), M, R in product(LAYERS, rows, ranks):
+        call(M, K, N, R, dtype, adapter_dtype)
+    for M, K, N, R in EDGES:
         call(M, K, N, R, dtype, adapter_dtype)
     return [entry for _, entry in compiled.values()]
 
@@ -118,6 +122,8 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
     u, E, U = meta(R, R), meta(R), meta(R, R)
     lora2.forward(u, E, U, E)
     lora2.backward(core, u, E, U, E)
+    if R > min(K, N, 256):
+        return
     rows = meta(R, dtype=torch.int64)
     nystrom.gather(weight, rows, rows)
     nystrom.squared_norms(weight)
@@ -148,8 +154,8 @@ def inspect(device, kernel: str, warps: int, stages: int, arguments: dict, binar
     rows = arguments.get("BLOCK_M", 0)
     if device.capability == 90 and rows >= 64 and dtype in ("bf16", "fp16") and not found["wgmma"]:
         faults.append(f"products of {rows} rows must use wgmma")
-    if kernel == "single_launch" and not (found["acquire"] and found["release"]):
-        faults.append("the flag must be raised with release and awaited with acquire")
+    if kernel == "single_launch":
+        faults += protocol_faults(ptx)
     tile = "×".join(str(arguments[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PADDED_R", "BLOCK") if n in arguments)
     flags = {
         "CORE": "core",
@@ -165,6 +171,17 @@ def inspect(device, kernel: str, warps: int, stages: int, arguments: dict, binar
     return Compiled(
         device.capability, kernel, dtype, configuration, registers, stack, shared, instructions, tuple(faults)
     )
+
+
+def protocol_faults(ptx: str) -> list[str]:
+    """What is wrong with the raising and the awaiting of the flags of a single launch."""
+    raised, awaited = re.search(r"atom\.\S*release", ptx), re.search(r"\.acquire\.", ptx)
+    if not (raised and awaited):
+        return ["the flag must be raised with release and awaited with acquire"]
+    before = ptx[: raised.start()]
+    if before.rfind("bar.sync") < before.rfind("st.global"):
+        return ["a barrier must stand between the last store and the raising of the flag"]
+    return []
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aot
 import pytest
 
 pytest.importorskip("triton")
@@ -23,7 +24,7 @@ def forward(M, K, N, R, dtype, adapter_dtype):
     shapes = (M, K), (N, K), (R, K), (N, R)
     linear.forward(*(torch.empty(s, dtype=dtype, device="meta") for s in shapes), None, None, 1.0)
 
-aot.LAYERS, aot.call = [(4096, 4096)], forward
+aot.LAYERS, aot.EDGES, aot.call = [(4096, 4096)], [], forward
 for entry in aot.compile_case({capability}, "bf16", [64], [4096]):
     if entry.kernel in ("single_launch", "extended_product"):
         print(entry.kernel, *entry.instructions, *entry.faults)
@@ -49,6 +50,14 @@ def test_too_much_shared_memory_and_a_stack_are_faults():
     lines = compiled((256, 256, 64, 4, 4), 90)
     assert any("shared memory must be at most 232448 B, got" in line for line in lines)
     assert any("stack must be empty, got" in line for line in lines)
+
+
+def test_a_flag_raised_without_release_or_before_its_stores_is_a_fault():
+    sound = "st.global a; bar.sync 0; atom.global.gpu.release.exch f; ld.global.gpu.acquire.b32 f;"
+    assert aot.protocol_faults(sound) == []
+    assert aot.protocol_faults(sound.replace("release", "relaxed"))
+    assert aot.protocol_faults(sound.replace("acquire", "relaxed"))
+    assert aot.protocol_faults(sound.replace("bar.sync 0; ", ""))
 
 
 def test_ampere_reads_by_pointers_in_two_launches():

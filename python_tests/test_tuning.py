@@ -16,36 +16,44 @@ BF16 = torch.bfloat16
 
 @pytest.mark.parametrize("device", [HOPPER, AMPERE, SMALL], ids=lambda d: d.name)
 @pytest.mark.parametrize("dtype, tf32", [(BF16, False), (torch.float32, False), (torch.float32, True)], ids=str)
-def test_every_choice_fits_the_device(device, dtype, tf32):
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "ragged"])
+def test_every_choice_fits_the_device(device, dtype, tf32, aligned):
     for M, N, K, R in itertools.product((1, 17, 300, 8192), (1, 768, 11008), (1, 4096), (1, 16, 100, 256, 300)):
-        tile = tuning.wide_tile(M, N, K, R, dtype, tf32, device)
-        narrow, splits = tuning.narrow_tile(M, R, K, min(tuning.padded(R), 256), dtype, tf32, device)
+        tile = tuning.wide_tile(M, N, K, R, dtype, tf32, aligned, device)
+        narrow, splits = tuning.narrow_tile(M, R, K, min(tuning.padded(R), 256), dtype, tf32, aligned, device)
         for chosen in (tile, narrow):
             assert chosen.stages * (chosen.m + chosen.n) * chosen.k * dtype.itemsize <= device.shared
         assert splits >= 1 and narrow.n >= min(R, 256)
 
 
 def test_large_layers_get_wide_tiles_and_few_rows_many_programs():
-    large = tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, HOPPER)
+    large = tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER)
     assert (large.m, large.n) == (128, 256)
-    decode = tuning.wide_tile(1, 4096, 4096, 64, BF16, False, HOPPER)
+    decode = tuning.wide_tile(1, 4096, 4096, 64, BF16, False, True, HOPPER)
     assert decode.m == 16 and 4096 // decode.n >= 64
 
 
 def test_a_short_product_is_split_until_every_processor_has_a_program():
-    tile, splits = tuning.narrow_tile(16, 16, 4096, 16, BF16, False, HOPPER)
+    tile, splits = tuning.narrow_tile(16, 16, 4096, 16, BF16, False, True, HOPPER)
     assert splits > 1 and splits * tile.k <= 4096
-    tile, splits = tuning.narrow_tile(65536, 64, 4096, 64, BF16, False, HOPPER)
+    tile, splits = tuning.narrow_tile(65536, 64, 4096, 64, BF16, False, True, HOPPER)
     assert splits == 1
 
 
 def test_the_single_launch_stays_within_registers():
     def single(M, R, device):
-        tile = tuning.wide_tile(M, 4096, 4096, R, BF16, False, device)
-        return tuning.single_launch(M, 4096, 4096, R, BF16, False, tile, device)
+        tile = tuning.wide_tile(M, 4096, 4096, R, BF16, False, True, device)
+        return tuning.single_launch(M, 4096, 4096, R, BF16, False, True, tile, device)
 
     assert single(8192, 64, HOPPER) and single(2048, 128, HOPPER)
     assert not single(8192, 256, HOPPER) and not single(512, 64, HOPPER) and not single(8192, 64, AMPERE)
+
+
+def test_tuning_without_a_gpu_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        tuning.tune(tmp_path)
 
 
 @pytest.fixture
@@ -75,11 +83,11 @@ def test_the_nearest_measured_entry_goes_before_the_rule(table):
         HOPPER.name,
     )
     assert file.name == "nvidia-h200.json"
-    assert tuning.wide_tile(9000, 4096, 4096, 64, BF16, False, HOPPER) == Tile(*near)
-    assert tuning.single_launch(9000, 4096, 4096, 64, BF16, False, Tile(*near), HOPPER)
-    assert tuning.wide_tile(15000, 4096, 4096, 64, BF16, False, HOPPER) == Tile(*far)
+    assert tuning.wide_tile(9000, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*near)
+    assert tuning.single_launch(9000, 4096, 4096, 64, BF16, False, True, Tile(*near), HOPPER)
+    assert tuning.wide_tile(15000, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*far)
     # Another dtype, a shape too far off and another device keep to the rule.
-    rule = tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, HOPPER._replace(name="other"))
+    rule = tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER._replace(name="other"))
     assert rule not in (Tile(*near), Tile(*far))
-    assert tuning.wide_tile(8192, 4096, 4096, 64, torch.float16, False, HOPPER) == rule
-    assert tuning.wide_tile(8192, 4096, 4096, 500, BF16, False, HOPPER) == rule
+    assert tuning.wide_tile(8192, 4096, 4096, 64, torch.float16, False, True, HOPPER) == rule
+    assert tuning.wide_tile(8192, 4096, 4096, 500, BF16, False, True, HOPPER) == rule

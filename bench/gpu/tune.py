@@ -7,9 +7,6 @@ import torch
 
 from nlora_kernels import tuning
 
-# K, N of LLaMA-2-7B and BERT, both ways: the gradient of x swaps them.
-LAYERS = [(4096, 4096), (4096, 11008), (11008, 4096), (768, 768), (768, 3072), (3072, 768)]
-
 
 def table(out, record):
     entries = [cell for cell in record["cells"].values() if cell["passed"]]
@@ -19,13 +16,10 @@ def table(out, record):
 
 def cells():
     found = {}
-    for K, N in LAYERS:
-        for M in (16, 2048, 8192):
-            for R in (16, 64, 128, 256):
-                for transposed in (True, False):
-                    key = f"bf16 {M}x{K}x{N} r{R} {'y' if transposed else 'dx'}"
-                    shape = (M, K, N, R)
-                    found[key] = lambda s=shape, t=transposed: tuning.measure(*s, torch.bfloat16, t)
+    for shape in tuning.SHAPES:
+        for transposed in (True, False):
+            key = f"bf16 {'x'.join(map(str, shape[:3]))} r{shape[3]} {'y' if transposed else 'dx'}"
+            found[key] = lambda s=shape, t=transposed: tuning.measure(*s, torch.bfloat16, t)
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import launch
 from .tiles import load_tile, store_tile
 
-BLOCK = 32
+BLOCK = 16
 
 
 def forward(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None) -> Tensor:

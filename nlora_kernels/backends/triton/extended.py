@@ -19,8 +19,6 @@ GROUP_M = 8
 # Up to here the weight is read once or twice and bounds the time.
 FEW_ROWS = 64
 
-_states: dict[tuple[torch.device, int], Tensor] = {}
-
 
 @triton.jit
 def extended_tile(
@@ -43,7 +41,6 @@ def extended_tile(
     wide_stride_row,
     wide_stride_col,
     flag,
-    epoch,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,7 +67,7 @@ def extended_tile(
                    DTYPE, PRECISION)
     if WAIT:
         ready = tl.atomic_add(flag, 0, sem="acquire")
-        while ready != epoch:
+        while ready == 0:
             ready = tl.atomic_add(flag, 0, sem="acquire")
     acc = multiply(acc, narrow, wide, m, n, M, N, 0, R, R, 1, wide_stride_row, wide_stride_col,
                    BLOCK_M, BLOCK_N, BLOCK_R, True, False, TRANSPOSED, False, WIDE_DESCRIPTOR, DTYPE, PRECISION)
@@ -123,7 +120,7 @@ def extended_product(
     # fmt: off
     extended_tile(x, weight, narrow, wide, bias, y, (first + inside % group) * BLOCK_M, inside // group * BLOCK_N,
                   M, N, K, R, x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
-                  wide_stride_row, wide_stride_col, None, 0, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, CHECK_K, TRANSPOSED,
+                  wide_stride_row, wide_stride_col, None, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, CHECK_K, TRANSPOSED,
                   X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, False, DTYPE, PRECISION)
     # fmt: on
 
@@ -178,14 +175,12 @@ def single_launch(
     raise the flag of their block; the tiles that need it wait for it only after their sum over K. An item waits for
     smaller tickets alone, so the launch advances whichever programs are resident.
 
-    state: int32, all zero before the first launch: ticket, programs that are through, epoch, one unused, then one flag
-    for each row block. A flag equal to the epoch of this launch is raised, so nothing is cleared between launches.
+    state: int32, all zero: the ticket, then one flag for each row block.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     items = tiles_m * (1 + tiles_n)
     per_group = GROUP_M * (1 + tiles_n)
-    epoch = tl.load(state + 2) + 1
     item = tl.atomic_add(state, 1, sem="relaxed")
     while item < items:
         first = item // per_group * GROUP_M
@@ -203,20 +198,16 @@ def single_launch(
                           BLOCK_M, PADDED_R, True, CORE, TRANSPOSED, DTYPE, PRECISION)
             # NOTE: one thread raises the flag; the barrier puts the stores of all the others before it.
             tl.debug_barrier()
-            tl.atomic_xchg(state + 4 + block, epoch, sem="release")
+            tl.atomic_xchg(state + 1 + block, 1, sem="release")
         else:
             block = first + (inside - group) % group
             extended_tile(x, weight, narrow, wide, bias, y, block * BLOCK_M, (inside - group) // group * BLOCK_N,
                           M, N, K, R, x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
-                          wide_stride_row, wide_stride_col, state + 4 + block, epoch,
+                          wide_stride_row, wide_stride_col, state + 1 + block,
                           BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, CHECK_K, TRANSPOSED,
                           X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, True, DTYPE, PRECISION)
         # fmt: on
         item = tl.atomic_add(state, 1, sem="relaxed")
-    if tl.atomic_add(state + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(state, 0)
-        tl.store(state + 1, 0)
-        tl.store(state + 2, epoch)
 
 
 def widen(
@@ -243,10 +234,10 @@ def widen(
     if M > FEW_ROWS:
         # Many tiles read the adapter, so it is cast once; for a few rows it is cast in registers, without a launch.
         shrink, wide = shrink.to(x.dtype), wide.to(x.dtype)
-    device, tf32 = launch.target(x), launch.tf32()
-    tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, device)
+    device, tf32, aligned = launch.target(x), launch.tf32(), launch.aligned(x, weight)
+    tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, device)
     if single is None:
-        single = tuning.single_launch(M, N, K, R, x.dtype, tf32, tile, device)
+        single = tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, device)
     if single:
         raw, out = x.new_empty(M, R), x.new_empty(M, R)
     else:
@@ -303,7 +294,8 @@ def widen(
         shrink=shrink_source,
         core=core,
         raw=raw,
-        state=_state(x, blocks),
+        # NOTE: new and cleared at every call, so launches may overlap, and be captured and replayed on any stream.
+        state=torch.zeros(1 + blocks, dtype=torch.int32, device=x.device),
         shrink_stride_row=shrink.stride(0),
         shrink_stride_col=shrink.stride(1),
         core_stride_row=core.stride(0) if core is not None else 0,
@@ -315,21 +307,3 @@ def widen(
         **arguments,
     )
     return raw, out, y
-
-
-def _state(x: Tensor, blocks: int) -> Tensor:
-    """The ticket, epoch and flags of `single_launch`, one per stream: launches of one stream never overlap.
-
-    A CUDA graph gets its own, cleared at each replay, for it may be replayed on any stream.
-    """
-    size = 4 + blocks
-    if x.device.type != "cuda":
-        key = (x.device, 0)
-    elif torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=x.device)
-    else:
-        key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
-    state = _states.get(key)
-    if state is None or state.numel() < size:
-        state = _states[key] = torch.zeros(tuning.padded(size), dtype=torch.int32, device=x.device)
-    return state

@@ -24,17 +24,16 @@ def source(matrix: Tensor, block: tuple[int, int], dtype: torch.dtype, device: t
 
     It must have 16-byte rows and start, and be of the dtype of the product: what is cast passes through registers.
     """
-    itemsize = matrix.element_size()
-    if (
-        device.capability < 90
-        or matrix.dtype != dtype
-        or matrix.numel() == 0
-        or matrix.stride(1) != 1
-        or matrix.stride(0) * itemsize % 16
-        or matrix.data_ptr() % 16
-    ):
+    if device.capability < 90 or matrix.dtype != dtype or matrix.numel() == 0 or not aligned(matrix):
         return matrix
     return TensorDescriptor.from_tensor(matrix, list(block))
+
+
+def aligned(*matrices: Tensor) -> bool:
+    """Whether every row of the matrices is contiguous and starts at a multiple of 16 bytes."""
+    return all(
+        m.stride(1) == 1 and m.stride(0) * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices
+    )
 
 
 def target(x: Tensor) -> tuning.Device:

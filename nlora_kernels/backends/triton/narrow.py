@@ -86,6 +86,7 @@ def sum_slices(
     core_stride_col,
     alpha,
     splits,
+    slice_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STORE_RAW: tl.constexpr,
@@ -106,7 +107,7 @@ def sum_slices(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(splits):
         acc += tl.load(pointers, mask=inside, other=0.0)
-        pointers += M.to(tl.int64) * N
+        pointers += slice_stride
     # fmt: off
     store_product(acc, raw, out, core, m, n, M, N, core_stride_row, core_stride_col, alpha,
                   BLOCK_M, BLOCK_N, STORE_RAW, CORE, CORE_TRANSPOSED, CORE_DTYPE, CORE_PRECISION)
@@ -141,7 +142,7 @@ def narrow(
         return raw_out, out
     device, tf32 = launch.target(a), launch.tf32()
     columns = tuning.padded(N) if core is not None else 16
-    tile, splits = tuning.narrow_tile(M, N, K, columns, a.dtype, tf32, device)
+    tile, splits = tuning.narrow_tile(M, N, K, columns, a.dtype, tf32, launch.aligned(a, b), device)
     # NOTE: the fp32 product with a core follows the sum in a kernel of its own; behind a sum it would spill registers.
     split = splits > 1 or (core is not None and not raw)
     slices = a.new_empty(splits, M, N, dtype=torch.float32) if split else None
@@ -201,6 +202,7 @@ def narrow(
             warps=8 if width > 128 else 4,
             slices=slices,
             splits=splits,
+            slice_stride=M * N,
             BLOCK_M=height,
             BLOCK_N=width,
             **finish,
