@@ -82,12 +82,23 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if found["problems"] else 0
 
 
+def _tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", help="folder of the table, default: that of the package")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from . import tuning
+
+    print(f"wrote {tuning.tune(args.out or tuning.TUNED)}")
+
+
 COMMANDS = {
     "doctor": Command(
         "say what this machine can run and what is wrong, with exit status 1 if anything is", _doctor_arguments, _doctor
     ),
     "convert": Command("convert a saved adapter", _convert_arguments, _convert),
     "plot": Command("draw what was trained", _plot_arguments, _plot),
+    "tune": Command("measure the tiles of the Triton kernels on this GPU and keep the best", _tune_arguments, _tune),
 }
 
 

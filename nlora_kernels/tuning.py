@@ -223,19 +223,22 @@ def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool
     }
 
 
-def tune(folder: Path = TUNED, dtype: torch.dtype = torch.bfloat16) -> Path:
+def tune(folder: Path | str = TUNED, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Measures SHAPES in both orientations on the current GPU and writes its table; returns the file.
 
-    Raises RuntimeError where torch sees no GPU.
+    Raises ValueError where Triton cannot run on one.
     """
-    if not torch.cuda.is_available():
-        raise RuntimeError("tuning needs a GPU, and torch sees none")
+    from .backends import triton
+
+    reason = triton.unavailable() or (triton.interpreted() and "TRITON_INTERPRET is set")
+    if reason:
+        raise ValueError(f"tuning needs a GPU on which Triton runs: {reason}")
     entries = [measure(*shape, dtype, transposed) for shape in SHAPES for transposed in (True, False)]
     _entries.cache_clear()
     return save(entries, folder, torch.cuda.get_device_name())
 
 
-def save(entries: list[dict], folder: Path, device: str) -> Path:
+def save(entries: list[dict], folder: Path | str, device: str) -> Path:
     """Writes the table of a device; of two entries for one shape the one that gains more over the rule stays."""
     best = {}
     for entry in sorted(entries, key=lambda entry: entry["rule_us"] / entry["us"]):

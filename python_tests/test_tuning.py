@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from nlora_kernels import tuning
+from nlora_kernels import cli, tuning
 from nlora_kernels.tuning import Device, Tile
 
 HOPPER = Device("NVIDIA H200", 90, 132, tuning.SHARED[90])
@@ -49,11 +49,11 @@ def test_the_single_launch_stays_within_registers():
     assert not single(8192, 256, HOPPER) and not single(512, 64, HOPPER) and not single(8192, 64, AMPERE)
 
 
-def test_tuning_without_a_gpu_says_so(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(RuntimeError, match="needs a GPU"):
-        tuning.tune(tmp_path)
+def test_tuning_without_a_gpu_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["tune", "--out", str(tmp_path)]) == 1
+    assert "tuning needs a GPU on which Triton runs: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
