@@ -235,17 +235,17 @@ def tune(folder: Path | str = TUNED, dtype: torch.dtype = torch.bfloat16) -> Pat
         raise ValueError(f"tuning needs a GPU on which Triton runs: {reason}")
     entries = [measure(*shape, dtype, transposed) for shape in SHAPES for transposed in (True, False)]
     _entries.cache_clear()
-    return save(entries, folder, torch.cuda.get_device_name())
+    return save(entries, folder, device_of(torch.cuda.current_device()))
 
 
-def save(entries: list[dict], folder: Path | str, device: str) -> Path:
+def save(entries: list[dict], folder: Path | str, device: Device) -> Path:
     """Writes the table of a device; of two entries for one shape the one that gains more over the rule stays."""
     best = {}
     for entry in sorted(entries, key=lambda entry: entry["rule_us"] / entry["us"]):
         best[entry["dtype"], entry["tf32"], *entry["shape"]] = entry
-    file = Path(folder) / file_name(device)
+    file = Path(folder) / file_name(device.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"device": device, "entries": list(best.values())}, indent=1) + "\n")
+    partial.write_text(json.dumps({**device._asdict(), "entries": list(best.values())}, indent=1) + "\n")
     partial.replace(file)
     return file

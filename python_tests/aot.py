@@ -1,7 +1,7 @@
 """Compiles every kernel of the Triton backend ahead of time, without a GPU, and checks what comes out.
 
     python python_tests/aot.py          what the rule chooses for the benchmark shapes, the distinct configurations only
-    python python_tests/aot.py --all    every dtype, rank and device
+    python python_tests/aot.py --all    every dtype, rank and device, and the tables of measured tiles
 
 The calls themselves run on the meta device with a driver that only names its target, so what is compiled is what a GPU
 would run. Fails on shared memory beyond the device's limit, on a stack (spilled registers), on 16-bit products of 64
@@ -9,6 +9,7 @@ rows and more without wgmma on sm_90, and on a single launch without release, ac
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -23,6 +24,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from nlora_kernels import tuning  # noqa: E402
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 # K, N: attention, gate and up, down of LLaMA-2-7B; attention and first feed-forward layer of BERT.
@@ -79,16 +82,18 @@ class Target:
         return self.target
 
 
-def compile_case(capability: int, case: str, ranks: list[int], rows: list[int]) -> list[Compiled]:
-    """Every distinct kernel that forward, backward and initialisation launch for one device and one case of dtypes."""
+def compile_case(capability: int, case: str, ranks: list[int], rows: list[int], name: str = "") -> list[Compiled]:
+    """Every distinct kernel that forward, backward and initialisation launch for one device and one case of dtypes.
+
+    With the name of a device its table of measured tiles is used, else the rule alone.
+    """
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
-    from nlora_kernels import tuning
     from nlora_kernels.backends.triton import launch
 
     triton.runtime.driver.set_active(Target(capability))
-    device = tuning.Device(f"sm_{capability}", capability, PROCESSORS[capability], tuning.SHARED[capability])
+    device = tuning.Device(name, capability, PROCESSORS[capability], tuning.SHARED[capability])
     compiled = {}
 
     def run(kernel, grid, on, *, warps, stages=1, **arguments):
@@ -196,10 +201,12 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", report)[1]), int(re.search(r"STACK:(\d+)", report)[1])
 
 
-def matrix(everything: bool) -> list[tuple[int, str, list[int], list[int]]]:
-    """Device, dtypes, ranks and rows of each job: all of them, or those of the benchmarks."""
+def matrix(everything: bool) -> list[tuple]:
+    """The arguments of `compile_case` for each job: all of them, or those of the benchmarks."""
     if everything:
-        return [(capability, case, RANKS, ROWS) for capability, case in product(PROCESSORS, CASES)]
+        tables = [json.loads(file.read_text()) for file in sorted(tuning.TUNED.glob("*.json"))]
+        jobs = [(capability, case, RANKS, ROWS) for capability, case in product(PROCESSORS, CASES)]
+        return jobs + [(table["capability"], "bf16", RANKS, ROWS, table["name"]) for table in tables]
     return [
         (90, "bf16", [16, 64, 128, 256], [16, 8192]),
         (90, "bf16+fp32", [64], [16, 8192]),

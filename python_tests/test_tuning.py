@@ -80,7 +80,7 @@ def test_the_nearest_measured_entry_goes_before_the_rule(table):
             entry([8192, 4096, 4096, 64], far, 99.0),
         ],
         table,
-        HOPPER.name,
+        HOPPER,
     )
     assert file.name == "nvidia-h200.json"
     assert tuning.wide_tile(9000, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*near)

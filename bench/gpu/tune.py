@@ -11,7 +11,7 @@ from nlora_kernels import tuning
 def table(out, record):
     entries = [cell for cell in record["cells"].values() if cell["passed"]]
     keys = ("dtype", "tf32", "shape", "tile", "single", "us", "rule_us")
-    tuning.save([{key: entry[key] for key in keys} for entry in entries], out, record["environment"]["gpu"])
+    tuning.save([{key: entry[key] for key in keys} for entry in entries], out, tuning.device_of(0))
 
 
 def cells():
