@@ -148,6 +148,8 @@ def _arguments(p):
 
 
 def time_cell(layer, R, mode, name, adapter_dtype) -> dict:
+    # Dynamo gives up on a function after a few shapes, and every cell brings its own.
+    torch.compiler.reset()
     K, N, M = LAYERS[layer]
     trains = MODES[mode]
     dtype, build = contenders(adapter_dtype)[name]
