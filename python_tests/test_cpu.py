@@ -78,6 +78,15 @@ def test_strides_absent_tensors_and_adapter_dtypes(shape, dtype, options):
     testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
 
 
+@pytest.mark.usefixtures("poisoned", "plan")
+@pytest.mark.parametrize("plan", ["folded"], indirect=True)
+@pytest.mark.parametrize("core", [True, False])
+@pytest.mark.parametrize("shape", [(200, 96, 64, 40), (65, 33, 18, 3), (0, 4, 5, 2)], ids=short)
+def test_the_folded_plan_is_within_the_error_budget(shape, core):
+    p = testing.problem(*shape, core=core, adapter_dtype=torch.bfloat16)
+    testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
+
+
 @pytest.mark.usefixtures("tier")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 def test_half_precision_is_read_and_rounded_as_torch_does(dtype):

@@ -1,13 +1,16 @@
 """C++ kernels behind the extension `_C`, compiled with the package (csrc/).
 
-On a CPU a call is computed in one of three ways (`Cpu.plan`), which differ in who does the products:
+On a CPU a call is computed in one of four ways (`Cpu.plan`), which differ in who does the products:
     whole     one C++ call each way: rows of weight are read in place for few rows of x, else packed to fp32
     adapter   C++ writes the adapter's product, which reads and writes much and multiplies little; the library adds the
               product with weight to it
     library   `lean`
+    folded    the library's products with a scratch copy of weight + s·B·N·A, which many rows of x share; in fp32 alone,
+              for a half-precision weight would round small updates away
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import lean, reference
@@ -19,6 +22,8 @@ except ImportError as error:
     _C, _IMPORT_ERROR = None, error
 
 __all__ = ["cpu"]
+
+_CODES = {torch.float32: _C.float32, torch.bfloat16: _C.bfloat16, torch.float16: _C.float16} if _C else {}
 
 
 class Cpu:
@@ -35,23 +40,29 @@ class Cpu:
         if x.device.type != "cpu":
             return f"tensors must be on the CPU, got {x.device}"
         for name, t in {"x": x, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
-            if t is not None and t.dtype not in _dtypes():
+            if t is not None and t.dtype not in _CODES:
                 return f"{name} must be float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
         return None
 
     def plan(self, dtype: torch.dtype, M: int, K: int, N: int, R: int) -> str:
-        """Which of the three ways computes a layer of these sizes fastest."""
-        if _C.forked() or not _C.cpu_multiplies(_dtypes()[dtype]):
+        """Which of the four ways computes a layer of these sizes fastest (bench/test_linear.py runs them all)."""
+        if _C.forked() or not _C.cpu_multiplies(_CODES[dtype]):
             return "whole"
         if M <= 16 and dtype == torch.float32:
             return "whole"
-        return "adapter" if R <= 32 else "library"
+        if R <= 32:
+            return "adapter"
+        # Folding multiplies K·N·R once each way and spares every row the product of P with B, or of H with A.
+        return "folded" if dtype == torch.float32 and M * (K + N) > 1.5 * K * N else "library"
 
     def forward(self, x, weight, lora_A, lora_B, lora_N, bias, scaling, plan=None) -> tuple[Tensor, Tensor]:
         (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
         plan = plan or self.plan(x.dtype, M, K, N, R)
         if plan == "library":
             return lean.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling)
+        if plan == "folded":
+            weight = _folded(weight, lora_A, lora_B, lora_N, scaling)
+            return F.linear(x, weight, bias), x @ lora_A.to(x.dtype).T
         y, T = x.new_empty(M, N), x.new_empty(M, R)
         rows, inside, lora_A = _rows(x), _rows(weight) if plan == "whole" else None, _rows(lora_A)
         # fmt: off
@@ -67,6 +78,10 @@ class Cpu:
         plan = plan or self.plan(dy.dtype, M, K, N, R)
         if plan == "library":
             return lean.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs)
+        if plan == "folded":
+            grads = lean.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs._replace(x=False))
+            # NOTE: folding again costs less than keeping a copy of every weight from forward to backward.
+            return grads._replace(x=dy @ _folded(weight, lora_A, lora_B, lora_N, scaling) if needs.x else None)
         whole = plan == "whole"
         dy, x, lora_A, inside = _rows(dy), _rows(x), _rows(lora_A), _rows(weight) if whole else None
         grads = Grads(
@@ -110,8 +125,9 @@ class Cpu:
 cpu = Cpu()
 
 
-def _dtypes() -> dict[torch.dtype, int]:
-    return {torch.float32: _C.float32, torch.bfloat16: _C.bfloat16, torch.float16: _C.float16}
+def _folded(weight, lora_A, lora_B, lora_N, scaling) -> Tensor:
+    A, B, N = reference.adapters_in(weight.dtype, lora_A, lora_B, lora_N)
+    return torch.addmm(weight, B if N is None else B @ N, A, alpha=scaling)
 
 
 def _view(t: Tensor | None) -> tuple | None:
@@ -120,7 +136,7 @@ def _view(t: Tensor | None) -> tuple | None:
         return None
     if t.dim() == 1:
         t = t.unsqueeze(0)
-    return t.data_ptr(), _dtypes()[t.dtype], t.shape, t.stride()
+    return t.data_ptr(), _CODES[t.dtype], t.shape, t.stride()
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
