@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import peft
 import pytest
@@ -22,7 +23,7 @@ from nlora_kernels.checkpoint import WEIGHTS
 RANKS = 2
 STEPS = 3
 METHODS = ("slora", "nlora", "nlora_residual", "inttune", "lora2")
-PARALLEL = ("ddp", "fsdp2_sharded", "fsdp2_whole")
+PARALLEL = ("ddp", "fsdp2_sharded", "fsdp2_whole", "fsdp2_by_linear")
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
@@ -88,9 +89,13 @@ def ddp(model, mesh, ids, target):
     return losses
 
 
-def fsdp2(model, mesh, ids, target, whole):
+def fsdp2(model, mesh, ids, target, whole=False, by_linear=False):
     adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
     ignored = {"ignored_params": set(adapters)} if whole else {}
+    if by_linear:
+        # Every base layer gathers its weight in its own forward, and only there.
+        for module in [m for m in model.modules() if isinstance(m, fused_layer.FusedLinear)]:
+            fully_shard(module.base_layer, mesh=mesh)
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh, **ignored)
     fully_shard(model, mesh=mesh, **ignored)
@@ -109,8 +114,9 @@ def fsdp2(model, mesh, ids, target, whole):
 
 RUN = {
     "ddp": ddp,
-    "fsdp2_sharded": lambda *args: fsdp2(*args, whole=False),
-    "fsdp2_whole": lambda *args: fsdp2(*args, whole=True),
+    "fsdp2_sharded": fsdp2,
+    "fsdp2_whole": functools.partial(fsdp2, whole=True),
+    "fsdp2_by_linear": functools.partial(fsdp2, by_linear=True),
 }
 
 
@@ -130,7 +136,7 @@ def test_losses_and_checkpoint_are_those_of_one_process(kind, method, results, t
     losses, fused = runs[kind, method]
     torch.testing.assert_close(losses, train(model, batch()), rtol=1e-5, atol=1e-5)
     layers = sum(isinstance(module, fused_layer.FusedLinear) for module in model.modules())
-    assert fused == STEPS * layers
+    assert fused == (0 if kind == "fsdp2_by_linear" else STEPS * layers)
     model.save_pretrained(tmp_path)
     expected, actual = (load_file(path / WEIGHTS) for path in (tmp_path, folder / kind / method))
     assert expected.keys() == actual.keys()

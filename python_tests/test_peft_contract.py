@@ -729,7 +729,27 @@ def weight_normed(layer):
     layer.base_layer.weight_g.data.mul_(2)
 
 
-UNSAFE = (hooked, factor_hooked, parametrized, subclassed, replaced_forward, weight_normed)
+def tensor_parallel(layer):
+    layer.base_layer._hf_tp_plan = "colwise"
+
+
+def other_weight(layer):
+    class Shard(nn.Parameter):
+        pass
+
+    layer.base_layer.weight = Shard(layer.base_layer.weight.data, requires_grad=False)
+
+
+UNSAFE = (
+    hooked,
+    factor_hooked,
+    parametrized,
+    subclassed,
+    replaced_forward,
+    weight_normed,
+    tensor_parallel,
+    other_weight,
+)
 
 
 @pytest.mark.parametrize("change", UNSAFE, ids=lambda f: f.__name__)
