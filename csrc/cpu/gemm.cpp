@@ -107,16 +107,15 @@ void gemm(const std::vector<Summand>& summands, const float* start, const Matrix
       p.k += range.size;
     }
   }
-  const int64_t fitting = std::max<int64_t>(kRightSize / std::max<int64_t>(p.k, 1), kernel.tile_cols);
-  const int64_t limit = std::min(kCols, fitting) / kernel.tile_cols * kernel.tile_cols;
-
   // With few rows a thread: columns are shared out, and every thread packs its own part of right and all of left.
   const bool by_cols = out.rows < int64_t(threads) * 2 * kernel.tile_rows;
+  const int64_t fitting = kRightSize / std::max<int64_t>(p.k, 1) / (by_cols ? threads : 1);
+  const int64_t limit = std::max(kernel.tile_cols, int(std::min(kCols, fitting)) / kernel.tile_cols * kernel.tile_cols);
   const int64_t rows = by_cols ? out.rows : part(out.rows, kernel.tile_rows, threads - 1, threads).size;
   const int64_t blocks = std::max<int64_t>(1, (rows + kRows - 1) / kRows);
   p.block_rows = round_up((rows + blocks - 1) / blocks, kernel.tile_rows);
   const int64_t cols = by_cols ? round_up((out.cols + threads - 1) / threads, kernel.tile_cols) : out.cols;
-  p.block_cols = std::min(limit, round_up(cols, kernel.tile_cols));
+  p.block_cols = std::min<int64_t>(limit, round_up(cols, kernel.tile_cols));
 
   const int64_t right = p.block_cols * std::max<int64_t>(p.k, 1), own = left_size(kernel, p) + sums_size(p);
   if (!by_cols) {

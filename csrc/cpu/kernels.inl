@@ -120,7 +120,9 @@ INLINE void round_row(const float* from, Float16* to, int64_t n) {
 // Product
 
 // One register tile: kTileRows × kTileVectors registers, all of which the compiler must keep in registers.
-template <class B>
+// Rows of b read in place lie far apart, where no hardware prefetcher looks: with FETCH those of the next strip, b_ahead
+// further on, are fetched meanwhile.
+template <bool FETCH, class B>
 INLINE void tile(int64_t k, const float* a, const B* b, int64_t b_row, int64_t b_ahead, const float* init,
                  int64_t init_row, float* c, int64_t c_row) {
 #pragma GCC unroll 16
@@ -137,7 +139,7 @@ INLINE void tile(int64_t k, const float* a, const B* b, int64_t b_row, int64_t b
 #pragma GCC unroll 16
     for (int j = 0; j < kTileVectors; ++j) {
       column[j] = load(b + j * kWidth);
-      __builtin_prefetch(b + b_ahead + j * kWidth);
+      if (FETCH) __builtin_prefetch(b + b_ahead + j * kWidth);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i)
@@ -160,19 +162,17 @@ constexpr int kTileCols = kTileVectors * kWidth;
 // The k up to which a product is bound by writing c.
 constexpr int kShallow = 32;
 
-template <class B, class C>
+template <bool FETCH, class B, class C>
 INLINE void multiply_tile(const Product& p, int64_t row, int64_t col) {
   const int cols = int(p.n - col < kTileCols ? p.n - col : kTileCols);
   const int rows = int(p.m - row < kTileRows ? p.m - row : kTileRows);
   const bool whole = rows == kTileRows && cols == kTileCols;
   const float* a = p.a + row * p.k;
   const B* b = static_cast<const B*>(p.b) + col / kTileCols * p.b_strip;
-  // Rows of b read in place lie far apart, where no hardware prefetcher looks: fetch the next strip's meanwhile.
-  const int64_t ahead = p.b_row == kTileCols ? 0 : p.b_strip;
   const float* init = p.init ? p.init + row * p.init_row + col : nullptr;
   C* c = static_cast<C*>(p.c) + row * p.c_row + col;
   if constexpr (sizeof(C) == sizeof(float)) {
-    if (whole) return tile(p.k, a, b, p.b_row, ahead, init, p.init_row, c, p.c_row);
+    if (whole) return tile<FETCH>(p.k, a, b, p.b_row, p.b_strip, init, p.init_row, c, p.c_row);
   }
   alignas(64) float start[kTileRows * kTileCols];
   alignas(64) float result[kTileRows * kTileCols];
@@ -182,7 +182,7 @@ INLINE void multiply_tile(const Product& p, int64_t row, int64_t col) {
       for (int j = 0; j < cols; ++j) start[i * kTileCols + j] = init[i * p.init_row + j];
     init = start, init_row = kTileCols;
   }
-  tile(p.k, a, b, p.b_row, ahead, init, init_row, result, kTileCols);
+  tile<FETCH>(p.k, a, b, p.b_row, p.b_strip, init, init_row, result, kTileCols);
   for (int i = 0; i < rows; ++i) round_row(result + i * kTileCols, c + i * p.c_row, cols);
 }
 
@@ -191,10 +191,13 @@ void multiply_typed(const Product& p) {
   if (p.k <= kShallow) {
     // All of b stays in the first cache level, so c is written row by row.
     for (int64_t row = 0; row < p.m; row += kTileRows)
-      for (int64_t col = 0; col < p.n; col += kTileCols) multiply_tile<B, C>(p, row, col);
+      for (int64_t col = 0; col < p.n; col += kTileCols) multiply_tile<false, B, C>(p, row, col);
+  } else if (p.b_row == kTileCols) {
+    for (int64_t col = 0; col < p.n; col += kTileCols)
+      for (int64_t row = 0; row < p.m; row += kTileRows) multiply_tile<false, B, C>(p, row, col);
   } else {
     for (int64_t col = 0; col < p.n; col += kTileCols)
-      for (int64_t row = 0; row < p.m; row += kTileRows) multiply_tile<B, C>(p, row, col);
+      for (int64_t row = 0; row < p.m; row += kTileRows) multiply_tile<true, B, C>(p, row, col);
   }
 }
 
