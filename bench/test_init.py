@@ -34,7 +34,14 @@ class Case(NamedTuple):
 CHEAP = ("lora", "slora", "nlora", "nlora_residual", "nlora_optimal_residual")
 BLOCK = tuple(shapes.MODELS["Llama-2-7B"])
 CASES = [
-    Case("DeBERTa-v3-base", ("query_proj",), 8, (*CHEAP, "olora", "pissa_niter_4", "pissa_niter_16"), ("pissa_niter_4",), True),
+    Case(
+        "DeBERTa-v3-base",
+        ("query_proj",),
+        8,
+        (*CHEAP, "olora", "pissa_niter_4", "pissa_niter_16"),
+        ("pissa_niter_4",),
+        True,
+    ),
     Case("DeBERTa-v3-base", ("query_proj",), 128, (*CHEAP, "olora", "pissa_niter_16", "pissa"), ("pissa_niter_16",)),
     Case("Llama-2-7B", ("q_proj",), 128, (*CHEAP, "olora"), ("pissa_niter_16",)),
     # All linear layers of a block: what a user waits for, once per block.

@@ -42,7 +42,7 @@ class _FusedModel(LoraModel):
 
     def add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs) -> None:
         for name in adapters:
-            if getattr(self.peft_config.get(name), "has_core", True):
+            if name in self.peft_config and getattr(self.peft_config[name], "has_core", True):
                 raise ValueError(
                     f"add_weighted_adapter combines lora_A and lora_B alone, and adapter {name!r} has a core between "
                     "them: convert it with nlora_kernels.checkpoint.to_lora first"
