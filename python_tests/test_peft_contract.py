@@ -240,6 +240,18 @@ def name_of(model, layer):
     return next(name for name, module in model.named_modules() if module is layer)
 
 
+def test_a_merged_layer_is_its_base_layer_alone(base, method, fused_calls):
+    model = adapted(base, method)
+    model.merge_adapter()
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            delta = reference_delta(layer, "default")
+            expected = base.get_submodule(name).weight + (delta.T if layer.fan_in_fan_out else delta)
+            close(layer.get_base_layer().weight, expected)
+    logits(model)
+    assert not fused_calls
+
+
 def test_copies_and_pickles(method):
     model = adapted(llama(), method)
     close(logits(copy.deepcopy(model)), logits(model), atol=0)
