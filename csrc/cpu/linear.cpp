@@ -2,7 +2,6 @@
 //
 // The rule that picks a product's kernel: up to kSkinny rows or columns on one side go to dots or sums, which read the
 // other side in place; everything else is packed and goes to gemm. With x's few rows the whole layer is such a product.
-#include <cmath>
 #include <cstring>
 
 #include "cpu/gemm.h"

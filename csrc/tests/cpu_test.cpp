@@ -175,10 +175,10 @@ int main(int argc, char** argv) {
   std::vector<Shape> shapes = {{0, 5, 3, 2},   {1, 1, 1, 1},    {1, 33, 17, 5},   {2, 1, 49, 3},   {16, 65, 1, 8},
                                {17, 31, 47, 7}, {33, 130, 97, 9}, {50, 70, 100, 33}, {130, 300, 60, 4}};
   if (all)
-    for (int64_t M : {1, 3, 15, 16, 17, 31, 64, 257})
-      for (int64_t K : {1, 7, 16, 48, 129, 513})
-        for (int64_t N : {1, 13, 47, 48, 49, 200})
-          for (int64_t R : {1, 4, 8, 15, 32, 33, 66}) shapes.push_back({M, K, N, R});
+    for (int64_t M : {1, 16, 17, 65})
+      for (int64_t K : {1, 16, 129, 513})
+        for (int64_t N : {1, 47, 49, 200})
+          for (int64_t R : {1, 8, 33}) shapes.push_back({M, K, N, R});
   int checks = 0;
   for (Tier tier : {Tier::kPortable, Tier::kAvx2, Tier::kAvx512}) {
     nlora::cpu::cap_tier(tier);
