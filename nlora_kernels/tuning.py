@@ -93,14 +93,16 @@ def narrow_tile(
     """
     width = max(columns, min(128, padded(N)))
     if dtype == torch.float32 and not tf32:
-        tile = Tile(min(padded(M), 32, max(16, 2048 // width)), width, 32, 8 if width > 64 else 4, 2)
+        tile = Tile(min(padded(M), 32, max(16, 2048 // width)), width, 32, 8, 2)
     elif not aligned:
         width = max(columns, min(64, width))
         tile = Tile(min(padded(M), 64 if width <= 64 else 32), width, 32, 8, 2)
     else:
-        height, stages = 64 if width > 64 else 128, 3 if device.capability >= 90 else 2
-        depth = 32 if dtype == torch.float32 else 64
-        tile = Tile(min(padded(M), height), width, depth, 8 if width > 128 else 4, stages)
+        # Without asynchronous matrix units the accumulators of four warps leave too few registers for the operands.
+        asynchronous = device.capability >= 90
+        height, depth = 64 if width > 64 else 128, 32 if dtype == torch.float32 else 64
+        warps = 4 if asynchronous and width <= 128 else 8
+        tile = Tile(min(padded(M), height), width, depth, warps, 3 if asynchronous else 2)
     while tile.stages > 1 and _shared_bytes(tile, dtype) > device.shared:
         tile = tile._replace(stages=tile.stages - 1)
     tiles = math.ceil(M / tile.m) * math.ceil(N / tile.n)
