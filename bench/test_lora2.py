@@ -1,30 +1,23 @@
 """LoRA² training over the 72 matrices of DeBERTa-v3-base at r = k = 8: the allocator's step, and the penalty.
 
 The baselines are a loop over the same small tensors, PEFT's AdaLoRA on the same layers, and eager autograd through the
-penalty's definition. What is timed is checked first, and rounds of all of them alternate; figures are medians of the
-ratios of single rounds.
+penalty's definition. What is timed is checked first.
 """
 
 import itertools
 import statistics
-import time
 
 import peft
 import pytest
+import rows
+import shapes
 import torch
 from torch import nn
 
 import nlora_kernels as nk
 from nlora_kernels.lora2 import RankAllocator, native, orthogonal_penalty
 
-SHAPES = {
-    "query_proj": (768, 768),
-    "key_proj": (768, 768),
-    "value_proj": (768, 768),
-    "attention_output": (768, 768),
-    "intermediate": (768, 3072),
-    "output": (3072, 768),
-}
+SHAPES = {name.replace(".", "_"): shape for name, shape in shapes.MODELS["DeBERTa-v3-base"].items()}
 BLOCKS, R, K = 12, 8, 8
 DELTA_T = 10
 SCHEDULE = {"target_rank": 2, "total_steps": 100_000, "t_init": 0, "t_final": 50_000, "delta_t": DELTA_T}
@@ -93,36 +86,20 @@ class Loop:
         return [E + u.mean(1) + U.mean(0) for E, u, U in zip(S[::3], S[1::3], S[2::3], strict=True)]
 
 
-def ratios(rounds, ours, **others):
-    """{name: (median, lowest and highest of ours over it, its milliseconds)}, and the milliseconds of ours."""
-    functions = {"ours": ours, **others}
-    times = {name: [] for name in functions}
-    for _ in range(rounds + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    # The first round warms up.
-    times = {name: values[1:] for name, values in times.items()}
-    result = {}
-    for name in others:
-        single = sorted(a / b for a, b in zip(times["ours"], times[name], strict=True))
-        result[name] = (statistics.median(single), single[0], single[-1], statistics.median(times[name]))
-    return result, statistics.median(times["ours"])
+def row(benchmark, request, ours, others, impl, **info):
+    info |= {"impl": impl, "shape": f"DeBERTa-v3-base x{BLOCKS * len(SHAPES)}", "r": R, "k": K, "dtype": "float32"}
+    times = rows.record(benchmark, ours, others, info, request)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def record(benchmark, function, op, impl, own, against):
-    info = {"impl": impl, "op": op, "shape": "DeBERTa-v3-base x72", "r": R, "k": K, "dtype": "float32", "device": "cpu"}
-    info |= {"threads": torch.get_num_threads(), "ms": own}
-    for name, (ratio, low, high, ms) in against.items():
-        info |= {f"ratio_to_{name}": ratio, f"range_to_{name}": (low, high), f"ms_{name}": ms}
-        print(f"\n{op} ({impl}) {own:.3f} ms, {name} {ms:.3f} ms: ratio {ratio:.4f} ({low:.4f} to {high:.4f})", end="")
-    benchmark.extra_info.update(info)
-    benchmark.pedantic(function, rounds=3)
+def assert_at_most(benchmark, limit, name):
+    info = benchmark.extra_info
+    ratio, spread = info[f"ratio_to_{name}"], info[f"ratio_to_{name}_p20_p80"]
+    assert ratio <= limit, f"{ratio:.4f} of {name}, 20th to 80th percentile {spread}"
 
 
 @pytest.mark.parametrize("impl", IMPLS, indirect=True)
-def test_allocator_step(impl, benchmark):
+def test_allocator_step(impl, benchmark, request):
     model, twin = lora2_model(), lora2_model()
     allocator, loop = RankAllocator(model, **SCHEDULE), Loop(twin)
 
@@ -138,8 +115,8 @@ def test_allocator_step(impl, benchmark):
     holder = nn.Module()
     holder.blocks, holder.forward = linears(), None
     adalora = with_gradients(peft.get_peft_model(holder, config)).base_model
-    scored = {"ours": sum(t.numel() for la in allocator.layers for t in la.scored)}
-    scored["adalora"] = sum(p.numel() for name, p in adalora.named_parameters() if "lora_" in name and p.requires_grad)
+    scored = {"self": sum(t.numel() for la in allocator.layers for t in la.scored)}
+    scored["peft"] = sum(p.numel() for name, p in adalora.named_parameters() if "lora_" in name and p.requires_grad)
 
     # Ten steps, one of them with a masking.
     def ours():
@@ -158,20 +135,20 @@ def test_allocator_step(impl, benchmark):
     for _ in range(2):
         ours()
         python_loop()
+        peft_adalora()
         for a, b in zip(model, twin, strict=True):
             torch.testing.assert_close(a.lora_E, b.lora_E, rtol=0, atol=0)
     for score, expected in zip(allocator.importance().values(), loop.scores(), strict=True):
         torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-12)
 
-    against, own = ratios(8, ours, python_loop=python_loop, peft_adalora=peft_adalora)
-    for name, count in (("ours", scored["ours"]), ("peft_adalora", scored["adalora"])):
-        ms = own if name == "ours" else against[name][3]
-        benchmark.extra_info[f"ns_per_scored_value_{name}"] = 1e6 * ms / DELTA_T / count
-        print(f"\n{name}: {count} values scored, {1e6 * ms / DELTA_T / count:.2f} ns each and step", end="")
-    record(benchmark, ours, f"allocator, {DELTA_T} steps", impl, own, against)
-    if impl == "cpu":
-        assert against["python_loop"][0] <= 1 / 15
-        assert against["peft_adalora"][0] <= 1 / 20
+    others = {"python_loop": python_loop, "peft": peft_adalora}
+    ms = row(benchmark, request, ours, others, impl, op="allocator", steps=DELTA_T)
+    for name, count in scored.items():
+        benchmark.extra_info[f"values_scored_{name}"] = count
+        benchmark.extra_info[f"ns_per_value_{name}"] = 1e6 * ms[name] / DELTA_T / count
+    if impl == "cpu" and benchmark.enabled:
+        assert_at_most(benchmark, 1 / 15, "python_loop")
+        assert_at_most(benchmark, 1 / 20, "peft")
 
 
 def eager_penalty(model, form):
@@ -192,7 +169,7 @@ def eager_penalty(model, form):
 
 @pytest.mark.parametrize("form", ["paper", "reference"])
 @pytest.mark.parametrize("impl", IMPLS, indirect=True)
-def test_penalty_with_its_gradient(impl, form, benchmark):
+def test_penalty_with_its_gradient(impl, form, benchmark, request):
     model, twin = lora2_model(), lora2_model()
 
     def run(model, penalty):
@@ -211,7 +188,6 @@ def test_penalty_with_its_gradient(impl, form, benchmark):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6 * q.grad.abs().max().item())
-    against, own = ratios(8, ours, eager=eager)
-    record(benchmark, ours, f"penalty with gradient, {form}", impl, own, against)
-    if impl == "cpu":
-        assert against["eager"][0] <= 1 / 4
+    row(benchmark, request, ours, {"eager": eager}, impl, op=f"penalty, {form}")
+    if impl == "cpu" and benchmark.enabled:
+        assert_at_most(benchmark, 1 / 4, "eager")
