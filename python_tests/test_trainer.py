@@ -136,8 +136,7 @@ def test_accumulated_batches_train_as_one_large_batch(kind, tmp_path):
 
 
 # Steps before the first pruning, amid them and after the last.
-@pytest.mark.parametrize("at", [2, 7, 11])
-@pytest.mark.parametrize("restore", [False, True], ids=["", "restored"])
+@pytest.mark.parametrize("at, restore", [(2, False), (7, False), (7, True), (11, False)])
 def test_a_resumed_run_goes_on_as_if_never_stopped(kind, at, restore, tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": at, "restore_callback_states_from_checkpoint": restore}
     trainer, callback = trainer_of(kind, tmp_path, **arguments)
