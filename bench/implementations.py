@@ -111,6 +111,15 @@ def flops(cell: Cell, adapter: bool = True) -> int:
     return 2 * M * (passes[0] * base + adapter * (passes[1] * rank + extra))
 
 
+def bytes_moved(cell: Cell) -> int:
+    """What must pass between memory and the cores at least: every tensor read or written once in each direction."""
+    M, K, N, R = cell.size
+    weights = K * N + R * (K + N + R)
+    forward, backward = weights + M * (K + N), weights + M * (2 * K + N) + R * (K + N + R)
+    amount = {"forward": forward, "backward": backward, "both": forward + backward}[cell.op]
+    return amount * getattr(torch, cell.dtype).itemsize
+
+
 def flop_bound(cell: Cell) -> float:
     """The least ratio to the floor that counting multiplications allows."""
     return flops(cell) / flops(cell, adapter=False)

@@ -39,5 +39,6 @@ def test_linear(benchmark, request, cell, impl):
     fixed += getattr(layer.function, "parameters", {}).values()
     forward = implementations.step(layer, dy, "forward")
     info |= {"saved_bytes": saved_bytes(forward, fixed)}
-    adapter = impl != "floor"
-    rows.record(benchmark, target, others, info, request, flops=implementations.flops(cell, adapter))
+    flops = implementations.flops(cell, adapter=impl != "floor")
+    info |= {"flop_per_byte": flops / implementations.bytes_moved(cell)}
+    rows.record(benchmark, target, others, info, request, flops=flops)

@@ -44,12 +44,24 @@ def _plot_ranks(args: argparse.Namespace) -> None:
     plotting.plot_ranks(args.checkpoint, args.out)
 
 
+def _plot_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="what pytest bench --benchmark-json=FILE wrote, or a file of bench/results")
+    parser.add_argument("--out", metavar="DIR", help="folder for the Markdown and PNG files, default: the file's")
+
+
+def _plot_bench(args: argparse.Namespace) -> None:
+    from . import benchmarks
+
+    benchmarks.plot(args.file, args.out)
+
+
 PLOTS = {
+    "bench": Command("times over the frozen layer's, the roofline, and tables", _plot_bench_arguments, _plot_bench),
     "ranks": Command(
         "the singular values that each LoRA² layer keeps, and the curves of loss and budget",
         _plot_ranks_arguments,
         _plot_ranks,
-    )
+    ),
 }
 
 
