@@ -14,7 +14,7 @@ from .plotting import _figure
 
 # Everything that is compared, in the order of the tables, with its label and colour: ours in blue and green.
 LABELS = {
-    "floor": ("frozen layer alone", "0.6"),
+    "floor": ("frozen layer alone", "black"),
     "peft": ("PEFT", "#d62728"),
     "peft_base_dtype": ("PEFT, adapter in base dtype", "#ff9896"),
     "peft_compiled": ("PEFT, compiled", "#ffbb78"),
