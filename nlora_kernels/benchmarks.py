@@ -129,7 +129,7 @@ def plot(path: str | Path, out: str | Path | None = None) -> None:
     written = [stem.with_suffix(".md")]
     written[0].write_text(report)
     try:
-        for (method, op), rows in _groups(results.of(*OPS)).items():
+        for (method, op), rows in _groups(results.of("forward", "backward", "both")).items():
             written.append(stem.with_name(f"{stem.name}-{method}-{op}.png"))
             draw_bars(rows, written[-1])
         if results.of("roof"):
@@ -265,7 +265,7 @@ def _step_table(rows: list[dict[str, Any]]) -> str:
         figures = [f"{row['ms']:.0f}", ratio, f"{gain:.2f}" if gain else ""]
         memory = [f"{row[name] / 2**20:.1f}" if name in row else "" for name in ("peak_bytes", "saved_bytes")]
         label = LABELS.get(row["impl"], (row["impl"],))[0]
-        lines.append([row["shape"], str(row["r"]), METHODS.get(row["method"], row["method"]), label, *figures, *memory])
+        lines.append([row["shape"], str(row["r"]), METHODS.get(row["method"], "none"), label, *figures, *memory])
     header = ["model", "r", "method", "implementation", "ms", "to frozen", "vs PEFT", "peak, MiB", "saved, MiB"]
     return _table(header, lines)
 

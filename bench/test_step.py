@@ -1,0 +1,142 @@
+"""A training step of a whole model, and the memory it takes: forward, backward and AdamW over every linear layer.
+
+PEFT's LoRA, its fused twin, NLoRA, IntTune and LoRA² on one set of random weights. The floor is forward and backward
+of the frozen model, down to its embeddings. Loss and gradients are checked against fp64 before anything is timed, and
+may be off by twice what plain PyTorch is off, plus eps.
+"""
+
+import copy
+from typing import NamedTuple
+
+import peft
+import pytest
+import rows
+import shapes
+import torch
+from timing import peak_bytes, saved_bytes
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nlora_kernels import backends
+from nlora_kernels.peft import LoRA2Config, NLoraConfig, fuse
+
+
+class Case(NamedTuple):
+    model: str
+    blocks: int
+    heads: tuple[int, int]  # of queries, of keys and values
+    vocabulary: int
+    tokens: int
+    r: int
+    smoke: bool = False
+
+    def build(self) -> LlamaForCausalLM:
+        layers = shapes.MODELS[self.model]
+        hidden, intermediate = layers["gate_proj"]
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=self.heads[0],
+            num_key_value_heads=self.heads[1],
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).requires_grad_(False)
+
+    def __str__(self) -> str:
+        return f"{'smoke-' if self.smoke else ''}{self.model}-blocks{self.blocks}-M{self.tokens}-r{self.r}"
+
+
+CASES = [
+    Case("SmolLM2-135M", 2, (9, 3), 1024, 128, 8, smoke=True),
+    Case("SmolLM2-135M", 30, (9, 3), 49152, 256, 8),
+    Case("Llama-2-7B", 1, (32, 32), 1024, 256, 64),
+]
+ALL = {"target_modules": "all-linear"}
+METHODS = {
+    "floor": None,
+    "peft": lambda r: peft.LoraConfig(r=r, lora_alpha=r, **ALL),
+    "lora": lambda r: peft.LoraConfig(r=r, lora_alpha=r, **ALL),
+    "nlora": lambda r: NLoraConfig(r=r, lora_alpha=r, init_lora_weights="nystrom", **ALL),
+    "inttune": lambda r: NLoraConfig(r=r, lora_alpha=r, init_lora_weights="nystrom", train="core", **ALL),
+    "lora2": lambda r: LoRA2Config(r=r, k=r, lora_alpha=r, **ALL),
+}
+ROWS = [(case, method) for case in CASES for method in METHODS]
+
+
+class Training:
+    """A model with adapters of one method, or none, and one step of its training."""
+
+    def __init__(self, case: Case, method: str):
+        self.method, self.model = method, case.build()
+        if METHODS[method]:
+            self.model = peft.get_peft_model(self.model, METHODS[method](case.r))
+            generator = torch.Generator().manual_seed(1)
+            for parameter in self.trained():
+                # Zeros, which adapters start from, would hide faults.
+                if not parameter.any():
+                    parameter.data.normal_(0, 0.02, generator=generator)
+            self.optimizer = torch.optim.AdamW(self.trained(), lr=1e-5)
+        if method == "lora":
+            fuse(self.model)
+        self.ids = torch.randint(case.vocabulary, (1, case.tokens), generator=torch.Generator().manual_seed(2))
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def loss(self) -> torch.Tensor:
+        embedded = self.model.get_input_embeddings()(self.ids)
+        # So that the gradient of x goes through every layer, as it does below an embedding that trains.
+        return self.model(inputs_embeds=embedded.requires_grad_(), labels=self.ids).loss
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        if METHODS[self.method]:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def results(self) -> torch.Tensor:
+        """The loss and every gradient as one vector of fp64."""
+        loss = self.loss()
+        grads = torch.autograd.grad(loss, self.trained()) if METHODS[self.method] else ()
+        return torch.cat([t.detach().double().flatten() for t in (loss, *grads)])
+
+    def check(self, monkeypatch) -> float:
+        actual = self.results()
+        twin = copy.copy(self)
+        with monkeypatch.context() as patch:
+            # PEFT's own layers stand against their fused twins in plain PyTorch.
+            patch.setenv("NLORA_BACKEND", "reference")
+            twin.model = copy.deepcopy(self.model)
+            if self.method == "peft":
+                fuse(twin.model)
+            plain = twin.results()
+            twin.model.double()
+            exact = twin.results()
+        error, allowed, size = ((t - exact).norm().item() for t in (actual, plain, torch.zeros_like(exact)))
+        bound = 2 * allowed + torch.finfo(torch.float32).eps * size
+        assert error <= bound, f"{self.method}: loss and gradients are off by {error:.3g}, the budget is {bound:.3g}"
+        return error / size
+
+
+@pytest.mark.parametrize("case, method", ROWS, ids=[f"{case}-{method}" for case, method in ROWS])
+def test_step(benchmark, request, monkeypatch, case, method):
+    training = Training(case, method)
+    error = training.check(monkeypatch)
+    others = {name: Training(case, name) for name in ("floor", "peft") if name != method}
+    for other in others.values():
+        other.check(monkeypatch)
+        other()
+    if method in ("floor", "peft"):
+        others[method] = training
+    training()
+    ours = next(name for name, module in backends.TABLE.items() if module is backends.select(None, torch.empty(0)))
+    whole = "" if case.blocks > 2 else f", {case.blocks} block{'s' * (case.blocks > 1)}"
+    info = {"model": case.model, "M": case.tokens, "shape": f"{case.model}{whole}, {case.tokens} tokens", "r": case.r}
+    info |= {"impl": method if method in ("floor", "peft") else ours, "op": "step", "dtype": "float32"}
+    info |= {"method": "lora" if method == "peft" else method, "error": error, "peak_bytes": peak_bytes(training)}
+    info |= {"trained": sum(p.numel() for p in training.trained())}
+    known = [*training.model.parameters(), *training.model.buffers()]
+    info |= {"saved_bytes": saved_bytes(training.loss, known)}
+    rows.record(benchmark, training, others, info, request, least=5)
