@@ -46,7 +46,7 @@ sanitize: $(READY)
 # On a machine with a GPU, each under 9 minutes; run again, a target goes on where it stopped.
 gpu-check: $(READY)
 	$(PYTHON) bench/gpu/probes.py
-	$(PYTHON) bench/gpu/check.py --out $(OUT)
+	$(PYTHON) bench/gpu/correctness.py --out $(OUT)
 
 gpu-stress: $(READY)
 	$(PYTHON) bench/gpu/stress.py --out $(OUT)
