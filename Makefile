@@ -7,19 +7,23 @@ PYTHON = .venv/bin/python
 READY = .venv/ready extension
 endif
 
-# Of what the GPU targets measure.
+# Where the GPU targets put their results.
 OUT = gpu-results
+GATES = $(wildcard python_tests/test_emulator*.py) python_tests/test_aot.py
 
-.PHONY: demo test bench smoke lint aot sanitize gpu-check gpu-stress gpu-bench gpu-tune extension clean
+.PHONY: demo test gates bench smoke lint aot sanitize gpu-check gpu-stress gpu-bench gpu-tune extension clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare" and the like.
 demo: $(READY)
 	$(PYTHON) examples/finetune.py $(FLAGS)
 
-# The package on this machine, then its GPU kernels without a GPU: in Triton's interpreter, and compiled ahead of time.
-# FLAGS="--real-data DIR" adds the tests that want real models and data.
+# The package on this machine. FLAGS="--real-data DIR" adds the tests that want real models and data.
 test: $(READY)
-	$(PYTHON) -m pytest python_tests $(FLAGS)
+	$(PYTHON) -m pytest python_tests $(GATES:%=--ignore=%) $(FLAGS)
+
+# The GPU kernels without a GPU: CUDA under the emulator and through nvcc, Triton in its interpreter and ahead of time.
+gates: $(READY)
+	$(PYTHON) -m pytest $(GATES)
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest python_tests/test_triton.py python_tests/test_triton_nystrom.py
 	$(PYTHON) python_tests/aot.py
 
@@ -35,7 +39,7 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# Every Triton kernel for every device, dtype and rank; `make test` compiles what the benchmark shapes need.
+# Every Triton kernel for every device, dtype and rank; `make gates` compiles what the benchmark shapes need.
 aot: $(READY)
 	$(PYTHON) python_tests/aot.py --all
 
