@@ -102,6 +102,8 @@ def test_scaling(base, method):
             layer.set_scale("default", 2)
             layer.scale_layer(3)
     close(logits(model), logits(expected))
+    with model.disable_adapter():
+        close(logits(model), logits(base))
     for layer in adapter_layers(model):
         layer.unscale_layer()
     close(logits(model), reference_logits(base, model, tokens()))

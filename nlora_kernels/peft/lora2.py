@@ -57,9 +57,7 @@ class LoRA2Linear(FusedLinear):
             getattr(self, name)[adapter_name] = nn.Parameter(
                 tensor if config.init_lora_weights else torch.randn(tensor.shape)
             )
-        # NOTE: past register_buffer, which low_cpu_mem_usage redirects to the meta device, where PEFT cannot move a
-        # container without parameters from.
-        self.lora_mask._buffers[adapter_name] = torch.ones(r)
+        self.lora_mask[adapter_name] = torch.ones(r)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -89,6 +87,7 @@ class LoRA2Linear(FusedLinear):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        # Parameters on the meta device are loaded later, and the mask, which is not there, must not follow them.
         if adapter_name in self.lora_E and not self.lora_E[adapter_name].is_meta:
             self.lora_mask[adapter_name] = self.lora_mask[adapter_name].to(self.lora_E[adapter_name])
 
