@@ -234,6 +234,7 @@ def widen(
     if M > FEW_ROWS:
         # Many tiles read the adapter, so it is cast once; for a few rows it is cast in registers, without a launch.
         shrink, wide = shrink.to(x.dtype), wide.to(x.dtype)
+        core = None if core is None else core.to(x.dtype)
     device, tf32, aligned = launch.target(x), launch.tf32(), launch.aligned(x, weight)
     tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, device)
     if single is None:
