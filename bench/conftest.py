@@ -8,7 +8,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seconds", type=float, default=1.0, help="for one row, shared with what it is compared with")
+    parser.addoption(
+        "--seconds", type=float, help="for one row, shared with what it is compared with; default 1, or 0.2 in smoke"
+    )
     parser.addoption("--cap", choices=["portable", "avx2", "avx512"], help="the instruction set that ours stays within")
 
 

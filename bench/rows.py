@@ -7,6 +7,11 @@ import torch
 from timing import interleave, median_ratio
 
 
+def seconds_of(request) -> float:
+    """How long a row may take."""
+    return request.config.getoption("--seconds") or (0.2 if "smoke" in request.node.name else 1.0)
+
+
 def record(
     benchmark,
     target: Callable,
@@ -22,7 +27,7 @@ def record(
 
     Returns the seconds of the single rounds; options are those of `interleave`. Everything was checked before.
     """
-    times = interleave(benchmark, target, others, request.config.getoption("--seconds"), **options)
+    times = interleave(benchmark, target, others, seconds_of(request), **options)
     seconds = statistics.median(times["self"])
     info = {
         "device": "cpu",

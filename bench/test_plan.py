@@ -4,6 +4,7 @@ import statistics
 
 import pytest
 import torch
+from rows import seconds_of
 from timing import interleave, median_ratio
 
 from nlora_kernels import backends, testing
@@ -38,7 +39,7 @@ def test_plan(benchmark, request, dtype, R, size):
         y, dx = run(plan)
         budgets.check({"y": y, "dx": dx})
     others = {plan: lambda plan=plan: run(plan) for plan in plans if plan != chosen}
-    times = interleave(benchmark, lambda: run(chosen), others, request.config.getoption("--seconds"))
+    times = interleave(benchmark, lambda: run(chosen), others, seconds_of(request))
     benchmark.extra_info.update(chosen=chosen, **{plan: statistics.median(t) for plan, t in times.items()})
     for plan in others:
         # The lower percentile: only a loss that shows in most rounds counts.

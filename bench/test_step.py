@@ -139,4 +139,4 @@ def test_step(benchmark, request, monkeypatch, case, method):
     info |= {"trained": sum(p.numel() for p in training.trained())}
     known = [*training.model.parameters(), *training.model.buffers()]
     info |= {"saved_bytes": saved_bytes(training.loss, known)}
-    rows.record(benchmark, training, others, info, request, least=5)
+    rows.record(benchmark, training, others, info, request)

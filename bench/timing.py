@@ -17,13 +17,13 @@ def interleave(
     others: dict[str, Callable],
     seconds: float,
     *,
-    least: int = LEAST,
+    rounds: int | None = None,
     prepare: Callable = lambda: None,
 ) -> dict[str, list[float]]:
     """Times `target` by pytest-benchmark and before each of its rounds the others, in turn, so all share the weather.
 
-    Returns the seconds of each round of the others, and those of `target` as "self". About `seconds` in all, `least`
-    rounds at least; if they are quick, after two that are not counted. `prepare` runs untimed before each round. The
+    Returns the seconds of each round of the others, and those of `target` as "self". About `seconds` in all, or as many
+    rounds as are given, after two that are not counted unless they take long. `prepare` runs untimed before each. The
     caller has run every function once.
     """
     times = {name: [] for name in others}
@@ -35,15 +35,17 @@ def interleave(
             function()
             times[name].append(CLOCK() - start)
 
-    start = CLOCK()
-    before()
-    target()
-    each = CLOCK() - start
-    rounds = max(least, min(MOST, int(seconds / each)))
-    benchmark.pedantic(target, setup=before, rounds=rounds, warmup_rounds=2 if each < 1 else 0)
+    warm = 0
+    if rounds is None:
+        start = CLOCK()
+        before()
+        target()
+        each = CLOCK() - start
+        rounds, warm = max(LEAST, min(MOST, int(seconds / each))), 2 if each < 1 else 0
+    benchmark.pedantic(target, setup=before, rounds=rounds, warmup_rounds=warm)
     # Without timing, as under --benchmark-disable, there is one round and nothing to tell of it.
     own = list(benchmark.stats.stats.data) if benchmark.stats else [float("nan")]
-    return {name: rounds[-len(own) :] for name, rounds in times.items()} | {"self": own}
+    return {name: taken[-len(own) :] for name, taken in times.items()} | {"self": own}
 
 
 def median_ratio(times: list[float], to: list[float]) -> tuple[float, float, float]:

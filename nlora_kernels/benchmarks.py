@@ -102,8 +102,9 @@ def markdown(results: Results) -> str:
             "model; peak is what tensors hold above model and optimizer, saved is what autograd keeps for backward.",
             _step_table(steps),
         ]
-    if init := results.of("init"):
-        parts += ["Initialisation.", _init_table(init)]
+    for title, ops in {"Initialisation.": ("init",), "LoRA² training.": ("allocator", "penalty")}.items():
+        if rows := results.of(*ops):
+            parts += [title, _gain_table(rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -270,14 +271,16 @@ def _step_table(rows: list[dict[str, Any]]) -> str:
     return _table(header, lines)
 
 
-def _init_table(rows: list[dict[str, Any]]) -> str:
-    against = sorted({name for row in rows for name in row if name.startswith("ratio_to_pissa") and "p20" not in name})
+def _gain_table(rows: list[dict[str, Any]]) -> str:
+    """How many times as fast each row is as what it was timed in turn with."""
+    against = sorted({name for row in rows for name in row if name.startswith("ratio_to_") and "p20" not in name})
     lines = []
     for row in rows:
         gains = [f"{1 / row[name]:.3g}" if name in row else "" for name in against]
-        lines.append([row["shape"], str(row["r"]), row["impl"].replace("_", " "), f"{row['ms']:.3g}", *gains])
+        what = [row["op"], row["shape"], str(row["r"]), row["impl"].replace("_", " ")]
+        lines.append([*what, f"{row['ms']:.3g}", *gains])
     names = [f"times as fast as {name.removeprefix('ratio_to_').replace('_', ' ')}" for name in against]
-    return _table(["what", "r", "initialisation", "ms", *names], lines)
+    return _table(["what", "where", "r", "implementation", "ms", *names], lines)
 
 
 def _ratio(row: dict[str, Any]) -> str:

@@ -82,7 +82,7 @@ def test_the_tables_hold_every_row_and_where_it_comes_from(run):
     assert large[1] == "64" and large[5] == "" and large[-1] == "1.27"
     assert core[2:4] == ["bfloat16", "IntTune"]
     assert ["Model, 4 tokens", "8", "LoRA²", "cpu", "3", "1.31 (1.30–1.33)", "1.10", "3.0", "0.0"] in lines
-    assert ["Model block", "8", "nlora residual", "3", "50"] in lines
+    assert ["init", "Model block", "8", "nlora residual", "3", "50"] in lines
 
 
 def test_the_command_writes_markdown_and_pngs(run, tmp_path, capsys):
