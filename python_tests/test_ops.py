@@ -98,6 +98,17 @@ def test_lora2_linear_is_lora_linear_with_its_core(backend, dtype, masked):
         assert ours[4][1] == 0
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bool], ids=short)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_the_mask_may_be_of_another_dtype(dtype, mask_dtype):
+    u, E, U = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((4, 3), (4,), (3, 4)))
+    mask = torch.tensor([1, 0, 1, 1])
+    core, same = (nk.lora2_core(u, E, U, mask.to(to)) for to in (mask_dtype, dtype))
+    assert core.dtype == dtype and torch.equal(core, same)
+    grads, same = (torch.autograd.grad(c.float().sum(), (u, E, U)) for c in (core, same))
+    assert all(a.dtype == dtype and torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+
+
 def test_identities():
     p = testing.problem(11, 24, 18, 6, dtype=torch.float64, seed=3)
     call = {n: getattr(p, n) for n in testing.TENSORS} | {"scaling": p.scaling}

@@ -44,15 +44,19 @@ def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs) ->
 
 
 def lora2_core(lora_u, lora_E, lora_U, mask) -> Tensor:
-    E = lora_E if mask is None else lora_E * mask
-    return (lora_U * E) @ lora_u
+    return (lora_U * _masked(lora_E, mask)) @ lora_u
 
 
 def lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
-    E = lora_E if mask is None else lora_E * mask
+    E = _masked(lora_E, mask)
     C = lora_U.T @ d_core  # [r, k]
     dE = (C * lora_u).sum(1)  # the diagonal of Uᵀ·dN·uᵀ
-    return E[:, None] * C, dE if mask is None else dE * mask, (d_core @ lora_u.T) * E
+    return E[:, None] * C, _masked(dE, mask), (d_core @ lora_u.T) * E
+
+
+def _masked(t: Tensor, mask: Tensor | None) -> Tensor:
+    # The mask may be of another dtype; the result has t's.
+    return t if mask is None else t * mask.to(t.dtype)
 
 
 def adapters_in(dtype: torch.dtype, lora_A, lora_B, lora_N) -> tuple[Tensor, Tensor, Tensor | None]:
