@@ -1,8 +1,10 @@
 """The backend "cpu": every instruction set, every plan, ragged shapes and strides, threads and fork."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ if missing:
 
 from nlora_kernels import _C  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = TABLE["cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLANS = ["whole", "adapter", "library"]
@@ -200,3 +203,9 @@ def test_without_the_extension_the_backend_says_why(monkeypatch):
     nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B)
     with pytest.raises(ValueError, match="'cpu' cannot take this call: .*C\\+\\+ compiler.*no module named _C"):
         nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, backend="cpu")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers():
+    ran = subprocess.run([sys.executable, "setup.py", "-q", "sanitize"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr

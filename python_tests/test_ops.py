@@ -6,7 +6,8 @@ import torch
 import nlora_kernels as nk
 from nlora_kernels import testing
 
-BACKENDS = [None, "reference", "lean"]
+FP64_BACKENDS = [None, "reference", "lean"]
+BACKENDS = FP64_BACKENDS + ([] if nk.backends.available()["cpu"] else ["cpu"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # M, K, N, R: empty, one row, odd everywhere, a rank that is no power of two or exceeds every size, a square layer.
 SHAPES = [
@@ -57,7 +58,7 @@ def test_a_wrong_result_is_outside_the_budget(backend):
         testing.assert_within_budget({**good, "y": good["y"] * 1.02}, p)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=short)
+@pytest.mark.parametrize("backend", FP64_BACKENDS, ids=short)
 @pytest.mark.parametrize("shape", [(4, 3, 2, 2), (0, 3, 2, 2), (3, 4, 5, 6)], ids=str)
 def test_gradcheck(backend, shape):
     p = testing.problem(*shape, dtype=torch.float64)
@@ -220,9 +221,10 @@ def test_autocast_leaves_fp64_alone():
 OPCHECK = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
 
 
-@pytest.mark.parametrize("backend", ["", "reference", "lean"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=short)
 @pytest.mark.parametrize("core", [True, False], ids=["N", "noN"])
 def test_opcheck(backend, core):
+    backend = backend or ""
     p = testing.problem(5, 12, 9, 3, core=core)
     op = torch.ops.nlora_kernels
     call = (p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, 0.5, backend)
