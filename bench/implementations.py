@@ -180,7 +180,10 @@ def _peft(tensors: dict[str, Tensor], scaling: float, name: str) -> Callable[...
     parameters = {n: getattr(module, n)["default"].weight for n in ("lora_A", "lora_B")}
     for n, parameter in parameters.items():
         parameter.data = tensors[n].clone()
-    module = torch.compile(module, dynamic=False) if name == "peft_compiled" else module
+    if name == "peft_compiled":
+        # Else Dynamo counts the layers of other cells as recompilations of one function, and gives up in silence.
+        torch.compiler.reset()
+        module = torch.compile(module, dynamic=False, fullgraph=True)
 
     def function(x, **_):
         return module(x)

@@ -312,7 +312,7 @@ def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) ->
     try:
         module = backends.select(None, call[0], call)
         chosen = next(name for name, entry in backends.TABLE.items() if entry is module)
-        path = _path(chosen, *shape, DTYPES[dtype])
+        path = _path(chosen, *call[:2], R)
     except ValueError as error:
         problems.append(f"the layer cannot run: {error}")
     passed_over = {}
@@ -334,16 +334,19 @@ def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) ->
     }
 
 
-def _path(name: str, M: int, K: int, N: int, R: int, dtype: torch.dtype) -> str | None:
+def _path(name: str, x: Tensor, weight: Tensor, R: int) -> str | None:
     """What a backend does with a layer of these sizes."""
+    (M, K), N = x.shape, weight.shape[0]
     if name == "cpu":
-        return PLANS[native.cpu.plan(dtype, M, K, N, R)]
+        return PLANS[native.cpu.plan(x.dtype, M, K, N, R)]
     if name == "triton":
         from .backends.triton import launch
 
-        device = launch.target(torch.empty(0, device=_devices()[-1]))
-        tile = tuning.wide_tile(M, N, K, R, dtype, launch.tf32(), device)
-        return f"tiles of {tile.m}×{tile.n}×{tile.k}, {tile.warps} warps, {tile.stages} stages"
+        device, tf32, aligned = launch.target(x), launch.tf32(), launch.aligned(x, weight)
+        tile = tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, device)
+        single = tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, device)
+        launches = "one launch" if single else "two launches"
+        return f"{launches}, tiles of {tile.m}×{tile.n}×{tile.k}, {tile.warps} warps, {tile.stages} stages"
     return None
 
 

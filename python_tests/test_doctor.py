@@ -202,3 +202,12 @@ def test_the_oldest_versions_are_those_of_the_package():
         name: required[name] for name in ("triton", "peft", "transformers")
     }
     assert f"torch {doctor.OLDEST['torch']} or newer" in (ROOT / "README.md").read_text()
+
+
+def test_the_path_of_a_layer_through_triton():
+    pytest.importorskip("triton")
+    variables = {"TRITON_INTERPRET": "1", "NLORA_BACKEND": "triton"}
+    done = run_without(("peft",), "--json", "--shape", "64", "48", "32", "4", **variables)
+    layer = json.loads(done.stdout)["layer"]
+    assert layer["backend"] == "triton" and "launches, tiles of" in layer["path"]
+    assert layer["passed_over"] == {"cpu": "NLORA_BACKEND=triton"} or "built" in layer["passed_over"]["cpu"]
