@@ -55,7 +55,8 @@ def test_every_extra_that_an_error_may_name_exists():
     assert {"peft", "triton", "bench", "plot", "examples", "dev"} <= extras.keys()
     for file in [*ROOT.glob("nlora_kernels/**/*.py"), *ROOT.glob("examples/*.py")]:
         for named in file.read_text().split("nlora_kernels[")[1:]:
-            assert named.partition("]")[0] in extras, f"{file} names an extra that does not exist"
+            extra = named.partition("]")[0]
+            assert extra in extras or extra.startswith("{"), f"{file} names an extra that does not exist: {extra}"
 
 
 @pytest.mark.parametrize("module, missing, extra", [("peft", "peft", "peft")])
