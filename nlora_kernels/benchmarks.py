@@ -38,7 +38,8 @@ class Results:
     rows: list[dict[str, Any]]
 
     def of(self, *ops: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["op"] in ops]
+        """The rows of these ops; what follows a comma in a row's op says more of it."""
+        return [row for row in self.rows if row["op"].partition(",")[0] in ops]
 
 
 def load(path: str | Path) -> Results:
