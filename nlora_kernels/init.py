@@ -67,8 +67,8 @@ def nystrom(
     if kernels := _kernels(weight, r):
         A, N, B = kernels.gather(weight, rows, cols)
     else:
-        A, B = weight[rows], weight[:, cols]
-        N = A[:, cols]
+        A, B = weight.index_select(0, rows), weight.index_select(1, cols)
+        N = A.index_select(1, cols)
     if core == "optimal":
         N = _optimal_core(weight, A, B, kernels)
     elif core == "pinv":
