@@ -303,6 +303,8 @@ def check_choice(name: str, value, choices: Sequence[str]) -> None:
 def _check_finite(weight: Tensor) -> None:
     if weight.is_meta or weight.numel() == 0:
         return
-    # One pass without a temporary of the weight's size: both extremes are NaN where any element is.
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(weight.detach())):
+    # Passes without a temporary of the weight's size. A sum is finite only if every element is; where it overflows,
+    # the extremes decide, which are NaN where any element is.
+    weight = weight.detach()
+    if not math.isfinite(weight.sum()) and not all(map(math.isfinite, torch.aminmax(weight))):
         raise ValueError("weight must be finite, got NaN or infinity")

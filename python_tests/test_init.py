@@ -209,6 +209,11 @@ def test_bad_calls(args, options, error, message):
         init.nystrom(*args, **options)
 
 
+def test_a_finite_weight_whose_sum_overflows_is_finite():
+    W = torch.full((8, 6), 6e4, dtype=torch.float16)
+    assert torch.equal(init.nystrom(W, 2)[0], W[:2])
+
+
 def test_bad_calls_of_the_others():
     W = normal(8, 6)
     with pytest.raises(ValueError, match="method must be one of lora, .*, got 'pissa'"):
