@@ -113,17 +113,20 @@ def save(model, dst_dir: str | os.PathLike, **options) -> None:
 # Reading
 
 
+def check_readable(src_dir: str | os.PathLike) -> None:
+    """ValueError that names file and reason if the weights in src_dir are damaged. Only their header is read."""
+    file = Path(src_dir, WEIGHTS)
+    if file.is_file():
+        with _naming(file) as safetensors, safetensors.safe_open(file, "pt"):
+            pass
+
+
 class _Read(NamedTuple):
     config: dict
     tensors: dict[str, Tensor]
 
 
 def _read(src_dir) -> _Read:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise ImportError(_SAFETENSORS_ABSENT) from error
     src = Path(src_dir)
     config_file, weights_file = src / CONFIG, src / WEIGHTS
     for file in (config_file, weights_file):
@@ -135,11 +138,22 @@ def _read(src_dir) -> _Read:
         raise ValueError(f"{config_file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{config_file} must hold a JSON object, got {type(config).__name__}")
-    try:
-        tensors = load_file(weights_file)
-    except SafetensorError as error:
-        raise ValueError(f"{weights_file} cannot be read: {error}") from error
+    with _naming(weights_file) as safetensors:
+        tensors = safetensors.torch.load_file(weights_file)
     return _Read(config, tensors)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator:
+    """safetensors, whose complaints then name the file."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ImportError(_SAFETENSORS_ABSENT) from error
+    try:
+        yield safetensors
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def _by_layer(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

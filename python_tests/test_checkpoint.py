@@ -284,3 +284,22 @@ def test_save_in_one_step(tmp_path):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "not_safetensors"])
+@pytest.mark.parametrize("method", ["nlora_residual", "lora2"])
+def test_peft_names_a_damaged_adapter_before_it_touches_the_model(method, fault, tmp_path):
+    base = llama()
+    saved(base, tmp_path / "good", method)
+    saved(base, tmp_path / "bad", method)
+    FAULTS[fault][0](tmp_path / "bad")
+    before = {name: t.clone() for name, t in base.state_dict().items()}
+    with pytest.raises(ValueError, match=r"bad/adapter_model\.safetensors cannot be read: \w+"):
+        peft.PeftModel.from_pretrained(base, tmp_path / "bad")
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in base.state_dict().items())
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "good")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot be read"):
+        model.load_adapter(tmp_path / "bad", "second")
+    assert model.state_dict().keys() == before.keys() and list(model.peft_config) == ["default"]

@@ -1,11 +1,12 @@
 """The configurations: PEFT's LoraConfig and the options of the methods here."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from peft import LoraConfig
 
-from .. import init
+from .. import checkpoint, init
 from ..modules import TRAIN, check_method
 
 
@@ -38,8 +39,19 @@ _VARIANT_INITS = ("corda", "kasa", "loftq", "lora_ga", "mica", "olora", "pissa")
 _INIT = LoraConfig.__dataclass_fields__["init_lora_weights"]
 
 
+class _Checked:
+    """A configuration that is read only where the weights beside it can be: before a model is touched."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        # On a hub nothing is there to look at yet.
+        if os.path.isdir(pretrained_model_name_or_path):
+            checkpoint.check_readable(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
 @dataclass
-class NLoraConfig(LoraConfig):
+class NLoraConfig(_Checked, LoraConfig):
     """SLoRA, NLoRA, IntTune (arXiv 2502.14482) and plain LoRA, fused with their base layers.
 
     All options of LoraConfig hold, and:
@@ -91,7 +103,7 @@ class NLoraConfig(LoraConfig):
 
 
 @dataclass
-class LoRA2Config(LoraConfig):
+class LoRA2Config(_Checked, LoraConfig):
     """LoRA² (arXiv 2408.06854), fused with its base layers.
 
     All options of LoraConfig hold; `r` is the number of singular values, and lora_alpha / r the scaling, whatever k is
