@@ -29,11 +29,12 @@ gates: $(READY)
 
 # JSON and its report: figures against the frozen layer alone, PEFT and the others, each checked against fp64.
 bench: $(READY)
-	$(PYTHON) -m pytest bench --benchmark-json=bench.json $(FLAGS)
-	$(PYTHON) -m nlora_kernels plot bench bench.json
+	mkdir -p bench-report
+	$(PYTHON) -m pytest bench --benchmark-json=bench-report/bench.json $(FLAGS)
+	$(PYTHON) -m nlora_kernels plot bench bench-report/bench.json
 
 smoke: $(READY)
-	$(PYTHON) -m pytest bench -k smoke --benchmark-json=smoke.json
+	$(PYTHON) -m pytest bench -k smoke
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
