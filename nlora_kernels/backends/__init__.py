@@ -18,7 +18,8 @@ lora_B (N, R) in any floating dtype. y (M, N) and T (M, R) are new contiguous te
 same in every backend, so the backward of one may follow the forward of another. `needs` says which gradients to
 compute; a gradient has the dtype of its tensor, and None stands where none was asked for.
 
-VERIFIED_ON names the device types on whose hardware the backend has passed its tests: elsewhere it runs only by name.
+VERIFIED_ON names the device types on which the backend is chosen without being named. Kernels of ours must have passed
+their tests on hardware of that type; library calls are taken to be right wherever PyTorch is.
 """
 
 import os
