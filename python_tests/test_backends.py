@@ -89,7 +89,7 @@ def test_unknown_attributes_are_attribute_errors():
     assert "peft" in dir(nk)
 
 
-def test_no_floating_point_atomics_and_no_gradient_of_a_mask():
+def test_a_mask_gets_no_gradient():
     u, E, U = torch.randn(4, 3), torch.randn(4, requires_grad=True), torch.randn(3, 4)
     mask = torch.tensor([1.0, 1.0, 0.0, 1.0], requires_grad=True)
     nk.lora2_core(u, E, U, mask).sum().backward()

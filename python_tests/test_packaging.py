@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -39,6 +40,15 @@ print(nk.backends.available())
     location, available = run(sys.executable, "-c", code, cwd=tmp_path, env=environment).splitlines()
     assert Path(location).is_relative_to(tmp_path / "site")
     assert eval(available)["lean"] is None
+
+
+def test_the_source_distribution_has_everything_that_the_extension_is_built_from(tmp_path):
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=ROOT)
+    (archive,) = tmp_path.glob("nlora_kernels-*.tar.gz")
+    with tarfile.open(archive) as files:
+        packed = {name.partition("/")[2] for name in files.getnames()}
+    sources = {str(file.relative_to(ROOT)) for file in ROOT.glob("csrc/**/*") if file.is_file()}
+    assert sources | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
 
 
 def test_the_wheel_is_typed_and_requires_no_torch(wheel):
