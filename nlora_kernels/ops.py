@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends
-from .backends import Grads, Needs
+from .backends import Dropout, Grads, Needs
 
 REAL = (numbers.Real, torch.SymFloat, torch.SymInt)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -29,6 +29,8 @@ def lora_linear(
     bias: Tensor | None = None,
     *,
     scaling: float = 1.0,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ
@@ -44,6 +46,11 @@ def lora_linear(
         lora_N: (r, r), or None for plain LoRA.
         bias: (out,) in x's dtype, or None.
         scaling: s, alpha / r in the papers.
+        dropout: p, the probability with which an element of x is zeroed for the adapter alone, as PEFT does in
+            training; what is kept is multiplied by 1/(1 − p).
+        seed: of the dropout's mask, an int64 or a tensor that holds one on x's device; a mask follows from it alone,
+            on every device. By default drawn from torch's generator of that device, without waiting for it. Rows of
+            x count in the order of their leading dimensions.
         backend: a name from `backends.available()`, which is then used or raises; None for the best one.
 
     Returns:
@@ -55,10 +62,12 @@ def lora_linear(
 
     Raises:
         TypeError: an argument is no tensor or number, or dtypes do not fit together.
-        ValueError: shapes or devices do not fit, or the named backend is unknown or cannot take the call.
+        ValueError: shapes or devices do not fit, dropout is not within [0, 1], or the named backend is unknown or
+            cannot take the call.
     """
     _check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling)
-    return _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend or "")
+    seed = _drawn_seed(x, dropout, seed) if dropout else None
+    return _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend or "")
 
 
 def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -93,6 +102,8 @@ def lora2_linear(
     bias: Tensor | None = None,
     *,
     scaling: float = 1.0,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """y = x·Wᵀ + bias + s·((x·vᵀ)·Cᵀ)·Vᵀ  with  C = U·diag(E ⊙ mask)·u
@@ -103,7 +114,7 @@ def lora2_linear(
     Args:
         lora_v: (k, in), lora_u: (r, k), lora_E: (r,), lora_U: (k, r), lora_V: (out, k), one floating dtype.
         mask: (r,) of 0 and 1, or None.
-        x, weight, bias, scaling, backend: as for `lora_linear`.
+        x, weight, bias, scaling, dropout, seed, backend: as for `lora_linear`.
 
     Returns, gradients and errors are those of `lora_linear` and `lora2_core`.
     """
@@ -111,10 +122,11 @@ def lora2_linear(
     core = _core(lora_u, lora_E, lora_U, mask, backend or "")
     names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
     _check_lora_linear(x, weight, lora_v, lora_V, core, bias, scaling, names)
-    return _linear(x, weight, lora_v, lora_V, core, bias, scaling, backend or "")
+    seed = _drawn_seed(x, dropout, seed) if dropout else None
+    return _linear(x, weight, lora_v, lora_V, core, bias, scaling, dropout, seed, backend or "")
 
 
-def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend) -> Tensor:
+def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend) -> Tensor:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError("nlora_kernels operations do not support torch.func transforms (vmap, grad, jvp, ...)")
     # NOTE: spelt out, here and in the checks: at a few tokens the layer costs less than a generator over its arguments.
@@ -127,9 +139,9 @@ def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend) -> Tensor
         or (bias is not None and bias.requires_grad)
     )
     if trains:
-        return _LoraLinear.apply(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend)
+        return _LoraLinear.apply(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
     rows, weight, bias = _operands(x, weight, bias)
-    return _unflatten(_forward(rows, weight, lora_A, lora_B, lora_N, bias, scaling, backend)[0], x)
+    return _unflatten(_forward(rows, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)[0], x)
 
 
 def _core(lora_u, lora_E, lora_U, mask, backend) -> Tensor:
@@ -141,10 +153,10 @@ def _core(lora_u, lora_E, lora_U, mask, backend) -> Tensor:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
+    def forward(ctx, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
         needs = Needs(*ctx.needs_input_grad[:6])
         rows, w, b = _operands(x, weight, bias)
-        y, T = _forward(rows, w, lora_A, lora_B, lora_N, b, scaling, backend)
+        y, T = _forward(rows, w, lora_A, lora_B, lora_N, b, scaling, dropout, seed, backend)
         ctx.save_for_backward(
             rows if needs.lora_A or needs.weight else None,
             T if needs.lora_B or needs.lora_N else None,
@@ -153,8 +165,9 @@ class _LoraLinear(torch.autograd.Function):
             lora_A,
             lora_B,
             lora_N,
+            seed,
         )
-        ctx.needs, ctx.scaling, ctx.backend = needs, scaling, backend
+        ctx.needs, ctx.scaling, ctx.dropout, ctx.backend = needs, scaling, dropout, backend
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _unflatten(y, x)
@@ -162,11 +175,12 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        rows, T, weight, lora_A, lora_B, lora_N = ctx.saved_tensors
+        rows, T, weight, lora_A, lora_B, lora_N, seed = ctx.saved_tensors
         needs = ctx.needs
         dy = _rows(dy)
         adapter = (lora_A, lora_B, lora_N)
-        computed = iter(_backward(dy, rows, T, weight.to(dy.dtype), *adapter, ctx.scaling, needs, ctx.backend))
+        options = (ctx.scaling, ctx.dropout, seed, needs, ctx.backend)
+        computed = iter(_backward(dy, rows, T, weight.to(dy.dtype), *adapter, *options))
         grads = Grads(*[next(computed) if needed else None for needed in needs])
         dx, dweight, dbias = grads.x, grads.weight, grads.bias
         if needs.x:
@@ -175,7 +189,7 @@ class _LoraLinear(torch.autograd.Function):
             dweight = dweight.to(weight.dtype)
         if needs.bias:
             dbias = dbias.to(ctx.bias_dtype)
-        return dx, dweight, grads.lora_A, grads.lora_B, grads.lora_N, dbias, None, None
+        return dx, dweight, grads.lora_A, grads.lora_B, grads.lora_N, dbias, None, None, None, None
 
 
 class _Lora2Core(torch.autograd.Function):
@@ -230,30 +244,32 @@ def _register(schema: str):
 
 @_register(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? lora_N, Tensor? bias, "
-    "float scaling, str backend) -> (Tensor y, Tensor T)"
+    "float scaling, float dropout, Tensor? seed, str backend) -> (Tensor y, Tensor T)"
 )
-def _forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
-    module = backends.select(backend, x, (x, weight, lora_A, lora_B, lora_N))
-    return module.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling)
+def _forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
+    drop = Dropout(dropout, seed) if dropout else None
+    module = backends.select(backend, x, (x, weight, lora_A, lora_B, lora_N, drop))
+    return module.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop)
 
 
 @torch.library.register_fake("nlora_kernels::lora_linear")
-def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
+def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
 
 
 @_register(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor? T, Tensor weight, Tensor lora_A, Tensor lora_B, "
-    "Tensor? lora_N, float scaling, bool[6] needs, str backend) -> Tensor[]"
+    "Tensor? lora_N, float scaling, float dropout, Tensor? seed, bool[6] needs, str backend) -> Tensor[]"
 )
-def _backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, backend):
-    module = backends.select(backend, dy, (dy, weight, lora_A, lora_B, lora_N))
-    grads = module.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, Needs(*needs))
+def _backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
+    drop = Dropout(dropout, seed) if dropout else None
+    module = backends.select(backend, dy, (dy, weight, lora_A, lora_B, lora_N, drop))
+    grads = module.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, Needs(*needs), drop)
     return [grad for grad in grads if grad is not None]
 
 
 @torch.library.register_fake("nlora_kernels::lora_linear_backward")
-def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, backend):
+def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
     needs = Needs(*needs)
     grads = [dy.new_empty(dy.shape[0], weight.shape[1])] if needs.x else []
     like = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}
@@ -301,6 +317,26 @@ def _operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
         dtype = torch.get_autocast_dtype(x.device.type)
         return rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return rows, weight, bias
+
+
+def _drawn_seed(x: Tensor, dropout: float, seed: int | Tensor | None) -> Tensor:
+    """The seed as an int64 scalar on x's device, drawn there if none is given, so that nothing waits for a device."""
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
+        raise TypeError(f"dropout must be a real number, got {type(dropout).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be within [0, 1], got {dropout}")
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+            got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            raise ValueError(f"seed must hold one int64 on {x.device}, got {got}")
+        return seed.view(())
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, a Tensor or None, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    return torch.full((), seed, dtype=torch.int64, device=x.device)
 
 
 # Checks. Every message names the argument, what was expected and what came.

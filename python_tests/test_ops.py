@@ -223,15 +223,18 @@ OPCHECK = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=short)
 @pytest.mark.parametrize("core", [True, False], ids=["N", "noN"])
-def test_opcheck(backend, core):
+@pytest.mark.parametrize("dropout", [(0.0, None), (0.3, torch.tensor(5))], ids=["whole", "dropout"])
+def test_opcheck(backend, core, dropout):
+    if backend == "cpu" and dropout[0]:
+        pytest.skip("the backend cpu has no dropout")
     backend = backend or ""
     p = testing.problem(5, 12, 9, 3, core=core)
     op = torch.ops.nlora_kernels
-    call = (p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, 0.5, backend)
+    call = (p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, 0.5, *dropout, backend)
     torch.library.opcheck(op.lora_linear.default, call, test_utils=OPCHECK)
     T = p.x @ p.lora_A.T
     for needs in ([True] * 4 + [core, True], [False, False, True, True, False, False]):
-        call = (p.dy, p.x, T, p.weight, p.lora_A, p.lora_B, p.lora_N, 0.5, needs, backend)
+        call = (p.dy, p.x, T, p.weight, p.lora_A, p.lora_B, p.lora_N, 0.5, *dropout, needs, backend)
         torch.library.opcheck(op.lora_linear_backward.default, call, test_utils=OPCHECK)
     u, E, U = torch.randn(4, 3), torch.randn(4), torch.randn(3, 4)
     for mask in (None, torch.ones(4)):

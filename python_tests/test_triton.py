@@ -189,12 +189,13 @@ def test_each_gradient_alone(needed):
             assert grad is None
 
 
-def test_opcheck():
+@pytest.mark.parametrize("dropout", [(0.0, None), (0.3, torch.tensor(5, device=DEVICE))], ids=["whole", "dropout"])
+def test_opcheck(dropout):
     p = testing.problem(9, 24, 18, 6, device=DEVICE)
     op = torch.ops.nlora_kernels.lora_linear.default
-    torch.library.opcheck(op, (p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, 0.7, "triton"))
-    _, T = op(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, 0.7, "triton")
-    arguments = (p.dy, p.x, T, p.weight, p.lora_A, p.lora_B, p.lora_N, 0.7, [True] * 6, "triton")
+    torch.library.opcheck(op, (p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, 0.7, *dropout, "triton"))
+    _, T = op(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, 0.7, *dropout, "triton")
+    arguments = (p.dy, p.x, T, p.weight, p.lora_A, p.lora_B, p.lora_N, 0.7, *dropout, [True] * 6, "triton")
     torch.library.opcheck(torch.ops.nlora_kernels.lora_linear_backward.default, arguments)
     u, E, U = (torch.randn(s, device=DEVICE) for s in ((4, 3), (4,), (3, 4)))
     torch.library.opcheck(torch.ops.nlora_kernels.lora2_core.default, (u, E, U, None, "triton"))

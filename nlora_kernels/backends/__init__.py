@@ -4,22 +4,24 @@ A backend is a module with these plain functions; it knows nothing of autograd, 
 
     unavailable() -> str | None
         why it cannot run on this machine at all
-    unsupported(x, weight, lora_A, lora_B, lora_N) -> str | None
+    unsupported(x, weight, lora_A, lora_B, lora_N, dropout) -> str | None
         why it cannot take this call
-    forward(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> (y, T)
-    backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs) -> Grads
+    forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout) -> (y, T)
+    backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, dropout) -> Grads
     lora2_core(lora_u, lora_E, lora_U, mask) -> core
     lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask) -> (du, dE, dU)
     initialisation(weight, r) -> module | None                       (optional)
         gather, squared_norms, subtract_ and solve_triangular of its own for `init`, if it can take this weight
 
 with x (M, K) in any strides, weight (N, K) and bias (N,) in x's dtype, lora_A (R, K), lora_N (R, R) or None and
-lora_B (N, R) in any floating dtype. y (M, N) and T (M, R) are new contiguous tensors in x's dtype; T = x·Aᵀ means the
-same in every backend, so the backward of one may follow the forward of another. `needs` says which gradients to
-compute; a gradient has the dtype of its tensor, and None stands where none was asked for.
+lora_B (N, R) in any floating dtype. y (M, N) and T (M, R) are new contiguous tensors in x's dtype; T = drop(x)·Aᵀ means
+the same in every backend, so the backward of one may follow the forward of another. `dropout` is a `Dropout`, or None
+where nothing is dropped. `needs` says which gradients to compute; a gradient has the dtype of its tensor, and None
+stands where none was asked for.
 
 VERIFIED_ON names the device types on which the backend is chosen without being named. Kernels of ours must have passed
-their tests on hardware of that type; library calls are taken to be right wherever PyTorch is.
+their tests on hardware of that type; library calls are taken to be right wherever PyTorch is. DROPS_INSIDE says whether
+dropout costs it less than a dropped copy of x does.
 """
 
 import os
@@ -28,9 +30,10 @@ from types import ModuleType
 from torch import Tensor
 
 from . import lean, native, reference, triton
+from .dropout import Dropout
 from .gradients import Grads, Needs
 
-__all__ = ["Grads", "Needs", "available", "preferred", "select"]
+__all__ = ["Dropout", "Grads", "Needs", "available", "drops_inside", "preferred", "select"]
 
 # In order of preference.
 TABLE: dict[str, ModuleType] = {"cpu": native.cpu, "triton": triton, "lean": lean, "reference": reference}
@@ -67,3 +70,19 @@ def select(name: str | None, first: Tensor, call: tuple | None = None) -> Module
             if call is None or not module.unsupported(*call):
                 return module
     return reference
+
+
+def drops_inside(device_type: str) -> bool:
+    """Whether dropout belongs inside the operation on devices of a type, because the backend there gains by it."""
+    name = preferred()
+    if name:
+        return name not in TABLE or TABLE[name].DROPS_INSIDE
+    return any(
+        module.DROPS_INSIDE and device_type in module.VERIFIED_ON and not module.unavailable()
+        for module in TABLE.values()
+    )
+
+
+# NOTE: compiled code takes the answer for a constant, for neither the table nor the environment can be traced. This is
+# what torch.compiler.assume_constant_result does after it has imported the compiler.
+drops_inside._dynamo_marked_constant = True

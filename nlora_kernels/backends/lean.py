@@ -10,20 +10,30 @@ from torch import Tensor
 from .gradients import Grads, Needs
 from .reference import adapters_in, lora2_core, lora2_core_backward, unavailable, unsupported
 
-__all__ = ["VERIFIED_ON", "backward", "forward", "lora2_core", "lora2_core_backward", "unavailable", "unsupported"]
+__all__ = [
+    "DROPS_INSIDE",
+    "VERIFIED_ON",
+    "backward",
+    "forward",
+    "lora2_core",
+    "lora2_core_backward",
+    "unavailable",
+    "unsupported",
+]
 
 VERIFIED_ON = frozenset({"cpu", "cuda"})
+DROPS_INSIDE = False
 
 
-def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> tuple[Tensor, Tensor]:
+def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None) -> tuple[Tensor, Tensor]:
     A, B, N = adapters_in(x.dtype, lora_A, lora_B, lora_N)
-    T = x @ A.T  # [M, R]
+    T = (dropout(x) if dropout else x) @ A.T  # [M, R]
     P = T if N is None else T @ N.T  # [M, R]
     y = scaled_mm(P, B.T, scaling) if bias is None else torch.addmm(bias, P, B.T, alpha=scaling)
     return y.addmm_(x, weight.T), T
 
 
-def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs) -> Grads:
+def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dropout=None) -> Grads:
     A, B, N = adapters_in(dy.dtype, lora_A, lora_B, lora_N)
     dx = dA = dB = dN = None
     if needs.x or needs.lora_A or needs.lora_N:
@@ -31,9 +41,10 @@ def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs) ->
     if needs.x or needs.lora_A:
         H = scaling * G if N is None else scaled_mm(G, N, scaling)  # [M, R]
     if needs.x:
-        dx = (H @ A).addmm_(dy, weight)
+        dx = H @ A
+        dx = (dropout(dx) if dropout else dx).addmm_(dy, weight)
     if needs.lora_A:
-        dA = (H.T @ x).to(lora_A.dtype)
+        dA = (H.T @ (dropout(x) if dropout else x)).to(lora_A.dtype)
     if needs.lora_N:
         dN = scaled_mm(G.T, T, scaling).to(lora_N.dtype)
     if needs.lora_B:

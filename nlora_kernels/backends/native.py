@@ -30,13 +30,16 @@ class Cpu:
     """The backend "cpu"."""
 
     VERIFIED_ON = frozenset({"cpu"})
+    DROPS_INSIDE = False
 
     def unavailable(self) -> str | None:
         if _C is None:
             return f"the package was built without C++ kernels (install it where a C++ compiler is): {_IMPORT_ERROR}"
         return None
 
-    def unsupported(self, x, weight, lora_A, lora_B, lora_N) -> str | None:
+    def unsupported(self, x, weight, lora_A, lora_B, lora_N, dropout=None) -> str | None:
+        if dropout:
+            return "it has no dropout"
         if x.device.type != "cpu":
             return f"tensors must be on the CPU, got {x.device}"
         for name, t in {"x": x, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
@@ -55,7 +58,9 @@ class Cpu:
         # Folding multiplies K·N·R once each way and spares every row the product of P with B, or of H with A.
         return "folded" if dtype == torch.float32 and M * (K + N) > 1.5 * K * N else "library"
 
-    def forward(self, x, weight, lora_A, lora_B, lora_N, bias, scaling, plan=None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None, plan=None
+    ) -> tuple[Tensor, Tensor]:
         (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
         plan = plan or self.plan(x.dtype, M, K, N, R)
         if plan == "library":
@@ -73,7 +78,9 @@ class Cpu:
         # fmt: on
         return (y if plan == "whole" else y.addmm_(x, weight.T)), T
 
-    def backward(self, dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, plan=None) -> Grads:
+    def backward(
+        self, dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dropout=None, plan=None
+    ) -> Grads:
         M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
         plan = plan or self.plan(dy.dtype, M, K, N, R)
         if plan == "library":

@@ -2,6 +2,8 @@
 
 T = x·Aᵀ,  P = T·Nᵀ,  y = x·Wᵀ + bias + s·P·Bᵀ
 G = dy·B,  H = s·G·N,  dx = dy·W + H·A,  dA = Hᵀ·x,  dN = s·Gᵀ·T,  dB = s·dyᵀ·P,  dW = dyᵀ·x,  dbias = Σ dy
+
+With dropout the adapter reads drop(x): T = drop(x)·Aᵀ,  dA = Hᵀ·drop(x),  dx = dy·W + drop(H·A).
 """
 
 import torch
@@ -11,32 +13,35 @@ from torch import Tensor
 from .gradients import Grads, Needs
 
 VERIFIED_ON = frozenset({"cpu", "cuda", "meta"})
+DROPS_INSIDE = False
 
 
 def unavailable() -> str | None:
     return None
 
 
-def unsupported(x, weight, lora_A, lora_B, lora_N) -> str | None:
+def unsupported(x, weight, lora_A, lora_B, lora_N, dropout=None) -> str | None:
     return None
 
 
-def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> tuple[Tensor, Tensor]:
+def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None) -> tuple[Tensor, Tensor]:
     A, B, N = adapters_in(x.dtype, lora_A, lora_B, lora_N)
-    T = x @ A.T  # [M, R]
+    drop = dropout or (lambda t: t)
+    T = drop(x) @ A.T  # [M, R]
     P = T if N is None else T @ N.T  # [M, R]
     return F.linear(x, weight, bias) + scaling * (P @ B.T), T
 
 
-def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs) -> Grads:
+def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dropout=None) -> Grads:
     A, B, N = adapters_in(dy.dtype, lora_A, lora_B, lora_N)
     G = dy @ B  # [M, R]
     H = scaling * (G if N is None else G @ N)  # [M, R]
     P = None if T is None else T if N is None else T @ N.T  # [M, R]
+    drop = dropout or (lambda t: t)
     return Grads(
-        x=dy @ weight + H @ A if needs.x else None,
+        x=dy @ weight + drop(H @ A) if needs.x else None,
         weight=dy.T @ x if needs.weight else None,
-        lora_A=(H.T @ x).to(lora_A.dtype) if needs.lora_A else None,
+        lora_A=(H.T @ drop(x)).to(lora_A.dtype) if needs.lora_A else None,
         lora_B=(scaling * (dy.T @ P)).to(lora_B.dtype) if needs.lora_B else None,
         lora_N=(scaling * (G.T @ T)).to(lora_N.dtype) if needs.lora_N else None,
         bias=dy.sum(0) if needs.bias else None,

@@ -10,6 +10,7 @@ from ..gradients import Grads, Needs
 
 # NOTE: no run on a GPU has been made yet.
 VERIFIED_ON: frozenset[str] = frozenset()
+DROPS_INSIDE = True
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +32,7 @@ def unavailable() -> str | None:
     return "; ".join(reasons) or None
 
 
-def unsupported(x, weight, lora_A, lora_B, lora_N) -> str | None:
+def unsupported(x, weight, lora_A, lora_B, lora_N, dropout=None) -> str | None:
     if x.dtype not in DTYPES:
         return f"x must be float32, bfloat16 or float16, got {x.dtype}"
     if interpreted() and torch.bfloat16 in {t.dtype for t in (x, lora_A, lora_B, lora_N) if t is not None}:
@@ -57,16 +58,16 @@ def interpreted() -> bool:
     return knobs.runtime.interpret
 
 
-def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> tuple[Tensor, Tensor]:
+def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None) -> tuple[Tensor, Tensor]:
     from . import linear
 
-    return linear.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling)
+    return linear.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout)
 
 
-def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs) -> Grads:
+def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dropout=None) -> Grads:
     from . import linear
 
-    return linear.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs)
+    return linear.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, dropout)
 
 
 def initialisation(weight: Tensor, r: int):

@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import tuning
+from ..dropout import Dropout
 from . import launch
+from .dropout import drop
 from .narrow import narrow
 from .tiles import multiply, store_product, store_tile
 
@@ -54,14 +56,24 @@ def extended_tile(
     WAIT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    seed=None,
+    threshold=0,
+    scale=1.0,
+    DROPOUT: tl.constexpr = False,
 ):
     """One tile of y = [x | narrow]·[weight ; wide] + bias: the sum over K goes on over R in the same accumulator.
 
     Forward reads weight (N, K) and wide = lora_B (N, R) transposed; the gradient of x reads weight (K, N) and
-    wide = lora_A (R, N) as stored. With WAIT the flag of these rows is awaited between the two sums.
+    wide = lora_A (R, N) as stored. With WAIT the flag of these rows is awaited between the two sums. With DROPOUT the
+    sum over R comes first, for it alone is masked.
     """
     # fmt: off
-    acc = multiply(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x, weight, m, n, M, N, 0, K,
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if DROPOUT:
+        acc = multiply(acc, narrow, wide, m, n, M, N, 0, R, R, 1, wide_stride_row, wide_stride_col,
+                       BLOCK_M, BLOCK_N, BLOCK_R, True, False, TRANSPOSED, False, WIDE_DESCRIPTOR, DTYPE, PRECISION)
+        acc = drop(acc, seed, threshold, m, n, BLOCK_M, BLOCK_N) * scale
+    acc = multiply(acc, x, weight, m, n, M, N, 0, K,
                    x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
                    BLOCK_M, BLOCK_N, BLOCK_K, CHECK_K, False, TRANSPOSED, X_DESCRIPTOR, WEIGHT_DESCRIPTOR,
                    DTYPE, PRECISION)
@@ -69,8 +81,9 @@ def extended_tile(
         ready = tl.atomic_add(flag, 0, sem="acquire")
         while ready == 0:
             ready = tl.atomic_add(flag, 0, sem="acquire")
-    acc = multiply(acc, narrow, wide, m, n, M, N, 0, R, R, 1, wide_stride_row, wide_stride_col,
-                   BLOCK_M, BLOCK_N, BLOCK_R, True, False, TRANSPOSED, False, WIDE_DESCRIPTOR, DTYPE, PRECISION)
+    if not DROPOUT:
+        acc = multiply(acc, narrow, wide, m, n, M, N, 0, R, R, 1, wide_stride_row, wide_stride_col,
+                       BLOCK_M, BLOCK_N, BLOCK_R, True, False, TRANSPOSED, False, WIDE_DESCRIPTOR, DTYPE, PRECISION)
     # fmt: on
     if BIAS:
         j = n + tl.arange(0, BLOCK_N)
@@ -78,13 +91,14 @@ def extended_tile(
     store_tile(y, acc, m, n, M, N, N, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def extended_product(
     x,
     weight,
     narrow,
     wide,
     bias,
+    seed,
     y,
     M,
     N,
@@ -96,6 +110,8 @@ def extended_product(
     weight_stride_col,
     wide_stride_row,
     wide_stride_col,
+    threshold,
+    scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -107,6 +123,7 @@ def extended_product(
     WEIGHT_DESCRIPTOR: tl.constexpr,
     WIDE_DESCRIPTOR: tl.constexpr,
     BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -121,7 +138,8 @@ def extended_product(
     extended_tile(x, weight, narrow, wide, bias, y, (first + inside % group) * BLOCK_M, inside // group * BLOCK_N,
                   M, N, K, R, x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
                   wide_stride_row, wide_stride_col, None, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, CHECK_K, TRANSPOSED,
-                  X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, False, DTYPE, PRECISION)
+                  X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, False, DTYPE, PRECISION,
+                  seed, threshold, scale, DROPOUT)
     # fmt: on
 
 
@@ -222,10 +240,12 @@ def widen(
     transposed: bool,
     tile: tuning.Tile | None = None,
     single: bool | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(raw, narrow, y) = (x·shrink, alpha·raw·core, [x | narrow]·[weight ; wide] + bias), all in x's dtype.
 
     `transposed`: weight, shrink, core and wide are stored as the transpose of what is multiplied, as in forward.
+    dropout: of the adapter's input, which is x if transposed, else of what the adapter adds to y.
     tile, single: tile and number of launches in place of those that `tuning` chooses.
     """
     (M, K), R = x.shape, shrink.shape[0 if transposed else 1]
@@ -238,11 +258,14 @@ def widen(
     device, tf32, aligned = launch.target(x), launch.tf32(), launch.aligned(x, weight)
     tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, device)
     if single is None:
-        single = tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, device)
+        # What a mask costs in registers leaves none for two kinds of tile in one program.
+        single = dropout is None and tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, device)
     if single:
         raw, out = x.new_empty(M, R), x.new_empty(M, R)
     else:
-        raw, out = narrow(x, shrink, core, alpha=alpha, b_transposed=transposed, core_transposed=transposed, raw=True)
+        orientation = dict(b_transposed=transposed, core_transposed=transposed)
+        mask = dict(dropout=dropout, drops="a") if transposed else {}
+        raw, out = narrow(x, shrink, core, alpha=alpha, raw=True, **orientation, **mask)
     if M == 0 or N == 0:
         return raw, out, y
     rank_block = min(tuning.padded(R), tile.k)
@@ -282,6 +305,8 @@ def widen(
     )
     blocks, tiles = triton.cdiv(M, tile.m), triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
     if not single:
+        mask = None if transposed else dropout
+        arguments |= dict(DROPOUT=mask is not None, **launch.mask(mask))
         launch.run(extended_product, (tiles,), on=x, warps=tile.warps, stages=tile.stages, **arguments)
         return raw, out, y
     width = tuning.padded(R)

@@ -6,6 +6,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import tuning
+from ..dropout import Dropout
 from . import interpreted
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -47,3 +48,10 @@ def tf32() -> bool:
 def precision(dtype: torch.dtype) -> str:
     # NOTE: Triton's own default for fp32 is TF32.
     return "tf32" if dtype == torch.float32 and tf32() else "ieee"
+
+
+def mask(dropout: Dropout | None) -> dict:
+    """The arguments of a kernel that say what is dropped."""
+    if dropout is None:
+        return {"seed": None, "threshold": 0, "scale": 1.0}
+    return {"seed": dropout.seed, "threshold": dropout.threshold, "scale": dropout.scale}

@@ -4,6 +4,8 @@
     G, H = dy·B, s·G·N              dx = [dy | H]·[W ; A]
     dA = Hᵀ·x       dN = s·Gᵀ·T     dB = s·(dyᵀ·T)·Nᵀ
 
+With dropout T and dA read drop(x), and dx = dy·W + drop(H·A).
+
 s is folded into P and H, so neither y nor dx is scaled in a pass of its own, and dB multiplies by N after its sum over
 tokens, so P is not made again.
 """
@@ -16,19 +18,19 @@ from .extended import widen
 from .narrow import narrow
 
 
-def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> tuple[Tensor, Tensor]:
-    T, _, y = widen(x, weight, lora_A, lora_N, lora_B, bias, scaling, transposed=True)
+def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None) -> tuple[Tensor, Tensor]:
+    T, _, y = widen(x, weight, lora_A, lora_N, lora_B, bias, scaling, transposed=True, dropout=dropout)
     return y, T
 
 
-def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs) -> Grads:
+def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dropout=None) -> Grads:
     dx = dA = dB = dN = None
     if needs.x:
-        G, H, dx = widen(dy, weight, lora_B, lora_N, lora_A, None, scaling, transposed=False)
+        G, H, dx = widen(dy, weight, lora_B, lora_N, lora_A, None, scaling, transposed=False, dropout=dropout)
     elif needs.lora_A or needs.lora_N:
         G, H = narrow(dy, lora_B, core=lora_N, alpha=scaling, raw=True)
     if needs.lora_A:
-        dA = narrow(H, x, a_transposed=True, dtype=lora_A.dtype)[1]
+        dA = narrow(H, x, a_transposed=True, dtype=lora_A.dtype, dropout=dropout, drops="b")[1]
     if needs.lora_N:
         dN = narrow(G, T, a_transposed=True, alpha=scaling, dtype=lora_N.dtype)[1]
     if needs.lora_B:

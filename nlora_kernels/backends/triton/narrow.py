@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import tuning
+from ..dropout import Dropout
 from . import launch
 from .tiles import multiply, store_product, store_tile
 
@@ -16,7 +17,7 @@ from .tiles import multiply, store_product, store_tile
 WIDEST_CORE = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def narrow_product(
     a,
     b,
@@ -24,6 +25,7 @@ def narrow_product(
     raw,
     out,
     slices,
+    seed,
     M,
     N,
     K,
@@ -34,6 +36,8 @@ def narrow_product(
     core_stride_row,
     core_stride_col,
     alpha,
+    threshold,
+    scale,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -43,6 +47,7 @@ def narrow_product(
     B_TRANSPOSED: tl.constexpr,
     A_DESCRIPTOR: tl.constexpr,
     B_DESCRIPTOR: tl.constexpr,
+    DROPS: tl.constexpr,
     STORE_RAW: tl.constexpr,
     CORE: tl.constexpr,
     CORE_TRANSPOSED: tl.constexpr,
@@ -53,7 +58,7 @@ def narrow_product(
 ):
     """raw = a·b, out = alpha·raw·core: T and P, G and H, dA, dB, dN.
 
-    Split along K, each part of the sum goes to a slice of its own.
+    Split along K, each part of the sum goes to a slice of its own. DROPS names the operand that has dropout.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -65,7 +70,10 @@ def narrow_product(
     acc = multiply(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), a, b, m, n, M, N,
                    split * part, tl.minimum(K, (split + 1) * part),
                    a_stride_row, a_stride_col, b_stride_row, b_stride_col, BLOCK_M, BLOCK_N, BLOCK_K, CHECK_K,
-                   A_TRANSPOSED, B_TRANSPOSED, A_DESCRIPTOR, B_DESCRIPTOR, DTYPE, PRECISION)
+                   A_TRANSPOSED, B_TRANSPOSED, A_DESCRIPTOR, B_DESCRIPTOR, DTYPE, PRECISION,
+                   seed, threshold, DROPS)
+    if DROPS:
+        acc *= scale
     if SPLIT:
         store_tile(slices + split.to(tl.int64) * M * N, acc, m, n, M, N, N, BLOCK_M, BLOCK_N)
     else:
@@ -125,18 +133,22 @@ def narrow(
     core_transposed: bool = False,
     raw: bool = False,
     dtype: torch.dtype | None = None,
+    dropout: Dropout | None = None,
+    drops: str = "",
 ) -> tuple[Tensor | None, Tensor]:
     """(raw, out) = (a·b, alpha·raw·core) for a product with a narrow side, with fp32 sums in a fixed order.
 
     Transposed operands are stored as the transpose of what is multiplied, and all are used in a's dtype. raw, computed
     on request, is in that dtype; out in `dtype`, a's by default. Where out alone is wanted, a·b meets the core in fp32.
+    `drops` names the operand, not transposed, to which dropout applies.
     """
     M, K = a.T.shape if a_transposed else a.shape
     N = b.shape[0] if b_transposed else b.shape[1]
     out = a.new_empty(M, N, dtype=dtype or a.dtype)
     raw_out = a.new_empty(M, N) if raw else None
     if core is not None and N > WIDEST_CORE:
-        product = narrow(a, b, a_transposed=a_transposed, b_transposed=b_transposed)[1]
+        same = dict(a_transposed=a_transposed, b_transposed=b_transposed, dropout=dropout, drops=drops)
+        product = narrow(a, b, **same)[1]
         return product, narrow(product, core, alpha=alpha, b_transposed=core_transposed, dtype=dtype)[1]
     if M == 0 or N == 0:
         return raw_out, out
@@ -188,8 +200,10 @@ def narrow(
         B_TRANSPOSED=b_transposed,
         A_DESCRIPTOR=a_source is not a,
         B_DESCRIPTOR=b_source is not b,
+        DROPS=drops if dropout else "",
         DTYPE=launch.DTYPES[a.dtype],
         PRECISION=precision,
+        **launch.mask(dropout),
         **finish,
     )
     if split:

@@ -6,6 +6,8 @@ A matrix is passed as it is stored, with the strides of its rows and columns, or
 import triton
 import triton.language as tl
 
+from .dropout import drop
+
 
 @triton.jit
 def load_tile(
@@ -63,10 +65,13 @@ def multiply(
     B_DESCRIPTOR: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    seed=None,
+    threshold=0,
+    DROPS: tl.constexpr = "",
 ):
     """acc + a[m : m + BLOCK_M, k_begin : k_end] · b[k_begin : k_end, n : n + BLOCK_N], operands in DTYPE, sums in fp32.
 
-    A transposed operand is stored as [K, M] or [N, K].
+    A transposed operand is stored as [K, M] or [N, K]. DROPS names the operand, stored as it is, that has dropout.
     """
     for k in range(k_begin, k_end, BLOCK_K):
         # fmt: off
@@ -76,12 +81,16 @@ def multiply(
         else:
             a_tile = load_tile(a, m, k, M, k_end, a_stride_row, a_stride_col,
                                BLOCK_M, BLOCK_K, True, CHECK_K, A_DESCRIPTOR)
+            if DROPS == "a":
+                a_tile = drop(a_tile, seed, threshold, m, k, BLOCK_M, BLOCK_K)
         if B_TRANSPOSED:
             b_tile = load_tile(b, n, k, N, k_end, b_stride_row, b_stride_col,
                                BLOCK_N, BLOCK_K, True, CHECK_K, B_DESCRIPTOR).T
         else:
             b_tile = load_tile(b, k, n, k_end, N, b_stride_row, b_stride_col,
                                BLOCK_K, BLOCK_N, CHECK_K, True, B_DESCRIPTOR)
+            if DROPS == "b":
+                b_tile = drop(b_tile, seed, threshold, k, n, BLOCK_K, BLOCK_N)
         # fmt: on
         acc = tl.dot(a_tile.to(DTYPE), b_tile.to(DTYPE), acc, input_precision=PRECISION)
     return acc
