@@ -59,13 +59,13 @@ std::vector<nlora::cpu::Lora2Layer> layers_of(const std::vector<int64_t>& sizes,
   return layers;
 }
 
-// Nine numbers a pair, in the order of Lora2Pair.
-std::vector<nlora::cpu::Lora2Pair> pairs_of(const std::vector<int64_t>& numbers) {
-  std::vector<nlora::cpu::Lora2Pair> pairs;
-  for (auto n = numbers.begin(); n < numbers.end(); n += 9)
-    pairs.push_back({pointer<float>(n[0]), pointer<float>(n[1]), pointer<float>(n[2]), pointer<float>(n[3]),
-                     pointer<float>(n[4]), n[5], n[6], n[7], n[8] != 0});
-  return pairs;
+// in, out, r and k of each layer, and the addresses of v, u, V and U.
+std::vector<nlora::cpu::Lora2Vectors> vectors_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors) {
+  std::vector<nlora::cpu::Lora2Vectors> layers;
+  for (auto s = sizes.begin(), t = tensors.begin(); s < sizes.end(); s += 4, t += 4)
+    layers.push_back({pointer<float>(t[0]), pointer<float>(t[1]), pointer<float>(t[2]), pointer<float>(t[3]), s[0], s[1],
+                      s[2], s[3]});
+  return layers;
 }
 
 }  // namespace
@@ -108,14 +108,14 @@ PYBIND11_MODULE(_C, m) {
       free_threads());
   m.def(
       "cpu_lora2_penalty",
-      [](const std::vector<int64_t>& pairs, bool squared, int threads) {
-        return lora2_penalty(pairs_of(pairs), squared, threads);
-      },
+      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors, int64_t saved, bool squared,
+         int threads) { return lora2_penalty(vectors_of(sizes, tensors), pointer<float>(saved), squared, threads); },
       free_threads());
   m.def(
       "cpu_lora2_penalty_backward",
-      [](const std::vector<int64_t>& pairs, float scale, int threads) {
-        lora2_penalty_backward(pairs_of(pairs), scale, threads);
+      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors, int64_t saved, float scale,
+         int64_t grads, int threads) {
+        lora2_penalty_backward(vectors_of(sizes, tensors), pointer<float>(saved), scale, pointer<float>(grads), threads);
       },
       free_threads());
 }

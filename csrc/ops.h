@@ -61,18 +61,17 @@ struct Lora2Layer {
 bool lora2_allocate(const std::vector<Lora2Layer>& layers, float* exp_avg, float* exp_unc, uint8_t* kept, float beta1,
                     float beta2, bool scoring, int64_t budget);
 
-// One side of an adapter: w (k, n) is v, or Vᵀ if transposed, when it lies as (n, k); t (r, k) is u, or Uᵀ likewise.
-// The gradient of w is D·w, with D (k, k).
-struct Lora2Pair {
-  const float *w, *t;
-  float *dw, *dt, *D;
-  int64_t n, k, r;
-  bool transposed;
+// The vectors of an adapter: v (k, in), u (r, k), V (out, k), U (k, r).
+struct Lora2Vectors {
+  const float *v, *u, *V, *U;
+  int64_t in, out, r, k;
 };
-// Σ ‖t·w·wᵀ·tᵀ − I‖² + ‖w·wᵀ − I‖² + ‖tᵀ·t − I‖², or ‖w·wᵀ − I‖ + ‖tᵀ·t − I‖ where not squared; fills D and dt.
-double lora2_penalty(const std::vector<Lora2Pair>& pairs, bool squared, int threads);
-// dw = scale·D·w
-void lora2_penalty_backward(const std::vector<Lora2Pair>& pairs, float scale, int threads);
+// The penalty of penalty.py in its form "paper" where `squared`, else the sum of norms of which "reference" is the mean.
+// `saved`, for the gradients, takes 2k(k + r) values a layer.
+double lora2_penalty(const std::vector<Lora2Vectors>& layers, float* saved, bool squared, int threads);
+// The gradients of v, u, V and U of every layer times scale, one after the other.
+void lora2_penalty_backward(const std::vector<Lora2Vectors>& layers, const float* saved, float scale, float* grads,
+                            int threads);
 
 }  // namespace cpu
 }  // namespace nlora

@@ -5,13 +5,11 @@
 #include <limits>
 #include <numeric>
 
+#include "cpu/gram.h"
 #include "ops.h"
 
 namespace nlora::cpu {
 namespace {
-
-// Sums run in fp32 over this many terms, and in double over the blocks.
-constexpr int64_t kBlock = 256;
 
 struct Averages {
   float* mean;
@@ -93,123 +91,124 @@ bool lora2_allocate(const std::vector<Lora2Layer>& layers, float* exp_avg, float
 
 namespace {
 
-void add_scaled(const float* __restrict x, float scale, int64_t n, float* __restrict y) {
-  for (int64_t i = 0; i < n; ++i) y[i] += scale * x[i];
+const GramKernels& gram_kernels() {
+#if defined(__x86_64__) || defined(__i386__)
+  if (tier() != Tier::kPortable) return avx2_gram();
+#endif
+  return portable_gram();
 }
 
-// w·wᵀ, (k, k): from w (k, n), or from its transpose (n, k).
-void gram(const Lora2Pair& p, std::vector<double>& out, std::vector<float>& block) {
-  const int64_t k = p.k, n = p.n;
-  out.assign(k * k, 0);
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t end = std::min(n, start + kBlock);
-    if (p.transposed) {
-      block.assign(k * k, 0);
-      for (int64_t row = start; row < end; ++row)
-        for (int64_t i = 0; i < k; ++i) add_scaled(p.w + row * k, p.w[row * k + i], k, &block[i * k]);
-      for (int64_t ij = 0; ij < k * k; ++ij) out[ij] += block[ij];
-      continue;
-    }
-    for (int64_t i = 0; i < k; ++i) {
-      const float* a = p.w + i * n;
-      for (int64_t j = i; j < k; ++j) {
-        const float* b = p.w + j * n;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t c = start; c < end; ++c) sum += a[c] * b[c];
-        out[i * k + j] = out[j * k + i] += sum;
-      }
+// One side of an adapter: w (k, n) is v, or Vᵀ where it lies as (n, k); t (r, k) is u, or Uᵀ likewise. `saved` holds
+// k·k values of D, with which the gradient of w is D·w, then the gradient of t as it lies.
+struct Pair {
+  const float *w, *t;
+  float *saved, *grads;  // of w, then of t
+  int64_t n, r, k;
+  bool transposed;
+
+  int64_t saved_size() const { return k * k + r * k; }
+  int64_t grads_size() const { return k * n + r * k; }
+};
+
+std::vector<Pair> pairs_of(const std::vector<Lora2Vectors>& layers, float* saved, float* grads) {
+  std::vector<Pair> pairs;
+  for (const Lora2Vectors& l : layers) {
+    for (const Pair& pair : {Pair{l.v, l.u, saved, grads, l.in, l.r, l.k, false},
+                             Pair{l.V, l.U, saved, grads, l.out, l.r, l.k, true}}) {
+      pairs.push_back(pair);
+      pairs.back().saved = saved, pairs.back().grads = grads;
+      saved += pair.saved_size(), grads += grads ? pair.grads_size() : 0;
     }
   }
+  return pairs;
 }
 
-// C (m, n) = a (m, k)·b (k, n), each of them as stored or transposed.
-void multiply(const double* a, bool a_transposed, const double* b, bool b_transposed, int64_t m, int64_t n, int64_t k,
-              double* c) {
+typedef std::vector<double> Small;
+
+// a·b, of a (m, k) and b (k, n)
+Small multiply(const Small& a, const Small& b, int64_t m, int64_t n, int64_t k) {
+  Small c(m * n);
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      double sum = 0;
-      for (int64_t l = 0; l < k; ++l)
-        sum += (a_transposed ? a[l * m + i] : a[i * k + l]) * (b_transposed ? b[j * k + l] : b[l * n + j]);
-      c[i * n + j] = sum;
-    }
+    for (int64_t l = 0; l < k; ++l)
+      for (int64_t j = 0; j < n; ++j) c[i * n + j] += a[i * k + l] * b[l * n + j];
+  return c;
 }
 
 // Subtracts the identity; the squared Frobenius norm of what is left.
-double subtract_identity(std::vector<double>& m, int64_t size) {
+double subtract_identity(Small& m, int64_t size) {
   for (int64_t i = 0; i < size; ++i) m[i * size + i] -= 1;
   return std::inner_product(m.begin(), m.end(), m.begin(), 0.0);
 }
 
+// The penalty of a pair; fills what it saves. Needs gram_scratch(k).
+double pair_penalty(const GramKernels& kernels, const Pair& pair, bool squared, float* scratch) {
+  const int64_t r = pair.r, k = pair.k;
+  Small t(r * k), tt(k * r), a(k * k);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t c = 0; c < k; ++c) t[i * k + c] = tt[c * r + i] = pair.t[pair.transposed ? c * r + i : i * k + c];
+  kernels.gram(pair.w, pair.n, k, pair.transposed, a.data(), scratch);
+  const double a_square = subtract_identity(a, k);
+  Small g = multiply(tt, t, k, k, r);
+  const double g_square = subtract_identity(g, k);
+  Small dt = multiply(t, g, r, k, k);
+  double value;
+  if (squared) {
+    Small ta = multiply(t, a, r, k, k);  // u·v·vᵀ
+    for (int64_t i = 0; i < r * k; ++i) ta[i] += t[i];
+    Small p = multiply(ta, tt, r, r, k);
+    value = a_square + g_square + subtract_identity(p, r);
+    g = multiply(tt, multiply(p, t, r, k, r), k, k, r);
+    ta = multiply(p, ta, r, k, r);
+    for (int64_t i = 0; i < k * k; ++i) a[i] = 4 * (a[i] + g[i]);
+    for (int64_t i = 0; i < r * k; ++i) dt[i] = 4 * (dt[i] + ta[i]);
+  } else {
+    // The norm has no gradient at 0: take 0.
+    const auto inverse = [](double square) { return square > 0 ? 2 / std::sqrt(square) : 0; };
+    value = std::sqrt(a_square) + std::sqrt(g_square);
+    for (double& entry : a) entry *= inverse(a_square);
+    for (double& entry : dt) entry *= inverse(g_square);
+  }
+  std::copy(a.begin(), a.end(), pair.saved);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t c = 0; c < k; ++c) pair.saved[k * k + (pair.transposed ? c * r + i : i * k + c)] = dt[i * k + c];
+  return value;
+}
+
 }  // namespace
 
-double lora2_penalty(const std::vector<Lora2Pair>& pairs, bool squared, int threads) {
+double lora2_penalty(const std::vector<Lora2Vectors>& layers, float* saved, bool squared, int threads) {
+  const GramKernels& kernels = gram_kernels();
+  const std::vector<Pair> pairs = pairs_of(layers, saved, nullptr);
   std::vector<double> values(pairs.size());
 #pragma omp parallel num_threads(forked() ? 1 : threads)
   {
-    std::vector<float> block;
-    std::vector<double> t, a, g, ta, p, pt, dt;
+    std::vector<float> scratch;
 #pragma omp for schedule(dynamic)
     for (size_t index = 0; index < pairs.size(); ++index) {
-      const Lora2Pair& pair = pairs[index];
-      const int64_t r = pair.r, k = pair.k;
-      const auto at = [&](int64_t i, int64_t c) { return pair.transposed ? c * r + i : i * k + c; };
-      t.resize(r * k);
-      for (int64_t i = 0; i < r; ++i)
-        for (int64_t c = 0; c < k; ++c) t[i * k + c] = pair.t[at(i, c)];
-      for (auto* m : {&ta, &pt, &dt}) m->resize(r * k);
-      gram(pair, a, block);
-      if (squared) multiply(t.data(), false, a.data(), false, r, k, k, ta.data());  // u·v·vᵀ
-      const double a_square = subtract_identity(a, k);
-      g.resize(k * k);
-      multiply(t.data(), true, t.data(), false, k, k, r, g.data());
-      const double g_square = subtract_identity(g, k);
-      multiply(t.data(), false, g.data(), false, r, k, k, dt.data());
-      if (squared) {
-        p.resize(r * r);
-        multiply(ta.data(), false, t.data(), true, r, r, k, p.data());
-        values[index] = a_square + g_square + subtract_identity(p, r);
-        multiply(p.data(), false, t.data(), false, r, k, r, pt.data());
-        multiply(t.data(), true, pt.data(), false, k, k, r, g.data());
-        for (int64_t c = 0; c < k * k; ++c) pair.D[c] = 4 * (a[c] + g[c]);
-        multiply(p.data(), false, ta.data(), false, r, k, r, pt.data());
-        for (int64_t c = 0; c < r * k; ++c) dt[c] = 4 * (dt[c] + pt[c]);
-      } else {
-        // The norm has no gradient at 0: take 0.
-        const auto inverse = [](double square) { return square > 0 ? 2 / std::sqrt(square) : 0; };
-        values[index] = std::sqrt(a_square) + std::sqrt(g_square);
-        for (int64_t c = 0; c < k * k; ++c) pair.D[c] = inverse(a_square) * a[c];
-        for (double& value : dt) value *= inverse(g_square);
-      }
-      for (int64_t i = 0; i < r; ++i)
-        for (int64_t c = 0; c < k; ++c) pair.dt[at(i, c)] = dt[i * k + c];
+      scratch.resize(gram_scratch(pairs[index].k));
+      values[index] = pair_penalty(kernels, pairs[index], squared, scratch.data());
     }
   }
   // Summed in one order, whatever thread did what.
   return std::accumulate(values.begin(), values.end(), 0.0);
 }
 
-void lora2_penalty_backward(const std::vector<Lora2Pair>& pairs, float scale, int threads) {
+void lora2_penalty_backward(const std::vector<Lora2Vectors>& layers, const float* saved, float scale, float* grads,
+                            int threads) {
+  const GramKernels& kernels = gram_kernels();
+  const std::vector<Pair> pairs = pairs_of(layers, const_cast<float*>(saved), grads);
 #pragma omp parallel num_threads(forked() ? 1 : threads)
   {
     std::vector<float> D;
 #pragma omp for schedule(dynamic)
     for (size_t index = 0; index < pairs.size(); ++index) {
-      const Lora2Pair& pair = pairs[index];
-      const int64_t k = pair.k, n = pair.n;
-      D.assign(pair.D, pair.D + k * k);
-      for (float& value : D) value *= scale;
-      std::memset(pair.dw, 0, k * n * sizeof(float));
-      if (pair.transposed) {
-        for (int64_t row = 0; row < n; ++row)
-          for (int64_t i = 0; i < k; ++i)
-            add_scaled(&D[i * k], pair.w[row * k + i], k, pair.dw + row * k);
-        continue;
-      }
-      for (int64_t start = 0; start < n; start += kBlock)
-        for (int64_t i = 0; i < k; ++i)
-          for (int64_t j = 0; j < k; ++j)
-            add_scaled(pair.w + j * n + start, D[i * k + j], std::min(kBlock, n - start), pair.dw + i * n + start);
+      const Pair& pair = pairs[index];
+      const int64_t k = pair.k, padded = gram_columns(k);
+      D.assign(k * padded, 0);
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < k; ++j) D[i * padded + j] = scale * pair.saved[i * k + j];
+      kernels.product(D.data(), pair.w, pair.n, k, pair.transposed, pair.grads);
+      for (int64_t i = 0; i < pair.r * k; ++i) pair.grads[k * pair.n + i] = scale * pair.saved[k * k + i];
     }
   }
 }

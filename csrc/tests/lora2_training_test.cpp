@@ -53,38 +53,47 @@ double penalty(const std::vector<double>& w, const std::vector<double>& t, int64
   return squared ? off(tw, r, n, true) + a + g : std::sqrt(a) + std::sqrt(g);
 }
 
-void check_penalty(int64_t r, int64_t k, int64_t n, bool transposed, bool squared) {
-  const std::vector<float> w = normal(k * n), t = normal(r * k);
-  std::vector<float> dw(k * n, NAN), dt(r * k, NAN), D(k * k, NAN);
-  const auto w_at = [&](int64_t i, int64_t c) { return transposed ? c * k + i : i * n + c; };
-  const auto t_at = [&](int64_t i, int64_t j) { return transposed ? j * r + i : i * k + j; };
-  std::vector<double> w_exact(k * n), t_exact(r * k);
+// The penalty of one adapter, and its gradients where `scale` is a half.
+void check_penalty(int64_t r, int64_t k, int64_t n, bool squared) {
+  const int64_t in = n, out = n + 3;
+  const std::vector<float> v = normal(k * in), u = normal(r * k), V = normal(out * k), U = normal(k * r);
+  std::vector<float> saved(2 * k * (k + r), NAN), grads(k * (in + out) + 2 * k * r, NAN);
+  std::vector<double> w[2], t[2];
+  w[0].assign(v.begin(), v.end());
+  t[0].assign(u.begin(), u.end());
   for (int64_t i = 0; i < k; ++i)
-    for (int64_t c = 0; c < n; ++c) w_exact[i * n + c] = w[w_at(i, c)];
+    for (int64_t c = 0; c < out; ++c) w[1].push_back(V[c * k + i]);
   for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = 0; j < k; ++j) t_exact[i * k + j] = t[t_at(i, j)];
+    for (int64_t c = 0; c < k; ++c) t[1].push_back(U[c * r + i]);
 
-  const std::vector<Lora2Pair> pairs{{w.data(), t.data(), dw.data(), dt.data(), D.data(), n, k, r, transposed}};
-  const double value = lora2_penalty(pairs, squared, 2), exact = penalty(w_exact, t_exact, r, k, n, squared);
-  lora2_penalty_backward(pairs, 0.5f, 2);
+  const std::vector<Lora2Vectors> layers{{v.data(), u.data(), V.data(), U.data(), in, out, r, k}};
+  const double value = lora2_penalty(layers, saved.data(), squared, 2);
+  const double exact = penalty(w[0], t[0], r, k, in, squared) + penalty(w[1], t[1], r, k, out, squared);
+  lora2_penalty_backward(layers, saved.data(), 0.5f, grads.data(), 2);
   expect(near(value, exact, exact), "the penalty", r, k, n);
 
   // Central differences of the first and the last element of each tensor.
   const double step = 1e-5;
-  const auto slope = [&](std::vector<double>& tensor, int64_t at) {
-    const double kept = tensor[at];
-    tensor[at] = kept + step;
-    const double above = penalty(w_exact, t_exact, r, k, n, squared);
-    tensor[at] = kept - step;
-    const double below = penalty(w_exact, t_exact, r, k, n, squared);
-    tensor[at] = kept;
-    return (above - below) / (2 * step);
-  };
-  for (bool last : {false, true}) {
-    const int64_t i = last ? k - 1 : 0, c = last ? n - 1 : 0, row = last ? r - 1 : 0;
-    const double w_slope = slope(w_exact, i * n + c), t_slope = slope(t_exact, row * k + i);
-    expect(near(dw[w_at(i, c)], 0.5 * w_slope, 1 + exact), "the gradient of w", r, k, n);
-    expect(near(dt[t_at(row, i)], t_slope, 1 + exact), "the gradient of t", r, k, n);
+  const float* grad = grads.data();
+  for (int side : {0, 1}) {
+    const int64_t columns = side ? out : in;
+    const auto slope = [&](std::vector<double>& tensor, int64_t at) {
+      const double kept = tensor[at];
+      tensor[at] = kept + step;
+      const double above = penalty(w[side], t[side], r, k, columns, squared);
+      tensor[at] = kept - step;
+      const double below = penalty(w[side], t[side], r, k, columns, squared);
+      tensor[at] = kept;
+      return (above - below) / (4 * step);
+    };
+    for (bool last : {false, true}) {
+      const int64_t i = last ? k - 1 : 0, c = last ? columns - 1 : 0, row = last ? r - 1 : 0;
+      const double w_slope = slope(w[side], i * columns + c), t_slope = slope(t[side], row * k + i);
+      expect(near(grad[side ? c * k + i : i * columns + c], w_slope, 1 + exact), "the gradient of w", r, k, n);
+      expect(near(grad[k * columns + (side ? i * r + row : row * k + i)], t_slope, 1 + exact), "the gradient of t", r, k,
+             n);
+    }
+    grad += k * (columns + r);
   }
 }
 
@@ -126,9 +135,12 @@ void check_allocator(int64_t r, int64_t k, int64_t budget) {
 
 int main() {
   for (int64_t r : {1, 3, 8})
-    for (int64_t k : {1, 5, 8, 32}) {
-      for (int64_t n : {1, 7, 300})
-        for (int form = 0; form < 4; ++form) check_penalty(r, k, n, form & 1, form & 2);
+    for (int64_t k : {1, 5, 8, 12, 32}) {
+      for (Tier cap : {Tier::kPortable, Tier::kAvx512}) {
+        cap_tier(cap);
+        for (int64_t n : {1, 7, 300})
+          for (bool squared : {false, true}) check_penalty(r, k, n, squared);
+      }
       for (int64_t budget : {int64_t(0), r, 2 * r}) check_allocator(r, k, budget);
     }
   std::printf("LoRA² training: %s\n", failures ? "FAILED" : "ok");

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 _TENSORS = ("lora_E", "lora_u", "lora_U", "lora_v", "lora_V", "lora_mask")
+_NAMES = frozenset(_TENSORS)
 
 
 class Layer(NamedTuple):
@@ -36,7 +37,7 @@ class Layer(NamedTuple):
 
     @classmethod
     def of(cls, name: str, module: nn.Module, adapter: str | None) -> "Layer":
-        held = (getattr(module, attribute) for attribute in _TENSORS)
+        held = map(_held(module).__getitem__, _TENSORS)
         return cls(name, module, adapter, *(held if adapter is None else (mapping[adapter] for mapping in held)))
 
     def again(self) -> "Layer":
@@ -47,22 +48,28 @@ class Layer(NamedTuple):
 def layers(model: nn.Module) -> list[Layer]:
     """The LoRA² adapters of a model in the order of its modules.
 
-    A layer is a module with the attributes lora_E, lora_u, lora_U, lora_v, lora_V and lora_mask, each a tensor or a
-    mapping from adapter name to tensor; of a mapping it is the one active adapter that counts.
+    A layer is a module with lora_E, lora_u, lora_U, lora_v, lora_V and lora_mask, each a parameter or buffer, or a
+    module that maps adapter names to such; of a mapping it is the one active adapter that counts.
 
     Raises ValueError if the model has none, or a layer more than one active.
     """
     found = []
     for name, module in model.named_modules():
-        if not all(hasattr(module, attribute) for attribute in _TENSORS):
+        held = _held(module)
+        if not held.keys() >= _NAMES:
             continue
-        if isinstance(module.lora_E, Tensor):
+        if isinstance(held["lora_E"], Tensor):
             found.append(Layer.of(name, module, None))
             continue
-        active = [adapter for adapter in module.active_adapters if adapter in module.lora_E]
+        active = [adapter for adapter in module.active_adapters if adapter in held["lora_E"]]
         if len(active) > 1:
             raise ValueError(f"model must have one active LoRA² adapter, layer {name} has {', '.join(active)}")
         found += [Layer.of(name, module, adapter) for adapter in active]
     if not found:
         raise ValueError("model must have layers with an active LoRA² adapter, got none")
     return found
+
+
+def _held(module: nn.Module) -> dict[str, Tensor | nn.Module | None]:
+    # NOTE: asking a module for an attribute it lacks raises and catches, which costs most of a walk over a model.
+    return module._parameters | module._buffers | module._modules

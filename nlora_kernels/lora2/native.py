@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 try:
     from .. import _C
@@ -45,10 +46,10 @@ def allocate(
     """
     return _C.cpu_lora2_allocate(
         sizes,
-        [t.data_ptr() for t in scored],
+        _addresses(scored),
         [0 if t is None else t.data_ptr() for t in grads],
-        [t.data_ptr() for t in masks],
-        *(t.data_ptr() for t in (exp_avg, exp_unc, kept)),
+        _addresses(masks),
+        *_addresses((exp_avg, exp_unc, kept)),
         beta1,
         beta2,
         scoring,
@@ -56,33 +57,26 @@ def allocate(
     )
 
 
-def penalty(tensors: Sequence[Tensor], squared: bool) -> tuple[float, Tensor, Tensor]:
-    """(value, D, dt): the sum over all pairs, and what `penalty_backward` needs, for v, u, V and U of each layer."""
-    D = torch.empty(sum(u.shape[1] ** 2 for u in tensors[1::4]) * 2)
-    dt = torch.empty(sum(t.numel() for t in tensors[1::2]))
-    numbers = _pairs(tensors, [0] * (len(tensors) // 2), D, dt)
-    return _C.cpu_lora2_penalty(numbers, squared, torch.get_num_threads()), D, dt
+def penalty(tensors: Sequence[Tensor], squared: bool) -> tuple[float, Tensor]:
+    """(value, saved): the sum over all layers for v, u, V and U of each, and what `penalty_backward` needs."""
+    sizes = _sizes(tensors)
+    saved = tensors[0].new_empty(sum([2 * k * (k + r) for r, k in zip(sizes[2::4], sizes[3::4], strict=True)]))
+    value = _C.cpu_lora2_penalty(sizes, _addresses(tensors), saved.data_ptr(), squared, torch.get_num_threads())
+    return value, saved
 
 
-def penalty_backward(tensors: Sequence[Tensor], D: Tensor, dt: Tensor, scale: float) -> list[Tensor]:
-    """The gradients of `tensors`, those of u and U views of one tensor."""
-    grads = [torch.empty_like(t) for t in tensors[::2]]
-    numbers = _pairs(tensors, [dw.data_ptr() for dw in grads], D, dt)
-    _C.cpu_lora2_penalty_backward(numbers, scale, torch.get_num_threads())
-    inner = (dt * scale).split([t.numel() for t in tensors[1::2]])
-    inner = (part.view(t.shape) for part, t in zip(inner, tensors[1::2], strict=True))
-    return [grad for pair in zip(grads, inner, strict=True) for grad in pair]
+def penalty_backward(tensors: Sequence[Tensor], saved: Tensor, scale: float) -> Sequence[Tensor]:
+    """The gradients of `tensors` times scale, views of one tensor: a single large allocation costs no page faults."""
+    grads = tensors[0].new_empty(sum([t.numel() for t in tensors]))
+    _C.cpu_lora2_penalty_backward(
+        _sizes(tensors), _addresses(tensors), saved.data_ptr(), scale, grads.data_ptr(), torch.get_num_threads()
+    )
+    return _unflatten_dense_tensors(grads, tensors)
 
 
-def _pairs(tensors: Sequence[Tensor], dws: Sequence[int], D: Tensor, dt: Tensor) -> list[int]:
-    numbers: list[int] = []
-    D_at, dt_at = D.data_ptr(), dt.data_ptr()
-    for place, dw in enumerate(dws):
-        w, t = tensors[2 * place], tensors[2 * place + 1]
-        right = place % 2
-        n, k = w.shape if right else w.shape[::-1]
-        r = t.shape[right]
-        numbers += (w.data_ptr(), t.data_ptr(), dw, dt_at, D_at, n, k, r, right)
-        D_at += 4 * k * k
-        dt_at += 4 * k * r
-    return numbers
+def _sizes(tensors: Sequence[Tensor]) -> list[int]:
+    return [size for v, u, V in zip(*(tensors[n::4] for n in range(3))) for size in (v.shape[1], V.shape[0], *u.shape)]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]

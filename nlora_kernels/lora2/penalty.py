@@ -45,10 +45,10 @@ class _OrthogonalPenalty(torch.autograd.Function):
         # "reference" is a mean over the tensors.
         weight = 1.0 if form == "paper" else 1 / len(tensors)
         if native.takes(tensors, max(u.shape[1] for u in tensors[1::4])):
-            value, *ctx.native = native.penalty(tensors, form == "paper")
+            value, ctx.saved = native.penalty(tensors, form == "paper")
             value = tensors[0].new_tensor(weight * value)
         else:
-            ctx.native, value = None, 0
+            ctx.saved, value = None, 0
             with torch.autocast(tensors[0].device.type, enabled=False):
                 for _, w, t in _pairs(tensors):
                     value = value + weight * _pair_penalty(w, t, form)[0].sum()
@@ -60,8 +60,8 @@ class _OrthogonalPenalty(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_value):
         tensors, weight = ctx.saved_tensors, ctx.weight * d_value
-        if ctx.native:
-            return None, *native.penalty_backward(tensors, *ctx.native, weight.item())
+        if ctx.saved is not None:
+            return None, *native.penalty_backward(tensors, ctx.saved, weight.item())
         grads: list[Tensor | None] = [None] * len(tensors)
         with torch.autocast(d_value.device.type, enabled=False):
             for places, w, t in _pairs(tensors):
