@@ -114,7 +114,7 @@ def compile_case(capability: int, case: str, ranks: list[int], rows: list[int], 
 def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     from nlora_kernels.backends.gradients import Needs
     from nlora_kernels.backends.triton import core as lora2
-    from nlora_kernels.backends.triton import linear, nystrom
+    from nlora_kernels.backends.triton import linear, nystrom, training
 
     def meta(*shape, dtype=adapter_dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -127,6 +127,7 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
     u, E, U = meta(R, R), meta(R), meta(R, R)
     lora2.forward(u, E, U, E)
     lora2.backward(core, u, E, U, E)
+    train_lora2(K, N, min(R, training.LARGEST), meta)
     if R > min(K, N, 256):
         return
     rows = meta(R, dtype=torch.int64)
@@ -134,6 +135,21 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
     nystrom.squared_norms(weight)
     nystrom.subtract_([weight], [A], [core], [B], 1.0)
     nystrom.solve_triangular(meta(R, R, dtype=torch.float32), meta(R, R, dtype=torch.float32))
+
+
+def train_lora2(K: int, N: int, r: int, meta) -> None:
+    from nlora_kernels.backends.triton import training
+
+    v, u, V, E = meta(r, K), meta(r, r), meta(N, r), meta(r)
+    averages, flags = meta(2, r + 2 * r * r, dtype=torch.float32), meta(2, dtype=torch.int64)
+    options = {"nonfinite": flags[0], "progress": flags[1], "hold": True}
+    training.smooth([r, r], [E, u, u], [E, u, u], *averages, 0.85, 0.85, **options)
+    where, kept = meta(r, 1 + 2 * r, dtype=torch.int64), meta(r, dtype=torch.bool)
+    for masks, scores in (([], None), ([E], None), ([E], averages[0, :r])):
+        training.mask([E], masks, *averages, where, where.to(torch.float32), scores, kept, 1)
+    for squared in (True, False):
+        value, saved = training.penalty([v, u, V, u], squared, 1.0)
+        training.penalty_backward([v, u, V, u], saved, value)
 
 
 def inspect(device, kernel: str, warps: int, stages: int, arguments: dict, binary) -> Compiled:

@@ -12,6 +12,8 @@ A backend is a module with these plain functions; it knows nothing of autograd, 
     lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask) -> (du, dE, dU)
     initialisation(weight, r) -> module | None                       (optional)
         gather, squared_norms, subtract_ and solve_triangular of its own for `init`, if it can take this weight
+    lora2_training(tensors, size) -> module | None                   (optional)
+        smooth, mask, penalty and penalty_backward of its own for `lora2`, if it can take adapters of these tensors
 
 with x (M, K) in any strides, weight (N, K) and bias (N,) in x's dtype, lora_A (R, K), lora_N (R, R) or None and
 lora_B (N, R) in any floating dtype. y (M, N) and T (M, R) are new contiguous tensors in x's dtype; T = drop(x)·Aᵀ means

@@ -1,12 +1,12 @@
 """Which singular values to keep: scores, schedule and masks over all layers of a model at once."""
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import native
+from .kernels import kernels
 from .layers import Layer, layers
 
 
@@ -95,7 +95,7 @@ class RankAllocator:
         self.exp_avg = torch.zeros(size, dtype=torch.promote_types(torch.float32, like.dtype), device=like.device)
         self.exp_unc = torch.zeros_like(self.exp_avg)
         self._kept = torch.ones(sum(ranks), dtype=torch.bool, device=like.device)
-        self._nonfinite = torch.zeros((), dtype=torch.int64, device=like.device)
+        self._nonfinite, self._progress = torch.zeros(2, dtype=torch.int64, device=like.device)
         self._where, self._share = _score_index(found, self.exp_avg)
 
     def budget(self, t: int) -> int:
@@ -137,8 +137,15 @@ class RankAllocator:
         budget = self.budget(t)
         if scoring or masking:
             masks = [layer.lora_mask for layer in self.layers] if freeze else []
-            step = self._native_step if self._native(grads, masks) else self._step
-            step(grads, masks, budget if masking else None, scoring=scoring, skip_nonfinite=skip_nonfinite)
+            found = kernels([t for t in (*self._scored, *grads, *masks) if t is not None])
+            options = {"scoring": scoring, "skip_nonfinite": skip_nonfinite}
+            if found is not native:
+                self._step(found, grads, masks, budget if masking else None, **options)
+            elif self.group is None:
+                self._native_step(grads, masks, budget if masking else None, **options)
+            else:
+                # In one call the group's first rank could not speak between scores and masks.
+                self._step(None, grads, masks, budget if masking else None, **options)
         self.t = t
         return budget
 
@@ -191,12 +198,6 @@ class RankAllocator:
         # Elsewhere reading the flag would make the host wait for the device.
         return self.exp_avg.is_cpu
 
-    def _native(self, grads: list[Tensor | None], masks: list[Tensor]) -> bool:
-        # The group's first rank must speak between scores and masks.
-        if self.group is not None or not native.takes(itertools.chain((self.exp_avg,), self._scored, masks)):
-            return False
-        return all([grad is None or (grad.dtype is torch.float32 and grad.is_contiguous()) for grad in grads])
-
     def _native_step(self, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
         arguments = (
             self._sizes,
@@ -214,23 +215,42 @@ class RankAllocator:
             self._report(skip_nonfinite)
             native.allocate(*arguments, scoring=False, budget=budget)
 
-    def _step(self, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
-        averages = self._averages(grads) if scoring else (self.exp_avg, self.exp_unc)
-        if budget is not None or self._reports_at_once:
+    def _step(self, found, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
+        reporting = budget is not None or self._reports_at_once
+        if scoring:
+            # What is about to raise must have changed nothing.
+            self._smooth(found, grads, hold=reporting and not skip_nonfinite)
+        if reporting:
             self._report(skip_nonfinite)
-        self.exp_avg, self.exp_unc = averages
         if budget is not None:
-            self._mask(budget, masks)
+            self._mask(found, budget, masks)
 
-    def _averages(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """The averages after this step; only those before it, and one more in `_nonfinite`, if it is of no use."""
+    def _smooth(self, found, grads, *, hold: bool) -> None:
+        """Moves the averages. If they must not, for a product is not finite, one is added to `_nonfinite`; with `hold`
+        they stay too where that is not zero."""
+        if found:
+            return found.smooth(
+                self._sizes,
+                self._scored,
+                grads,
+                self.exp_avg,
+                self.exp_unc,
+                self.beta1,
+                self.beta2,
+                nonfinite=self._nonfinite,
+                progress=self._progress,
+                hold=hold,
+            )
         grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(self._scored, grads, strict=True)]
         sensitivity = (self._flat(self._scored) * self._flat(grads)).abs_()
-        finite = sensitivity.isfinite().all()
+        moves = sensitivity.isfinite().all()
+        self._nonfinite += ~moves
+        if hold:
+            moves = self._nonfinite == 0
         exp_avg = self.beta1 * self.exp_avg + (1 - self.beta1) * sensitivity
         exp_unc = self.beta2 * self.exp_unc + (1 - self.beta2) * (sensitivity - exp_avg).abs_()
-        self._nonfinite += ~finite
-        return torch.where(finite, exp_avg, self.exp_avg), torch.where(finite, exp_unc, self.exp_unc)
+        self.exp_avg = torch.where(moves, exp_avg, self.exp_avg)
+        self.exp_unc = torch.where(moves, exp_unc, self.exp_unc)
 
     def _flat(self, tensors: list[Tensor]) -> Tensor:
         return torch.cat([t.reshape(-1) for t in tensors]).to(self.exp_avg.dtype)
@@ -249,14 +269,18 @@ class RankAllocator:
     def _scores(self) -> Tensor:
         return ((self.exp_avg * self.exp_unc)[self._where] * self._share).sum(1)
 
-    def _mask(self, budget: int, masks: list[Tensor]) -> None:
-        scores = self._scores()
+    def _mask(self, found, budget: int, masks: list[Tensor]) -> None:
+        scores, E = None, self._scored[::3]
         if self.group is not None:
+            scores = self._scores()
             torch.distributed.broadcast(scores, group_src=0, group=self.group)
-        order = scores.argsort(descending=True, stable=True)
+        if found:
+            averages = self.exp_avg, self.exp_unc
+            return found.mask(E, masks, *averages, self._where, self._share, scores, self._kept, budget)
+        order = (self._scores() if scores is None else scores).argsort(descending=True, stable=True)
         self._kept = torch.zeros_like(self._kept).index_fill_(0, order[:budget], True)
         kept = self._kept.to(self.exp_avg.dtype).split(self._sizes[::2])
-        torch._foreach_mul_(self._scored[::3], kept)
+        torch._foreach_mul_(E, kept)
         if masks:
             torch._foreach_copy_(masks, kept)
 

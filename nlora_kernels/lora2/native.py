@@ -57,25 +57,27 @@ def allocate(
     )
 
 
-def penalty(tensors: Sequence[Tensor], squared: bool) -> tuple[float, Tensor]:
-    """(value, saved): the sum over all layers for v, u, V and U of each, and what `penalty_backward` needs."""
+def penalty(tensors: Sequence[Tensor], squared: bool, weight: float) -> tuple[Tensor, Tensor]:
+    """(value times weight, saved) for v, u, V and U of each layer; `saved` is what `penalty_backward` needs."""
     sizes = _sizes(tensors)
     saved = tensors[0].new_empty(sum([2 * k * (k + r) for r, k in zip(sizes[2::4], sizes[3::4], strict=True)]))
     value = _C.cpu_lora2_penalty(sizes, _addresses(tensors), saved.data_ptr(), squared, torch.get_num_threads())
-    return value, saved
+    return saved.new_tensor(weight * value), saved
 
 
-def penalty_backward(tensors: Sequence[Tensor], saved: Tensor, scale: float) -> Sequence[Tensor]:
-    """The gradients of `tensors` times scale, views of one tensor: a single large allocation costs no page faults."""
-    grads = tensors[0].new_empty(sum([t.numel() for t in tensors]))
-    _C.cpu_lora2_penalty_backward(
-        _sizes(tensors), _addresses(tensors), saved.data_ptr(), scale, grads.data_ptr(), torch.get_num_threads()
-    )
+def penalty_backward(tensors: Sequence[Tensor], saved: Tensor, scale: Tensor) -> Sequence[Tensor]:
+    """The gradients of `tensors` times scale, views of one tensor, whose memory is paged in once and not anew."""
+    grads = saved.new_empty(sum([t.numel() for t in tensors]))
+    addresses = _sizes(tensors), _addresses(tensors), saved.data_ptr()
+    _C.cpu_lora2_penalty_backward(*addresses, scale.item(), grads.data_ptr(), torch.get_num_threads())
     return _unflatten_dense_tensors(grads, tensors)
 
 
 def _sizes(tensors: Sequence[Tensor]) -> list[int]:
-    return [size for v, u, V in zip(*(tensors[n::4] for n in range(3))) for size in (v.shape[1], V.shape[0], *u.shape)]
+    sizes = []
+    for v, u, V in zip(tensors[::4], tensors[1::4], tensors[2::4], strict=True):
+        sizes += (v.shape[1], V.shape[0], *u.shape)
+    return sizes
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import native
+from .kernels import kernels
 from .layers import layers
 
 FORMS = ("paper", "reference")
@@ -43,16 +43,15 @@ class _OrthogonalPenalty(torch.autograd.Function):
     def forward(ctx, form, *tensors):
         ctx.form = form
         # "reference" is a mean over the tensors.
-        weight = 1.0 if form == "paper" else 1 / len(tensors)
-        if native.takes(tensors, max(u.shape[1] for u in tensors[1::4])):
-            value, ctx.saved = native.penalty(tensors, form == "paper")
-            value = tensors[0].new_tensor(weight * value)
+        ctx.weight = 1.0 if form == "paper" else 1 / len(tensors)
+        ctx.kernels = kernels(tensors, max(max(u.shape) for u in tensors[1::4]))
+        if ctx.kernels:
+            value, ctx.saved = ctx.kernels.penalty(tensors, form == "paper", ctx.weight)
         else:
-            ctx.saved, value = None, 0
+            value = 0
             with torch.autocast(tensors[0].device.type, enabled=False):
                 for _, w, t in _pairs(tensors):
-                    value = value + weight * _pair_penalty(w, t, form)[0].sum()
-        ctx.weight = weight
+                    value = value + ctx.weight * _pair_penalty(w, t, form)[0].sum()
         ctx.save_for_backward(*tensors)
         return value
 
@@ -60,8 +59,8 @@ class _OrthogonalPenalty(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_value):
         tensors, weight = ctx.saved_tensors, ctx.weight * d_value
-        if ctx.saved is not None:
-            return None, *native.penalty_backward(tensors, ctx.saved, weight.item())
+        if ctx.kernels:
+            return None, *ctx.kernels.penalty_backward(tensors, ctx.saved, weight)
         grads: list[Tensor | None] = [None] * len(tensors)
         with torch.autocast(d_value.device.type, enabled=False):
             for places, w, t in _pairs(tensors):

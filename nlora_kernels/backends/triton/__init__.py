@@ -3,8 +3,10 @@
 Triton itself is imported when the backend is first used.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..gradients import Grads, Needs
 
@@ -79,6 +81,22 @@ def initialisation(weight: Tensor, r: int):
     from . import nystrom
 
     return nystrom
+
+
+def lora2_training(tensors: Sequence[Tensor], size: int = 1):
+    """The functions that train LoRA² adapters of these tensors, with r and k up to `size`; None if they cannot."""
+    like = tensors[0]
+    if like.dtype not in DTYPES or like.is_meta or misplaced("lora_E", like):
+        return None
+    if interpreted() and like.dtype == torch.bfloat16:
+        return None
+    for t in tensors:
+        plain = t.is_contiguous() and type(t) in (nn.Parameter, Tensor)
+        if not (plain and t.dtype is like.dtype and t.device == like.device):
+            return None
+    from . import training
+
+    return training if size <= training.LARGEST else None
 
 
 def lora2_core(lora_u, lora_E, lora_U, mask) -> Tensor:
