@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import socket
 
 import pytest
@@ -14,7 +15,7 @@ import nlora_kernels as nk
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 import peft
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from nlora_kernels.peft import LoRA2Config
 from nlora_kernels.trainer import RankAllocatorCallback, add_orthogonal_penalty
@@ -163,31 +164,43 @@ def test_mixed_precision(kind, tmp_path):
     assert sum(callback.allocator.ranks().values()) == 2 * len(nk.lora2.layers(trainer.model))
 
 
-class Poison(TrainerCallback):
-    """Spoils the gradients of some steps."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step in (1, 7):
-            nk.lora2.layers(model)[1].lora_u.grad[0, 0] = math.inf
-
-
-class Careful(torch.optim.AdamW):
-    """Skips a step as a gradient scaler makes it."""
-
-    def step(self, closure=None):
-        if all(p.grad.isfinite().all() for group in self.param_groups for p in group["params"] if p.grad is not None):
-            super().step(closure)
+def scale_gradients(trainer):
+    """What fp16=True makes of a Trainer on a GPU, autocast and GradScaler; on a CPU accelerate refuses it."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=3)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+    return trainer
 
 
-def test_steps_with_non_finite_gradients_are_skipped_and_counted(tmp_path):
-    model = Classifier()
-    optimizer = Careful([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    trainer, callback = trainer_of(
-        "plain", tmp_path, model=model, optimizer=optimizer, callbacks=[Poison()], max_grad_norm=0
-    )
-    trainer.train()
+@pytest.mark.parametrize("clipped", [False, True], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_a_gradient_scaler_changes_no_decision(optim, clipped, tmp_path, monkeypatch):
+    runs = [trainer_of("plain", tmp_path, max_grad_norm=float(clipped), optim=optim) for _ in range(2)]
+    scale_gradients(runs[1][0])
+    for trainer, _ in runs:
+        if not clipped:
+            # Who measures no norm leaves gradients scaled, and so does a fused optimizer.
+            monkeypatch.setattr(trainer, "_get_grad_norm", lambda *_, **__: None)
+        trainer.train()
+    assert runs[1][0].accelerator.scaler.get_scale() > 2.0**14
+    allocator, scaled = (callback.allocator for _, callback in runs)
+    assert scaled.skipped == 0 and scaled.ranks() == allocator.ranks()
+    # To the precision of fp16.
+    assert (scaled.exp_avg - allocator.exp_avg).norm() <= 0.02 * allocator.exp_avg.norm()
+
+
+def test_steps_that_the_gradient_scaler_skips_are_skipped_and_counted(tmp_path):
+    trainer, callback = trainer_of("plain", tmp_path, max_grad_norm=0)
+    compute_loss = trainer.compute_loss
+
+    def sometimes_infinite(*args, **kwargs):
+        return compute_loss(*args, **kwargs) * (math.inf if trainer.state.global_step in (1, 7) else 1)
+
+    trainer.compute_loss = sometimes_infinite
+    scale_gradients(trainer).train()
     assert callback.allocator.skipped == 2 and callback.allocator.t == STEPS
     assert callback.allocator.exp_avg.isfinite().all()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert sum(callback.allocator.ranks().values()) == 6
 
 
@@ -233,13 +246,19 @@ def test_the_penalty_needs_lora2_layers(tmp_path):
         add_orthogonal_penalty(trainer)
 
 
-def _decide(rank, port, folder):
-    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
-    model = Classifier()
-    allocator = nk.lora2.RankAllocator(
-        model, **{**NUMBERS, "t_init": 0, "t_final": 1}, total_steps=4, group=torch.distributed.group.WORLD
-    )
+def _parallel(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    results = []
+    for resume in (None, f"{folder}/checkpoint-7"):
+        trainer, callback = trainer_of("plain", folder, **PARALLEL, ddp_backend="gloo")
+        trainer.train(resume_from_checkpoint=resume)
+        results.append((callback.allocator.state_dict(), dict(trainer.model.state_dict()), history(trainer)))
+
     # Gradients of one rank's own, as if nobody had averaged them.
+    model, numbers = Classifier(), {**NUMBERS, "t_init": 0, "t_final": 1, "total_steps": 4}
+    allocator = nk.lora2.RankAllocator(model, **numbers, group=torch.distributed.group.WORLD)
     torch.manual_seed(rank)
     for _ in range(3):
         for layer in model.layers:
@@ -247,17 +266,45 @@ def _decide(rank, port, folder):
             for t in (layer.lora_E, layer.lora_u, layer.lora_U):
                 t.grad = torch.randn_like(t)
         allocator.step()
-    masks = [layer.lora_mask for layer in model.layers]
-    torch.save((masks, allocator.importance()), f"{folder}/{rank}.pt")
+    results.append(([layer.lora_mask for layer in model.layers], allocator.importance()))
+    torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_every_rank_takes_the_decision_of_the_first(tmp_path):
+PARALLEL = {"save_strategy": "steps", "save_steps": 7, "per_device_train_batch_size": 4, "max_grad_norm": 0}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two data-parallel processes came to: a whole run, a resumed one, and a disagreement."""
+    folder = tmp_path_factory.mktemp("parallel")
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_decide, (port, str(tmp_path)), nprocs=2)
-    (masks, scores), (other_masks, other_scores) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    torch.multiprocessing.spawn(_parallel, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, check_dtype=True)
+
+
+def test_two_processes_prune_as_one_does(ranks, tmp_path):
+    one, callback = trainer_of("plain", tmp_path, **{**PARALLEL, "per_device_train_batch_size": 8})
+    one.train()
+    for whole, resumed, _ in ranks:
+        for state in (whole, resumed):
+            assert_same(list(state[1].values()), list(ranks[0][0][1].values()))
+            assert state[0]["t"] == STEPS
+            for name in ("exp_avg", "exp_unc", "kept"):
+                assert_same(state[0][name], ranks[0][0][0][name])
+        assert torch.equal(whole[0]["kept"], callback.allocator.state_dict()["kept"])
+        assert whole[2] == pytest.approx(history(one), rel=1e-4) or not whole[2]
+    assert ranks[0][0][2]
+
+
+def test_every_rank_takes_the_decision_of_the_first(ranks):
+    (masks, scores), (other_masks, other_scores) = (results[2] for results in ranks)
     assert all(torch.equal(a, b) for a, b in zip(masks, other_masks, strict=True))
     own = [torch.cat(list(s.values())).topk(6).indices.sort().values for s in (scores, other_scores)]
     assert not torch.equal(*own), "both ranks would have decided alike anyway, so the run shows nothing"
