@@ -24,7 +24,7 @@ test: $(READY)
 # The GPU kernels without a GPU: CUDA under the emulator and through nvcc, Triton in its interpreter and ahead of time.
 gates: $(READY)
 	$(PYTHON) -m pytest $(GATES)
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest $(wildcard python_tests/test_triton*.py)
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest $(wildcard python_tests/test_triton*.py) python_tests/test_dropout.py
 	$(PYTHON) python_tests/aot.py
 
 # JSON and its report: figures against the frozen layer alone, PEFT and the others, each checked against fp64. The report is

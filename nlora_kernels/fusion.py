@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backends import drops_inside
 from .ops import DTYPES
 
 # Packages whose patched attention and MLP compute LoRA by themselves.
@@ -31,6 +32,12 @@ def obstacle(linear: nn.Module) -> str | None:
     return None
 
 
+def dropout_obstacle(linear: nn.Module) -> str | None:
+    """None if dropout of the adapter's input belongs inside the operation on a layer's device, else why it does not."""
+    device = linear.weight.device.type
+    return None if drops_inside(device) else f"on {device} PyTorch's own dropout is as fast as any backend's"
+
+
 def unfused(model: nn.Module) -> dict[str, str]:
     """{layer name: why it cannot be fused} for the adapter layers of this package in a model, as they are now."""
     layers = ((name, module) for name, module in model.named_modules() if hasattr(type(module), "obstacle"))
@@ -53,7 +60,9 @@ def weight_of(linear: nn.Module) -> Tensor:
     return linear.weight.T if is_conv1d(linear) else linear.weight
 
 
-def branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_N: Tensor | None, scaling: float) -> Tensor:
-    """s·((x·Aᵀ)·Nᵀ)·Bᵀ on its own, to be added to the output of a base layer that cannot be fused."""
-    T = F.linear(x.to(lora_A.dtype), lora_A)
+def branch(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_N: Tensor | None, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """s·((drop(x)·Aᵀ)·Nᵀ)·Bᵀ on its own, to be added to the output of a base layer that cannot be fused."""
+    T = F.linear(F.dropout(x.to(lora_A.dtype), dropout), lora_A)
     return scaling * F.linear(T if lora_N is None else F.linear(T, lora_N), lora_B)

@@ -17,17 +17,19 @@ TRAIN = ("all", "core")
 class _AdapterLinear(nn.Module):
     """A base linear layer with adapter matrices (A, N, B), which a subclass names in `matrices`."""
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float | None):
+    def __init__(self, base: nn.Linear, r: int, alpha: float | None, dropout: float = 0.0):
         super().__init__()
         if not isinstance(base, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(base).__name__}")
         if alpha is None:
             alpha = r
         check_alpha(alpha)
+        check_dropout(dropout)
         self.base = base
         self.r = r
         self.alpha = alpha
         self.scaling = alpha / r
+        self.dropout = dropout
         self.merged = False
         base.requires_grad_(False)
 
@@ -37,7 +39,12 @@ class _AdapterLinear(nn.Module):
 
     def obstacle(self) -> str | None:
         """None if forward is one operation, else why the base layer is called and the adapter added."""
-        return fusion.obstacle(self.base)
+        return fusion.obstacle(self.base) or (fusion.dropout_obstacle(self.base) if self.dropped else None)
+
+    @property
+    def dropped(self) -> float:
+        """The probability of dropout that is in effect: none in eval mode."""
+        return self.dropout if self.training else 0.0
 
     def delta_weight(self) -> Tensor:
         """s·B·N·A, (out, in), in the adapter's dtype."""
@@ -59,7 +66,7 @@ class _AdapterLinear(nn.Module):
             self.merged = False
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, alpha={self.alpha}, merged={self.merged}"
+        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}"
 
 
 class NLoraLinear(_AdapterLinear):
@@ -80,12 +87,13 @@ class NLoraLinear(_AdapterLinear):
         alpha: float | None = None,
         train: str = "all",
         residual: bool = False,
+        dropout: float = 0.0,
     ):
         if train not in TRAIN:
             raise ValueError(f"train must be one of {', '.join(TRAIN)}, got {train!r}")
         if train == "core" and lora_N is None:
             raise ValueError("train='core' needs a lora_N, which init='lora' has not")
-        super().__init__(base, lora_A.shape[0], alpha)
+        super().__init__(base, lora_A.shape[0], alpha, dropout)
         outer = train == "all"
         self.lora_A = nn.Parameter(lora_A, requires_grad=outer)
         self.lora_B = nn.Parameter(lora_B, requires_grad=outer)
@@ -113,6 +121,7 @@ class NLoraLinear(_AdapterLinear):
         core: str = "sample",
         select: str = "leading",
         residual: bool = False,
+        dropout: float = 0.0,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> "NLoraLinear":
@@ -125,12 +134,13 @@ class NLoraLinear(_AdapterLinear):
             train: "all", or "core" for lora_N alone (IntTune, with init="nystrom").
             residual: make step 0 exact for "nystrom" too, by W ← W − s·B·N·A (in place), or, with train="core", by
                 using lora_N − lora_N0 and leaving W alone.
+            dropout: of the adapter's input in training, from 0 to 1.
             generator: for the random initialisations.
             dtype: of the adapter; default fp32 on a 16-bit base, else the base's.
 
         Raises:
-            TypeError: linear is no nn.Linear, alpha no number, r no integer.
-            ValueError: r out of range, an unknown name, NaN or infinity in the weight, residual without
+            TypeError: linear is no nn.Linear, alpha or dropout no number, r no integer.
+            ValueError: r or dropout out of range, an unknown name, NaN or infinity in the weight, residual without
                 init="nystrom", core="pinv" without residual, train="core" with init="lora".
         """
         if not isinstance(linear, nn.Linear):
@@ -138,7 +148,7 @@ class NLoraLinear(_AdapterLinear):
         check_method(init, core, residual)
         A, N, B = initial_adapter(linear.weight, r, init, core=core, select=select, generator=generator)
         A, N, B = (None if t is None else t.to(dtype or adapter_dtype(linear.weight)) for t in (A, N, B))
-        return cls(linear, A, B, N, alpha=alpha, train=train, residual=residual)
+        return cls(linear, A, B, N, alpha=alpha, train=train, residual=residual, dropout=dropout)
 
     def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
         core_moves = self.residual and self.train_matrices == "core"
@@ -149,8 +159,8 @@ class NLoraLinear(_AdapterLinear):
             return self.base(x)
         A, N, B = self.matrices()
         if self.obstacle():
-            return self.base(x) + fusion.branch(x, A, B, N, self.scaling).to(x.dtype)
-        return lora_linear(x, self.base.weight, A, B, N, self.base.bias, scaling=self.scaling)
+            return self.base(x) + fusion.branch(x, A, B, N, self.scaling, self.dropped).to(x.dtype)
+        return lora_linear(x, self.base.weight, A, B, N, self.base.bias, scaling=self.scaling, dropout=self.dropped)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, train={self.train_matrices!r}, residual={self.residual}"
@@ -165,8 +175,10 @@ class LoRA2Linear(_AdapterLinear):
     until singular values are pruned.
     """
 
-    def __init__(self, base: nn.Linear, v: Tensor, u: Tensor, E: Tensor, U: Tensor, V: Tensor, *, alpha=None):
-        super().__init__(base, E.shape[0], alpha)
+    def __init__(
+        self, base: nn.Linear, v: Tensor, u: Tensor, E: Tensor, U: Tensor, V: Tensor, *, alpha=None, dropout=0.0
+    ):
+        super().__init__(base, E.shape[0], alpha, dropout)
         self.k = v.shape[0]
         self.lora_v = nn.Parameter(v)
         self.lora_u = nn.Parameter(u)
@@ -183,6 +195,7 @@ class LoRA2Linear(_AdapterLinear):
         k: int,
         *,
         alpha: float | None = None,
+        dropout: float = 0.0,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LoRA2Linear":
@@ -190,14 +203,16 @@ class LoRA2Linear(_AdapterLinear):
 
         Args:
             r: number of singular values, k: rank of the outer pair. alpha: s·r, default r.
-            generator, dtype: as for `NLoraLinear.from_linear`.
+            dropout, generator, dtype: as for `NLoraLinear.from_linear`.
 
         Raises TypeError and ValueError as `NLoraLinear.from_linear` does.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         tensors = initial_lora2(linear.weight, r, k, generator=generator)
-        return cls(linear, *(t.to(dtype or adapter_dtype(linear.weight)) for t in tensors), alpha=alpha)
+        return cls(
+            linear, *(t.to(dtype or adapter_dtype(linear.weight)) for t in tensors), alpha=alpha, dropout=dropout
+        )
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.lora_v, lora2_core(self.lora_u, self.lora_E, self.lora_U, self.lora_mask), self.lora_V
@@ -207,7 +222,7 @@ class LoRA2Linear(_AdapterLinear):
             return self.base(x)
         if self.obstacle():
             v, core, V = self.matrices()
-            return self.base(x) + fusion.branch(x, v, V, core, self.scaling).to(x.dtype)
+            return self.base(x) + fusion.branch(x, v, V, core, self.scaling, self.dropped).to(x.dtype)
         return lora2_linear(
             x,
             self.base.weight,
@@ -219,6 +234,7 @@ class LoRA2Linear(_AdapterLinear):
             self.lora_mask,
             self.base.bias,
             scaling=self.scaling,
+            dropout=self.dropped,
         )
 
     def extra_repr(self) -> str:
@@ -233,6 +249,13 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
 def check_alpha(alpha, name: str = "alpha") -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(alpha).__name__}")
+
+
+def check_dropout(dropout) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
+        raise TypeError(f"dropout must be a real number, got {type(dropout).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be within [0, 1], got {dropout}")
 
 
 def check_method(method: str, core: str, residual: bool) -> None:

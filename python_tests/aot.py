@@ -1,7 +1,10 @@
 """Compiles every kernel of the Triton backend ahead of time, without a GPU, and checks what comes out.
 
-    python python_tests/aot.py          what the rule chooses for the benchmark shapes, the distinct configurations only
-    python python_tests/aot.py --all    every dtype, rank and device, and the tables of measured tiles
+    python python_tests/aot.py                 what the rule chooses for the benchmark shapes
+    python python_tests/aot.py --all           every dtype, rank and device, and the tables of measured tiles
+    python python_tests/aot.py --all sm_90     of those the jobs whose names begin so, as in "sm_90 bf16 r64"
+
+What is compiled stays in Triton's cache: run again, it goes on where it stopped.
 
 The calls themselves run on the meta device with a driver that only names its target, so what is compiled is what a GPU
 would run. Fails on shared memory beyond the device's limit, on a stack (spilled registers), on 16-bit products of 64
@@ -35,13 +38,15 @@ RANKS = [8, 16, 64, 128, 256]
 # M, K, N, R: sizes of 1 are compiled as constants, and ragged ones with masks and without descriptors.
 EDGES = [(1, 1, 1, 1), (3, 1, 7, 2), (100, 65, 1, 300), (2500, 777, 333, 13)]
 # dtype of the base, dtype of the adapter, TF32 allowed.
-CASES = {
+DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16, False),
     "bf16+fp32": (torch.bfloat16, torch.float32, False),
     "fp16": (torch.float16, torch.float16, False),
     "fp32": (torch.float32, torch.float32, False),
     "tf32": (torch.float32, torch.float32, True),
 }
+# With dropout, what it changes is compiled; without, all the rest.
+CASES = [dtype + dropout for dropout in ("", " dropout") for dtype in DTYPES]
 
 
 @dataclass(frozen=True)
@@ -97,22 +102,23 @@ def compile_case(capability: int, case: str, ranks: list[int], rows: list[int], 
     compiled = {}
 
     def run(kernel, grid, on, *, warps, stages=1, **arguments):
-        binary = kernel.warmup(**arguments, grid=grid, num_warps=warps, num_stages=stages)
+        binary = kernel.warmup(**arguments, grid=grid, **launch.options(warps, stages))
         if id(binary) not in compiled:
             compiled[id(binary)] = binary, inspect(device, kernel.__name__, warps, stages, arguments, binary)
 
     launch.run, launch.target = run, lambda x: device
-    dtype, adapter_dtype, tf32 = CASES[case]
+    dtypes, _, dropout = case.partition(" ")
+    dtype, adapter_dtype, tf32 = DTYPES[dtypes]
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     for (K, N), M, R in product(LAYERS, rows, ranks):
-        call(M, K, N, R, dtype, adapter_dtype)
+        call(M, K, N, R, dtype, adapter_dtype, bool(dropout))
     for M, K, N, R in EDGES:
-        call(M, K, N, R, dtype, adapter_dtype)
+        call(M, K, N, R, dtype, adapter_dtype, bool(dropout))
     return [entry for _, entry in compiled.values()]
 
 
-def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
-    from nlora_kernels.backends.gradients import Needs
+def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool) -> None:
+    from nlora_kernels.backends import Dropout, Needs
     from nlora_kernels.backends.triton import core as lora2
     from nlora_kernels.backends.triton import linear, nystrom, training
 
@@ -121,6 +127,11 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
 
     x, weight, bias = meta(M, K, dtype=dtype), meta(N, K, dtype=dtype), meta(N, dtype=dtype)
     A, core, B = meta(R, K), meta(R, R), meta(N, R)
+    if dropout:
+        drop = Dropout(0.1, meta(1, dtype=torch.int64))
+        y, T = linear.forward(x, weight, A, B, core, bias, 1.0, drop)
+        linear.backward(y, x, T, weight, A, B, core, 1.0, Needs(True, False, True, False, False, False), drop)
+        return
     for lora_N in (core, None):
         y, T = linear.forward(x, weight, A, B, lora_N, bias, 1.0)
         linear.backward(y, x, T, weight, A, B, lora_N, 1.0, Needs(True, False, True, True, lora_N is not None, False))
@@ -185,6 +196,8 @@ def inspect(device, kernel: str, warps: int, stages: int, arguments: dict, binar
         "B_TRANSPOSED": "bT",
         "STORE_RAW": "raw",
         "SPLIT": "split",
+        "DROPS": "drop",
+        "DROPOUT": "drop",
     }
     notes = [note for flag, note in flags.items() if arguments.get(flag)]
     configuration = f"{tile} w{warps} s{stages} {' '.join(notes)}".rstrip()
@@ -221,9 +234,12 @@ def matrix(everything: bool) -> list[tuple]:
     """The arguments of `compile_case` for each job: all of them, or those of the benchmarks."""
     if everything:
         tables = [json.loads(file.read_text()) for file in sorted(tuning.TUNED.glob("*.json"))]
-        jobs = [(capability, case, RANKS, ROWS) for capability, case in product(PROCESSORS, CASES)]
+        jobs = [(capability, case, [rank], ROWS) for capability, case, rank in product(PROCESSORS, CASES, RANKS)]
         return jobs + [(table["capability"], "bf16", RANKS, ROWS, table["name"]) for table in tables]
     return [
+        (90, "bf16 dropout", [64], [16, 8192]),
+        (80, "bf16+fp32 dropout", [64], [8192]),
+        (100, "bf16 dropout", [64], [8192]),
         (90, "bf16", [16, 64, 128, 256], [16, 8192]),
         (90, "bf16+fp32", [64], [16, 8192]),
         (90, "fp32", [64], [8192]),
@@ -232,18 +248,25 @@ def matrix(everything: bool) -> list[tuple]:
     ]
 
 
+def name_of(capability: int, case: str, ranks: list[int], rows: list[int], device: str = "") -> str:
+    return f"sm_{capability} {case} r{','.join(map(str, ranks))} {device}".rstrip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--all", action="store_true", help="every dtype, rank and device")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("part", nargs="?", default="", help="only jobs whose names begin so: sm_90, 'sm_90 bf16 r64'")
     options = parser.parse_args()
     table = set()
     # A process compiles for one device: Triton keeps its target.
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for job in [pool.submit(compile_case, *arguments) for arguments in matrix(options.all)]:
-            table.update(job.result())
-    for entry in sorted(table, key=Compiled.row):
-        print(entry.row())
+        jobs = [job for job in matrix(options.all) if name_of(*job).startswith(options.part)]
+        for job in [pool.submit(compile_case, *arguments) for arguments in jobs]:
+            new = set(job.result()) - table
+            table |= new
+            for entry in sorted(new, key=Compiled.row):
+                print(entry.row(), flush=True)
     faulty = [entry for entry in table if entry.faults]
     print(f"{len(table)} configurations, {len(faulty)} faulty")
     return 1 if faulty else 0

@@ -18,7 +18,7 @@ from nlora_kernels import tuning
 tile = tuning.Tile(*{tile})
 tuning.wide_tile = lambda *_: tile
 
-def forward(M, K, N, R, dtype, adapter_dtype):
+def forward(M, K, N, R, dtype, adapter_dtype, dropout):
     from nlora_kernels.backends.triton import linear
 
     shapes = (M, K), (N, K), (R, K), (N, R)

@@ -220,3 +220,95 @@ def test_a_backend_without_dropout_says_so():
     p = testing.problem(5, 12, 9, 3)
     with pytest.raises(ValueError, match="'cpu' cannot take this call: it has no dropout"):
         nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, dropout=0.1, backend="cpu")
+
+
+# Layers
+
+
+def plain_layers(p):
+    linear = torch.nn.Linear(24, 18, device=DEVICE)
+    nlora = nk.NLoraLinear.from_linear(linear, 6, init="slora", dropout=p)
+    lora2 = nk.LoRA2Linear.from_linear(linear, 5, 6, dropout=p)
+    torch.nn.init.normal_(nlora.lora_B), torch.nn.init.normal_(lora2.lora_E)
+    return {"nlora": nlora, "lora2": lora2}
+
+
+def peft_layers(p):
+    peft = pytest.importorskip("peft")
+    from nlora_kernels.peft import LoRA2Config, NLoraConfig, fuse
+
+    configs = {
+        "peft nlora": NLoraConfig(r=6, lora_dropout=p, target_modules=["0"], init_lora_weights="nystrom"),
+        "peft residual": NLoraConfig(r=6, lora_dropout=p, target_modules=["0"], residual=True),
+        "peft lora2": LoRA2Config(r=5, k=6, lora_dropout=p, target_modules=["0"]),
+        "peft fused lora": peft.LoraConfig(r=6, lora_dropout=p, target_modules=["0"], init_lora_weights=False),
+    }
+    layers = {}
+    for name, config in configs.items():
+        model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(24, 18, device=DEVICE)), config)
+        layers[name] = (fuse(model) if name == "peft fused lora" else model).base_model.model[0]
+        for parameter in layers[name].parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter)
+    return layers
+
+
+@pytest.fixture(params=["nlora", "lora2", "peft nlora", "peft residual", "peft lora2", "peft fused lora"])
+def layer(request):
+    return (peft_layers if request.param.startswith("peft") else plain_layers)(0.4)[request.param]
+
+
+def adapter_of(layer):
+    """(the base layer, (A, N, B), scaling)"""
+    if isinstance(layer, nk.modules._AdapterLinear):
+        return layer.base, layer.matrices(), layer.scaling
+    return layer.base_layer, layer.matrices("default"), layer.scaling["default"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_drops_inside_where_the_backend_gains_by_it(monkeypatch, layer, backend):
+    monkeypatch.setenv("NLORA_BACKEND", backend)
+    monkeypatch.setattr(TABLE[backend], "DROPS_INSIDE", True)
+    base, (A, N, B), scaling = adapter_of(layer)
+    x = torch.randn(7, 24, device=DEVICE)
+    N = torch.eye(len(A), device=DEVICE) if N is None else N
+    with torch.no_grad():
+        whole = layer.eval()(x)
+        torch.testing.assert_close(whole, base(x) + scaling * x @ A.T @ N.T @ B.T, rtol=1e-5, atol=1e-4)
+        layer.train()
+        torch.manual_seed(3)
+        y = layer(x)
+        torch.manual_seed(3)
+        kept = Dropout(0.4, torch.randint(2**63 - 1, (), device=DEVICE)).kept(*x.shape)
+        expected = base(x) + scaling * (x * kept / 0.6) @ A.T @ N.T @ B.T
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(3)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["", "reference", "lean"])
+def test_a_layer_drops_outside_elsewhere(monkeypatch, layer, backend):
+    """With the mask of PyTorch's own dropout, as PEFT does."""
+    monkeypatch.setenv("NLORA_BACKEND", backend)
+    if not backend:
+        monkeypatch.setattr(TABLE["triton"], "VERIFIED_ON", frozenset())
+    base, (A, N, B), scaling = adapter_of(layer.train())
+    x = torch.randn(7, 24, device=DEVICE)
+    N = torch.eye(len(A), device=DEVICE) if N is None else N
+    with torch.no_grad():
+        torch.manual_seed(3)
+        y = layer(x)
+        torch.manual_seed(3)
+        expected = base(x) + scaling * F.dropout(x, 0.4) @ A.T @ N.T @ B.T
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+    name = () if isinstance(layer, nk.modules._AdapterLinear) else ("default",)
+    assert "PyTorch's own dropout is as fast" in layer.obstacle(*name) and layer.eval().obstacle(*name) is None
+
+
+@pytest.mark.parametrize("dropout, error", [(1.5, ValueError), ("0.1", TypeError), (True, TypeError)])
+def test_layers_refuse_a_bad_dropout(dropout, error):
+    with pytest.raises(error, match="dropout must be"):
+        nk.NLoraLinear.from_linear(torch.nn.Linear(24, 18), 4, dropout=dropout)
+    with pytest.raises(error, match="dropout must be"):
+        nk.LoRA2Linear.from_linear(torch.nn.Linear(24, 18), 4, 3, dropout=dropout)

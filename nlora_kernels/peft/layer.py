@@ -23,8 +23,8 @@ class Term(NamedTuple):
 class FusedLinear(Linear):
     """y = x·Wᵀ + bias + Σ s·((x·Aᵀ)·Nᵀ)·Bᵀ over the active adapters
 
-    One active adapter without dropout in effect is fused into its base layer; everything else is the base layer's own
-    call and a branch per adapter, as in PEFT.
+    One active adapter is fused into its base layer, dropout included where the backend takes it in; everything else is
+    the base layer's own call and a branch per adapter, as in PEFT.
     """
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -55,14 +55,23 @@ class FusedLinear(Linear):
             reason = fusion.obstacle(factor)
             if reason:
                 return f"a matrix of adapter {name!r} cannot be fused: {reason}"
-        dropout = self.lora_dropout[name]
+        dropout = self._modules["lora_dropout"]._modules[name]
         if dropout.training and type(dropout) is not nn.Identity:
-            return f"adapter {name!r} has dropout"
+            foreign = None if type(dropout) is nn.Dropout else f"its type is {type(dropout).__qualname__}"
+            reason = foreign or fusion.dropout_obstacle(self.base_layer)
+            if reason:
+                return f"adapter {name!r} has dropout: {reason}"
         if self.lora_bias.get(name):
             return f"adapter {name!r} has a bias"
         if isinstance(self.scaling[name], Tensor):
             return f"the scaling of adapter {name!r} is a tensor"
         return None
+
+    def dropped(self, name: str) -> float:
+        """The probability of dropout that is in effect, where it is PyTorch's own."""
+        # As in `fusion.obstacle`: in every forward, so by the dictionaries.
+        dropout = self._modules["lora_dropout"]._modules[name]
+        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.lora_variant:
@@ -77,8 +86,8 @@ class FusedLinear(Linear):
         if len(terms) == 1 and terms[0].rows is None and not args and not kwargs and self._fuses(terms[0].name, x):
             base = self.base_layer
             A, N, B = self.matrices(terms[0].name)
-            scaling = self.scaling_of(terms[0].name)
-            return lora_linear(x, fusion.weight_of(base), A, B, N, base.bias, scaling=scaling)
+            options = {"scaling": self.scaling_of(terms[0].name), "dropout": self.dropped(terms[0].name)}
+            return lora_linear(x, fusion.weight_of(base), A, B, N, base.bias, **options)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name, rows in terms:

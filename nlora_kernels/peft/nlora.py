@@ -123,6 +123,9 @@ class NLoraLinear(FusedLinear):
     def scaling_of(self, name: str) -> float:
         return self.initial_scaling[self.held_out] if name == _INITIAL else super().scaling_of(name)
 
+    def dropped(self, name: str) -> float:
+        return 0.0 if name == _INITIAL else super().dropped(name)
+
     def branch(self, name: str, x: Tensor) -> Tensor:
         if name == _INITIAL:
             A, N, B = self.matrices(name)

@@ -17,7 +17,16 @@ INTERPRETED = tuning.Device("interpreter", 80, 4, 232_448)
 def run(kernel, grid: tuple[int, ...], on: Tensor, *, warps: int, stages: int = 1, **arguments) -> None:
     """Launches a kernel on the device of a tensor and on its current stream."""
     with torch.cuda.device_of(on):
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+        kernel[grid](**arguments, **options(warps, stages))
+
+
+def options(warps: int, stages: int) -> dict:
+    """How a kernel is compiled."""
+    chosen = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if torch.version.hip is None:
+        # NOTE: unbounded, ptxas spills a few registers wherever that makes room for one more program.
+        chosen["maxnreg"] = min(255, 65_536 // (32 * warps))
+    return chosen
 
 
 def source(matrix: Tensor, block: tuple[int, int], dtype: torch.dtype, device: tuning.Device):

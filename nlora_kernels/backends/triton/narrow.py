@@ -72,7 +72,7 @@ def narrow_product(
                    a_stride_row, a_stride_col, b_stride_row, b_stride_col, BLOCK_M, BLOCK_N, BLOCK_K, CHECK_K,
                    A_TRANSPOSED, B_TRANSPOSED, A_DESCRIPTOR, B_DESCRIPTOR, DTYPE, PRECISION,
                    seed, threshold, DROPS)
-    if DROPS:
+    if DROPS != "":
         acc *= scale
     if SPLIT:
         store_tile(slices + split.to(tl.int64) * M * N, acc, m, n, M, N, N, BLOCK_M, BLOCK_N)
