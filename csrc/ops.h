@@ -30,6 +30,8 @@ Tier tier();
 Tier cap_tier(Tier cap);
 // Whether this CPU multiplies bf16 (avx512_bf16, amx_bf16) or fp16 (avx512_fp16, amx_fp16) in hardware.
 bool multiplies(Dtype dtype);
+// Bytes of a core's second-level cache, or a guess that fits most.
+int64_t second_level_cache();
 // True in a child of fork(), where OpenMP has lost its threads: everything below then runs on the calling thread.
 bool forked();
 

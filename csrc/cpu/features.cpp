@@ -8,6 +8,7 @@
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <unistd.h>
 #endif
 
 namespace nlora::cpu {
@@ -60,6 +61,14 @@ bool multiplies(Dtype dtype) {
   static const bool bf16 = has_bf16(), fp16 = has_fp16();
   if (dtype == Dtype::kFloat32) return true;
   return tier() == Tier::kAvx512 && (dtype == Dtype::kBFloat16 ? bf16 : fp16);
+}
+
+int64_t second_level_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 512 << 10;
 }
 
 bool forked() { return in_child; }

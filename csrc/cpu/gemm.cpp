@@ -1,79 +1,125 @@
-// The large product: right packed by all threads together, each thread then takes rows of left.
+// The large product. A block of right, packed by all threads together, fills the better part of a second-level cache; its
+// strips stream past the few rows of left that a thread packs at a time, which stay in the first level.
 #include "cpu/gemm.h"
 
 namespace nlora::cpu {
 namespace {
 
-// Values of a strip of right, which with a panel of left stays in the first cache level: 24 KiB.
-constexpr int64_t kStrip = 6144;
-// Rows of left that are packed at a time, for the second level.
-constexpr int64_t kRows = 128;
-// Packed values of right at a time: 16 MiB, and no more columns than keep a half-precision result's sums in the cache.
-constexpr int64_t kRightSize = 4 << 20;
-constexpr int64_t kCols = 1536;
+// Steps of k at a time. Deeper, sums are written less often; but a longer sum loses more to rounding.
+constexpr int64_t kDepth = 384;
+// Rows a thread takes at a time, whose sums are kept in fp32 where the result is not.
+constexpr int64_t kRows = 1024;
 
-// A run of k inside one summand.
-struct Depth {
+// Rows prepared at a time: a multiple of the rows that dots and packing take together.
+constexpr int64_t kPrepared = 48;
+
+// A run of k inside one summand, and its place in the run of all summands that is packed together.
+struct Piece {
   const Summand* summand;
   Range range;
-  int64_t before;  // all k in front of it
+  int64_t at;
+};
+
+struct Depth {
+  std::vector<Piece> pieces;
+  int64_t k;
 };
 
 struct Problem {
   std::vector<Depth> depths;
   const float* start;
   Matrix out;
-  int64_t k, depth, block_rows, block_cols;
-  float* right;  // [depth][strip][k][tile_cols] for block_cols columns
+  const Prepare* prepare;
+  int64_t deepest, block_cols, row_blocks;
+  float* right;  // two blocks, one being read while the next is packed: [strip][k][tile_cols] each
 };
 
-int64_t left_size(const Kernels& kernel, const Problem& p) { return round_up(p.block_rows, kernel.tile_rows) * p.depth; }
+int64_t block_size(const Problem& p) { return p.block_cols * p.deepest; }
 
-int64_t sums_size(const Problem& p) { return p.out.dtype == Dtype::kFloat32 ? 0 : p.block_rows * p.block_cols; }
+// Rows of left packed at a time: as many as are transposed in registers.
+int64_t step_rows(const Kernels& kernel) { return round_up(kernel.width, kernel.tile_rows); }
 
-// Thread `index` of the `count` that share p.right. `own` holds left_size + sums_size values.
+bool has_sums(const Problem& p) { return p.out.dtype != Dtype::kFloat32 && p.depths.size() > 1; }
+
+// What a thread needs for itself.
+int64_t own_size(const Kernels& kernel, const Problem& p) {
+  return step_rows(kernel) * p.deepest + (has_sums(p) ? kRows * p.block_cols : 0);
+}
+
+// Panels of `size` rows or columns, of one depth.
+void pack(const Kernels& kernel, const Depth& depth, Matrix Summand::*side, Range rows, int size, float* panels) {
+  for (const Piece& piece : depth.pieces) {
+    const Matrix from = slice(piece.summand->*side, rows, piece.range);
+    kernel.pack(from.data, from.dtype, from.row_stride, from.col_stride, from.rows, from.cols, size, depth.k * size,
+                panels + piece.at * size);
+  }
+}
+
+// Thread `index` of the `count` that share p.right.
 void run(const Kernels& kernel, const Problem& p, int index, int count, float* own) {
   const int64_t tile_cols = kernel.tile_cols;
-  const Range rows = part(p.out.rows, kernel.tile_rows, index, count);
+  const Range all = part(p.out.rows, kernel.tile_rows, index, count);
   float* left = own;
-  float* sums = own + left_size(kernel, p);
-  const bool in_place = p.out.dtype == Dtype::kFloat32;
+  float* sums = own + step_rows(kernel) * p.deepest;
+  int turn = 0;
   for (int64_t col = 0; col < p.out.cols; col += p.block_cols) {
     const int64_t cols = std::min(p.block_cols, p.out.cols - col);
-    const int64_t padded = round_up(cols, tile_cols);
     const Range mine = part(cols, tile_cols, index, count);
-    for (const Depth& d : p.depths) {
-      const Matrix source = slice(d.summand->right, {col + mine.first, mine.size}, d.range);
-      kernel.pack(source.data, source.dtype, source.row_stride, source.col_stride, mine.size, d.range.size,
-                  kernel.tile_cols, p.right + padded * d.before + mine.first * d.range.size);
-    }
-    barrier(count);
-    for (int64_t row = 0; row < rows.size; row += p.block_rows) {
-      const Range block = {rows.first + row, std::min(p.block_rows, rows.size - row)};
-      const Matrix out = slice(p.out, block, {col, cols});
-      const Matrix partial = in_place ? out : fp32(sums, block.size, cols, p.block_cols);
+    for (int64_t b = 0; b < p.row_blocks; ++b) {
+      const Range block = part(all.size, kernel.tile_rows, int(b), int(p.row_blocks));
+      const Matrix out = slice(p.out, {all.first + block.first, block.size}, {col, cols});
+      const Matrix partial = has_sums(p) ? fp32(sums, block.size, cols, p.block_cols) : out;
       for (size_t i = 0; i < p.depths.size(); ++i) {
-        const Depth& d = p.depths[i];
-        const Matrix source = slice(d.summand->left, block, d.range);
-        kernel.pack(source.data, source.dtype, source.row_stride, source.col_stride, block.size, d.range.size,
-                    kernel.tile_rows, left);
+        const Depth& depth = p.depths[i];
         const Matrix& to = i + 1 == p.depths.size() ? out : partial;
-        Product product = {};
-        product.a = left;
-        product.b = p.right + padded * d.before;
-        product.b_strip = d.range.size * tile_cols;
-        product.b_row = tile_cols;
-        product.init = i ? static_cast<const float*>(partial.data) : p.start ? p.start + col : nullptr;
-        product.init_row = i ? partial.row_stride : 0;
-        product.c = to.data;
-        product.c_dtype = to.dtype;
-        product.c_row = to.row_stride;
-        product.m = block.size, product.n = cols, product.k = d.range.size;
-        kernel.multiply(product);
+        // NOTE: no thread is still reading the block before the last one when all have packed the last one.
+        float* right = p.right + (turn++ & 1) * block_size(p);
+        pack(kernel, depth, &Summand::right, {col + mine.first, mine.size}, int(tile_cols), right + mine.first * depth.k);
+        barrier(count);
+        for (int64_t row = 0; row < block.size; row += step_rows(kernel)) {
+          const Range step = {row, std::min(step_rows(kernel), block.size - row)};
+          const Range rows = {all.first + block.first + row, step.size};
+          if (p.prepare && !col && !i && row % kPrepared == 0)
+            (*p.prepare)({rows.first, std::min(kPrepared, block.size - row)});
+          pack(kernel, depth, &Summand::left, rows, kernel.tile_rows, left);
+          const Matrix c = slice(to, step, {0, cols}), before = slice(partial, step, {0, cols});
+          Product product = {};
+          product.a = left;
+          product.b = right;
+          product.b_strip = depth.k * tile_cols;
+          product.b_row = tile_cols;
+          product.init = i ? static_cast<const float*>(before.data) : p.start ? p.start + col : nullptr;
+          product.init_row = i ? before.row_stride : 0;
+          product.c = c.data;
+          product.c_dtype = c.dtype;
+          product.c_row = c.row_stride;
+          product.m = step.size, product.n = cols, product.k = depth.k;
+          kernel.multiply(product);
+        }
       }
     }
-    barrier(count);
   }
+  barrier(count);
+}
+
+// The k of all summands in nearly equal runs. A shallow summand goes with the run before it, which saves a pass over out.
+std::vector<Depth> depths_of(const std::vector<Summand>& summands, int64_t unit) {
+  std::vector<Depth> depths;
+  for (const Summand& summand : summands) {
+    const int64_t k = summand.left.cols;
+    if (!depths.empty() && k <= kDepth / 4) {
+      Depth& last = depths.back();
+      last.pieces.push_back({&summand, {0, k}, last.k});
+      last.k += k;
+      continue;
+    }
+    const int64_t runs = std::max<int64_t>(1, (k + kDepth - 1) / kDepth);
+    for (int64_t i = 0; i < runs; ++i) {
+      const Range range = part(k, unit, int(i), int(runs));
+      if (range.size || runs == 1) depths.push_back({{{&summand, range, 0}}, range.size});
+    }
+  }
+  return depths;
 }
 
 }  // namespace
@@ -95,41 +141,39 @@ Matrix slice(const Matrix& m, Range rows, Range cols) {
   return {static_cast<char*>(m.data) + offset * bytes, m.dtype, rows.size, cols.size, m.row_stride, m.col_stride};
 }
 
-void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch) {
+void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch,
+          const Prepare* prepare) {
   if (!out.rows || !out.cols) return;
   const Kernels& kernel = kernels();
-  Problem p = {{}, start, out, 0, kStrip / kernel.tile_cols, 0, 0, nullptr};
-  for (const Summand& summand : summands) {
-    const int64_t k = summand.left.cols, runs = std::max<int64_t>(1, (k + p.depth - 1) / p.depth);
-    for (int64_t i = 0; i < runs; ++i) {
-      const Range range = part(k, std::min<int64_t>(k ? k : 1, kernel.width), int(i), int(runs));
-      if (range.size || runs == 1) p.depths.push_back({&summand, range, p.k});
-      p.k += range.size;
-    }
-  }
+  Problem p = {depths_of(summands, kernel.width), start, out, prepare, 1, 0, 0, nullptr};
+  for (const Depth& depth : p.depths) p.deepest = std::max(p.deepest, depth.k);
   // With few rows a thread: columns are shared out, and every thread packs its own part of right and all of left.
   const bool by_cols = out.rows < int64_t(threads) * 2 * kernel.tile_rows;
-  const int64_t fitting = kRightSize / std::max<int64_t>(p.k, 1) / (by_cols ? threads : 1);
-  const int64_t limit = std::max(kernel.tile_cols, int(std::min(kCols, fitting)) / kernel.tile_cols * kernel.tile_cols);
+  const int64_t tile_cols = kernel.tile_cols;
   const int64_t rows = by_cols ? out.rows : part(out.rows, kernel.tile_rows, threads - 1, threads).size;
-  const int64_t blocks = std::max<int64_t>(1, (rows + kRows - 1) / kRows);
-  p.block_rows = round_up((rows + blocks - 1) / blocks, kernel.tile_rows);
-  const int64_t cols = by_cols ? round_up((out.cols + threads - 1) / threads, kernel.tile_cols) : out.cols;
-  p.block_cols = std::min<int64_t>(limit, round_up(cols, kernel.tile_cols));
+  p.row_blocks = std::max<int64_t>(1, (rows + kRows - kernel.tile_rows) / (kRows - kernel.tile_rows));
+  const int64_t cols = by_cols ? round_up((out.cols + threads - 1) / threads, tile_cols) : out.cols;
+  const int64_t fitting = std::max(tile_cols, second_level_cache() / 8 * 5 / 4 / p.deepest);
+  const int64_t blocks = (cols + fitting - 1) / fitting;
+  p.block_cols = round_up((cols + blocks - 1) / blocks, tile_cols);
 
-  const int64_t right = p.block_cols * std::max<int64_t>(p.k, 1), own = left_size(kernel, p) + sums_size(p);
+  const int64_t right = 2 * block_size(p), own = own_size(kernel, p);
   if (!by_cols) {
     p.right = scratch.take(right);
     float* all = scratch.take(own * threads);
     return parallel(threads, [&](int index, int count) { run(kernel, p, index, count, all + index * own); });
   }
+  if (prepare) {
+    parallel(threads, [&](int index, int count) { (*prepare)(part(out.rows, kernel.tile_rows, index, count)); });
+    p.prepare = nullptr;
+  }
   float* all = scratch.take((right + own) * threads);
   parallel(threads, [&](int index, int count) {
-    const Range mine = part(out.cols, kernel.tile_cols, index, count);
-    std::vector<Summand> parts = summands;
+    const Range mine = part(out.cols, tile_cols, index, count);
     Problem q = p;
+    std::vector<Summand> parts = summands;
     for (Summand& summand : parts) summand.right = slice(summand.right, mine, {0, summand.right.cols});
-    for (Depth& d : q.depths) d.summand = &parts[d.summand - summands.data()];
+    q.depths = depths_of(parts, kernel.width);
     q.start = start ? start + mine.first : nullptr;
     q.out = slice(out, {0, out.rows}, mine);
     q.right = all + index * (right + own);

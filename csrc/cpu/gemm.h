@@ -1,6 +1,8 @@
 // Matrix products of views in any strides and dtypes, accumulated in fp32.
 #pragma once
 
+#include <functional>
+
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
@@ -25,8 +27,13 @@ struct Summand {
   Matrix right;  // (n, k)
 };
 
+// Called with rows of left before these are read, by the thread that reads them, to compute them from others that it
+// reads at the same time.
+using Prepare = std::function<void(Range rows)>;
+
 // out = start + Σ left·rightᵀ by panels packed to fp32. The summands share m and n, each has a k of its own; start (n,)
 // or nullptr.
-void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch);
+void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch,
+          const Prepare* prepare = nullptr);
 
 }  // namespace nlora::cpu

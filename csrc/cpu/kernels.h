@@ -40,9 +40,9 @@ struct Kernels {
   int tile_rows, tile_cols;  // the register tile of a Product
   void (*multiply)(const Product& product);
   void (*dots)(const Dots& dots);
-  // Panels [ceil(rows / size)][k][size] from source(i, k) = source[i * row_stride + k * k_stride], zero past rows.
+  // Panels [k][size], `distance` values apart, from source(i, k) = source[i * row_stride + k * k_stride], zero past rows.
   void (*pack)(const void* source, Dtype dtype, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size,
-               float* panels);
+               int64_t distance, float* panels);
   // to(i, j) = from[i * from_row + j], rounded to its dtype
   void (*round)(const float* from, int64_t from_row, const Matrix& to);
 };

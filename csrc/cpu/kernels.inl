@@ -134,6 +134,7 @@ INLINE void tile(int64_t k, const float* a, const B* b, int64_t b_row, int64_t b
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 16
     for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Vec{};
+#pragma GCC unroll 4
   for (int64_t p = 0; p < k; ++p) {
     Vec column[kTileVectors];
 #pragma GCC unroll 16
@@ -338,54 +339,62 @@ INLINE void transpose(Vec (&rows)[kWidth]) {
   if constexpr (STEP > 1) transpose<STEP / 2>(rows);
 }
 
-// kWidth rows, each with its k side by side, into lanes [lane, lane + kWidth) of the panels.
-template <class T>
-void pack_rows(const T* source, int64_t row_stride, int rows, int64_t k, int size, float* panel) {
-  // A panel narrower than a register takes its share of the lanes, the next panel the rest.
-  const int lanes = size < kWidth ? size : kWidth;
+// kWidth rows, each with its k side by side, into panels of which LANES lanes are theirs: all of them go to one panel, or,
+// where a panel is narrower than a register, to several.
+template <int LANES, class T>
+void pack_rows(const T* source, int64_t row_stride, int rows, int64_t k, int size, int64_t distance, float* panel) {
   int64_t p = 0;
   for (; p + kWidth <= k; p += kWidth) {
     Vec block[kWidth];
 #pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) block[i] = i < rows ? load(source + i * row_stride + p) : Vec{};
+    for (int i = 0; i < kWidth; ++i) {
+      block[i] = i < rows ? load(source + i * row_stride + p) : Vec{};
+      __builtin_prefetch(source + (i + kWidth) * row_stride + p);
+    }
     transpose<kWidth / 2>(block);
-    if (lanes == kWidth) {
 #pragma GCC unroll 16
-      for (int q = 0; q < kWidth; ++q) store(panel + (p + q) * size, block[q]);
-    } else {
-      for (int half = 0; half < kWidth; half += lanes)
-        if (half < rows)
+    for (int q = 0; q < kWidth; ++q) {
+      if (LANES == kWidth) {
+        store(panel + (p + q) * size, block[q]);
+        continue;
+      }
 #pragma GCC unroll 16
-          for (int q = 0; q < kWidth; ++q)
-            __builtin_memcpy(panel + half * k + (p + q) * size, reinterpret_cast<float*>(block + q) + half,
-                             lanes * sizeof(float));
+      for (int lane = 0; lane < kWidth; lane += LANES)
+        if (lane < rows)
+          __builtin_memcpy(panel + lane / LANES * distance + (p + q) * size, reinterpret_cast<float*>(block + q) + lane,
+                           LANES * sizeof(float));
     }
   }
   for (; p < k; ++p)
     for (int i = 0; i < kWidth; ++i)
-      if (i / lanes * lanes < rows)
-        panel[i / lanes * lanes * k + p * size + i % lanes] = i < rows ? to_float(source[i * row_stride + p]) : 0.0f;
+      if (i / LANES * LANES < rows)
+        panel[i / LANES * distance + p * size + i % LANES] = i < rows ? to_float(source[i * row_stride + p]) : 0.0f;
 }
 
 template <class T>
-void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size, float* panels) {
+void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size,
+                int64_t distance, float* panels) {
   if (k_stride == 1) {
     for (int64_t row = 0; row < rows; row += kWidth) {
       const int count = int(rows - row < kWidth ? rows - row : kWidth);
-      float* panel = panels + row / size * size * k + row % size;
-      pack_rows(source + row * row_stride, row_stride, count, k, size, panel);
+      float* panel = panels + row / size * distance + row % size;
+      if (size < kWidth) {
+        pack_rows<(kTileRows < kWidth ? kTileRows : kWidth)>(source + row * row_stride, row_stride, count, k, size, distance, panel);
+      } else {
+        pack_rows<kWidth>(source + row * row_stride, row_stride, count, k, size, distance, panel);
+      }
     }
     // Lanes of the last panel that no row reached.
     const int64_t end = (rows + size - 1) / size * size;
     for (int64_t row = (rows + kWidth - 1) / kWidth * kWidth; row < end; ++row)
-      for (int64_t p = 0; p < k; ++p) panels[row / size * size * k + row % size + p * size] = 0.0f;
+      for (int64_t p = 0; p < k; ++p) panels[row / size * distance + row % size + p * size] = 0.0f;
     return;
   }
   // The source is read along its rows, whatever number of panels they go to.
   for (int64_t p = 0; p < k; ++p) {
     const T* from = source + p * k_stride;
     float* to = panels + p * size;
-    for (int64_t row = 0; row < rows; row += size, from += size * row_stride, to += size * k) {
+    for (int64_t row = 0; row < rows; row += size, from += size * row_stride, to += distance) {
       const int count = int(rows - row < size ? rows - row : size);
       int i = 0;
       if (row_stride == 1)
@@ -397,14 +406,14 @@ void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t r
 }
 
 void pack(const void* source, Dtype dtype, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size,
-          float* panels) {
+          int64_t distance, float* panels) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return pack_typed(static_cast<const float*>(source), row_stride, k_stride, rows, k, size, panels);
+      return pack_typed(static_cast<const float*>(source), row_stride, k_stride, rows, k, size, distance, panels);
     case Dtype::kBFloat16:
-      return pack_typed(static_cast<const BFloat16*>(source), row_stride, k_stride, rows, k, size, panels);
+      return pack_typed(static_cast<const BFloat16*>(source), row_stride, k_stride, rows, k, size, distance, panels);
     case Dtype::kFloat16:
-      return pack_typed(static_cast<const Float16*>(source), row_stride, k_stride, rows, k, size, panels);
+      return pack_typed(static_cast<const Float16*>(source), row_stride, k_stride, rows, k, size, distance, panels);
   }
 }
 

@@ -4,7 +4,7 @@ namespace nlora::cpu {
 namespace {
 constexpr int kWidth = 16;
 constexpr int kTileRows = 8, kTileVectors = 3;
-constexpr int kDotRows = 3, kDotCols = 8;
+constexpr int kDotRows = 6, kDotCols = 4;
 }  // namespace
 }  // namespace nlora::cpu
 

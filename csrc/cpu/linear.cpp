@@ -3,6 +3,7 @@
 // The rule that picks a product's kernel: up to kSkinny rows or columns on one side go to dots or sums, which read the
 // other side in place; everything else is packed and goes to gemm. With x's few rows the whole layer is such a product.
 #include <cstring>
+#include <optional>
 
 #include "cpu/gemm.h"
 
@@ -19,15 +20,16 @@ constexpr int64_t kSerial = 1 << 17;
 // The few multiply-adds of a product of three sizes are not worth a team of threads.
 int team(int threads, int64_t a, int64_t b, int64_t c) { return a * b * c < kSerial ? 1 : threads; }
 
+float* values(const Matrix& m) { return static_cast<float*>(m.data); }
+
 // m in fp32, rows padded with zeros to a multiple of unit.
 Matrix copied(const Kernels& kernel, const Matrix& m, int64_t unit, Scratch& scratch) {
   const int64_t cols = round_up(m.cols, unit);
   const Matrix copy = fp32(scratch.take(m.rows * cols), m.rows, m.cols, cols);
-  kernel.pack(m.data, m.dtype, m.col_stride, m.row_stride, m.cols, m.rows, int(cols), static_cast<float*>(copy.data));
+  kernel.pack(m.data, m.dtype, m.col_stride, m.row_stride, m.cols, m.rows, int(cols), cols * m.rows,
+              values(copy));
   return copy;
 }
-
-float* values(const Matrix& m) { return static_cast<float*>(m.data); }
 
 void scale(const Matrix& m, float factor) {
   for (int64_t i = 0; i < m.rows; ++i)
@@ -59,7 +61,8 @@ struct Sum {
 
 Sum weighted(const Kernels& kernel, const Matrix& left, const Matrix& b, Scratch& scratch) {
   float* panels = scratch.take(round_up(left.rows, kernel.tile_rows) * left.cols);
-  kernel.pack(left.data, left.dtype, left.row_stride, left.col_stride, left.rows, left.cols, kernel.tile_rows, panels);
+  kernel.pack(left.data, left.dtype, left.row_stride, left.col_stride, left.rows, left.cols, kernel.tile_rows,
+              left.cols * kernel.tile_rows, panels);
   return {panels, b};
 }
 
@@ -87,7 +90,8 @@ void sum(const Kernels& kernel, std::initializer_list<Sum> parts, const Matrix& 
       if (whole) add(part, depth, inner.data, inner.dtype, inner.row_stride, {cols.first, whole});
       if (whole < cols.size) {
         const Matrix rest = slice(part.b, depth, {cols.first + whole, cols.size - whole});
-        kernel.pack(rest.data, rest.dtype, 1, rest.row_stride, rest.cols, depth.size, int(tile), edge);
+        kernel.pack(rest.data, rest.dtype, 1, rest.row_stride, rest.cols, depth.size, int(tile), depth.size * tile,
+                    edge);
         add(part, depth, edge, Dtype::kFloat32, tile, {cols.first + whole, cols.size - whole});
       }
       started = true;
@@ -123,7 +127,8 @@ void few_rows(const Kernels& kernel, const Matrix& x, const Matrix& weight, cons
   parallel(threads, [&](int index, int count) {
     const Range cols = part(N, 16, index, count);
     const Matrix mine = slice(right, cols, {0, R}), from = slice(B, cols, {0, R});
-    kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, R, cols.size, int(padded), values(mine));
+    kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, R, cols.size, int(padded), cols.size * padded,
+                values(mine));
     const Matrix out = slice(result, {0, M}, cols);
     Dots d = dots(slice(weight, cols, {0, weight.cols}), left, transposed(out));
     d.extra_rows = values(mine), d.extra_cols = values(P), d.extra = padded;
@@ -133,35 +138,80 @@ void few_rows(const Kernels& kernel, const Matrix& x, const Matrix& weight, cons
   });
 }
 
-// Σ left(i, k)·right(j, k) in fp32, with zeros up to the padded width of its rows.
-Matrix narrow(const Kernels& kernel, const Matrix& left, const Matrix& right, float factor, int threads,
-              Scratch& scratch) {
-  const int64_t M = left.rows, R = right.rows, padded = round_up(R, kernel.width);
-  const Matrix out = fp32(scratch.take(M * padded), M, R, padded);
-  if (R > kSkinny) {
-    if (padded != R) std::memset(out.data, 0, M * padded * sizeof(float));
-    gemm({{left, right}}, nullptr, out, threads, scratch);
-    if (factor != 1.0f) scale(out, factor);
-    return out;
-  }
-  const Matrix cols = copied(kernel, right, kernel.width, scratch);
-  if (factor != 1.0f) scale(cols, factor);
-  parallel(team(threads, M, R, left.cols), [&](int index, int count) {
-    const Range rows = part(M, 12, index, count);
-    const Matrix mine = slice(out, rows, {0, R});
-    if (padded != R) std::memset(mine.data, 0, rows.size * padded * sizeof(float));
-    kernel.dots(dots(slice(left, rows, {0, left.cols}), cols, mine));
-  });
-  return out;
+// An (M, R) matrix in fp32 whose rows are padded to the vector width.
+Matrix padded(const Kernels& kernel, int64_t M, int64_t R, Scratch& scratch) {
+  const int64_t cols = round_up(R, kernel.width);
+  return fp32(scratch.take(M * cols), M, R, cols);
 }
 
-// s·T·Nᵀ
-Matrix scaled(const Kernels& kernel, const Matrix& T, const Matrix& core, float scaling, int threads, Scratch& scratch) {
-  if (core) return narrow(kernel, T, core, scaling, threads, scratch);
-  const Matrix P = copied(kernel, T, kernel.width, scratch);
-  scale(P, scaling);
-  return P;
-}
+// The adapter's narrow products: inner = left·outerᵀ, or left itself, and outcome = s·inner·coreᵀ. Where inner is wanted
+// in another dtype too, it is rounded to `rounded`.
+class Chain {
+ public:
+  Matrix inner, outcome;
+
+  Chain(const Kernels& kernel, const Matrix& left, const Matrix& outer, const Matrix& core, float scaling,
+        const Matrix& rounded, Scratch& scratch)
+      : kernel_(&kernel), left_(left), outer_(outer), core_(core), rounded_(rounded), scaling_(scaling) {
+    const int64_t R = outer ? outer.rows : left.cols;
+    inner = padded(kernel, left.rows, R, scratch), outcome = padded(kernel, left.rows, R, scratch);
+    if (outer && skinny()) outer_ = copied(kernel, outer, kernel.width, scratch);
+    if (core) core_ = copied(kernel, core, kernel.width, scratch), scale(core_, scaling);
+  }
+
+  bool skinny() const { return inner.cols <= kSkinny; }
+
+  // Some rows of a skinny chain.
+  void operator()(Range rows) const {
+    const Matrix from = slice(left_, rows, {0, left_.cols}), to = slice(inner, rows, {0, inner.cols});
+    if (outer_) {
+      multiply(from, outer_, to);
+    } else {
+      kernel_->pack(from.data, from.dtype, from.col_stride, from.row_stride, from.cols, rows.size, int(to.row_stride),
+                    rows.size * to.row_stride, values(to));
+    }
+    finish(rows);
+  }
+
+  void all(int threads, Scratch& scratch) const {
+    const int64_t M = left_.rows;
+    if (skinny()) {
+      parallel(team(threads, M, inner.cols, left_.cols), [&](int index, int count) { (*this)(part(M, 12, index, count)); });
+      return;
+    }
+    for (const Matrix& m : {inner, outcome})
+      if (m.row_stride != m.cols) std::memset(m.data, 0, M * m.row_stride * sizeof(float));
+    if (outer_) {
+      gemm({{left_, outer_}}, nullptr, inner, threads, scratch);
+    } else {
+      kernel_->pack(left_.data, left_.dtype, left_.col_stride, left_.row_stride, left_.cols, M, int(inner.row_stride),
+                    M * inner.row_stride, values(inner));
+    }
+    if (core_) gemm({{inner, core_}}, nullptr, outcome, threads, scratch);
+    finish({0, M}, false);
+  }
+
+ private:
+  // NOTE: inner's padding is multiplied too, so that no row ends within a register.
+  void multiply(const Matrix& left, const Matrix& right, const Matrix& out) const {
+    if (out.row_stride != out.cols) std::memset(out.data, 0, out.rows * out.row_stride * sizeof(float));
+    kernel_->dots(dots(left, right, out));
+  }
+
+  void finish(Range rows, bool multiplies = true) const {
+    const Matrix from = slice(inner, rows, {0, inner.cols}), to = slice(outcome, rows, {0, inner.cols});
+    if (rounded_) kernel_->round(values(from), from.row_stride, slice(rounded_, rows, {0, inner.cols}));
+    if (core_ && multiplies) {
+      multiply(fp32(values(from), rows.size, from.row_stride, from.row_stride), core_, to);
+    } else if (!core_) {
+      for (int64_t i = 0; i < rows.size * to.row_stride; ++i) values(to)[i] = scaling_ * values(from)[i];
+    }
+  }
+
+  const Kernels* kernel_;
+  Matrix left_, outer_, core_, rounded_;
+  float scaling_;
+};
 
 // out = start + left·right for a left (m, r) of few columns: out is written once and never read.
 void widen(const Kernels& kernel, const Matrix& left, const Matrix& right, const float* start, const Matrix& out,
@@ -175,7 +225,8 @@ void widen(const Kernels& kernel, const Matrix& left, const Matrix& right, const
     const Matrix mine = slice(left, rows, {0, left.cols}), to = slice(out, rows, {0, out.cols});
     Product p = {};
     float* a = panels + rows.first * left.cols;
-    kernel.pack(mine.data, mine.dtype, mine.row_stride, mine.col_stride, mine.rows, mine.cols, kernel.tile_rows, a);
+    kernel.pack(mine.data, mine.dtype, mine.row_stride, mine.col_stride, mine.rows, mine.cols, kernel.tile_rows,
+                mine.cols * kernel.tile_rows, a);
     p.a = a, p.b = b.data, p.b_strip = kernel.tile_cols, p.b_row = b.row_stride;
     p.init = start;
     p.c = to.data, p.c_dtype = to.dtype, p.c_row = to.row_stride;
@@ -197,11 +248,12 @@ void forward(const Matrix& x, const Matrix& weight, const Matrix& A, const Matri
     threads = team(threads, x.rows, x.cols, y.cols);
     return few_rows(kernel, x, weight, A, B, core, start, y, T, scaling, threads, scratch);
   }
-  const Matrix sums = narrow(kernel, x, A, 1.0f, threads, scratch);
-  kernel.round(values(sums), sums.row_stride, T);
-  const Matrix P = scaled(kernel, sums, core, scaling, threads, scratch);
-  if (!weight) return widen(kernel, P, transposed(B), start, y, threads, scratch);
-  gemm({{x, weight}, {P, B}}, start, y, threads, scratch);
+  const Chain chain(kernel, x, A, core, scaling, T, scratch);
+  const Prepare prepare = [&](Range rows) { chain(rows); };
+  const bool fused = weight && chain.skinny();
+  if (!fused) chain.all(threads, scratch);
+  if (!weight) return widen(kernel, chain.outcome, transposed(B), start, y, threads, scratch);
+  gemm({{x, weight}, {chain.outcome, B}}, start, y, threads, scratch, fused ? &prepare : nullptr);
 }
 
 void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight, const Matrix& A, const Matrix& B,
@@ -211,15 +263,36 @@ void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& 
   const Kernels& kernel = kernels();
   Scratch scratch;
   const int64_t M = dy.rows, K = A.cols, N = dy.cols, R = A.rows;
+  const bool few = M <= kFewRows && weight, narrow_rank = R <= kSkinny;
+  const Matrix turned = core ? transposed(core) : core;
+  std::optional<Chain> to_dy, to_T;
   Matrix G, H, P, ones;
-  if (dx || dA || dcore) G = narrow(kernel, dy, transposed(B), 1.0f, threads, scratch);
-  if (dx || dA) H = scaled(kernel, G, core ? transposed(core) : core, scaling, threads, scratch);
-  if (dB) P = scaled(kernel, T, core, scaling, threads, scratch);
+  if (dx || dA || dcore) {
+    to_dy.emplace(kernel, dy, transposed(B), turned, scaling, Matrix(), scratch);
+    G = to_dy->inner, H = to_dy->outcome;
+  }
+  if (dB) {
+    to_T.emplace(kernel, T, Matrix(), core, scaling, Matrix(), scratch);
+    P = to_T->outcome;
+  }
+  const Prepare prepare = [&](Range rows) {
+    if (to_dy) (*to_dy)(rows);
+    if (to_T) (*to_T)(rows);
+  };
 
   // Products of many rows.
-  const bool few = M <= kFewRows && weight, narrow_rank = R <= kSkinny;
-  if (dx && !weight) widen(kernel, H, A, nullptr, dx, threads, scratch);
-  if (dx && weight && !few) gemm({{dy, transposed(weight)}, {H, transposed(A)}}, nullptr, dx, threads, scratch);
+  if (dx && weight && !few && narrow_rank) {
+    gemm({{dy, transposed(weight)}, {H, transposed(A)}}, nullptr, dx, threads, scratch, &prepare);
+  } else {
+    if (narrow_rank) {
+      parallel(team(threads, M, N, R), [&](int index, int count) { prepare(part(M, 12, index, count)); });
+    } else {
+      if (to_dy) to_dy->all(threads, scratch);
+      if (to_T) to_T->all(threads, scratch);
+    }
+    if (dx && !weight) widen(kernel, H, A, nullptr, dx, threads, scratch);
+    if (dx && weight && !few) gemm({{dy, transposed(weight)}, {H, transposed(A)}}, nullptr, dx, threads, scratch);
+  }
   if (dweight) gemm({{transposed(dy), transposed(x)}}, nullptr, dweight, threads, scratch);
   if (!narrow_rank) {
     if (dA) gemm({{transposed(H), transposed(x)}}, nullptr, dA, threads, scratch);
