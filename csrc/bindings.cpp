@@ -1,5 +1,5 @@
-// Python module nlora_kernels._C. A matrix is None or the tuple (address, dtype, shape, strides) with a dtype of `Dtype`
-// and two sizes; arguments are checked by the caller.
+// Python module nlora_kernels._C. A matrix is None, a tensor or the tuple (address, dtype, shape, strides) with a dtype of
+// `Dtype`; a vector is a matrix of one row. Arguments are checked by the caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,29 +10,60 @@ using nlora::Matrix;
 
 namespace pybind11::detail {
 
+// NOTE: a tensor's properties are read here, which costs half of what collecting them in Python does.
 template <>
 struct type_caster<Matrix> {
-  PYBIND11_TYPE_CASTER(Matrix, const_name("tuple | None"));
+  PYBIND11_TYPE_CASTER(Matrix, const_name("Tensor | tuple | None"));
 
   bool load(handle source, bool) {
     value = Matrix();
     if (source.is_none()) return true;
-    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
-    const auto item = [](PyObject* tuple, int i) { return PyTuple_GET_ITEM(tuple, i); };
-    PyObject *shape = item(source.ptr(), 2), *strides = item(source.ptr(), 3);
-    if (!PyTuple_Check(shape) || !PyTuple_Check(strides) || PyTuple_GET_SIZE(shape) != 2 ||
-        PyTuple_GET_SIZE(strides) != 2)
-      return false;
-    value.data = PyLong_AsVoidPtr(item(source.ptr(), 0));
-    value.dtype = nlora::Dtype(PyLong_AsLong(item(source.ptr(), 1)));
-    value.rows = PyLong_AsLongLong(item(shape, 0));
-    value.cols = PyLong_AsLongLong(item(shape, 1));
-    value.row_stride = PyLong_AsLongLong(item(strides, 0));
-    value.col_stride = PyLong_AsLongLong(item(strides, 1));
+    object address, shape, strides;
+    if (PyTuple_Check(source.ptr())) {
+      if (PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+      const auto item = [&](int i) { return reinterpret_borrow<object>(PyTuple_GET_ITEM(source.ptr(), i)); };
+      address = item(0), shape = item(2), strides = item(3);
+      value.dtype = nlora::Dtype(PyLong_AsLong(item(1).ptr()));
+    } else {
+      static const Names& names = *new Names;
+      address = checked(PyObject_CallMethodNoArgs(source.ptr(), names.data_ptr.ptr()));
+      shape = checked(PyObject_GetAttr(source.ptr(), names.shape.ptr()));
+      strides = checked(PyObject_CallMethodNoArgs(source.ptr(), names.stride.ptr()));
+      const object dtype = checked(PyObject_GetAttr(source.ptr(), names.dtype.ptr()));
+      int code = 0;
+      while (code < 3 && !dtype.is(names.dtypes[code])) ++code;
+      if (code == 3) return false;
+      value.dtype = nlora::Dtype(code);
+    }
+    if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(strides.ptr())) return false;
+    const Py_ssize_t dims = PyTuple_GET_SIZE(shape.ptr());
+    if (dims < 1 || dims > 2 || PyTuple_GET_SIZE(strides.ptr()) != dims) return false;
+    const auto number = [](const object& tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i)); };
+    value.data = PyLong_AsVoidPtr(address.ptr());
+    value.cols = number(shape, dims - 1), value.col_stride = number(strides, dims - 1);
+    value.rows = dims == 2 ? number(shape, 0) : 1;
+    value.row_stride = dims == 2 ? number(strides, 0) : value.cols * value.col_stride;
     // NOTE: an empty tensor has no address, but it is there.
     if (!value.data) value.data = &value;
     if (PyErr_Occurred()) throw error_already_set();
     return true;
+  }
+
+ private:
+  struct Names {
+    str data_ptr{"data_ptr"}, shape{"shape"}, stride{"stride"}, dtype{"dtype"};
+    // In the order of Dtype.
+    object dtypes[3];
+
+    Names() {
+      const module_ torch = module_::import("torch");
+      dtypes[0] = torch.attr("float32"), dtypes[1] = torch.attr("bfloat16"), dtypes[2] = torch.attr("float16");
+    }
+  };
+
+  static object checked(PyObject* result) {
+    if (!result) throw error_already_set();
+    return reinterpret_steal<object>(result);
   }
 };
 

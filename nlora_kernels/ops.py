@@ -65,7 +65,8 @@ def lora_linear(
         ValueError: shapes or devices do not fit, dropout is not within [0, 1], or the named backend is unknown or
             cannot take the call.
     """
-    _check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling)
+    if not _fits(x, weight, lora_A, lora_B, lora_N, bias, scaling):
+        _check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling)
     seed = _drawn_seed(x, dropout, seed) if dropout else None
     return _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend or "")
 
@@ -120,14 +121,16 @@ def lora2_linear(
     """
     _check_lora2_core(lora_u, lora_E, lora_U, mask)
     core = _core(lora_u, lora_E, lora_U, mask, backend or "")
-    names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
-    _check_lora_linear(x, weight, lora_v, lora_V, core, bias, scaling, names)
+    if not _fits(x, weight, lora_v, lora_V, core, bias, scaling):
+        names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
+        _check_lora_linear(x, weight, lora_v, lora_V, core, bias, scaling, names)
     seed = _drawn_seed(x, dropout, seed) if dropout else None
     return _linear(x, weight, lora_v, lora_V, core, bias, scaling, dropout, seed, backend or "")
 
 
 def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend) -> Tensor:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
         raise RuntimeError("nlora_kernels operations do not support torch.func transforms (vmap, grad, jvp, ...)")
     # NOTE: spelt out, here and in the checks: at a few tokens the layer costs less than a generator over its arguments.
     trains = torch.is_grad_enabled() and (
@@ -139,7 +142,8 @@ def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, bac
         or (bias is not None and bias.requires_grad)
     )
     if trains:
-        return _LoraLinear.apply(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
+        apply = _LoraLinear.apply if compiling else _apply_linear
+        return apply(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
     rows, weight, bias = _operands(x, weight, bias)
     return _unflatten(_forward(rows, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)[0], x)
 
@@ -154,12 +158,12 @@ def _core(lora_u, lora_E, lora_U, mask, backend) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
-        needs = Needs(*ctx.needs_input_grad[:6])
+        needs = ctx.needs_input_grad[:6]
         rows, w, b = _operands(x, weight, bias)
         y, T = _forward(rows, w, lora_A, lora_B, lora_N, b, scaling, dropout, seed, backend)
         ctx.save_for_backward(
-            rows if needs.lora_A or needs.weight else None,
-            T if needs.lora_B or needs.lora_N else None,
+            rows if needs[1] or needs[2] else None,
+            T if needs[3] or needs[4] else None,
             # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
             weight,
             lora_A,
@@ -167,29 +171,34 @@ class _LoraLinear(torch.autograd.Function):
             lora_N,
             seed,
         )
-        ctx.needs, ctx.scaling, ctx.dropout, ctx.backend = needs, scaling, dropout, backend
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.call = scaling, dropout, needs, backend, x.shape, x.dtype, None if bias is None else bias.dtype
         return _unflatten(y, x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        rows, T, weight, lora_A, lora_B, lora_N, seed = ctx.saved_tensors
-        needs = ctx.needs
-        dy = _rows(dy)
-        adapter = (lora_A, lora_B, lora_N)
-        options = (ctx.scaling, ctx.dropout, seed, needs, ctx.backend)
-        computed = iter(_backward(dy, rows, T, weight.to(dy.dtype), *adapter, *options))
-        grads = Grads(*[next(computed) if needed else None for needed in needs])
-        dx, dweight, dbias = grads.x, grads.weight, grads.bias
-        if needs.x:
-            dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
-        if needs.weight:
-            dweight = dweight.to(weight.dtype)
-        if needs.bias:
-            dbias = dbias.to(ctx.bias_dtype)
-        return dx, dweight, grads.lora_A, grads.lora_B, grads.lora_N, dbias, None, None, None, None
+        # The wrapper costs as much as a small layer's checks and does nothing where no graph of this graph is made.
+        return (_once_differentiable_backward if torch.is_grad_enabled() else _linear_backward)(ctx, dy)
+
+
+def _linear_backward(ctx, dy):
+    rows, T, weight, lora_A, lora_B, lora_N, seed = ctx.saved_tensors
+    scaling, dropout, needs, backend, x_shape, x_dtype, bias_dtype = ctx.call
+    dy = _rows(dy)
+    w = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
+    computed = iter(_backward(dy, rows, T, w, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend))
+    dx, dweight, dA, dB, dN, dbias = [next(computed) if needed else None for needed in needs]
+    if dx is not None and (dx.dtype is not x_dtype or len(x_shape) != 2):
+        dx = dx.to(x_dtype).view(x_shape)
+    if dweight is not None:
+        dweight = dweight.to(weight.dtype)
+    if dbias is not None:
+        dbias = dbias.to(bias_dtype)
+    return dx, dweight, dA, dB, dN, dbias, None, None, None, None
+
+
+# NOTE: Function.apply itself first looks through all arguments for what torch.func may have left behind.
+_apply_linear = super(torch.autograd.Function, _LoraLinear).apply
+_once_differentiable_backward = once_differentiable(_linear_backward)
 
 
 class _Lora2Core(torch.autograd.Function):
@@ -234,7 +243,7 @@ def _register(schema: str):
                 or type(first) not in (Tensor, torch.nn.Parameter)
             ):
                 return operator(first, *args)
-            return without_autocast(first, *args)
+            return (without_autocast if torch._C._is_any_autocast_enabled() else implementation)(first, *args)
 
         torch.library.impl(name, "default")(without_autocast)
         return call
@@ -312,8 +321,8 @@ def _unflatten(y: Tensor, x: Tensor) -> Tensor:
 
 def _operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """x as (M, K), weight and bias, cast as autocast casts the operands of F.linear: all but fp64."""
-    rows = _rows(x)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    rows = x if x.dim() == 2 else _rows(x)
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         return rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return rows, weight, bias
@@ -340,6 +349,29 @@ def _drawn_seed(x: Tensor, dropout: float, seed: int | Tensor | None) -> Tensor:
 
 
 # Checks. Every message names the argument, what was expected and what came.
+
+
+def _fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
+    """Whether a call is plainly right. Where it is not, `_check_lora_linear` says what is wrong, if anything is."""
+    try:
+        dtype, device, (out_features, in_features), (r, A_in) = x.dtype, x.device, weight.shape, lora_A.shape
+        return (
+            type(scaling) is float
+            and x.shape[-1] == A_in == in_features
+            and r > 0
+            and lora_B.shape == (out_features, r)
+            and dtype in DTYPES
+            and weight.dtype is dtype
+            and lora_A.dtype in DTYPES
+            and lora_B.dtype in DTYPES
+            and weight.device == device
+            and lora_A.device == device
+            and lora_B.device == device
+            and (lora_N is None or (lora_N.shape == (r, r) and lora_N.dtype in DTYPES and lora_N.device == device))
+            and (bias is None or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device))
+        )
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
 
 
 def _check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names=None):

@@ -278,20 +278,34 @@ INLINE void dot_tile(const Dots& d, int64_t row, int64_t col) {
       }
     }
   }
+  // COLS sums of kWidth lanes become one vector of COLS groups of lanes, and GROUP such vectors again one.
+  constexpr int kLanes = kWidth / COLS, GROUP = kLanes < 4 ? kLanes : 4;
+  Vec groups[(ROWS + GROUP - 1) / GROUP * GROUP] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
-    // COLS sums of kWidth lanes become one vector of COLS groups of lanes.
 #pragma GCC unroll 16
     for (int step = COLS / 2; step > 0; step /= 2)
 #pragma GCC unroll 16
       for (int j = 0; j < step; ++j) sum[i][j] = add_neighbours(sum[i][2 * j], sum[i][2 * j + 1], AllLanes{});
+    groups[i] = sum[i][0];
+  }
+#pragma GCC unroll 16
+  for (int first = 0; first < ROWS; first += GROUP) {
+#pragma GCC unroll 16
+    for (int step = GROUP / 2; step > 0; step /= 2)
+#pragma GCC unroll 16
+      for (int i = 0; i < step; ++i)
+        groups[first + i] = add_neighbours(groups[first + 2 * i], groups[first + 2 * i + 1], AllLanes{});
     alignas(64) float lanes[kWidth];
-    store(lanes, sum[i][0]);
-    const float start = d.start ? d.start[row + i] : 0.0f;
-    for (int j = 0; j < COLS; ++j) {
-      float total = start;
-      for (int l = 0; l < kWidth / COLS; ++l) total += lanes[j * (kWidth / COLS) + l];
-      d.out[(row + i) * d.out_row + (col + j) * d.out_col] = total;
+    store(lanes, groups[first]);
+    for (int i = first; i < first + GROUP && i < ROWS; ++i) {
+      const float start = d.start ? d.start[row + i] : 0.0f;
+      for (int j = 0; j < COLS; ++j) {
+        float total = start;
+        const float* from = lanes + ((i - first) * COLS + j) * (kLanes / GROUP);
+        for (int l = 0; l < kLanes / GROUP; ++l) total += from[l];
+        d.out[(row + i) * d.out_row + (col + j) * d.out_col] = total;
+      }
     }
   }
 }
@@ -309,6 +323,7 @@ template <class T>
 void dots_typed(const Dots& d) {
   int64_t row = 0;
   for (; row + kDotRows <= d.m; row += kDotRows) dot_rows<kDotRows, T>(d, row);
+  for (; row + 2 <= d.m; row += 2) dot_rows<2, T>(d, row);
   for (; row < d.m; ++row) dot_rows<1, T>(d, row);
 }
 
@@ -399,6 +414,8 @@ void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t r
       int i = 0;
       if (row_stride == 1)
         for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+      if (row_stride == 1 && sizeof(T) == sizeof(float))
+        for (; i + 4 <= count; i += 4) __builtin_memcpy(to + i, from + i, 4 * sizeof(float));
       for (; i < count; ++i) to[i] = to_float(from[i * row_stride]);
       for (; i < size; ++i) to[i] = 0.0f;
     }

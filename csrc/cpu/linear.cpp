@@ -109,7 +109,8 @@ void few_rows(const Kernels& kernel, const Matrix& x, const Matrix& weight, cons
               const Matrix& core, const float* bias, const Matrix& y, const Matrix& T, float scaling, int threads,
               Scratch& scratch) {
   const int64_t M = x.rows, R = A.rows, N = y.cols, padded = round_up(R, kernel.width);
-  const Matrix left = copied(kernel, x, kernel.width, scratch);
+  const bool fits = x.dtype == Dtype::kFloat32 && x.col_stride == 1 && x.cols % kernel.width == 0;
+  const Matrix left = fits ? x : copied(kernel, x, kernel.width, scratch);
   const Matrix sums = fp32(scratch.take(M * padded), M, R, padded);
   std::memset(sums.data, 0, M * padded * sizeof(float));
   kernel.dots(dots(A, left, transposed(sums)));

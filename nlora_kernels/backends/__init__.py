@@ -40,6 +40,8 @@ __all__ = ["Dropout", "Grads", "Needs", "available", "drops_inside", "preferred"
 # In order of preference.
 TABLE: dict[str, ModuleType] = {"cpu": native.cpu, "triton": triton, "lean": lean, "reference": reference}
 
+_ENVIRONMENT, _VARIABLE = os.environ._data, os.environ.encodekey("NLORA_BACKEND")
+
 
 def available() -> dict[str, str | None]:
     """{backend name: None if it can run on this machine, else every reason why it cannot}."""
@@ -48,7 +50,9 @@ def available() -> dict[str, str | None]:
 
 def preferred() -> str | None:
     """The backend that NLORA_BACKEND gives to calls that name none."""
-    return os.environ.get("NLORA_BACKEND")
+    # NOTE: os.environ.get encodes and decodes at every call, which costs as much as everything else in `select`.
+    value = _ENVIRONMENT.get(_VARIABLE)
+    return value and os.environ.decodevalue(value)
 
 
 def select(name: str | None, first: Tensor, call: tuple | None = None) -> ModuleType:
@@ -67,8 +71,9 @@ def select(name: str | None, first: Tensor, call: tuple | None = None) -> Module
         if reason:
             raise ValueError(f"backend {name!r} cannot take this call: {reason}")
         return module
+    device = "cpu" if first.is_cpu else first.device.type
     for module in TABLE.values():
-        if first.device.type in module.VERIFIED_ON and not module.unavailable():
+        if device in module.VERIFIED_ON and not module.unavailable():
             if call is None or not module.unsupported(*call):
                 return module
     return reference

@@ -38,6 +38,16 @@ class Cpu:
         return None
 
     def unsupported(self, x, weight, lora_A, lora_B, lora_N, dropout=None) -> str | None:
+        # NOTE: the usual call first, and no loop over its tensors: at a few tokens a layer costs as little as this.
+        if (
+            x.is_cpu
+            and x.dtype in _CODES
+            and lora_A.dtype in _CODES
+            and lora_B.dtype in _CODES
+            and (lora_N is None or lora_N.dtype in _CODES)
+            and not dropout
+        ):
+            return None
         if dropout:
             return "it has no dropout"
         if x.device.type != "cpu":
@@ -69,13 +79,9 @@ class Cpu:
             weight = _folded(weight, lora_A, lora_B, lora_N, scaling)
             return F.linear(x, weight, bias), x @ lora_A.to(x.dtype).T
         y, T = x.new_empty(M, N), x.new_empty(M, R)
-        rows, inside, lora_A = _rows(x), _rows(weight) if plan == "whole" else None, _rows(lora_A)
-        # fmt: off
-        _C.cpu_forward(
-            _view(rows), _view(inside), _view(lora_A), _view(lora_B), _view(lora_N), _view(bias), _view(y), _view(T),
-            scaling, torch.get_num_threads(),
-        )
-        # fmt: on
+        inside = _rows(weight) if plan == "whole" else None
+        threads = torch.get_num_threads()
+        _C.cpu_forward(_rows(x), inside, _rows(lora_A), lora_B, lora_N, bias, y, T, scaling, threads)
         return (y if plan == "whole" else y.addmm_(x, weight.T)), T
 
     def backward(
@@ -99,13 +105,8 @@ class Cpu:
             lora_N=_new(lora_N) if needs.lora_N else None,
             bias=dy.new_empty(N) if needs.bias else None,
         )
-        # fmt: off
-        _C.cpu_backward(
-            _view(dy), _view(x), _view(T), _view(inside), _view(lora_A), _view(lora_B), _view(lora_N),
-            _view(grads.x), _view(grads.weight), _view(grads.lora_A), _view(grads.lora_B), _view(grads.lora_N),
-            _view(grads.bias), scaling, torch.get_num_threads(),
-        )
-        # fmt: on
+        threads = torch.get_num_threads()
+        _C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, *grads, scaling, threads)
         if not whole and needs.x:
             grads.x.addmm_(dy, weight)
         if not whole and needs.weight:
@@ -117,15 +118,15 @@ class Cpu:
             return reference.lora2_core(lora_u, lora_E, lora_U, mask)
         core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
         mask = None if mask is None else mask.float()
-        _C.cpu_lora2_core(_view(lora_u), _view(lora_E), _view(lora_U), _view(mask), _view(core))
+        _C.cpu_lora2_core(lora_u, lora_E, lora_U, mask, core)
         return core
 
     def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
         if lora_u.dtype != torch.float32:
             return reference.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
         grads = _new(lora_u), _new(lora_E), _new(lora_U)
-        inputs = d_core, lora_u, lora_E, lora_U, None if mask is None else mask.float()
-        _C.cpu_lora2_core_backward(*map(_view, inputs), *map(_view, grads))
+        mask = None if mask is None else mask.float()
+        _C.cpu_lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask, *grads)
         return grads
 
 
@@ -137,18 +138,9 @@ def _folded(weight, lora_A, lora_B, lora_N, scaling) -> Tensor:
     return torch.addmm(weight, B if N is None else B @ N, A, alpha=scaling)
 
 
-def _view(t: Tensor | None) -> tuple | None:
-    """A tensor as the extension takes it; a vector is a matrix of one row."""
-    if t is None:
-        return None
-    if t.dim() == 1:
-        t = t.unsqueeze(0)
-    return t.data_ptr(), _CODES[t.dtype], t.shape, t.stride()
-
-
 def _rows(t: Tensor | None) -> Tensor | None:
     """A matrix with its columns side by side, as the kernels read it."""
-    return t if t is None or t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+    return t if t is None or t.is_contiguous() or t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 def _new(like: Tensor) -> Tensor:
