@@ -4,6 +4,7 @@
 // goes by tickets rather than by block index, so it makes progress with any number of resident blocks.
 #pragma once
 
+#include "schedule.h"
 #include "tile.cuh"
 
 namespace hopper {
@@ -42,7 +43,7 @@ __device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, 
 
 template <class Tile, class T>
 __device__ __forceinline__ void load_tile(const GemmShared<Tile> shared, const GemmProblem<T>& problem,
-                                          typename TileSchedule<Tile>::Place place, uint32_t rank,
+                                          Schedule::Item place, uint32_t rank,
                                           RingPosition<Tile::kStages>& ring) {
     for (uint32_t k = 0; k < problem.k; k += Tile::kBlockK) {
         const uint32_t full = shared.full(ring.slot);
@@ -107,7 +108,7 @@ struct alignas(4) Pair {
 template <class Tile, class T>
 __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared,
                                            const GemmProblem<T>& problem,
-                                           typename TileSchedule<Tile>::Place place, uint32_t consumer,
+                                           Schedule::Item place, uint32_t consumer,
                                            bool storing_thread) {
     const uint32_t barrier = 1 + consumer;
     const uint32_t lane = lane_rank();
@@ -153,7 +154,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
     const uint32_t warp = warp_rank();
     const uint32_t rank = Tile::kCluster == 1 ? 0 : cluster_rank();
     const bool leader = elect_one();
-    const TileSchedule<Tile> schedule(problem.m, problem.n);
+    const Schedule schedule(problem.m, problem.n, 0, Tile::kBlockM * Tile::kCluster, Tile::kBlockN);
+    const auto own_place = [&](uint32_t ticket) {
+        Schedule::Item place = schedule.at(ticket);
+        place.m += rank * Tile::kBlockM;
+        return place;
+    };
     constexpr uint32_t kConsumerWarps = 4 * Tile::kConsumers;
 
     if (warp == 0 && leader) {
@@ -187,7 +193,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
                 if (ticket >= schedule.count()) {
                     break;
                 }
-                load_tile<Tile, T>(shared, problem, schedule.at(ticket, rank), rank, ring);
+                load_tile<Tile, T>(shared, problem, own_place(ticket), rank, ring);
                 mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
             }
         } else if (warp == 1 && leader && rank == 0) {
@@ -209,7 +215,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
             if (ticket >= schedule.count()) {
                 break;
             }
-            const auto place = schedule.at(ticket, rank);
+            const Schedule::Item place = own_place(ticket);
             float acc[Tile::kBlockN / 2];
             multiply_tile<Tile, T>(acc, shared, problem.k, consumer, ring);
             store_tile<Tile, T>(acc, shared, problem, place, consumer, storing_thread);

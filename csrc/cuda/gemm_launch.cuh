@@ -30,7 +30,7 @@ void launch_gemm(Context& context, const T* x, const T* weight, const T* bias, T
     problem.n = n;
     problem.k = k;
     blocks = std::max(blocks ? blocks : context.processors(), uint32_t(Tile::kCluster));
-    const uint32_t work = ceil_div(m, Tile::kBlockM * Tile::kCluster) * ceil_div(n, Tile::kBlockN) * Tile::kCluster;
+    const uint32_t work = Schedule(m, n, 0, Tile::kBlockM * Tile::kCluster, Tile::kBlockN).count() * Tile::kCluster;
     const uint32_t grid = std::min(blocks / Tile::kCluster * Tile::kCluster, work);
     context.launch({grid, Tile::kThreads, Tile::kCluster, Tile::kSharedBytes, Tile::kRegisters},
                    &gemm_kernel<Tile, T>, problem);

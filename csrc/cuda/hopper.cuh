@@ -17,7 +17,6 @@
 #include <cstring>
 #include <type_traits>
 
-#define HOPPER_FN __host__ __device__ __forceinline__
 #include "layout.cuh"
 
 namespace hopper {

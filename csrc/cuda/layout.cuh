@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define HOPPER_FN __host__ __device__ __forceinline__
+#else
+#define HOPPER_FN
+#endif
+
 namespace hopper {
 
 struct bf16 {

@@ -76,30 +76,4 @@ struct RingPosition {
     }
 };
 
-// Order of the work: tickets count clusters' worth of tiles, in bands of kBand tile rows that stay in the L2 cache.
-template <class Tile>
-struct TileSchedule {
-    static constexpr uint32_t kBand = 8;
-    uint32_t rows, columns;
-
-    __device__ TileSchedule(uint32_t m, uint32_t n)
-        : rows(ceil_div(m, Tile::kBlockM * Tile::kCluster)), columns(ceil_div(n, Tile::kBlockN)) {}
-
-    __device__ uint32_t count() const {
-        return rows * columns;
-    }
-
-    struct Place {
-        uint32_t m, n;   // first row and column of the block's tile
-    };
-
-    __device__ Place at(uint32_t ticket, uint32_t rank) const {
-        const uint32_t band = ticket / (kBand * columns);
-        const uint32_t within = ticket % (kBand * columns);
-        const uint32_t band_rows = rows - band * kBand < kBand ? rows - band * kBand : kBand;
-        const uint32_t row = band * kBand + within % band_rows;
-        return {(row * Tile::kCluster + rank) * Tile::kBlockM, within / band_rows * Tile::kBlockN};
-    }
-};
-
 }  // namespace hopper

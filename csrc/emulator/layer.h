@@ -8,7 +8,6 @@
 
 #include "clock.h"
 
-#define HOPPER_FN
 #define __global__
 #define __device__
 #define __host__

@@ -4,7 +4,6 @@
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 
-#define HOPPER_FN
 #include "../../../cuda/layout.cuh"
 
 namespace {

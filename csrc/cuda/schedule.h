@@ -1,0 +1,69 @@
+// Order of the work of one launch: plain arithmetic, the same in the kernel, its launcher and host code.
+#pragma once
+
+#include "layout.cuh"
+
+namespace hopper {
+
+// Tickets count work items of one cluster: tiles of C, and the items that make P, which are narrower tiles with the same
+// rows. Both stand in one grid, `pieces` columns of P before the `columns` of C, and tickets run down its columns in
+// bands of kBand rows, so that a band's operands stay in the L2 cache. Every item of P has a smaller ticket than the
+// tiles that read it: a block that waits for P waits for work that some block has already taken.
+struct Schedule {
+    static constexpr uint32_t kBand = 8;
+    uint32_t tile_rows, tile_columns;   // of a cluster's tile of C, in elements
+    uint32_t rows, columns, pieces;     // of the grid of items
+
+    // C is (m, n). P is (m, w): w = 0 if this launch does not make it.
+    HOPPER_FN constexpr Schedule(uint32_t m, uint32_t n, uint32_t w, uint32_t tile_rows, uint32_t tile_columns)
+        : tile_rows(tile_rows),
+          tile_columns(tile_columns),
+          rows(ceil_div(m, tile_rows)),
+          columns(ceil_div(n, tile_columns)),
+          pieces(ceil_div(w, tile_columns)) {}
+
+    HOPPER_FN constexpr uint32_t count() const {
+        return rows * (pieces + columns);
+    }
+
+    struct Item {
+        bool makes_p;    // else it is a tile of C
+        uint32_t m, n;   // first row, first column in P or C
+    };
+
+    HOPPER_FN constexpr Item at(uint32_t ticket) const {
+        const uint32_t band_items = kBand * (pieces + columns);
+        const uint32_t band = ticket / band_items, within = ticket % band_items;
+        const uint32_t band_rows = rows - band * kBand < kBand ? rows - band * kBand : kBand;
+        const uint32_t row = band * kBand + within % band_rows, column = within / band_rows;
+        const bool makes_p = column < pieces;
+        return {makes_p, row * tile_rows, (makes_p ? column : column - pieces) * tile_columns};
+    }
+};
+
+// Control words of a launch, each in 16 bytes of its own. Zero before the first launch; every launch leaves the ticket
+// at 0 and the epoch one higher, so the same words serve launch after launch, of whatever size, and graph replays.
+//   ticket, epoch, then for every 64 rows and every piece of P a flag: the epoch after the launch that wrote them last
+struct State {
+    static constexpr uint32_t kWord = 4;        // in words of 4 bytes
+    static constexpr uint32_t kMaxPieces = 2;   // of P: 256 columns by tiles of 128
+    static constexpr uint32_t kMaxRows = 256;   // of a cluster's tile
+    uint32_t* words;
+
+    HOPPER_FN constexpr uint32_t* ticket() const {
+        return words;
+    }
+    HOPPER_FN constexpr uint32_t* epoch() const {
+        return words + kWord;
+    }
+    HOPPER_FN constexpr uint32_t* flag(uint32_t row, uint32_t piece) const {
+        return words + (2 + row / 64 * kMaxPieces + piece) * kWord;
+    }
+
+    // For C of m rows.
+    HOPPER_FN static constexpr uint32_t size(uint32_t m) {
+        return (2 + ceil_div(m, kMaxRows) * (kMaxRows / 64) * kMaxPieces) * kWord;
+    }
+};
+
+}  // namespace hopper
