@@ -6,6 +6,7 @@ import fcntl
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,8 @@ CUDA = ROOT / "csrc" / "cuda"
 EMULATOR = ROOT / "csrc" / "emulator"
 
 CXX_FLAGS = "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
-NVCC_FLAGS = "-gencode arch=compute_90a,code=sm_90a -DNDEBUG -std=c++17 -O3"
-RUNNERS = ("gemm_runner", "probe_runner")
+NVCC_FLAGS = "-DNDEBUG -std=c++17 -O3"
+RUNNERS = tuple(sorted(path.stem for path in (EMULATOR / "tests").glob("*_runner.cpp")))
 GOLDEN = Path(__file__).resolve().parent / "emulator_golden"  # what each device wrote, one file a device
 
 # GemmTile instantiations of gemm_runner.cpp, in its order: rows, columns, cluster
@@ -76,22 +77,27 @@ def cuobjdump():
     return found
 
 
-def cubin_lines():
+def target(arch):
+    return f"-gencode arch=compute_{arch},code=sm_{arch}"
+
+
+def cubin_lines(arch):
     lines = [
         "rule cubin",
-        f"  command = {nvcc()} -x cu {NVCC_FLAGS} -Xptxas -v -MD -MF $out.d -cubin -o $out $in > $out.log 2>&1"
+        f"  command = {nvcc()} -x cu {target('$arch')} {NVCC_FLAGS} -Xptxas -v -MD -MF $out.d -cubin -o $out $in"
+        " > $out.log 2>&1"
         " || (cat $out.log; false)",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
     for runner in RUNNERS:
-        lines.append(f"build {runner}.cubin: cubin {EMULATOR / 'tests' / runner}.cpp")
+        lines += [f"build {runner}_{arch}.cubin: cubin {EMULATOR / 'tests' / runner}.cpp", f"  arch = {arch}"]
     return lines
 
 
-def cubin(runner):
+def cubin(runner, arch="90a"):
     """(cubin, what ptxas said) of one runner's kernels."""
-    path = ninja(cubin_lines(), f"{runner}.cubin")
+    path = ninja(cubin_lines(arch), f"{runner}_{arch}.cubin")
     return path, Path(f"{path}.log").read_text()
 
 
@@ -100,7 +106,7 @@ def device():
     """The same entry points for a CUDA device."""
     sources = " ".join(str(EMULATOR / "tests" / f"{runner}.cpp") for runner in RUNNERS)
     # Without NDEBUG every spin is bounded: a hang becomes an error.
-    flags = NVCC_FLAGS.replace("-DNDEBUG ", "") + " -cudart static -Xcompiler -fPIC -shared"
+    flags = target("90a") + NVCC_FLAGS.replace("-DNDEBUG", "") + " -cudart static -Xcompiler -fPIC -shared"
     lines = [
         "rule device",
         f"  command = {nvcc()} -x cu {flags} -o $out $in",
@@ -116,6 +122,7 @@ class Options(ctypes.Structure):
         ("lanes", ctypes.c_int32),
         ("resident", ctypes.c_int32),
         ("skipped_line", ctypes.c_int32),
+        ("source", ctypes.c_char_p),
     ]
 
 
@@ -125,6 +132,32 @@ class Outcome(ctypes.Structure):
         ("text", ctypes.c_char * 16384),
         ("line_count", ctypes.c_int32),
         ("lines", ctypes.c_int32 * 256),
+    ]
+
+
+class Matrix(ctypes.Structure):
+    """nlora::Matrix of csrc/ops.h"""
+
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "row_stride", "col_stride")),
+    ]
+
+    @classmethod
+    def of(cls, tensor):
+        if tensor is None:
+            return cls()
+        tensor = tensor if tensor.ndim == 2 else tensor[None]
+        return cls(tensor.data_ptr(), cls.DTYPES.index(tensor.dtype), *tensor.shape, *tensor.stride())
+
+
+class Case(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kernel", "number", "flag")),
+        ("scaling", ctypes.c_float),
+        ("matrices", Matrix * 9),
     ]
 
 
@@ -143,14 +176,45 @@ class Result:
     lines: list  # of the synchronisation calls that ran
 
 
-def call(function, *arguments, seed=0, lanes=False, resident=0, skipped_line=0):
+def call(function, *arguments, seed=0, lanes=False, resident=0, skipped_line=0, source=None):
+    """`source` is the name of the file that `skipped_line` and the lines of the result belong to."""
     outcome = Outcome()
-    options = Options(seed, lanes, resident, skipped_line)
+    options = Options(seed, lanes, resident, skipped_line, source and source.encode())
     status = function(*arguments, ctypes.byref(options), ctypes.byref(outcome))
     text = outcome.text.decode()
     if status == 2:
         raise RuntimeError(text)
     return Result(outcome.rule.decode(), text, list(outcome.lines[: outcome.line_count]))
+
+
+SYNCHRONISATION = re.compile(
+    r"\b(mbarrier_\w+|fence_\w+|bar_sync|sync_threads|sync_warp|cluster_sync|wgmma_(?:fence|commit|wait)|"
+    r"bulk_(?:commit|wait\w*)|cp_async_(?:commit|wait)|setmaxnreg_\w+)\s*(?:<[^;]*>)?\("
+)
+
+
+def synchronisation_calls(source):
+    """line -> name of every synchronisation call in a file of csrc/cuda."""
+    calls = {}
+    for number, line in enumerate((CUDA / source).read_text().splitlines(), 1):
+        for name in SYNCHRONISATION.findall(line.split("//")[0]):
+            assert number not in calls, f"{source}:{number}: one synchronisation call a line"
+            calls[number] = name
+    return calls
+
+
+def sum_budget(exact, magnitude, terms, dtype):
+    """Largest error of fp32 sums of `terms` products, which add up to `magnitude` without signs, rounded to dtype."""
+    roundings = (terms + 2) * torch.finfo(torch.float32).eps / 2
+    error = roundings / (1 - roundings) * magnitude
+    info = torch.finfo(dtype)
+    return error + info.eps / 2 * (exact.abs() + error) + info.smallest_normal * info.eps
+
+
+def run_case(entry, kernel, *matrices, number=0, flag=0, scaling=1.0, library=None, **options):
+    """Runs `kernel` of the entry point on tensors (None: not there); results are written in place."""
+    case = Case(kernel, number, flag, scaling, (Matrix * 9)(*map(Matrix.of, matrices)))
+    return call(getattr(library or emulator(), entry), ctypes.byref(case), **options)
 
 
 def run_gemm(x, weight, bias=None, *, tile=0, blocks=4, launches=1, library=None, **options):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from emulator_harness import CUDA, TILES, run_gemm
+from emulator_harness import CUDA, TILES, run_gemm, synchronisation_calls
 
 SHAPES = [
     (1, 8, 8),
@@ -97,22 +97,11 @@ def test_rows_beyond_one_band_of_the_schedule(tile):
 REDUNDANT = {
     "setmaxnreg_increase": "gives registers to a warp, orders nothing: without it the kernel is right and may spill",
 }
-SYNCHRONISATION = re.compile(
-    r"\b(mbarrier_\w+|fence_\w+|bar_sync|sync_threads|sync_warp|cluster_sync|wgmma_(?:fence|commit|wait)|"
-    r"bulk_(?:commit|wait\w*)|setmaxnreg_\w+)\s*(?:<[^;]*>)?\("
-)
 # Without and with a cluster; K of several laps round the ring of slots, and K so short that nothing waits for a slot.
 MUTATED = [(0, (200, 264, 456)), (2, (300, 264, 456)), (0, (300, 264, 72)), (2, (600, 264, 72))]
 
 
-def synchronisation_calls():
-    """line -> name of every synchronisation call in the source of the GEMM."""
-    calls = {}
-    for number, line in enumerate((CUDA / "gemm.cuh").read_text().splitlines(), 1):
-        for name in SYNCHRONISATION.findall(line.split("//")[0]):
-            assert number not in calls, f"line {number}: one synchronisation call a line"
-            calls[number] = name
-    return calls
+CALLS = synchronisation_calls("gemm.cuh")
 
 
 @functools.cache
@@ -123,12 +112,12 @@ def executed_lines(tile, shape):
 
 def test_every_synchronisation_call_of_the_source_runs():
     executed = {line for tile, shape in MUTATED for line in executed_lines(tile, shape)}
-    assert executed == set(synchronisation_calls())
+    assert executed == set(CALLS)
 
 
-@pytest.mark.parametrize("line", synchronisation_calls(), ids=lambda n: f"line{n}-{synchronisation_calls()[n]}")
+@pytest.mark.parametrize("line", CALLS, ids=lambda n: f"line{n}-{CALLS[n]}")
 def test_deleting_a_synchronisation_call_is_caught(line):
-    name = synchronisation_calls()[line]
+    name = CALLS[line]
     caught = {}
     for tile, shape in MUTATED:
         if line not in executed_lines(tile, shape):

@@ -17,17 +17,32 @@ def resources(log):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def disassembly(runner, arch):
+    """mangled name -> SASS of that kernel"""
+    if cuobjdump() is None:
+        pytest.skip("cuobjdump not found: comes with the CUDA toolkit and with Triton")
+    path, _ = cubin(runner, arch)
+    tools = Path(cuobjdump()).parent
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    sass = subprocess.run([cuobjdump(), "-sass", path], capture_output=True, text=True, check=True, env=environment)
+    parts = re.split(r"Function : (\S+)", sass.stdout)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
 @needs_nvcc
-@pytest.mark.parametrize("runner", ["gemm_runner", "probe_runner"])
-def test_ptxas_is_content(runner):
-    _, log = cubin(runner)
+@pytest.mark.parametrize(
+    "runner, arch",
+    [("gemm_runner", "90a"), ("probe_runner", "90a"), ("adapter_runner", "80"), ("adapter_runner", "90a")],
+)
+def test_ptxas_is_content(runner, arch):
+    _, log = cubin(runner, arch)
     assert "warning" not in log.lower(), log
     # C7510 says that wgmma is serialised, C7508 that setmaxnreg is ignored, C7519 that ptxas had to add a fence.
     assert not re.search(r"\(C7\d\d\d\)|serializ", log), log
     kernels = resources(log)
     assert kernels
     for name, text in kernels.items():
-        if "gemm_kernel" in name or "wgmma" in name:
+        if runner != "probe_runner" or "wgmma" in name:
             assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, name
 
 
@@ -42,14 +57,7 @@ def test_gemm_registers():
 
 @needs_nvcc
 def test_gemm_sass():
-    if cuobjdump() is None:
-        pytest.skip("cuobjdump not found: comes with the CUDA toolkit and with Triton")
-    path, _ = cubin("gemm_runner")
-    tools = Path(cuobjdump()).parent
-    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    sass = subprocess.run([cuobjdump(), "-sass", path], capture_output=True, text=True, check=True, env=environment)
-    parts = re.split(r"Function : (\S+)", sass.stdout)
-    kernels = dict(zip(parts[1::2], parts[2::2], strict=True))
+    kernels = disassembly("gemm_runner", "90a")
     assert len(kernels) == 2 * len(TILES)
     for name, code in kernels.items():
         wide = [tile for tile in TILES if f"GemmTileILi{tile[0]}ELi{tile[1]}E" in name]

@@ -19,7 +19,7 @@ class Context {
 public:
     // Where and how later launches run; grid, block and the like come from each launch.
     emulator::Run setup;
-    // Of the last launch; a launch after a report does nothing.
+    // Of the last launch, with the lines of all; a launch after a report does nothing.
     emulator::Report report;
 
     void* input(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::Input); }
@@ -39,7 +39,9 @@ public:
         setup.cluster = shape.cluster;
         setup.shared_bytes = shape.shared_bytes;
         setup.registers = shape.registers;
+        auto lines = std::move(report.synchronisation_lines);
         report = emulator::run(setup, buffers_, [&] { kernel(parameters); });
+        report.synchronisation_lines.merge(lines);
     }
 
 private:

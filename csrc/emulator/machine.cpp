@@ -8,9 +8,17 @@ namespace hopper::emulator {
 
 Machine* machine = nullptr;
 
-std::string describe(Site site) {
+namespace {
+
+const char* file_name(Site site) {
     const char* slash = std::strrchr(site.file, '/');
-    return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+    return slash ? slash + 1 : site.file;
+}
+
+}  // namespace
+
+std::string describe(Site site) {
+    return std::string(file_name(site)) + ":" + std::to_string(site.line);
 }
 
 std::string describe(const Thread& thread) {
@@ -59,9 +67,11 @@ bool Machine::enter(Site site, const char* operation, bool synchronises) {
     if (!synchronises) {
         return true;
     }
-    report.synchronisation_lines.insert(site.line);
-    if (site.line == setup.skipped_line) {
-        return false;
+    if (setup.source.empty() || file_name(site) == setup.source) {
+        report.synchronisation_lines.insert(site.line);
+        if (site.line == setup.skipped_line) {
+            return false;
+        }
     }
     self->path = (self->path + uint64_t(site.line)) * 0x9E3779B97F4A7C15ull;
     return true;
@@ -318,7 +328,7 @@ void Machine::loop() {
     }
 }
 
-Report run(const Run& setup, const std::vector<Buffer>& buffers, const std::function<void()>& kernel) {
+Report run(const Run& setup, std::vector<Buffer>& buffers, const std::function<void()>& kernel) {
     auto invalid = [](const std::string& text) { throw std::invalid_argument(text); };
     if (setup.block % kWarp || setup.block == 0 || setup.block > 1024) {
         invalid("block must be a multiple of 32 up to 1024, got " + std::to_string(setup.block));
@@ -341,8 +351,9 @@ Report run(const Run& setup, const std::vector<Buffer>& buffers, const std::func
         Region region;
         region.read_only = buffer.memory == Memory::Input;
         region.reset(static_cast<uint8_t*>(buffer.data), buffer.bytes, buffer.memory != Memory::Output);
-        for (Cell& cell : region.cells) {
-            cell.control = buffer.memory == Memory::Control;
+        for (size_t i = 0; i < region.cells.size(); ++i) {
+            region.cells[i].control = buffer.memory == Memory::Control;
+            region.cells[i].initialised |= i < buffer.written.size() ? buffer.written[i] : 0;
         }
         current.global.push_back(std::move(region));
     }
@@ -352,6 +363,12 @@ Report run(const Run& setup, const std::vector<Buffer>& buffers, const std::func
     } catch (const Report&) {
     }
     machine = nullptr;
+    for (size_t b = 0; b < buffers.size(); ++b) {
+        buffers[b].written.resize(current.global[b].cells.size());
+        for (size_t i = 0; i < buffers[b].written.size(); ++i) {
+            buffers[b].written[i] = current.global[b].cells[i].initialised;
+        }
+    }
     current.report.steps = current.step;
     return current.report;
 }

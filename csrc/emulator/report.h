@@ -20,6 +20,7 @@ struct Run {
     uint64_t seed = 0;
     bool lanes = false;         // a clock for each lane rather than for each warp
     int skipped_line = 0;       // synchronisation calls of this line do nothing (mutation test)
+    std::string source;         // file whose lines are meant, here and in the report; empty: any file
 };
 
 struct Report {
@@ -39,10 +40,11 @@ struct Buffer {
     void* data;
     size_t bytes;
     Memory memory;
+    std::vector<uint16_t> written{};   // bytes of Output that earlier runs have written, a bit each for every 16
 };
 
 // Runs `kernel` once per CUDA thread. `data` of every buffer must be 16-byte aligned. The first broken rule
 // ends the run; the same setup and seed give the same report. One run at a time in a process.
-Report run(const Run& setup, const std::vector<Buffer>& buffers, const std::function<void()>& kernel);
+Report run(const Run& setup, std::vector<Buffer>& buffers, const std::function<void()>& kernel);
 
 }  // namespace hopper::emulator

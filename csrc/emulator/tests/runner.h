@@ -6,13 +6,66 @@
 #include <string>
 
 #include "../../cuda/context.cuh"
+#include "../../ops.h"
 
 namespace hopper::tests {
+
+// Matrices of a case: copied to the memory of the run, and the results back.
+class Matrices {
+public:
+    explicit Matrices(Context& context) : context_(context) {}
+
+    nlora::Matrix input(nlora::Matrix matrix) {
+        if (matrix) {
+            matrix.data = context_.input(matrix.data, bytes(matrix));
+        }
+        return matrix;
+    }
+
+    nlora::Matrix output(nlora::Matrix matrix) {
+        if (matrix) {
+            results_.push_back({matrix.data, context_.output(bytes(matrix)), bytes(matrix)});
+            matrix.data = results_.back().device;
+        }
+        return matrix;
+    }
+
+    void fetch() {
+        for (const Result& result : results_) {
+            context_.fetch(result.host, result.device, result.bytes);
+        }
+    }
+
+private:
+    struct Result {
+        void *host, *device;
+        size_t bytes;
+    };
+
+    // From the first element to the last.
+    static size_t bytes(const nlora::Matrix& matrix) {
+        const int64_t elements = (matrix.rows - 1) * matrix.row_stride + (matrix.cols - 1) * matrix.col_stride + 1;
+        return size_t(elements) * (matrix.dtype == nlora::Dtype::kFloat32 ? 4 : 2);
+    }
+
+    Context& context_;
+    std::vector<Result> results_;
+};
+
+// One launch: which one, and its arguments in order.
+struct Case {
+    int32_t kernel;
+    int32_t number;   // of splits, or what else the kernel counts
+    int32_t flag;
+    float scaling;
+    nlora::Matrix matrices[9];
+};
 
 // Ignored on a device.
 struct Options {
     uint64_t seed;
     int32_t lanes, resident, skipped_line;
+    const char* source;   // whose lines are meant, or null: any file's
 };
 
 constexpr int kMaxLines = 256;
@@ -35,6 +88,7 @@ int guarded(const Options& options, Outcome& outcome, Body body) {
         context.setup.lanes = options.lanes != 0;
         context.setup.resident = uint32_t(options.resident);
         context.setup.skipped_line = options.skipped_line;
+        context.setup.source = options.source ? options.source : "";
         body(context);
         for (int line : context.report.synchronisation_lines) {
             outcome.lines[outcome.line_count++] = line;

@@ -1,0 +1,33 @@
+// The small kernels of an adapter behind a C interface: fold, core of LoRA², finish of a gradient.
+#include "../../cuda/core.cuh"
+#include "../../cuda/finish.cuh"
+#include "../../cuda/fold.cuh"
+#include "runner.h"
+
+namespace hopper::tests {
+namespace {
+
+void run_case(Context& context, const Case& c) {
+    Matrices matrices(context);
+    auto in = [&](int i) { return matrices.input(c.matrices[i]); };
+    auto out = [&](int i) { return matrices.output(c.matrices[i]); };
+    switch (c.kernel) {
+        case 0: launch_fold(context, in(0), in(1), c.scaling, out(2)); break;
+        case 1: launch_core(context, in(0), in(1), in(2), in(3), out(4)); break;
+        case 2: launch_core_backward(context, in(0), in(1), in(2), in(3), in(4), out(5), out(6), out(7)); break;
+        case 3:
+            launch_finish(context, {in(0), uint32_t(c.number), in(1), out(2), c.scaling, c.flag != 0});
+            break;
+        default: throw std::invalid_argument("kernel must be 0 to 3, got " + std::to_string(c.kernel));
+    }
+    matrices.fetch();
+}
+
+}  // namespace
+}  // namespace hopper::tests
+
+extern "C" int run_adapter(const hopper::tests::Case* c, const hopper::tests::Options* options,
+                           hopper::tests::Outcome* outcome) {
+    return hopper::tests::guarded(*options, *outcome,
+                                  [&](hopper::Context& context) { hopper::tests::run_case(context, *c); });
+}
