@@ -46,6 +46,10 @@ public:
         return data;
     }
 
+    void* inout(const void* from, size_t bytes) {
+        return input(from, bytes);
+    }
+
     void* output(size_t bytes) {
         void* data = allocate(bytes);
         check_cuda(cudaMemset(data, 0xFF, bytes), "cudaMemset");

@@ -23,6 +23,7 @@ public:
     emulator::Report report;
 
     void* input(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::Input); }
+    void* inout(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::InOut); }
     void* output(size_t bytes) { return add(nullptr, bytes, emulator::Memory::Output); }
     void* control(size_t bytes) { return add(nullptr, bytes, emulator::Memory::Control); }
     void fetch(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
