@@ -1,0 +1,299 @@
+// Order of work and choice of tile of the CUDA products, over thousands of sizes: every tile and every item of P once,
+// P before its consumers, no deadlock however the blocks are interleaved, flags inside the state, sizes checked.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <queue>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "cuda/plan.h"
+
+namespace {
+
+using namespace hopper;
+
+int failures = 0;
+
+#define EXPECT(condition, ...)                                                              \
+  do {                                                                                      \
+    if (!(condition) && ++failures <= 20) {                                                 \
+      std::printf("%s:%d: not so: %s, for ", __FILE__, __LINE__, #condition);               \
+      std::printf(__VA_ARGS__);                                                             \
+      std::printf("\n");                                                                    \
+    }                                                                                       \
+  } while (false)
+
+struct Totals {
+  uint64_t sizes = 0, items = 0, pieces = 0, flags = 0, runs = 0;
+};
+
+struct Problem {
+  uint32_t m, n, w;
+  TileShape tile;
+
+  Schedule schedule() const { return Schedule(m, n, w, tile.rows(), tile.block_n); }
+};
+
+#define SIZES "m %u, n %u, w %u, tile %ux%u, cluster %u"
+#define SIZES_OF(p) (p).m, (p).n, (p).w, (p).tile.block_m, (p).tile.block_n, (p).tile.cluster
+
+// Words of the flags that an item of P raises or that a tile waits for: one for each 64 rows that its blocks hold.
+template <class Visit>
+void for_flags(const Problem& p, uint32_t row, uint32_t piece, Visit visit) {
+  const State state{nullptr};
+  for (uint32_t i = row; i < row + p.tile.rows(); i += 64) visit(uint64_t(state.flag(i, piece) - state.words));
+}
+
+void check_order(const Problem& p, Totals& totals) {
+  const Schedule schedule = p.schedule();
+  const uint32_t count = schedule.count();
+  EXPECT(count == schedule.rows * (schedule.columns + schedule.pieces), SIZES, SIZES_OF(p));
+  std::vector<int64_t> tiles(size_t(schedule.rows) * schedule.columns, -1), pieces(schedule.rows * schedule.pieces, -1);
+  for (uint32_t ticket = 0; ticket < count; ++ticket) {
+    const Schedule::Item item = schedule.at(ticket);
+    EXPECT(item.m % p.tile.rows() == 0 && item.n % p.tile.block_n == 0, SIZES, SIZES_OF(p));
+    EXPECT(item.m < p.m && item.n < (item.makes_p ? p.w : p.n), "ticket %u, " SIZES, ticket, SIZES_OF(p));
+    const uint32_t columns = item.makes_p ? schedule.pieces : schedule.columns;
+    const size_t at = size_t(item.m / p.tile.rows()) * columns + item.n / p.tile.block_n;
+    std::vector<int64_t>& taken = item.makes_p ? pieces : tiles;
+    if (at >= taken.size()) {
+      EXPECT(at < taken.size(), SIZES, SIZES_OF(p));
+      return;
+    }
+    EXPECT(taken[at] == -1, "ticket %u twice, " SIZES, ticket, SIZES_OF(p));
+    taken[at] = ticket;
+  }
+  for (uint32_t row = 0; row < schedule.rows; ++row) {
+    for (uint32_t column = 0; column < schedule.columns; ++column) {
+      const int64_t tile = tiles[size_t(row) * schedule.columns + column];
+      EXPECT(tile >= 0, "row %u, column %u, " SIZES, row, column, SIZES_OF(p));
+      for (uint32_t piece = 0; piece < schedule.pieces; ++piece) {
+        const int64_t made = pieces[row * schedule.pieces + piece];
+        EXPECT(made >= 0 && made < tile, "row %u, column %u, " SIZES, row, column, SIZES_OF(p));
+      }
+    }
+  }
+  ++totals.sizes;
+  totals.items += count;
+  totals.pieces += pieces.size();
+}
+
+void check_flags(const Problem& p, Totals& totals) {
+  const Schedule schedule = p.schedule();
+  const State state{nullptr};
+  const uint64_t size = State::size(p.m);
+  std::set<uint64_t> words = {uint64_t(state.ticket() - state.words), uint64_t(state.epoch() - state.words)};
+  EXPECT(words.size() == 2, SIZES, SIZES_OF(p));
+  for (uint32_t row = 0; row < schedule.rows; ++row) {
+    for (uint32_t piece = 0; piece < schedule.pieces; ++piece) {
+      for_flags(p, row * p.tile.rows(), piece, [&](uint64_t word) {
+        EXPECT(words.insert(word).second, "row %u, piece %u, " SIZES, row, piece, SIZES_OF(p));
+        EXPECT(word + State::kWord <= size && word % State::kWord == 0, "word %u, " SIZES, unsigned(word), SIZES_OF(p));
+        ++totals.flags;
+      });
+    }
+  }
+}
+
+// Clusters take tickets one at a time, the next one while the last is still being worked on, and finish in any order
+// that the flags allow. Fails if at some moment nobody can go on.
+void run(const Problem& p, uint32_t resident, uint64_t seed, Totals& totals) {
+  const Schedule schedule = p.schedule();
+  const uint32_t count = schedule.count();
+  std::mt19937_64 random(seed);
+  std::vector<uint8_t> raised(State::size(p.m), 0);
+  struct Cluster {
+    std::vector<uint32_t> held;
+  };
+  std::vector<Cluster> clusters(resident);
+  uint32_t next = 0, finished = 0;
+  const auto ready = [&](uint32_t ticket) {
+    const Schedule::Item item = schedule.at(ticket);
+    bool all = true;
+    for (uint32_t piece = 0; !item.makes_p && piece < schedule.pieces; ++piece)
+      for_flags(p, item.m, piece, [&](uint64_t word) { all &= raised[word] != 0; });
+    return all;
+  };
+  while (finished < count) {
+    // In random order until one can do something: draw a ticket, or finish the first that it holds.
+    bool moved = false;
+    const size_t begin = random() % resident;
+    for (size_t i = 0; i < resident && !moved; ++i) {
+      Cluster& cluster = clusters[(begin + i) % resident];
+      const bool draw = cluster.held.size() < 2 && next < count && (cluster.held.empty() || random() % 2);
+      if (draw) {
+        cluster.held.push_back(next++);
+        moved = true;
+      } else if (!cluster.held.empty() && ready(cluster.held[0])) {
+        const Schedule::Item item = schedule.at(cluster.held[0]);
+        if (item.makes_p) for_flags(p, item.m, item.n / p.tile.block_n, [&](uint64_t word) { raised[word] = 1; });
+        cluster.held.erase(cluster.held.begin());
+        ++finished;
+        moved = true;
+      }
+    }
+    // A cluster that preferred not to draw may still do so.
+    bool possible = next < count;
+    for (const Cluster& cluster : clusters) possible |= !cluster.held.empty() && ready(cluster.held[0]);
+    if (!moved && !possible) {
+      EXPECT(moved, "deadlock after %u of %u items, %u resident, seed %u, " SIZES, finished, count, resident,
+             unsigned(seed), SIZES_OF(p));
+      return;
+    }
+  }
+  ++totals.runs;
+}
+
+bool refused(int64_t m, int64_t n, int64_t k, int64_t r, int64_t w) {
+  try {
+    checked_sizes(m, n, k, r, w);
+    return false;
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+}
+
+void check_refusals() {
+  const int64_t largest = (int64_t(1) << 31) - 256, beyond = int64_t(1) << 32;
+  EXPECT(!refused(1, 8, 8, 0, 0) && !refused(largest, 8, 8, 0, 0) && !refused(8, largest, largest, 256, 256), "-");
+  for (int64_t bad : {int64_t(0), int64_t(-8), largest + 8, beyond, beyond + 8}) {
+    EXPECT(refused(bad, 8, 8, 0, 0) && refused(8, bad, 8, 0, 0) && refused(8, 8, bad, 0, 0), "%ld", long(bad));
+  }
+  EXPECT(refused(8, 12, 8, 0, 0) && refused(8, 8, 12, 0, 0), "-");
+  EXPECT(refused(8, 8, 8, 4, 8) && refused(8, 8, 8, 8, 12) && refused(8, 8, 8, 264, 264), "-");
+  EXPECT(refused(8, 8, 8, 16, 8) && refused(8, 8, 8, -8, 0) && refused(8, 8, 8, 0, 264), "-");
+  // 2^32 tiles of 128 × 128, and the tickets that are drawn beyond them.
+  EXPECT(refused(int64_t(1) << 23, int64_t(1) << 23, 8, 0, 0), "-");
+  EXPECT(refused(int64_t(1) << 23, (int64_t(1) << 23) - 8, 8, 0, 0), "-");
+  EXPECT(!refused(int64_t(1) << 22, int64_t(1) << 23, 8, 0, 0), "-");
+}
+
+// At the largest sizes that are taken, items near both ends are where they should be: nothing has wrapped round.
+void check_largest() {
+  for (const TileShape& tile : kTiles) {
+    const Problem p{(1u << 31) - 256, 8, 256, tile};
+    const Schedule schedule = p.schedule();
+    EXPECT(uint64_t(schedule.rows) * (schedule.columns + schedule.pieces) == schedule.count(), SIZES, SIZES_OF(p));
+    const Schedule::Item last = schedule.at(schedule.count() - 1);
+    EXPECT(!last.makes_p && last.n == 0 && last.m == (schedule.rows - 1) * tile.rows(), SIZES, SIZES_OF(p));
+    const uint64_t flag = (2 + uint64_t(last.m + tile.rows() - 64) / 64 * State::kMaxPieces + 1) * State::kWord;
+    EXPECT(flag + State::kWord <= State::size(p.m), SIZES, SIZES_OF(p));
+  }
+}
+
+struct Layer {
+  const char* name;
+  uint32_t in, out;
+};
+
+// Cycles until the last item is done when free clusters take items in the order of their tickets.
+double simulated(const ProductSizes& sizes, const TileShape& tile, uint32_t processors) {
+  const Schedule schedule = sizes.schedule(tile);
+  const double wide = TileCosts::tile(tile, tile.block_n, sizes.k, sizes.r);
+  const uint32_t piece = schedule.pieces ? ceil_div(ceil_div(sizes.w, schedule.pieces), 64) * 64 : 0;
+  const double narrow = TileCosts::tile(tile, piece, sizes.k, 0);
+  std::priority_queue<double, std::vector<double>, std::greater<double>> free;
+  for (uint32_t cluster = 0; cluster < processors / tile.cluster; ++cluster) free.push(0);
+  double end = 0;
+  for (uint32_t ticket = 0; ticket < schedule.count(); ++ticket) {
+    const double done = free.top() + (schedule.at(ticket).makes_p ? narrow : wide);
+    free.pop();
+    free.push(done);
+    end = std::max(end, done);
+  }
+  return end;
+}
+
+// The model agrees with the simulation to the cost of one item, and no tile beats the chosen one by more than that.
+void check_plans() {
+  std::set<uint32_t> chosen;
+  double worst = 1;
+  for (uint32_t processors : {1u, 2u, 16u, 78u, 114u, 132u, 148u}) {
+    for (uint32_t m : {1u, 128u, 300u, 2048u, 8192u, 16384u}) {
+      for (uint32_t n : {8u, 768u, 3072u, 4096u, 11008u}) {
+        for (uint32_t k : {8u, 768u, 4096u, 11008u}) {
+          for (uint32_t r : {0u, 8u, 64u, 256u}) {
+            const ProductSizes sizes{m, n, k, r, r};
+            const Plan plan = plan_product(sizes, processors);
+            const TileShape tile = kTiles[plan.tile];
+            chosen.insert(plan.tile);
+            EXPECT(tile.cluster <= processors, "%u processors", processors);
+            const double real = simulated(sizes, tile, processors);
+            const double item = TileCosts::tile(tile, tile.block_n, k, r);
+            EXPECT(std::fabs(plan.cycles - real) <= item, "m %u, n %u, k %u, r %u, %u processors: %.0f, simulated %.0f", m,
+                   n, k, r, processors, plan.cycles, real);
+            for (const TileShape& other : kTiles) {
+              if (other.cluster <= processors) worst = std::max(worst, real / simulated(sizes, other, processors));
+            }
+          }
+        }
+      }
+    }
+  }
+  EXPECT(chosen.size() == std::size(kTiles), "%zu tiles are ever chosen", chosen.size());
+  std::printf("\nthe chosen tile takes at most %.3f times as long as the best, by simulation\n", worst);
+  EXPECT(worst < 1.05, "%f", worst);
+}
+
+void print_plans() {
+  const Layer layers[] = {{"llama2-7b q", 4096, 4096},     {"llama2-7b gate", 4096, 11008},
+                          {"llama2-7b down", 11008, 4096}, {"mistral-7b k", 4096, 1024},
+                          {"mistral-7b gate", 4096, 14336}, {"deberta q", 768, 768},
+                          {"deberta ffn", 768, 3072}};
+  std::printf("\n%-18s%7s%5s  %-12s%6s%10s   (132 processors)\n", "layer", "M", "r", "tile", "waves", "of floor");
+  for (const Layer& layer : layers) {
+    for (uint32_t m : {2048u, 8192u}) {
+      for (uint32_t r : {0u, 64u, 256u}) {
+        const ProductSizes sizes{m, layer.out, layer.in, r, r};
+        const Plan plan = plan_product(sizes, 132);
+        const TileShape tile = kTiles[plan.tile];
+        // What the products with W alone would take if every processor multiplied all the time.
+        const double floor = TileCosts::kColumn / 128 / 64 * m * layer.out * layer.in / 132;
+        std::printf("%-18s%7u%5u  %ux%ux%-4u%6u%10.3f\n", layer.name, m, r, tile.block_m, tile.block_n, tile.cluster,
+                    plan.waves, plan.cycles / floor);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool long_run = argc > 1 && !std::strcmp(argv[1], "--long");
+  const std::vector<uint32_t> edges = {1, 8, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 511, 513, 1000, 2049, 5000};
+  const std::vector<uint32_t> widths = {0, 8, 64, 120, 128, 136, 248, 256};
+  std::vector<TileShape> tiles(std::begin(kTiles), std::end(kTiles));
+  // Tiles for tests alone, and any that may come.
+  tiles.push_back({128, 64, 2});
+  tiles.push_back({128, 192, 1});
+  std::printf("%-14s%8s%10s%9s%9s%9s\n", "tile", "sizes", "items", "P", "flags", "runs");
+  uint64_t seed = 0;
+  for (const TileShape& tile : tiles) {
+    Totals totals;
+    for (uint32_t m : edges) {
+      for (uint32_t n : edges) {
+        if (n % 8) continue;
+        for (uint32_t w : widths) {
+          if (w > State::kMaxPieces * tile.block_n) continue;
+          const Problem p{m, n, w, tile};
+          check_order(p, totals);
+          check_flags(p, totals);
+          const uint32_t count = p.schedule().count();
+          if (count <= (long_run ? 2000u : 200u))
+            for (uint32_t resident : {1u, 2u, 3u, 7u, 33u, 66u, 132u}) run(p, resident, seed++, totals);
+        }
+      }
+    }
+    std::printf("%3ux%3ux%u%*s%8lu%10lu%9lu%9lu%9lu\n", tile.block_m, tile.block_n, tile.cluster, 5, "",
+                (unsigned long)totals.sizes, (unsigned long)totals.items, (unsigned long)totals.pieces,
+                (unsigned long)totals.flags, (unsigned long)totals.runs);
+  }
+  check_refusals();
+  check_largest();
+  check_plans();
+  print_plans();
+  if (failures) std::printf("\n%d failures\n", failures);
+  return failures != 0;
+}
