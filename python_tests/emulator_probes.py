@@ -311,9 +311,9 @@ def named_barrier_probe():
     return Probe("named_barrier", np.array(rows, np.uint32))
 
 
-def publish_probe(tiles=5):
+def publish_probe(store, tiles=5):
     first = np.arange(256, dtype=np.uint32)
-    fields = {"a": MapShape(8 * tiles, 64, 128, 8, 64, 0), "bytes_a": 1024}
+    fields = {"a": MapShape(8 * tiles, 64, 128, 8, 64, 0), "bytes_a": 1024, "options": int(store)}
     return Probe("publish", np.stack([first + t for t in range(tiles)]), grid=tiles, block=64, fields=fields)
 
 
@@ -361,7 +361,8 @@ def catalogue():
         "mbarrier": mbarrier_probe(),
         "named_barrier": named_barrier_probe(),
         "setmaxnreg": setmaxnreg_probe(),
-        "publish": publish_probe(),
+        "publish": publish_probe(store=False),
+        "publish-store": publish_probe(store=True),
         "cluster": cluster_probe(),
         "convert": convert_probe(),
     }

@@ -316,6 +316,11 @@ HOPPER_OP void flag_release_add(uint32_t* flag, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
+// The same where one thread alone writes the flag: nothing has to be known of its old value.
+HOPPER_OP void flag_release_store(uint32_t* flag, uint32_t value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
 HOPPER_OP uint32_t flag_acquire(const uint32_t* flag) {
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
@@ -403,9 +408,10 @@ HOPPER_OP void wgmma_wait(float (&d)[Count]) {
     if constexpr (N == n && std::is_same_v<T, bf16>) HOPPER_WGMMA(n, r, "bf16", __VA_ARGS__);                \
     if constexpr (N == n && std::is_same_v<T, fp16>) HOPPER_WGMMA(n, r, "f16", __VA_ARGS__)
 
-// d = a·bᵀ (+ d): issued by all 128 threads of a warpgroup, complete after commit and wait.
-template <int N, class T, Major MajorA = Major::K, Major MajorB = Major::K>
-HOPPER_OP void wgmma(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool accumulate) {
+// d = a·bᵀ (+ d), in the first N / 2 of d: issued by all 128 threads of a warpgroup, complete after commit and wait.
+template <int N, class T, Major MajorA = Major::K, Major MajorB = Major::K, int Count>
+HOPPER_OP void wgmma(float (&d)[Count], uint64_t a_descriptor, uint64_t b_descriptor, bool accumulate) {
+    static_assert(Count >= N / 2, "too few accumulators");
     static_assert(N == 16 || N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "unsupported width");
     HOPPER_WGMMA_WIDTH(16, 8, 8, 9, 10, 11, 12);
     HOPPER_WGMMA_WIDTH(32, 16, 16, 17, 18, 19, 20);

@@ -61,6 +61,11 @@ HOPPER_FN constexpr uint64_t mn_major_descriptor(uint32_t start, uint32_t k_rows
     return matrix_descriptor(start, k_rows * 128, 1024, Swizzle::B128);
 }
 
+// How far apart two steps of 16 along K begin in either of these tiles.
+HOPPER_FN constexpr uint32_t step_bytes(Major major) {
+    return major == Major::K ? 16 * 2 : 16 * 128;
+}
+
 // Accumulator of m64nN: element i of lane `lane` in warp `warp` (0 to 3 of the warpgroup).
 HOPPER_FN constexpr uint32_t accumulator_row(uint32_t warp, uint32_t lane, uint32_t i) {
     return 16 * warp + lane / 4 + 8 * ((i >> 1) & 1);

@@ -156,6 +156,7 @@ void fence_async_shared(HOPPER_SITE);
 void fence_async_global(HOPPER_SITE);
 
 void flag_release_add(uint32_t* flag, uint32_t value, HOPPER_SITE);
+void flag_release_store(uint32_t* flag, uint32_t value, HOPPER_SITE);
 uint32_t flag_acquire(const uint32_t* flag, HOPPER_SITE);
 void flag_wait(const uint32_t* flag, uint32_t target, HOPPER_SITE);
 uint32_t ticket_take(uint32_t* counter, HOPPER_SITE);
@@ -172,8 +173,9 @@ void wgmma_fence(float (&)[Count], HOPPER_SITE) {
     fence_accumulators(site);
 }
 
-template <int N, class T, Major MajorA = Major::K, Major MajorB = Major::K>
-void wgmma(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool accumulate, HOPPER_SITE) {
+template <int N, class T, Major MajorA = Major::K, Major MajorB = Major::K, int Count>
+void wgmma(float (&d)[Count], uint64_t a_descriptor, uint64_t b_descriptor, bool accumulate, HOPPER_SITE) {
+    static_assert(Count >= N / 2, "too few accumulators");
     static_assert(N == 16 || N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "unsupported width");
     issue_wgmma(d, N, std::is_same_v<T, bf16>, MajorA, MajorB, a_descriptor, b_descriptor, accumulate, site);
 }

@@ -184,6 +184,8 @@ struct Cluster {
 struct Flag {
     Knowledge released;
     WaitList waiters;
+    Access writer{};       // of the last addition or store
+    bool stored = false;   // it was a store
 };
 
 struct Machine {

@@ -147,6 +147,20 @@ std::string flag_state(const void* object, uint32_t target) {
            std::to_string(target);
 }
 
+// Additions may come in any order; a store loses what it does not know of.
+void write_flag(uint32_t* word, uint32_t value, bool store, Site site) {
+    Flag& flag = flag_at(word);
+    if ((store || flag.stored) && !flag.writer.known_to(machine->self->agent->known.seen)) {
+        machine->fail("race", where() + ": the write of this flag at " + describe(flag.writer.site) +
+                                  " is not ordered before this one, and one of the two is a store");
+    }
+    flag.writer = thread_actor(site).access;
+    flag.stored = store;
+    machine->self->agent->release_into(flag.released);
+    *word = store ? value : *word + value;
+    machine->wake(flag.waiters);
+}
+
 }  // namespace
 
 MBarrier& barrier_at(uint32_t address) {
@@ -343,13 +357,15 @@ void cluster_sync(Site site) {
 }
 
 void flag_release_add(uint32_t* flag, uint32_t value, Site site) {
-    if (!machine->enter(site, "flag_release_add", true)) {
-        return;
+    if (machine->enter(site, "flag_release_add", true)) {
+        write_flag(flag, value, false, site);
     }
-    Flag& target = flag_at(flag);
-    machine->self->agent->release_into(target.released);
-    *flag += value;
-    machine->wake(target.waiters);
+}
+
+void flag_release_store(uint32_t* flag, uint32_t value, Site site) {
+    if (machine->enter(site, "flag_release_store", true)) {
+        write_flag(flag, value, true, site);
+    }
 }
 
 uint32_t flag_acquire(const uint32_t* flag, Site site) {

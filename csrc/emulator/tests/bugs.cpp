@@ -192,6 +192,25 @@ void crowded_flags(const BugProblem p) {
     flag_release_add(p.control + (Broken ? 1 : 4), 1);
 }
 
+// Two blocks raise a flag one after the other; if they store, the second must know of the first.
+template <bool Broken>
+void flag_stored_over(const BugProblem p) {
+    if (thread_rank() == 0) {
+        if (!Broken && block_rank() == 1) {
+            flag_wait(p.control, 1);
+        }
+        flag_release_store(p.control, 1 + block_rank());
+    }
+}
+
+// What one block has added to a flag is gone if another stores.
+template <bool Broken>
+void flag_added_and_stored(const BugProblem p) {
+    if (thread_rank() == 0) {
+        Broken && block_rank() == 1 ? flag_release_store(p.control, 1) : flag_release_add(p.control, 1);
+    }
+}
+
 // ---- Ordinary shared memory and warps ----
 
 template <bool Broken>
@@ -615,6 +634,9 @@ const Bug kBugs[] = {
     HOPPER_BUG("crowded_barriers", "control word", crowded_barriers<),
     HOPPER_BUG("plain_flag_read", "control word", plain_flag_read<),
     HOPPER_BUG("crowded_flags", "control word", crowded_flags<),
+    {"flag_stored_over", "race", &flag_stored_over<false>, &flag_stored_over<true>, {2, 32, 1, 1024, 168}},
+    {"flag_added_and_stored", "race", &flag_added_and_stored<false>, &flag_added_and_stored<true>,
+     {2, 32, 1, 1024, 168}},
     HOPPER_BUG("warps_race", "race|uninitialised read", warps_race<),
     {"lanes_race", "race|uninitialised read", &lanes_race<false>, &lanes_race<true>, {1, 128, 1, 1024, 168}, true},
     HOPPER_BUG("never_written", "uninitialised read", never_written<),

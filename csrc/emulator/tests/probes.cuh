@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(384, 1) setmaxnreg_kernel(const __grid_constan
 }
 
 // Tiles of 8 × 64 handed from block to block through global memory: row r of tile t is tile t - 1's plus one. The
-// tile number is a ticket, so any number of resident blocks will do.
+// tile number is a ticket, so any number of resident blocks will do. options: 1 to store the flag, 0 to add to it.
 __global__ void publish_kernel(const __grid_constant__ ProbeProblem p) {
     const uint32_t barrier = shared_base(), box = barrier + 1024, t = thread_rank();
     uint32_t *const counter = p.control, *const flag = p.control + 4;
@@ -309,7 +309,7 @@ __global__ void publish_kernel(const __grid_constant__ ProbeProblem p) {
         tma_store(&p.a, box, 0, int32_t(tile) * 8);
         bulk_commit();
         bulk_wait<0>();
-        flag_release_add(flag, 1);
+        p.options ? flag_release_store(flag, tile + 1) : flag_release_add(flag, 1);
         if (tile + 1 == grid_blocks()) {
             ticket_reset(counter);
         }
