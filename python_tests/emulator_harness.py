@@ -161,11 +161,14 @@ class Case(ctypes.Structure):
     ]
 
 
+OPERANDS = ("a", "b", "c", "bias", "p", "wide", "shrink")
+
+
 class GemmCase(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("tile", "is_fp16")),
-        *((name, ctypes.c_uint32) for name in ("m", "n", "k", "blocks", "launches")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y", "ticket_after")),
+        *((name, ctypes.c_int32) for name in ("tile", "major")),
+        ("blocks", ctypes.c_uint32),
+        *((name, Matrix) for name in OPERANDS),
     ]
 
 
@@ -189,7 +192,7 @@ def call(function, *arguments, seed=0, lanes=False, resident=0, skipped_line=0, 
 
 SYNCHRONISATION = re.compile(
     r"\b(mbarrier_\w+|fence_\w+|bar_sync|sync_threads|sync_warp|cluster_sync|wgmma_(?:fence|commit|wait)|"
-    r"bulk_(?:commit|wait\w*)|cp_async_(?:commit|wait)|setmaxnreg_\w+)\s*(?:<[^;]*>)?\("
+    r"bulk_(?:commit|wait\w*)|cp_async_(?:commit|wait)|setmaxnreg_\w+|flag_(?:wait|release_\w+))\s*(?:<[^;]*>)?\("
 )
 
 
@@ -217,24 +220,33 @@ def run_case(entry, kernel, *matrices, number=0, flag=0, scaling=1.0, library=No
     return call(getattr(library or emulator(), entry), ctypes.byref(case), **options)
 
 
-def run_gemm(x, weight, bias=None, *, tile=0, blocks=4, launches=1, library=None, **options):
-    """y = x·Wᵀ + bias by the GEMM kernel; returns (y, ticket counter afterwards, Result)."""
-    (m, k), n = x.shape, weight.shape[0]
-    y = torch.zeros(m, n, dtype=x.dtype)
-    ticket = torch.zeros(1, dtype=torch.int32)
-    case = GemmCase(
-        tile=tile,
-        is_fp16=x.dtype == torch.float16,
-        m=m,
-        n=n,
-        k=k,
-        blocks=blocks,
-        launches=launches,
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        y=y.data_ptr(),
-        ticket_after=ticket.data_ptr(),
-    )
-    result = call((library or emulator()).run_gemm, ctypes.byref(case), **options)
-    return y, ticket.item(), result
+def poisoned(rows, columns, dtype):
+    """A matrix of NaN whose rows lie 8 elements apart, NaN as well."""
+    return torch.full((rows, columns + 8), -1, dtype=torch.int16).view(dtype)[:, :columns]
+
+
+def run_gemm(*products, tile=0, blocks=4, library=None, **options):
+    """Launches products one after the other on the same control words.
+
+    A product is a dict of the tensors of product.h: a, b and, where there is an adapter, wide and shrink or p; right
+    operands come as (n, k), and with mn=True go to the kernel as (k, n). c, and p where it is made, are added to the
+    dict. Returns (ticket, epoch, Result).
+    """
+    cases, alive = (GemmCase * len(products))(), []
+    for case, product in zip(cases, products, strict=True):
+        mn = product.get("mn", False)
+        m, dtype = len(product["a"]), product["a"].dtype
+        product["c"] = poisoned(m, len(product["b"]), dtype)
+        if "shrink" in product:
+            product["p"] = poisoned(m, len(product["shrink"]), dtype)
+        case.tile, case.major, case.blocks = tile, int(mn), blocks
+        for name in OPERANDS:
+            tensor = product.get(name)
+            if tensor is not None and name != "c" and not (name == "p" and "shrink" in product):
+                tensor = tensor.t() if mn and name in ("b", "wide", "shrink") else torch.atleast_2d(tensor)
+                tensor = poisoned(*tensor.shape, tensor.dtype).copy_(tensor)
+            alive.append(tensor)
+            setattr(case, name, Matrix.of(tensor))
+    state = (ctypes.c_uint32 * 2)()
+    result = call((library or emulator()).run_gemm, cases, len(cases), state, **options)
+    return *state, result

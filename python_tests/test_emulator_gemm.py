@@ -7,60 +7,96 @@ import pytest
 import torch
 from emulator_harness import CUDA, TILES, run_gemm, synchronisation_calls
 
+# m, n, k, rank of wide, columns of p
 SHAPES = [
-    (1, 8, 8),
-    (128, 128, 64),
-    (129, 136, 72),
-    (5, 520, 136),
-    (300, 72, 8),
-    (64, 256, 520),
-    (257, 128, 48),
-    (200, 264, 200),
-    (384, 384, 192),
-    (130, 648, 40),
+    (1, 8, 8, 8, 8),
+    (128, 128, 64, 64, 64),
+    (129, 136, 72, 24, 48),
+    (5, 520, 136, 0, 0),
+    (300, 72, 8, 16, 16),
+    (64, 256, 520, 40, 104),
+    (257, 128, 48, 128, 128),
+    (200, 264, 200, 0, 0),
+    (384, 384, 136, 0, 72),
+    (130, 392, 40, 200, 256),
 ]
-SEEDS = range(20)
+SEEDS = range(10)
 
 
 @functools.cache
-def problem(shape, dtype):
-    m, n, k = shape
-    generator = torch.Generator().manual_seed(m + n + k)
-    x, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((m, k), (n, k), (n,)))
-    return x, weight, bias
+def operands(shape, dtype):
+    m, n, k, r, w = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    sizes = {"a": (m, k), "b": (n, k), "bias": (n,), "wide": (n, r), "shrink": (w, k)}
+    return {name: torch.randn(s, generator=generator).to(dtype) for name, s in sizes.items() if all(s)}
 
 
 @functools.cache
-def reference(shape, dtype, with_bias):
-    """(fp64 result, largest error that is allowed): twice that of PyTorch in the same dtype, plus fp32 rounding."""
-    x, weight, bias = problem(shape, dtype)
-    bias = bias if with_bias else None
-    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    plain = (torch.nn.functional.linear(x, weight, bias).double() - exact).abs().max().item()
-    return exact, 2 * plain + torch.finfo(torch.float32).eps * exact.abs().max().item()
+def reference(shape, dtype, with_bias, made):
+    """name -> (fp64 result, error allowed): twice that of PyTorch in the same dtype, plus fp32 rounding."""
+
+    def compute(a, b, bias, wide=None, shrink=None, p=None):
+        c = torch.nn.functional.linear(a, b, bias if with_bias else None)
+        if shrink is not None:
+            p = a @ shrink.T if p is None else p
+            c = c if wide is None else c + p[:, : wide.shape[1]] @ wide.T
+        return {"c": c, "p": p}
+
+    inputs = operands(shape, dtype)
+    if not made:
+        inputs = inputs | {"p": compute(**inputs)["p"]}
+    exact = compute(**{name: None if t is None else t.double() for name, t in inputs.items()})
+    bounds = {}
+    for name, plain in compute(**inputs).items():
+        if plain is not None:
+            error = (plain.double() - exact[name]).abs().max().item()
+            bounds[name] = exact[name], 2 * error + torch.finfo(torch.float32).eps * exact[name].abs().max().item()
+    return bounds
 
 
-def check(shape, seed, *, tile, lanes=False, resident=0, blocks=4, launches=1):
-    dtype = (torch.bfloat16, torch.float16)[seed // 5 % 2]
-    with_bias = seed % 2 == 0
-    x, weight, bias = problem(shape, dtype)
-    y, ticket, result = run_gemm(
-        x,
-        weight,
-        bias if with_bias else None,
-        tile=tile,
-        seed=seed,
-        lanes=lanes,
-        resident=resident,
-        blocks=blocks,
-        launches=launches,
-    )
+def product(shape, dtype, *, with_bias=True, made=True, mn=False):
+    """One launch for run_gemm."""
+    inputs = dict(operands(shape, dtype), mn=mn)
+    if not with_bias:
+        del inputs["bias"]
+    if not made and "shrink" in inputs:
+        del inputs["shrink"]
+        inputs["p"] = reference(shape, dtype, with_bias, made)["p"][0].to(dtype)
+    return inputs
+
+
+def error_of(launched, bounds):
+    """What is wrong with the results of one launch; empty: nothing."""
+    for name, (exact, budget) in bounds.items():
+        result = launched[name]
+        rows, columns = result.shape
+        if name == "c" or "shrink" in launched:
+            between = result.as_strided((rows - 1, 8), result.stride(), columns)
+            if not (between.contiguous().view(torch.int16) == -1).all():
+                return f"{name}: written between the rows"
+        error = (result.double() - exact).abs().max().item()
+        if not error <= budget:
+            return f"{name}: error must be at most {budget:.3g}, got {error:.3g}"
+    return ""
+
+
+def check(*shapes, seed, tile, mn=False, **options):
+    """Launches one after the other; everything but tile, majors and the options follows from the seed."""
+    dtype = (torch.bfloat16, torch.float16)[seed // 2 % 2]
+    choice = {"with_bias": seed % 3 > 0, "made": seed % 4 < 3}
+    launches = [product(shape, dtype, mn=mn, **choice) for shape in shapes]
+    ticket, epoch, result = run_gemm(*launches, tile=tile, seed=seed, **options)
     assert not result.rule, result.text
-    assert ticket == 0, "the last launch must leave the ticket counter at 0"
-    exact, budget = reference(shape, dtype, with_bias)
-    error = (y.double() - exact).abs().max().item()
-    assert error <= budget, f"error must be at most {budget:.3g}, got {error:.3g}"
-    return y
+    assert (ticket, epoch) == (0, len(shapes)), "a launch must leave the ticket at 0 and the epoch one higher"
+    for launched, shape in zip(launches, shapes, strict=True):
+        problem = error_of(launched, reference(shape, dtype, **choice))
+        assert not problem, f"{shape}: {problem}"
+    return launches
+
+
+def fitting(shape, tile):
+    """The tile, or the next that can make so wide a p: in two pieces at most."""
+    return tile if shape[4] <= 2 * TILES[tile][1] else (tile + 1) % len(TILES)
 
 
 @pytest.mark.parametrize("lanes", [False, True], ids=["warps", "lanes"])
@@ -68,50 +104,65 @@ def check(shape, seed, *, tile, lanes=False, resident=0, blocks=4, launches=1):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_gemm(shape, resident, lanes):
     for seed in SEEDS:
-        check(shape, seed, tile=seed % len(TILES), resident=resident, lanes=lanes)
+        tile, mn = fitting(shape, seed % len(TILES)), seed >= len(TILES)
+        check(shape, seed=seed, tile=tile, mn=mn, resident=resident, lanes=lanes)
 
 
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda t: "{}x{}x{}".format(*TILES[t]))
 def test_result_is_the_same_bits_on_every_schedule(tile):
-    results = [check((200, 264, 200), 10 * s, tile=tile, blocks=2 + 2 * (s % 2), resident=s % 2) for s in range(4)]
+    results = []
+    for s in range(4):
+        options = {"blocks": 2 + 2 * (s % 2), "resident": s % 2}
+        results += check((200, 264, 136, 24, 48), seed=1 + 12 * s, tile=tile, mn=bool(tile % 2), **options)
     for other in results[1:]:
-        assert torch.equal(results[0], other)
+        assert torch.equal(results[0]["c"], other["c"])
+        assert torch.equal(results[0]["p"], other["p"])
 
 
-def test_ticket_counter_serves_launch_after_launch():
+@pytest.mark.parametrize("tile", [0, 3])
+def test_control_words_serve_launches_of_any_size(tile):
     for seed in range(4):
-        check((200, 264, 72), seed, tile=2 * (seed % 2), launches=3)
+        shapes = [(200, 136, 72, 24, 48), (600, 136, 8, 8, 8), (129, 136, 72, 0, 0), (200, 136, 72, 24, 24)]
+        check(*shapes, seed=seed, tile=tile, lanes=seed % 2 == 1, mn=seed > 1)
 
 
 def test_k_beyond_many_laps_of_the_ring():
-    check((130, 136, 2056), 0, tile=4)
+    check((130, 136, 2056, 8, 8), seed=0, tile=4)
 
 
+@pytest.mark.parametrize("resident", [1, 0])
 @pytest.mark.parametrize("tile", [0, 2])
-def test_rows_beyond_one_band_of_the_schedule(tile):
+def test_rows_beyond_one_band_of_the_schedule(tile, resident):
     rows = 128 * TILES[tile][2]
-    check((9 * rows + 8, 136, 8), 0, tile=tile)
+    check((9 * rows + 8, 136, 8, 8, 136), seed=1, tile=tile, resident=resident)
 
 
 # Calls that may go without harm to the result, and why.
 REDUNDANT = {
     "setmaxnreg_increase": "gives registers to a warp, orders nothing: without it the kernel is right and may spill",
 }
-# Without and with a cluster; K of several laps round the ring of slots, and K so short that nothing waits for a slot.
-MUTATED = [(0, (200, 264, 456)), (2, (300, 264, 456)), (0, (300, 264, 72)), (2, (600, 264, 72))]
+# Launches with an adapter, without and with a cluster: two on the same control words; K of several laps round the ring
+# of slots; K so short that nothing waits for a slot.
+MUTATED = [
+    (0, [(130, 136, 72, 24, 24)] * 2),
+    (2, [(300, 264, 456, 24, 24)]),
+    (0, [(200, 264, 456, 24, 24)]),
+    (0, [(300, 264, 72, 24, 24)]),
+    (2, [(600, 264, 72, 24, 24)]),
+]
 
 
 CALLS = synchronisation_calls("gemm.cuh")
 
 
 @functools.cache
-def executed_lines(tile, shape):
-    x, weight, bias = problem(shape, torch.bfloat16)
-    return run_gemm(x, weight, bias, tile=tile)[2].lines
+def executed_lines(index):
+    tile, shapes = MUTATED[index]
+    return run_gemm(*(product(shape, torch.bfloat16) for shape in shapes), tile=tile)[2].lines
 
 
 def test_every_synchronisation_call_of_the_source_runs():
-    executed = {line for tile, shape in MUTATED for line in executed_lines(tile, shape)}
+    executed = {line for index in range(len(MUTATED)) for line in executed_lines(index)}
     assert executed == set(CALLS)
 
 
@@ -119,16 +170,16 @@ def test_every_synchronisation_call_of_the_source_runs():
 def test_deleting_a_synchronisation_call_is_caught(line):
     name = CALLS[line]
     caught = {}
-    for tile, shape in MUTATED:
-        if line not in executed_lines(tile, shape):
+    for index, (tile, shapes) in enumerate(MUTATED):
+        if line not in executed_lines(index):
             continue
-        x, weight, bias = problem(shape, torch.bfloat16)
-        exact, budget = reference(shape, torch.bfloat16, True)
-        seen = caught[tile, shape] = []
+        seen = caught[index] = []
         for seed in range(3):
             for lanes in (False, True):
-                y, ticket, result = run_gemm(x, weight, bias, tile=tile, seed=seed, lanes=lanes, skipped_line=line)
-                wrong = not (y.double() - exact).abs().max().item() <= budget
+                launches = [product(shape, torch.bfloat16) for shape in shapes]
+                ticket, _, result = run_gemm(*launches, tile=tile, seed=seed, lanes=lanes, skipped_line=line)
+                bounds = [reference(shape, torch.bfloat16, True, True) for shape in shapes]
+                wrong = any(map(error_of, launches, bounds))
                 seen.append(bool(result.rule) or wrong or ticket != 0)
         if all(seen):
             break
@@ -144,8 +195,26 @@ def test_kernel_source_has_no_emulator_conditionals_and_no_ptx():
         assert set(includes) <= {"hopper.cuh", "schedule.h", "tile.cuh"}, path.name
 
 
-@pytest.mark.parametrize("shape", [(0, 8, 8), (8, 0, 8), (8, 8, 0), (8, 12, 8), (8, 8, 12)])
-def test_sizes_are_checked(shape):
-    m, n, k = shape
-    with pytest.raises(RuntimeError, match=f"got {m}, {n} and {k}"):
-        run_gemm(torch.zeros(m, k).bfloat16(), torch.zeros(n, k).bfloat16())
+def zeros(rows, columns):
+    return torch.zeros(rows, columns, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"a": zeros(0, 8)}, "m, n and k must be positive and below 2^31, got 0, 8 and 8"),
+        ({"a": zeros(8, 0), "b": zeros(8, 0)}, "got 8, 8 and 0"),
+        ({"a": zeros(8, 16)}, "b must be (8, 16) in the dtype of a, got (8, 8)"),
+        ({"a": zeros(8, 12), "b": zeros(8, 12)}, "a must have columns in multiples of 8"),
+        ({"a": zeros(8, 8).float(), "b": zeros(8, 8).float()}, "a must be bfloat16 or float16, got float32"),
+        ({"b": zeros(8, 8).half()}, "b must be (8, 8) in the dtype of a, got (8, 8) in another"),
+        ({"b": zeros(12, 8)}, "c must have columns in multiples of 8"),
+        ({"bias": zeros(1, 16)[0]}, "bias must be (1, 8) in the dtype of a, got (1, 16)"),
+        ({"wide": zeros(8, 8)}, "p must be (8, 0)"),
+        ({"p": zeros(8, 8), "wide": zeros(8, 16)}, "a rank in multiples of 8 up to the columns of p"),
+        ({"shrink": zeros(512, 8)}, "at most 256 where p is made, got 0 of 512"),
+    ],
+)
+def test_operands_are_checked(changed, message):
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        run_gemm({"a": zeros(8, 8), "b": zeros(8, 8)} | changed)

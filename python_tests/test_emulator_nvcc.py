@@ -32,7 +32,11 @@ def disassembly(runner, arch):
 @needs_nvcc
 @pytest.mark.parametrize(
     "runner, arch",
-    [("gemm_runner", "90a"), ("probe_runner", "90a"), ("adapter_runner", "80"), ("adapter_runner", "90a")],
+    [
+        ("gemm_runner", "90a"),
+        ("probe_runner", "90a"),
+        *((runner, arch) for runner in ("adapter_runner", "nystrom_runner") for arch in ("80", "90a")),
+    ],
 )
 def test_ptxas_is_content(runner, arch):
     _, log = cubin(runner, arch)
@@ -46,10 +50,14 @@ def test_ptxas_is_content(runner, arch):
             assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, name
 
 
+# Every tile for bf16 and fp16, and for right operands stored either way.
+GEMM_KERNELS = 4 * len(TILES)
+
+
 @needs_nvcc
 def test_gemm_registers():
     kernels = resources(cubin("gemm_runner")[1])
-    assert len(kernels) == 2 * len(TILES)
+    assert len(kernels) == GEMM_KERNELS
     for name, text in kernels.items():
         # 384 threads must start with 168 registers each for 128·40 + 256·232 to add up.
         assert int(re.search(r"Used (\d+) registers", text)[1]) == 168, name
@@ -58,10 +66,13 @@ def test_gemm_registers():
 @needs_nvcc
 def test_gemm_sass():
     kernels = disassembly("gemm_runner", "90a")
-    assert len(kernels) == 2 * len(TILES)
+    assert len(kernels) == GEMM_KERNELS
     for name, code in kernels.items():
-        wide = [tile for tile in TILES if f"GemmTileILi{tile[0]}ELi{tile[1]}E" in name]
-        assert re.search(rf"HGMMA\.64x{wide[0][1]}x16\.F32", code), name
+        columns = int(re.search(r"GemmTileILi\d+ELi(\d+)E", name)[1])
+        # A tile of C, and the narrower ones of P.
+        widths = {int(width) for width in re.findall(r"HGMMA\.64x(\d+)x16\.F32", code)}
+        assert widths == {w for w in (64, 128, 256) if w <= columns}, name
+        assert (".tnspB" in code) == ("MajorE1" in name), name
         for instruction in ("UTMALDG.2D", "UTMASTG.2D", "STSM.16.M88.4", "USETMAXREG", "SYNCS"):
             assert instruction in code, f"{name}: {instruction}"
         clustered = re.search(r"GemmTileILi\d+ELi\d+ELi\d+ELi2E", name)

@@ -9,6 +9,7 @@ them, and from then on the tests compare the emulator with them.
 
 import argparse
 import ctypes
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -21,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_tests"))
 from emulator_harness import GOLDEN, TILES, Options, Outcome, device, nvcc, run_gemm  # noqa: E402
 from emulator_probes import catalogue  # noqa: E402
 
-# Ragged edges, K below one stage, many tiles a block; the last ones are for devices only (slow on the emulator).
-SHAPES = [(1, 8, 8), (129, 136, 72), (300, 72, 8), (200, 264, 520), (130, 648, 40)]
-DEVICE_SHAPES = [(4096, 4096, 4096), (8192, 4096, 4096), (4097, 4104, 4104)]
+# m, n, k, rank of wide, columns of p. Ragged edges, K below one stage, many tiles a block; the last ones are for
+# devices only (slow on the emulator).
+SHAPES = [(1, 8, 8, 8, 8), (129, 136, 72, 24, 48), (300, 72, 8, 0, 0), (200, 264, 520, 64, 128), (130, 648, 40, 16, 16)]
+DEVICE_SHAPES = [(4096, 4096, 4096, 64, 64), (8192, 4096, 4096, 16, 32), (4097, 4104, 4104, 128, 128)]
 
 
 def device_name(library):
@@ -59,17 +61,26 @@ def check_gemm(library):
     failures = 0
     generator = torch.Generator().manual_seed(0)
     for shape in SHAPES + DEVICE_SHAPES:
-        m, n, k = shape
-        integers = [torch.randint(-2, 3, size, generator=generator) for size in ((m, k), (n, k), (n,))]
-        exact = torch.nn.functional.linear(*(t.float() for t in integers))
-        for dtype in (torch.bfloat16, torch.float16):
-            x, weight, bias = (t.to(dtype) for t in integers)
+        m, n, k, r, w = shape
+        sizes = {"a": (m, k), "b": (n, k), "bias": (n,), "wide": (n, r), "shrink": (w, k)}
+        exact = {name: torch.randint(-2, 3, s, generator=generator).float() for name, s in sizes.items() if all(s)}
+        # One nonzero element in each row of shrink: p stays small enough to be exact in 16 bits.
+        if w:
+            exact["shrink"] = torch.nn.functional.one_hot(torch.arange(w) * 7 % k, k).float()
+        c = torch.nn.functional.linear(exact["a"], exact["b"], exact["bias"])
+        if r:
+            c += exact["a"] @ exact["shrink"][:r].T @ exact["wide"].T
+        for dtype, mn in itertools.product((torch.bfloat16, torch.float16), (False, True)):
+            inputs = {name: t.to(dtype) for name, t in exact.items()} | {"mn": mn}
             for tile, (rows, columns, cluster) in enumerate(TILES):
-                y, ticket, _ = run_gemm(x, weight, bias, tile=tile, blocks=0, launches=3, library=library)
-                right = torch.equal(y, exact.to(dtype)) and ticket == 0
-                label = f"gemm {m}x{n}x{k} {dtype} tile {rows}x{columns} cluster {cluster}"
+                launches = [dict(inputs) for _ in range(3)]
+                ticket, epoch, _ = run_gemm(*launches, tile=tile, blocks=0, library=library)
+                right = all(torch.equal(launch["c"], c.to(dtype)) for launch in launches) and (ticket, epoch) == (0, 3)
+                label = f"gemm {'x'.join(map(str, shape))} {dtype} {'MN' if mn else 'K'} {rows}x{columns}x{cluster}"
                 if right and shape in SHAPES:
-                    right = torch.equal(y, run_gemm(x, weight, bias, tile=tile)[0])
+                    emulated = dict(inputs)
+                    run_gemm(emulated, tile=tile)
+                    right = all(torch.equal(launches[0][x], emulated[x]) for x in ("c", "p")[: 1 + bool(w)])
                 print(f"{'ok   ' if right else 'DIFF '} {label}")
                 failures += not right
     return failures

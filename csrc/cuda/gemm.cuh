@@ -1,7 +1,9 @@
-// y = x·Wᵀ (+ bias): persistent, warp-specialised GEMM.
+// c = a·bᵀ + bias + p[:, :r]·wideᵀ (product.h): persistent, warp-specialised GEMM.
 //
-// Warp 0 loads tiles of x and W with TMA, warp 1 hands out tickets, two warpgroups multiply and store. The work
-// goes by tickets rather than by block index, so it makes progress with any number of resident blocks.
+// Warp 0 loads tiles of both operands with TMA, warp 1 hands out tickets, two warpgroups multiply and store. The work
+// goes by tickets rather than by block index, so it makes progress with any number of resident blocks. The adapter
+// goes through the same ring into the same accumulators, as r more of the depth. p itself, if it is made here, is a
+// narrower tile with another right operand; a flag tells its readers that it is in memory.
 #pragma once
 
 #include "schedule.h"
@@ -9,56 +11,106 @@
 
 namespace hopper {
 
+// Boxes of right operands of a tile `width` wide: width / cluster × 64 for Major::K, 64 / cluster × 64 for Major::MN.
 template <class T>
 struct GemmProblem {
-    TensorMap x;        // (m, k), boxes of BLOCK_M × 64
-    TensorMap weight;   // (n, k), boxes of BLOCK_N / cluster × 64
-    TensorMap y;        // (m, n), boxes of 64 × 64
+    TensorMap a;        // (m, k), boxes of BLOCK_M × 64
+    TensorMap b;        // width BLOCK_N
+    TensorMap c;        // (m, n), boxes of 64 × 64
+    TensorMap p;        // (m, r), boxes of BLOCK_M × 64
+    TensorMap wide;     // width BLOCK_N
+    TensorMap shrink;   // width p_width
+    TensorMap p_out;    // (m, w), boxes of 64 × 64
     const T* bias;      // (n) or null
-    uint32_t* ticket;   // 0 before the first launch; every launch leaves it at 0
+    State state;
     uint32_t m, n, k;   // k and n multiples of 8
+    uint32_t r;         // 0: no adapter
+    uint32_t w;         // 0: p is not made here
+    uint32_t p_width;   // of the tiles that make p: 64, 128 or 256, at most BLOCK_N
 };
 
 // Rank 0 of the cluster draws tickets and tells every block, until one says that no work is left. A ticket is drawn
 // when the loads of the previous tile are on their way: early enough to load on without a pause, and no earlier, for
 // a block that hoards tickets leaves others idle at the end.
+// The epoch of this launch goes with it: who has work to do got it before the last draw, which moves the epoch on.
 template <class Tile>
-__device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, uint32_t* counter, uint32_t count) {
+__device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, const State state, uint32_t count) {
     const uint32_t clusters = grid_blocks() / Tile::kCluster;
-    uint32_t ticket, parity = 1;
+    uint32_t ticket, epoch = 0, parity = 1;
     do {
         mbarrier_wait_cluster(shared.ticket_empty(), parity);
-        ticket = ticket_take(counter);
+        ticket = ticket_take(state.ticket());
+        epoch = epoch ? epoch : flag_acquire(state.epoch()) + 1;
         for (uint32_t rank = 0; rank < Tile::kCluster; ++rank) {
             st_cluster(map_to_rank(shared.ticket(), rank), ticket);
+            st_cluster(map_to_rank(shared.epoch(), rank), epoch);
             mbarrier_arrive_cluster(map_to_rank(shared.ticket_full(), rank));
         }
         parity ^= 1;
     } while (ticket < count);
     // Each cluster draws one ticket too many; the last of those draws is the last of all.
     if (ticket == count + clusters - 1) {
-        ticket_reset(counter);
+        ticket_reset(state.ticket());
+        flag_release_store(state.epoch(), epoch);
     }
 }
 
-template <class Tile, class T>
-__device__ __forceinline__ void load_tile(const GemmShared<Tile> shared, const GemmProblem<T>& problem,
-                                          Schedule::Item place, uint32_t rank,
-                                          RingPosition<Tile::kStages>& ring) {
-    for (uint32_t k = 0; k < problem.k; k += Tile::kBlockK) {
+// Depth [begin, end) of a (rows from place.m) and of b (`width` rows from place.n) into the ring, 64 to a stage.
+template <class Tile, Major kMajor>
+__device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const TensorMap* a, const TensorMap* b,
+                                           const Schedule::Item place, uint32_t width, uint32_t begin, uint32_t end,
+                                           uint32_t rank, RingPosition<Tile::kStages>& ring) {
+    for (uint32_t k = begin; k < end; k += Tile::kBlockK) {
         const uint32_t full = shared.full(ring.slot);
         mbarrier_wait_cluster(shared.empty(ring.slot), ring.parity ^ 1);
-        mbarrier_arrive_expect_tx(full, Tile::kBytesStage);
-        tma_load(shared.x(ring.slot), &problem.x, full, k, place.m);
-        if constexpr (Tile::kCluster == 1) {
-            tma_load(shared.weight(ring.slot), &problem.weight, full, k, place.n);
+        mbarrier_arrive_expect_tx(full, Tile::kBytesA + width * 128);
+        tma_load(shared.a(ring.slot), a, full, k, place.m);
+        // Each block of the cluster loads its share of b for all of them.
+        const auto load_share = [&](uint32_t line, uint32_t column, uint32_t row) {
+            if constexpr (Tile::kCluster == 1) {
+                tma_load(shared.b(ring.slot) + line * 128, b, full, column, row);
+            } else {
+                tma_load_multicast(shared.b(ring.slot) + line * 128, b, full, column, row, (1 << Tile::kCluster) - 1);
+            }
+        };
+        if constexpr (kMajor == Major::K) {
+            const uint32_t share = rank * (width / Tile::kCluster);
+            load_share(share, k, place.n + share);
         } else {
-            // Each block of the cluster loads its share of the weight tile for all of them.
-            constexpr uint32_t kRows = Tile::kBlockN / Tile::kCluster;
-            tma_load_multicast(shared.weight(ring.slot) + rank * kRows * 128, &problem.weight, full, k,
-                               place.n + rank * kRows, (1 << Tile::kCluster) - 1);
+            const uint32_t share = rank * (Tile::kBlockK / Tile::kCluster);
+            for (uint32_t column = 0; column < width; column += 64) {
+                load_share(column + share, place.n + column, k + share);
+            }
         }
         ring.advance();
+    }
+}
+
+// Waits until the block's rows of a piece of p are in memory; the caller's TMA loads may then read them.
+template <class Tile>
+__device__ __forceinline__ void await_piece(const State state, uint32_t epoch, uint32_t row, uint32_t piece) {
+    for (uint32_t consumer = 0; consumer < Tile::kConsumers; ++consumer) {
+        flag_wait(state.flag(row + consumer * 64, piece), epoch);
+    }
+    fence_async_global();
+}
+
+// What one work item needs, in the order in which multiply() takes it.
+template <class Tile, Major kMajor, class T>
+__device__ __forceinline__ void load_item(const GemmShared<Tile> shared, const GemmProblem<T>& problem, uint32_t epoch,
+                                          const Schedule::Item place, uint32_t rank,
+                                          RingPosition<Tile::kStages>& ring) {
+    if (place.makes_p) {
+        load_depth<Tile, kMajor>(shared, &problem.a, &problem.shrink, place, problem.p_width, 0, problem.k, rank, ring);
+        return;
+    }
+    load_depth<Tile, kMajor>(shared, &problem.a, &problem.b, place, Tile::kBlockN, 0, problem.k, rank, ring);
+    for (uint32_t first = 0; first < problem.r; first += Tile::kBlockN) {
+        if (problem.w) {
+            await_piece<Tile>(problem.state, epoch, place.m, first / Tile::kBlockN);
+        }
+        const uint32_t last = problem.r - first < Tile::kBlockN ? problem.r : first + Tile::kBlockN;
+        load_depth<Tile, kMajor>(shared, &problem.p, &problem.wide, place, Tile::kBlockN, first, last, rank, ring);
     }
 }
 
@@ -71,24 +123,53 @@ __device__ __forceinline__ void release_stage(const GemmShared<Tile> shared, uin
     sync_warp();
 }
 
-// acc (64 × BLOCK_N) = x tile · weight tileᵀ over the whole of K.
-template <class Tile, class T>
-__device__ __forceinline__ void multiply_tile(float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared,
-                                              uint32_t k_size, uint32_t consumer,
-                                              RingPosition<Tile::kStages>& ring) {
-    uint32_t previous = 0;
-    for (uint32_t k = 0; k < k_size; k += Tile::kBlockK) {
-        mbarrier_wait(shared.full(ring.slot), ring.parity);
-        const uint64_t a = k_major_descriptor(shared.x(ring.slot) + consumer * 64 * 128);
-        const uint64_t b = k_major_descriptor(shared.weight(ring.slot));
-        wgmma_fence(acc);
-#pragma unroll
-        for (int step = 0; step < Tile::kBlockK / 16; ++step) {
-            wgmma<Tile::kBlockN, T>(acc, advanced(a, step * 32), advanced(b, step * 32), k + step > 0);
+// acc[:, :width] += left tile · right tileᵀ over the 64 of one stage, as one commit group. The width is BLOCK_N or a
+// half or a quarter of it. NOTE: accumulators of their own for each width would not find room in the registers.
+template <class Tile, Major kMajor, class T, int kWidth = Tile::kBlockN>
+__device__ __forceinline__ void multiply_stage(float (&acc)[Tile::kBlockN / 2], uint64_t a, uint64_t b, uint32_t width,
+                                               bool accumulate) {
+    if constexpr (kWidth > 64) {
+        if (width < kWidth) {
+            multiply_stage<Tile, kMajor, T, kWidth / 2>(acc, a, b, width, accumulate);
+            return;
         }
-        wgmma_commit();
-        if (k > 0) {
-            // One group stays in flight while the slot of the one before it is refilled.
+    }
+    wgmma_fence(acc);
+#pragma unroll
+    for (int step = 0; step < Tile::kSteps; ++step) {
+        wgmma<kWidth, T, Major::K, kMajor>(acc, advanced(a, step * step_bytes(Major::K)),
+                                           advanced(b, step * step_bytes(kMajor)), accumulate || step > 0);
+    }
+    wgmma_commit();
+}
+
+// acc (64 × width) = left tile · right tileᵀ over the depth k, then over the depth r.
+template <class Tile, Major kMajor, class T>
+__device__ __forceinline__ void multiply(float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared, uint32_t width,
+                                         uint32_t k, uint32_t r, uint32_t consumer,
+                                         RingPosition<Tile::kStages>& ring) {
+    const uint32_t k_stages = ceil_div(k, Tile::kBlockK), stages = k_stages + ceil_div(r, Tile::kBlockK);
+    uint32_t previous = 0;
+    for (uint32_t stage = 0; stage < stages; ++stage) {
+        const uint32_t depth = stage < k_stages ? Tile::kBlockK : r - (stage - k_stages) * Tile::kBlockK;
+        mbarrier_wait(shared.full(ring.slot), ring.parity);
+        const uint64_t a = k_major_descriptor(shared.a(ring.slot) + consumer * 64 * 128);
+        const uint64_t b = kMajor == Major::K ? k_major_descriptor(shared.b(ring.slot))
+                                              : mn_major_descriptor(shared.b(ring.slot), Tile::kBlockK);
+        if (depth >= Tile::kBlockK) {
+            multiply_stage<Tile, kMajor, T>(acc, a, b, width, stage > 0);
+        } else {
+            // A small rank costs no more than its own steps. Each is a group: a loop cannot stay inside of one.
+#pragma unroll 1
+            for (uint32_t step = 0; step * 16 < depth; ++step) {
+                wgmma_fence(acc);
+                wgmma<Tile::kBlockN, T, Major::K, kMajor>(acc, advanced(a, step * step_bytes(Major::K)),
+                                                          advanced(b, step * step_bytes(kMajor)), true);
+                wgmma_commit();
+            }
+        }
+        if (stage > 0) {
+            // One group stays in flight while the slot of the stage before it is refilled.
             wgmma_wait<1>(acc);
             release_stage(shared, previous);
         }
@@ -104,12 +185,11 @@ struct alignas(4) Pair {
     T low, high;
 };
 
-// acc + bias -> staging -> y, by the 128 threads of one consumer warpgroup.
+// acc + bias -> staging -> `to`, by the 128 threads of one consumer warpgroup; bias (columns) may be null.
 template <class Tile, class T>
 __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared,
-                                           const GemmProblem<T>& problem,
-                                           Schedule::Item place, uint32_t consumer,
-                                           bool storing_thread) {
+                                           uint32_t width, const TensorMap* to, const T* bias, uint32_t columns,
+                                           const Schedule::Item place, uint32_t consumer, bool storing_thread) {
     const uint32_t barrier = 1 + consumer;
     const uint32_t lane = lane_rank();
     const uint32_t row = warp_rank() % 4 * 16 + stmatrix_row(lane);
@@ -121,14 +201,17 @@ __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2]
     bar_sync(barrier, 128);
 #pragma unroll
     for (int block = 0; block < Tile::kBlockN / 8; block += 2) {
+        if (block >= 8 && block * 8 >= width) {
+            break;
+        }
         uint32_t packed[4];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = 4 * (block + half);
             float low = 0, high = 0;
             const uint32_t column = place.n + accumulator_column(lane, i);
-            if (problem.bias && column < problem.n) {
-                const auto pair = ld_global(reinterpret_cast<const Pair<T>*>(problem.bias + column));
+            if (bias && column < columns) {
+                const auto pair = ld_global(reinterpret_cast<const Pair<T>*>(bias + column));
                 low = to_float(pair.low);
                 high = to_float(pair.high);
             }
@@ -141,20 +224,37 @@ __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2]
     fence_async_shared();
     bar_sync(barrier, 128);
     if (storing_thread) {
-        for (int box = 0; box < Tile::kBoxes; ++box) {
-            tma_store(&problem.y, shared.staging(consumer, box), place.n + box * 64, place.m + consumer * 64);
+        for (uint32_t box = 0; box < width / 64; ++box) {
+            tma_store(to, shared.staging(consumer, box), place.n + box * 64, place.m + consumer * 64);
         }
         bulk_commit();
     }
 }
 
-template <class Tile, class T>
+// The consumers' side of one work item.
+template <class Tile, Major kMajor, class T>
+__device__ __forceinline__ void compute_item(const GemmShared<Tile> shared, const GemmProblem<T>& problem,
+                                             uint32_t epoch, const Schedule::Item place, uint32_t consumer,
+                                             bool storing_thread, RingPosition<Tile::kStages>& ring) {
+    const bool makes_p = place.makes_p;
+    const uint32_t width = makes_p ? problem.p_width : Tile::kBlockN;
+    float acc[Tile::kBlockN / 2];
+    multiply<Tile, kMajor, T>(acc, shared, width, problem.k, makes_p ? 0 : problem.r, consumer, ring);
+    store_tile<Tile, T>(acc, shared, width, makes_p ? &problem.p_out : &problem.c, makes_p ? nullptr : problem.bias,
+                        problem.n, place, consumer, storing_thread);
+    if (makes_p && storing_thread) {
+        bulk_wait<0>();
+        flag_release_store(problem.state.flag(place.m + consumer * 64, place.n / Tile::kBlockN), epoch);
+    }
+}
+
+template <class Tile, Major kMajor, class T>
 __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_constant__ GemmProblem<T> problem) {
     const GemmShared<Tile> shared{shared_base()};
     const uint32_t warp = warp_rank();
     const uint32_t rank = Tile::kCluster == 1 ? 0 : cluster_rank();
     const bool leader = elect_one();
-    const Schedule schedule(problem.m, problem.n, 0, Tile::kBlockM * Tile::kCluster, Tile::kBlockN);
+    const Schedule schedule(problem.m, problem.n, problem.w, Tile::kBlockM * Tile::kCluster, Tile::kBlockN);
     const auto own_place = [&](uint32_t ticket) {
         Schedule::Item place = schedule.at(ticket);
         place.m += rank * Tile::kBlockM;
@@ -163,9 +263,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
     constexpr uint32_t kConsumerWarps = 4 * Tile::kConsumers;
 
     if (warp == 0 && leader) {
-        prefetch_tensor_map(&problem.x);
-        prefetch_tensor_map(&problem.weight);
-        prefetch_tensor_map(&problem.y);
+        prefetch_tensor_map(&problem.a);
+        prefetch_tensor_map(&problem.b);
+        prefetch_tensor_map(&problem.c);
         for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
             mbarrier_init(shared.full(stage), 1);
             mbarrier_init(shared.empty(stage), kConsumerWarps * Tile::kCluster);
@@ -190,14 +290,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
             for (;; ticket_parity ^= 1) {
                 mbarrier_wait_cluster(shared.ticket_full(), ticket_parity);
                 const auto ticket = ld_shared<uint32_t>(shared.ticket());
+                const auto epoch = ld_shared<uint32_t>(shared.epoch());
                 if (ticket >= schedule.count()) {
                     break;
                 }
-                load_tile<Tile, T>(shared, problem, own_place(ticket), rank, ring);
+                load_item<Tile, kMajor, T>(shared, problem, epoch, own_place(ticket), rank, ring);
                 mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
             }
         } else if (warp == 1 && leader && rank == 0) {
-            hand_out_tickets<Tile>(shared, problem.ticket, schedule.count());
+            hand_out_tickets<Tile>(shared, problem.state, schedule.count());
         }
     } else {
         setmaxnreg_increase<Tile::kConsumerRegisters>();
@@ -206,7 +307,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
         for (;; ticket_parity ^= 1) {
             mbarrier_wait_cluster(shared.ticket_full(), ticket_parity);
             const auto ticket = ld_shared<uint32_t>(shared.ticket());
-            // All lanes have read the ticket before one of them gives its place back.
+            const auto epoch = ld_shared<uint32_t>(shared.epoch());
+            // All lanes have read them before one gives their place back.
             sync_warp();
             if (leader) {
                 mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
@@ -215,10 +317,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
             if (ticket >= schedule.count()) {
                 break;
             }
-            const Schedule::Item place = own_place(ticket);
-            float acc[Tile::kBlockN / 2];
-            multiply_tile<Tile, T>(acc, shared, problem.k, consumer, ring);
-            store_tile<Tile, T>(acc, shared, problem, place, consumer, storing_thread);
+            compute_item<Tile, kMajor, T>(shared, problem, epoch, own_place(ticket), consumer, storing_thread, ring);
         }
         if (storing_thread) {
             bulk_wait_read<0>();

@@ -1,4 +1,4 @@
-// Host side of gemm.cuh: builds the tensor maps and launches the persistent grid.
+// Host side of gemm.cuh: checks a product, builds its tensor maps and launches the persistent grid.
 #pragma once
 
 #include <algorithm>
@@ -7,33 +7,122 @@
 
 #include "context.cuh"
 #include "gemm.cuh"
+#include "product.h"
 
 namespace hopper {
 
-// y (m, n) = x (m, k) · weight (n, k)ᵀ + bias (n); all row-major and contiguous, bias may be null.
-// `ticket` is one zero word with 16 bytes of its own; blocks = 0 means one for each processor.
-template <class Tile, class T>
-void launch_gemm(Context& context, const T* x, const T* weight, const T* bias, T* y, uint32_t* ticket, uint32_t m,
-                 uint32_t n, uint32_t k, uint32_t blocks = 0) {
-    if (m == 0 || n == 0 || k == 0 || n % 8 || k % 8) {
-        throw std::invalid_argument("m, n and k must be positive, n and k multiples of 8, got " + std::to_string(m) +
-                                    ", " + std::to_string(n) + " and " + std::to_string(k));
+inline void check_operand(const char* name, const Matrix& x, int64_t rows, int64_t columns, nlora::Dtype dtype) {
+    const auto pair = [](int64_t first, int64_t second) {
+        return "(" + std::to_string(first) + ", " + std::to_string(second) + ")";
+    };
+    if (x.rows != rows || x.cols != columns || x.dtype != dtype) {
+        throw std::invalid_argument(std::string(name) + " must be " + pair(rows, columns) + " in the dtype of a, got " +
+                                    pair(x.rows, x.cols) + (x.dtype == dtype ? "" : " in another"));
     }
+    const bool rows_fit = x.rows == 1 || (x.row_stride % 8 == 0 && x.row_stride >= x.cols);
+    if (x.cols % 8 || x.col_stride != 1 || !rows_fit || reinterpret_cast<uintptr_t>(x.data) % 16) {
+        throw std::invalid_argument(std::string(name) + " must have columns in multiples of 8, strides (multiple of 8, 1) "
+                                    "and data aligned to 16 bytes, got " + pair(x.rows, x.cols) + ", strides " +
+                                    pair(x.row_stride, x.col_stride) + " and data at " +
+                                    std::to_string(reinterpret_cast<uintptr_t>(x.data) % 16) + " modulo 16");
+    }
+}
+
+inline int64_t rank_of(const Product& q) {
+    return !q.wide ? 0 : q.major == Major::K ? q.wide.cols : q.wide.rows;
+}
+
+// What the kernel and its tensor maps take for granted.
+inline void check_product(const Product& q, int64_t max_w) {
+    const int64_t m = q.a.rows, n = q.c.cols, k = q.a.cols, w = q.p.cols, r = rank_of(q);
+    if (q.a.dtype == nlora::Dtype::kFloat32) {
+        throw std::invalid_argument("a must be bfloat16 or float16, got float32");
+    }
+    if (std::min({m, n, k}) <= 0 || std::max({m, n, k}) > INT32_MAX) {
+        throw std::invalid_argument("m, n and k must be positive and below 2^31, got " + std::to_string(m) + ", " +
+                                    std::to_string(n) + " and " + std::to_string(k));
+    }
+    const auto check = [&](const char* name, const Matrix& x, int64_t rows, int64_t columns) {
+        check_operand(name, x, rows, columns, q.a.dtype);
+    };
+    const auto check_right = [&](const char* name, const Matrix& x, int64_t rows, int64_t depth) {
+        q.major == Major::K ? check(name, x, rows, depth) : check(name, x, depth, rows);
+    };
+    check("a", q.a, m, k);
+    check_right("b", q.b, n, k);
+    check("c", q.c, m, n);
+    if (q.bias) {
+        check("bias", q.bias, 1, n);
+    }
+    if (q.wide || q.shrink) {
+        check("p", q.p, m, w);
+    }
+    if (q.wide) {
+        check_right("wide", q.wide, n, r);
+    }
+    if (q.shrink) {
+        check_right("shrink", q.shrink, w, k);
+    }
+    if (r % 8 || r > w || (q.shrink && w > max_w)) {
+        throw std::invalid_argument("wide must have a rank in multiples of 8 up to the columns of p, at most " +
+                                    std::to_string(max_w) + " where p is made, got " + std::to_string(r) + " of " +
+                                    std::to_string(w));
+    }
+    if (!q.state) {
+        throw std::invalid_argument("state must be given, got none");
+    }
+}
+
+inline TensorMap operand_map(const Matrix& x, uint32_t box_rows) {
+    if (!x) {
+        return {};
+    }
+    return tensor_map(x.data, x.rows, x.cols, (x.rows == 1 ? x.cols : x.row_stride) * 2, box_rows, 64, Swizzle::B128);
+}
+
+template <class Tile, Major kMajor, class T, class Context>
+void launch_gemm(Context& context, const Product& q, uint32_t blocks) {
+    constexpr uint32_t kCluster = Tile::kCluster;
+    const auto right_map = [](const Matrix& x, uint32_t width) {
+        return operand_map(x, (kMajor == Major::K ? width : Tile::kBlockK) / kCluster);
+    };
     GemmProblem<T> problem;
-    problem.x = tensor_map(x, m, k, uint64_t(k) * 2, Tile::kBlockM, Tile::kBlockK, Swizzle::B128);
-    problem.weight = tensor_map(weight, n, k, uint64_t(k) * 2, Tile::kBlockN / Tile::kCluster, Tile::kBlockK,
-                                Swizzle::B128);
-    problem.y = tensor_map(y, m, n, uint64_t(n) * 2, 64, 64, Swizzle::B128);
-    problem.bias = bias;
-    problem.ticket = ticket;
-    problem.m = m;
-    problem.n = n;
-    problem.k = k;
-    blocks = std::max(blocks ? blocks : context.processors(), uint32_t(Tile::kCluster));
-    const uint32_t work = Schedule(m, n, 0, Tile::kBlockM * Tile::kCluster, Tile::kBlockN).count() * Tile::kCluster;
-    const uint32_t grid = std::min(blocks / Tile::kCluster * Tile::kCluster, work);
-    context.launch({grid, Tile::kThreads, Tile::kCluster, Tile::kSharedBytes, Tile::kRegisters},
-                   &gemm_kernel<Tile, T>, problem);
+    problem.m = uint32_t(q.a.rows);
+    problem.n = uint32_t(q.c.cols);
+    problem.k = uint32_t(q.a.cols);
+    problem.r = uint32_t(rank_of(q));
+    problem.w = q.shrink ? uint32_t(q.p.cols) : 0;
+    problem.p_width = std::min(problem.w <= 64 ? 64 : problem.w <= 128 ? 128 : 256, Tile::kBlockN);
+    problem.a = operand_map(q.a, Tile::kBlockM);
+    problem.b = right_map(q.b, Tile::kBlockN);
+    problem.c = operand_map(q.c, 64);
+    Matrix p = q.p;
+    problem.p_out = operand_map(p, 64);
+    p.cols = problem.r;
+    problem.p = problem.r ? operand_map(p, Tile::kBlockM) : TensorMap{};
+    problem.wide = right_map(q.wide, Tile::kBlockN);
+    problem.shrink = right_map(q.shrink, problem.p_width);
+    problem.bias = static_cast<const T*>(q.bias.data);
+    problem.state = {q.state};
+
+    const uint32_t work = Schedule(problem.m, problem.n, problem.w, Tile::kBlockM * kCluster, Tile::kBlockN).count();
+    const uint32_t clusters = std::min(std::max(blocks / kCluster, 1u), work);
+    context.launch({clusters * kCluster, Tile::kThreads, kCluster, Tile::kSharedBytes, Tile::kRegisters},
+                   &gemm_kernel<Tile, kMajor, T>, problem);
+}
+
+// The product by tiles of this kind on so many blocks: 0 means one for each processor.
+template <class Tile, class Context>
+void launch_product(Context& context, const Product& q, uint32_t blocks = 0) {
+    check_product(q, State::kMaxPieces * Tile::kBlockN);
+    blocks = blocks ? blocks : context.processors();
+    if (q.a.dtype == nlora::Dtype::kBFloat16) {
+        q.major == Major::K ? launch_gemm<Tile, Major::K, bf16>(context, q, blocks)
+                            : launch_gemm<Tile, Major::MN, bf16>(context, q, blocks);
+    } else {
+        q.major == Major::K ? launch_gemm<Tile, Major::K, fp16>(context, q, blocks)
+                            : launch_gemm<Tile, Major::MN, fp16>(context, q, blocks);
+    }
 }
 
 }  // namespace hopper

@@ -2,14 +2,16 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "schedule.h"
 
 namespace hopper {
 
-// One block computes BLOCK_M × BLOCK_N of y, a cluster computes kCluster such tiles one below the other and
-// shares the weight tile by multicast.
+// One block computes BLOCK_M × BLOCK_N of c, a cluster computes kCluster such tiles one below the other and
+// shares the tile of b by multicast.
 template <int BLOCK_M, int BLOCK_N, int Stages, int Cluster = 1>
 struct GemmTile {
     static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kBlockK = 64;
+    static constexpr int kSteps = kBlockK / 16;   // of a wgmma each
     static constexpr int kStages = Stages;
     static constexpr int kCluster = Cluster;
 
@@ -18,9 +20,9 @@ struct GemmTile {
     static constexpr int kThreads = 128 * (1 + kConsumers);
     static constexpr int kRegisters = 168, kProducerRegisters = 40, kConsumerRegisters = 232;
 
-    static constexpr uint32_t kBytesX = BLOCK_M * kBlockK * 2;
-    static constexpr uint32_t kBytesWeight = BLOCK_N * kBlockK * 2;
-    static constexpr uint32_t kBytesStage = kBytesX + kBytesWeight;
+    static constexpr uint32_t kBytesA = BLOCK_M * kBlockK * 2;
+    static constexpr uint32_t kBytesB = BLOCK_N * kBlockK * 2;
+    static constexpr uint32_t kBytesStage = kBytesA + kBytesB;
     // Results leave through boxes of 64 × 64.
     static constexpr uint32_t kBytesBox = 64 * 64 * 2;
     static constexpr int kBoxes = BLOCK_N / 64;
@@ -30,7 +32,8 @@ struct GemmTile {
     static constexpr uint32_t kSharedBytes = kStagingAt + kConsumers * kBoxes * kBytesBox;
 
     static_assert(BLOCK_M == 128, "register counts are those of two consumer warpgroups");
-    static_assert(BLOCK_N % 64 == 0 && BLOCK_N <= 256, "whole boxes, one wgmma wide");
+    static_assert(BLOCK_N == 64 || BLOCK_N == 128 || BLOCK_N == 256, "one wgmma wide, and narrower ones by halves");
+    static_assert(BLOCK_M * Cluster <= State::kMaxRows, "more rows than the flags are laid out for");
     static_assert(kSharedBytes + kSharedAlignment <= 227 * 1024, "more shared memory than a block can have");
 };
 
@@ -54,11 +57,14 @@ struct GemmShared {
     __device__ uint32_t ticket() const {
         return base + 16 * (2 * Tile::kStages + 2);
     }
-    __device__ uint32_t x(uint32_t stage) const {
+    __device__ uint32_t epoch() const {
+        return ticket() + 4;
+    }
+    __device__ uint32_t a(uint32_t stage) const {
         return base + Tile::kStagesAt + stage * Tile::kBytesStage;
     }
-    __device__ uint32_t weight(uint32_t stage) const {
-        return x(stage) + Tile::kBytesX;
+    __device__ uint32_t b(uint32_t stage) const {
+        return a(stage) + Tile::kBytesA;
     }
     __device__ uint32_t staging(uint32_t consumer, uint32_t box) const {
         return base + Tile::kStagingAt + (consumer * Tile::kBoxes + box) * Tile::kBytesBox;

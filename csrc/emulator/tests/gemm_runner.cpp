@@ -5,53 +5,63 @@
 namespace hopper::tests {
 namespace {
 
+// One launch; the operands and results as in Product, all host memory.
 struct GemmCase {
-    int32_t tile, is_fp16;
-    uint32_t m, n, k, blocks, launches;
-    const void *x, *weight, *bias;
-    void* y;
-    uint32_t* ticket_after;
+    int32_t tile, major;
+    uint32_t blocks;
+    Matrix a, b, c, bias, p, wide, shrink;
 };
 
-template <class Tile, class T>
-void run_tile(Context& context, const GemmCase& c) {
-    auto matrix = [&](const void* from, size_t elements) {
-        return static_cast<const T*>(from ? context.input(from, elements * 2) : nullptr);
-    };
-    const T* x = matrix(c.x, size_t(c.m) * c.k);
-    const T* weight = matrix(c.weight, size_t(c.n) * c.k);
-    const T* bias = matrix(c.bias, c.n);
-    const size_t y_bytes = size_t(c.m) * c.n * 2;
-    auto y = static_cast<T*>(context.output(y_bytes));
-    auto ticket = static_cast<uint32_t*>(context.control(16));
-    for (uint32_t launch = 0; launch < c.launches; ++launch) {
-        launch_gemm<Tile, T>(context, x, weight, bias, y, ticket, c.m, c.n, c.k, c.blocks);
-    }
-    context.fetch(c.y, y, y_bytes);
-    context.fetch(c.ticket_after, ticket, sizeof(*ticket));
-}
-
-template <class Tile>
-void run_type(Context& context, const GemmCase& c) {
-    c.is_fp16 ? run_tile<Tile, fp16>(context, c) : run_tile<Tile, bf16>(context, c);
-}
-
-void run_case(Context& context, const GemmCase& c) {
-    switch (c.tile) {
-        case 0: return run_type<GemmTile<128, 128, 4>>(context, c);
-        case 1: return run_type<GemmTile<128, 256, 3>>(context, c);
-        case 2: return run_type<GemmTile<128, 128, 4, 2>>(context, c);
-        case 3: return run_type<GemmTile<128, 256, 3, 2>>(context, c);
+void run_tile(Context& context, int32_t tile, const Product& product, uint32_t blocks) {
+    switch (tile) {
+        case 0: return launch_product<GemmTile<128, 128, 4>>(context, product, blocks);
+        case 1: return launch_product<GemmTile<128, 256, 3>>(context, product, blocks);
+        case 2: return launch_product<GemmTile<128, 128, 4, 2>>(context, product, blocks);
+        case 3: return launch_product<GemmTile<128, 256, 3, 2>>(context, product, blocks);
         // Two stages only: slots are reused at once.
-        case 4: return run_type<GemmTile<128, 64, 2, 2>>(context, c);
-        default: throw std::invalid_argument("tile must be 0 to 4, got " + std::to_string(c.tile));
+        case 4: return launch_product<GemmTile<128, 64, 2, 2>>(context, product, blocks);
+        default: throw std::invalid_argument("tile must be 0 to 4, got " + std::to_string(tile));
     }
+}
+
+// Launches one after the other on the same control words; ticket and epoch go into state_after.
+void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t* state_after) {
+    const auto bytes = [](const Matrix& x) { return size_t((x.rows - 1) * x.row_stride + x.cols) * 2; };
+    size_t words = 0;
+    for (const GemmCase* c = cases; c < cases + count; ++c) {
+        words = std::max(words, state_words(c->a.rows));
+    }
+    auto state = static_cast<uint32_t*>(context.control(words * sizeof(uint32_t)));
+    for (const GemmCase* c = cases; c < cases + count; ++c) {
+        const auto on_device = [&](Matrix x, bool written) {
+            if (x) {
+                // As far from a multiple of 16 as the host's data.
+                const size_t shift = reinterpret_cast<uintptr_t>(x.data) % 16;
+                const auto from = static_cast<const uint8_t*>(x.data) - shift;
+                void* data = written ? context.output(shift + bytes(x)) : context.input(from, shift + bytes(x));
+                x.data = static_cast<uint8_t*>(data) + shift;
+            }
+            return x;
+        };
+        Product product{on_device(c->a, false), on_device(c->b, false), on_device(c->c, true),
+                        on_device(c->bias, false), on_device(c->p, bool(c->shrink)), on_device(c->wide, false),
+                        on_device(c->shrink, false), Major(c->major), state};
+        run_tile(context, c->tile, product, c->blocks);
+        context.fetch(c->c.data, product.c.data, bytes(c->c));
+        if (c->shrink) {
+            context.fetch(c->p.data, product.p.data, bytes(c->p));
+        }
+    }
+    context.fetch(state_after, state, sizeof(uint32_t));
+    context.fetch(state_after + 1, state + State::kWord, sizeof(uint32_t));
 }
 
 }  // namespace
 }  // namespace hopper::tests
 
-extern "C" int run_gemm(const hopper::tests::GemmCase* c, const hopper::tests::Options* options,
-                        hopper::tests::Outcome* outcome) {
-    return hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) { run_case(context, *c); });
+extern "C" int run_gemm(const hopper::tests::GemmCase* cases, int32_t count, uint32_t* state_after,
+                        const hopper::tests::Options* options, hopper::tests::Outcome* outcome) {
+    return hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) {
+        run_cases(context, cases, count, state_after);
+    });
 }
