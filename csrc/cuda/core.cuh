@@ -22,11 +22,12 @@ struct CoreProblem {
     }
 };
 
-__global__ void __launch_bounds__(StridedTile::kThreads) core_kernel(const __grid_constant__ CoreProblem problem) {
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads) core_kernel(const __grid_constant__ CoreProblem problem) {
     const uint32_t r = uint32_t(problem.u.rows), k = uint32_t(problem.u.cols);
     const StridedGrid grid(k);
     const uint32_t row0 = grid.row(block_rank()), column0 = grid.column(block_rank());
-    StridedTile tile;
+    Tile tile;
     tile.multiply(
         r,
         [&](uint32_t row, uint32_t i) {
@@ -85,11 +86,12 @@ __device__ __forceinline__ void gradient_of_U_and_E(const CoreProblem& problem, 
     }
 }
 
-__global__ void __launch_bounds__(StridedTile::kThreads)
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
 core_backward_kernel(const __grid_constant__ CoreProblem problem) {
-    const uint32_t stripes = ceil_div(uint32_t(problem.u.rows), StridedTile::kColumns);
+    const uint32_t stripes = ceil_div(uint32_t(problem.u.rows), Tile::kColumns);
     if (block_rank() < stripes) {
-        gradient_of_U_and_E(problem, block_rank() * StridedTile::kColumns);
+        gradient_of_U_and_E(problem, block_rank() * Tile::kColumns);
     } else {
         const StridedGrid grid(problem.u.cols);
         gradient_of_u(problem, grid.row(block_rank() - stripes), grid.column(block_rank() - stripes));
@@ -100,8 +102,8 @@ core_backward_kernel(const __grid_constant__ CoreProblem problem) {
 template <class Context>
 void launch_core(Context& context, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
                  const Matrix& core) {
-    context.launch({StridedGrid::blocks(u.cols, u.cols), StridedTile::kThreads, 1, StridedTile::kSharedBytes, 128},
-                   &core_kernel, CoreProblem{u, E, U, mask, core, {}, {}, {}});
+    launch_strided(context, StridedGrid::blocks(u.cols, u.cols), &core_kernel<StridedTile>,
+                   CoreProblem{u, E, U, mask, core, {}, {}, {}});
 }
 
 // du, dE and dU from dC.
@@ -109,8 +111,7 @@ template <class Context>
 void launch_core_backward(Context& context, const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U,
                           const Matrix& mask, const Matrix& du, const Matrix& dE, const Matrix& dU) {
     const uint32_t stripes = ceil_div(uint32_t(u.rows), StridedTile::kColumns);
-    const uint32_t blocks = stripes + StridedGrid::blocks(u.rows, u.cols);
-    context.launch({blocks, StridedTile::kThreads, 1, StridedTile::kSharedBytes, 128}, &core_backward_kernel,
+    launch_strided(context, stripes + StridedGrid::blocks(u.rows, u.cols), &core_backward_kernel<StridedTile>,
                    CoreProblem{u, E, U, mask, dcore, du, dE, dU});
 }
 

@@ -9,7 +9,8 @@
 
 namespace hopper {
 
-__global__ void __launch_bounds__(StridedTile::kThreads) finish_kernel(const __grid_constant__ Finish problem) {
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads) finish_kernel(const __grid_constant__ Finish problem) {
     const Matrix &core = problem.core, &out = problem.out;
     const uint32_t n = uint32_t(out.rows), w = uint32_t(out.cols);
     const StridedGrid grid(w);
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(StridedTile::kThreads) finish_kernel(const __g
         }
         return total;
     };
-    StridedTile tile;
+    Tile tile;
     if (core.data) {
         tile.multiply(w, sum, [&](uint32_t k, uint32_t column) {
             return column0 + column < w ? element(core, column0 + column, k) : 0.0f;
@@ -48,7 +49,7 @@ void launch_finish(Context& context, Finish problem) {
         std::swap(problem.out.row_stride, problem.out.col_stride);
     }
     const uint32_t blocks = StridedGrid::blocks(problem.out.rows, problem.out.cols);
-    context.launch({blocks, StridedTile::kThreads, 1, StridedTile::kSharedBytes, 128}, &finish_kernel, problem);
+    launch_strided(context, blocks, &finish_kernel<StridedTile>, problem);
 }
 
 }  // namespace hopper

@@ -11,7 +11,8 @@ struct FoldProblem {
     float scaling;
 };
 
-__global__ void __launch_bounds__(StridedTile::kThreads) fold_kernel(const __grid_constant__ FoldProblem problem) {
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads) fold_kernel(const __grid_constant__ FoldProblem problem) {
     const Matrix &B = problem.B, &core = problem.core, &out = problem.out;
     const uint32_t n = uint32_t(B.rows), r = uint32_t(B.cols);
     const StridedGrid grid(r);
@@ -19,7 +20,7 @@ __global__ void __launch_bounds__(StridedTile::kThreads) fold_kernel(const __gri
     const auto left = [&](uint32_t row, uint32_t k) {
         return row0 + row < n && k < r ? element(B, row0 + row, k) : 0.0f;
     };
-    StridedTile tile;
+    Tile tile;
     if (core.data) {
         tile.multiply(r, left, [&](uint32_t k, uint32_t column) {
             return column0 + column < r ? element(core, k, column0 + column) : 0.0f;
@@ -43,8 +44,7 @@ __global__ void __launch_bounds__(StridedTile::kThreads) fold_kernel(const __gri
 // B (n, R), core = N (R, R), out (n, R) or (n, 2R); each in any dtype and strides, sums in fp32.
 template <class Context>
 void launch_fold(Context& context, const Matrix& B, const Matrix& core, float scaling, const Matrix& out) {
-    const uint32_t blocks = StridedGrid::blocks(B.rows, B.cols);
-    context.launch({blocks, StridedTile::kThreads, 1, StridedTile::kSharedBytes, 128}, &fold_kernel,
+    launch_strided(context, StridedGrid::blocks(B.rows, B.cols), &fold_kernel<StridedTile>,
                    FoldProblem{B, core, out, scaling});
 }
 

@@ -154,4 +154,9 @@ struct StridedGrid {
     }
 };
 
+template <class Context, class Problem>
+void launch_strided(Context& context, uint32_t blocks, void (*kernel)(Problem), const Problem& problem) {
+    context.launch({blocks, StridedTile::kThreads, 1, StridedTile::kSharedBytes, 128}, kernel, problem);
+}
+
 }  // namespace hopper
