@@ -190,6 +190,8 @@ def call(function, *arguments, seed=0, lanes=False, resident=0, skipped_line=0, 
     return Result(outcome.rule.decode(), text, list(outcome.lines[: outcome.line_count]))
 
 
+# Few or all blocks resident, a clock for each warp or each lane.
+SCHEDULES = [{"seed": seed, "resident": seed % 2, "lanes": lanes} for seed in range(3) for lanes in (False, True)]
 SYNCHRONISATION = re.compile(
     r"\b(mbarrier_\w+|fence_\w+|bar_sync|sync_threads|sync_warp|cluster_sync|wgmma_(?:fence|commit|wait)|"
     r"bulk_(?:commit|wait\w*)|cp_async_(?:commit|wait)|setmaxnreg_\w+|flag_(?:wait|release_\w+))\s*(?:<[^;]*>)?\("
@@ -206,12 +208,20 @@ def synchronisation_calls(source):
     return calls
 
 
-def sum_budget(exact, magnitude, terms, dtype):
-    """Largest error of fp32 sums of `terms` products, which add up to `magnitude` without signs, rounded to dtype."""
+def with_gaps(matrix, gap):
+    """The same matrix with `gap` elements between its rows."""
+    return torch.nn.functional.pad(matrix, (0, gap))[:, : matrix.shape[1]]
+
+
+def check_sum(result, out, exact, magnitude, terms):
+    """No report, and fp32 sums of `terms` products, which add up to `magnitude` without signs, once rounded."""
+    assert not result.rule, result.text
     roundings = (terms + 2) * torch.finfo(torch.float32).eps / 2
     error = roundings / (1 - roundings) * magnitude
-    info = torch.finfo(dtype)
-    return error + info.eps / 2 * (exact.abs() + error) + info.smallest_normal * info.eps
+    info = torch.finfo(out.dtype)
+    budget = error + info.eps / 2 * (exact.abs() + error) + info.smallest_normal * info.eps
+    excess = (out.double() - exact).abs() - budget
+    assert excess.max() <= 0, f"error beyond the budget by {excess.max():.3g}"
 
 
 def run_case(entry, kernel, *matrices, number=0, flag=0, scaling=1.0, library=None, **options):

@@ -29,6 +29,17 @@ def disassembly(runner, arch):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def main_loop(code, instruction):
+    """The shortest loop with this instruction in it, as lines of SASS."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    loops = []
+    for at, text in lines:
+        back = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < at:
+            loops.append([line for place, line in lines if int(back[1], 16) <= place <= at])
+    return min((loop for loop in loops if any(instruction in line for line in loop)), key=len)
+
+
 @needs_nvcc
 @pytest.mark.parametrize(
     "runner, arch",
@@ -36,6 +47,7 @@ def disassembly(runner, arch):
         ("gemm_runner", "90a"),
         ("probe_runner", "90a"),
         *((runner, arch) for runner in ("adapter_runner", "nystrom_runner") for arch in ("80", "90a")),
+        *(("ampere_runner", arch) for arch in ("80", "86", "89")),
     ],
 )
 def test_ptxas_is_content(runner, arch):
@@ -52,6 +64,29 @@ def test_ptxas_is_content(runner, arch):
 
 # Every tile for bf16 and fp16, and for right operands stored either way.
 GEMM_KERNELS = 4 * len(TILES)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "86", "89"])
+def test_ampere_has_two_blocks_a_processor(arch):
+    kernels = resources(cubin("ampere_runner", arch)[1])
+    assert len(kernels) == 12
+    for name, text in kernels.items():
+        # 2 × 256 threads share 64 Ki registers; the source asserts the same for shared memory.
+        assert int(re.search(r"Used (\d+) registers", text)[1]) <= 128, name
+
+
+@needs_nvcc
+def test_ampere_sass():
+    for name, code in disassembly("ampere_runner", "80").items():
+        majors = re.search(r"MajorE(\d)ELS\d+_(\d)E", name).groups()
+        expected = ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "STG.E.64" if majors == ("1", "1") else "STG.E.128"]
+        expected += ["LDSM.16.M88.4"] * ("0" in majors) + ["LDSM.16.MT88.4"] * ("1" in majors)
+        for instruction in expected:
+            assert instruction in code, f"{name}: {instruction}"
+        # mma takes its registers as ldmatrix leaves them: moves between the two would double the issued instructions.
+        loop = main_loop(code, "HMMA")
+        assert sum("MOV" in line for line in loop) < sum("HMMA" in line for line in loop), name
 
 
 @needs_nvcc

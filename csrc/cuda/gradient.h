@@ -1,6 +1,9 @@
 // What a narrow gradient is asked to do: plain structs, filled by host code.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "../ops.h"
 
 namespace hopper {
@@ -14,8 +17,17 @@ using nlora::Matrix;
 struct Gradient {
     Matrix wide, narrow;
     Matrix slices;
-    uint32_t splits;   // from gradient_splits or ampere_gradient_splits, at most one for each step of rows
+    uint32_t splits;   // from GradientSplits or AmpereSplits: at most one for each step of rows
 };
+
+// Every slice has at least one step of rows.
+inline void check_splits(const Gradient& gradient, uint32_t step_rows) {
+    const int64_t steps = (gradient.wide.rows + step_rows - 1) / step_rows;
+    if (gradient.splits < 1 || gradient.splits > steps) {
+        throw std::invalid_argument("splits must be 1 to " + std::to_string(steps) + ", got " +
+                                    std::to_string(gradient.splits));
+    }
+}
 
 // out = s·(Σ slices)·coreᵀ, or its transpose; the slices are added in order.
 //   slices (splits·n, w)     fp32, contiguous

@@ -122,7 +122,16 @@ HOPPER_OP T ld_global(const T* address) {
 
 template <class T>
 HOPPER_OP void st_global(T* address, T value) {
-    *address = value;
+    if constexpr (sizeof(T) == 16) {
+        // The compiler would store the members of a struct one by one.
+        uint32_t w[4];
+        memcpy(w, &value, 16);
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(w[0]),
+                     "r"(w[1]), "r"(w[2]), "r"(w[3])
+                     : "memory");
+    } else {
+        *address = value;
+    }
 }
 
 // ---- Warps: shuffles, barriers, registers ----

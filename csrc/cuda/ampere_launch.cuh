@@ -1,0 +1,69 @@
+// Host side of ampere.cuh: which tile, which operand lies which way.
+#pragma once
+
+#include "ampere.cuh"
+#include "context.cuh"
+#include "gradient.h"
+#include "product.h"
+
+namespace hopper {
+
+inline const uint16_t* data16(const Matrix& matrix) {
+    return static_cast<const uint16_t*>(matrix.data);
+}
+
+template <class Tile, Major MajorA, Major MajorB, class Context>
+void launch_ampere(Context& context, nlora::Dtype dtype, const AmpereProblem& problem) {
+    const uint32_t tiles = Schedule(problem.m, problem.n, 0, Tile::kBlockM, Tile::kBlockN).count();
+    const auto kernel = dtype == nlora::Dtype::kBFloat16 ? &ampere_kernel<Tile, bf16, MajorA, MajorB>
+                                                         : &ampere_kernel<Tile, fp16, MajorA, MajorB>;
+    context.launch({tiles * problem.splits, Tile::kThreads, 1, Tile::kSharedBytes, Tile::kRegisters}, kernel, problem);
+}
+
+// One launch, p given. Small tiles where large ones would leave processors idle.
+template <Major MajorB, class Context>
+void launch_ampere_sums(Context& context, const Product& product) {
+    const Matrix &a = product.a, &b = product.b, &c = product.c, &p = product.p, &wide = product.wide;
+    const int64_t r = MajorB == Major::K ? wide.cols : wide.rows;
+    const AmpereProblem problem{
+        {{data16(a), data16(b), a.row_stride, b.row_stride, uint32_t(a.cols)},
+         {data16(p), data16(wide), p.row_stride, wide.row_stride, uint32_t(wide ? r : 0)}},
+        uint32_t(c.rows), uint32_t(c.cols), c.data, data16(product.bias), c.row_stride, 1};
+    const bool large = Schedule(problem.m, problem.n, 0, 128, 128).count() >= context.processors();
+    if (large && problem.n > 64) {
+        launch_ampere<AmpereLarge, Major::K, MajorB>(context, c.dtype, problem);
+    } else {
+        launch_ampere<AmpereSmall, Major::K, MajorB>(context, c.dtype, problem);
+    }
+}
+
+// The product in one launch, or with shrink in two; product.state is not used.
+template <class Context>
+void launch_ampere_product(Context& context, Product product) {
+    const auto launch = product.major == Major::K ? &launch_ampere_sums<Major::K, Context>
+                                                  : &launch_ampere_sums<Major::MN, Context>;
+    if (product.shrink) {
+        Product narrow;
+        narrow.a = product.a;
+        narrow.b = product.shrink;
+        narrow.c = product.p;
+        launch(context, narrow);
+    }
+    launch(context, product);
+}
+
+template <class Context>
+void launch_ampere_gradient(Context& context, const Gradient& gradient) {
+    const Matrix &wide = gradient.wide, &narrow = gradient.narrow;
+    check_splits(gradient, AmpereSplits::kRows);
+    const AmpereProblem problem{
+        {{data16(wide), data16(narrow), wide.row_stride, narrow.row_stride, uint32_t(wide.rows)}, {}},
+        uint32_t(wide.cols), uint32_t(narrow.cols), gradient.slices.data, nullptr, narrow.cols, gradient.splits};
+    if (AmpereSplits::side(uint32_t(narrow.cols)) == AmpereLarge::kBlockN) {
+        launch_ampere<AmpereLarge, Major::MN, Major::MN>(context, wide.dtype, problem);
+    } else {
+        launch_ampere<AmpereSmall, Major::MN, Major::MN>(context, wide.dtype, problem);
+    }
+}
+
+}  // namespace hopper
