@@ -48,6 +48,7 @@ def main_loop(code, instruction):
         ("probe_runner", "90a"),
         *((runner, arch) for runner in ("adapter_runner", "nystrom_runner") for arch in ("80", "90a")),
         *(("ampere_runner", arch) for arch in ("80", "86", "89")),
+        ("gradient_runner", "90a"),
     ],
 )
 def test_ptxas_is_content(runner, arch):
@@ -87,6 +88,16 @@ def test_ampere_sass():
         # mma takes its registers as ldmatrix leaves them: moves between the two would double the issued instructions.
         loop = main_loop(code, "HMMA")
         assert sum("MOV" in line for line in loop) < sum("HMMA" in line for line in loop), name
+
+
+@needs_nvcc
+def test_gradient_sass():
+    kernels = disassembly("gradient_runner", "90a")
+    assert len(kernels) == 6
+    for name, code in kernels.items():
+        width = re.search(r"GradientTileILi(\d+)E", name)[1]
+        for instruction in (f"HGMMA.64x{width}x16.F32", "UTMALDG.2D", "STG.E.64", "SYNCS"):
+            assert instruction in code, f"{name}: {instruction}"
 
 
 @needs_nvcc

@@ -1,0 +1,180 @@
+// Narrow gradients on sm_90a: Σ over the rows of wideᵀ·narrow, one fp32 slice for each share of the rows.
+//
+// A block takes 128 columns of wide, all of narrow and one share of the rows: a warp loads with TMA, two warpgroups
+// multiply 64 columns each. wgmma reads both operands across the rows, as they are stored. It is bound by reading wide,
+// so the slots hold as many bytes as shared memory does.
+#pragma once
+
+#include "context.cuh"
+#include "gradient.h"
+#include "slice.cuh"
+#include "splits.h"
+#include "tile.cuh"
+
+namespace hopper {
+
+// For narrow of up to Width columns.
+template <int Width>
+struct GradientTile {
+    static constexpr uint32_t kWide = GradientSplits::kWide, kNarrow = Width, kRows = GradientSplits::kRows;
+    // The two warpgroups that multiply come first, for warpgroups are aligned.
+    static constexpr int kConsumerWarps = 8, kThreads = 32 * (kConsumerWarps + 1), kRegisters = 224;
+    // One box is 64 × 64.
+    static constexpr uint32_t kBytesBox = 64 * kRows * 2;
+    static constexpr uint32_t kBytesWide = kWide / 64 * kBytesBox, kBytesNarrow = Width / 64 * kBytesBox;
+    static constexpr uint32_t kBytesStage = kBytesWide + kBytesNarrow;
+    static constexpr uint32_t kStagesAt = 1024;
+    static constexpr int kStages = 192 * 1024 / kBytesStage;
+    static constexpr uint32_t kSharedBytes = kStagesAt + kStages * kBytesStage;
+
+    static_assert(Width % 64 == 0 && Width <= 256, "whole boxes, one wgmma wide");
+    static_assert(kSharedBytes + kSharedAlignment <= 227 * 1024, "more shared memory than a block can have");
+};
+
+struct GradientProblem {
+    TensorMap wide, narrow;   // boxes of 64 × 64
+    float* slices;
+    uint32_t n, w, steps, splits;
+};
+
+template <class Tile>
+struct GradientShared {
+    uint32_t base;
+
+    __device__ uint32_t full(uint32_t stage) const {
+        return base + 16 * stage;
+    }
+    __device__ uint32_t empty(uint32_t stage) const {
+        return base + 16 * (Tile::kStages + stage);
+    }
+    __device__ uint32_t wide(uint32_t stage) const {
+        return base + Tile::kStagesAt + stage * Tile::kBytesStage;
+    }
+    __device__ uint32_t narrow(uint32_t stage) const {
+        return wide(stage) + Tile::kBytesWide;
+    }
+};
+
+template <class Tile>
+__device__ __forceinline__ void load_rows(const GradientShared<Tile> shared, const GradientProblem& problem,
+                                          uint32_t column, uint32_t first, uint32_t last) {
+    RingPosition<Tile::kStages> ring;
+    for (uint32_t step = first; step < last; ++step) {
+        const uint32_t full = shared.full(ring.slot), row = step * Tile::kRows;
+        mbarrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
+        mbarrier_arrive_expect_tx(full, Tile::kBytesStage);
+        for (uint32_t box = 0; box < Tile::kWide / 64; ++box) {
+            tma_load(shared.wide(ring.slot) + box * Tile::kBytesBox, &problem.wide, full, column + box * 64, row);
+        }
+        for (uint32_t box = 0; box < Tile::kNarrow / 64; ++box) {
+            tma_load(shared.narrow(ring.slot) + box * Tile::kBytesBox, &problem.narrow, full, box * 64, row);
+        }
+        ring.advance();
+    }
+}
+
+// acc = wideᵀ·narrow over the steps, for the 64 columns of wide of this warpgroup.
+template <class Tile, class T>
+__device__ __forceinline__ void multiply_rows(float (&acc)[Tile::kNarrow / 2], const GradientShared<Tile> shared,
+                                              uint32_t steps, uint32_t consumer, bool leader) {
+    RingPosition<Tile::kStages> ring;
+    uint32_t previous = 0;
+    for (uint32_t step = 0; step < steps; ++step) {
+        mbarrier_wait(shared.full(ring.slot), ring.parity);
+        const uint64_t a = mn_major_descriptor(shared.wide(ring.slot) + consumer * Tile::kBytesBox, Tile::kRows);
+        const uint64_t b = mn_major_descriptor(shared.narrow(ring.slot), Tile::kRows);
+        wgmma_fence(acc);
+#pragma unroll
+        for (uint32_t k = 0; k < Tile::kRows; k += 16) {
+            wgmma<Tile::kNarrow, T, Major::MN, Major::MN>(acc, advanced(a, k * 128), advanced(b, k * 128),
+                                                          step + k > 0);
+        }
+        wgmma_commit();
+        if (step > 0) {
+            // One group stays in flight while the slot of the one before it is refilled.
+            wgmma_wait<1>(acc);
+            if (leader) {
+                mbarrier_arrive(shared.empty(previous));
+            }
+            sync_warp();
+        }
+        previous = ring.slot;
+        ring.advance();
+    }
+    // Nothing refills the last slot.
+    wgmma_wait<0>(acc);
+}
+
+template <class Tile, class T>
+__global__ void __launch_bounds__(Tile::kThreads, 1) gradient_kernel(const __grid_constant__ GradientProblem problem) {
+    const GradientShared<Tile> shared{shared_base()};
+    const uint32_t warp = warp_rank();
+    const bool leader = elect_one();
+    const uint32_t tiles = ceil_div(problem.n, Tile::kWide);
+    const uint32_t split = block_rank() / tiles, column = block_rank() % tiles * Tile::kWide;
+    const uint32_t first = first_step(split, problem.splits, problem.steps);
+    const uint32_t last = first_step(split + 1, problem.splits, problem.steps);
+
+    if (warp == 0 && leader) {
+        prefetch_tensor_map(&problem.wide);
+        prefetch_tensor_map(&problem.narrow);
+        for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
+            mbarrier_init(shared.full(stage), 1);
+            mbarrier_init(shared.empty(stage), Tile::kConsumerWarps);
+        }
+        fence_barrier_init();
+    }
+    sync_threads();
+
+    if (warp == Tile::kConsumerWarps) {
+        if (leader) {
+            load_rows(shared, problem, column, first, last);
+        }
+    } else {
+        float acc[Tile::kNarrow / 2];
+        multiply_rows<Tile, T>(acc, shared, last - first, warp / 4, leader);
+        float* slice = problem.slices + size_t(split) * problem.n * problem.w;
+#pragma unroll
+        for (uint32_t i = 0; i < Tile::kNarrow / 2; i += 2) {
+            store_pair(slice, problem.n, problem.w, column + accumulator_row(warp, lane_rank(), i),
+                       accumulator_column(lane_rank(), i), acc[i], acc[i + 1]);
+        }
+    }
+}
+
+template <class Tile, class Context>
+void launch_gradient_tile(Context& context, const Gradient& gradient) {
+    auto map = [](const Matrix& matrix) {
+        return tensor_map(matrix.data, matrix.rows, matrix.cols, matrix.row_stride * 2, Tile::kRows, 64, Swizzle::B128);
+    };
+    const uint32_t n = uint32_t(gradient.wide.cols);
+    const GradientProblem problem{map(gradient.wide),
+                                  map(gradient.narrow),
+                                  static_cast<float*>(gradient.slices.data),
+                                  n,
+                                  uint32_t(gradient.narrow.cols),
+                                  ceil_div(uint32_t(gradient.wide.rows), Tile::kRows),
+                                  gradient.splits};
+    const auto kernel = gradient.wide.dtype == nlora::Dtype::kBFloat16 ? &gradient_kernel<Tile, bf16>
+                                                                       : &gradient_kernel<Tile, fp16>;
+    const uint32_t blocks = ceil_div(n, Tile::kWide) * gradient.splits;
+    context.launch({blocks, Tile::kThreads, 1, Tile::kSharedBytes, Tile::kRegisters}, kernel, problem);
+}
+
+// One launch, for narrow of up to 256 columns: see Gradient.
+template <class Context>
+void launch_gradient(Context& context, const Gradient& gradient) {
+    check_splits(gradient, GradientSplits::kRows);
+    if (gradient.narrow.cols <= 64) {
+        launch_gradient_tile<GradientTile<64>>(context, gradient);
+    } else if (gradient.narrow.cols <= 128) {
+        launch_gradient_tile<GradientTile<128>>(context, gradient);
+    } else if (gradient.narrow.cols <= 256) {
+        launch_gradient_tile<GradientTile<256>>(context, gradient);
+    } else {
+        throw std::invalid_argument("narrow must have at most 256 columns, got " +
+                                    std::to_string(gradient.narrow.cols));
+    }
+}
+
+}  // namespace hopper
