@@ -26,12 +26,15 @@ CUDA_SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}"]
 RELEASE_FLAGS = ["-O3", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math"]
 SANITIZE_FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC", "-gencode=arch=compute_90a,code=sm_90a"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # By the end of the file name: only these files may hold code that not every x86-64 CPU can run.
 TIER_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
+# Likewise. Code for sm_80 runs on 8.6 and 8.9 too, and as PTX on everything newer; that for sm_90a on 9.0 alone. Files
+# without such an end hold no code that only one of them has.
+ARCHITECTURES = {"_sm90a": ["sm_90a"], "_sm80": ["sm_80", "compute_80"], "": ["sm_80", "sm_90", "compute_80"]}
 
 
 class NinjaBuild(build_ext):
@@ -96,7 +99,7 @@ def build(folder: Path, sources: list[Path], output: Path, flags: list[str], lin
     for source in sources:
         stem = source.resolve().relative_to(ROOT).with_suffix("")
         cuda = source.suffix == ".cu"
-        own = [*NVCC_FLAGS, f"-I{ROOT / 'csrc'}"] if cuda else [*flags, *tier_flags(stem.name)]
+        own = [*NVCC_FLAGS, *architecture_flags(stem.name)] if cuda else [*flags, *tier_flags(stem.name)]
         objects.append(f"{stem}.o")
         lines += [
             f"build {stem}.o: {'compile_cuda' if cuda else 'compile'} {path(source)}",
@@ -115,6 +118,11 @@ def tier_flags(stem: str) -> list[str]:
     return next((flags for suffix, flags in TIER_FLAGS.items() if stem.endswith(suffix)), [])
 
 
+def architecture_flags(stem: str) -> list[str]:
+    codes = next(codes for suffix, codes in ARCHITECTURES.items() if stem.endswith(suffix))
+    return [f"-gencode=arch={code.replace('sm_', 'compute_')},code={code}" for code in codes]
+
+
 def path(file: Path) -> str:
     """A file name as ninja reads it; ninja itself quotes it for the shell."""
     return str(file.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -127,6 +135,13 @@ def shell(word: str) -> str:
 
 def compiler() -> str | None:
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
+
+
+def cuda_home(nvcc: str) -> Path:
+    """The toolkit that an nvcc belongs to, which may be a script or a link elsewhere."""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = next((line.partition("=")[2] for line in said.splitlines() if line.startswith("#$ TOP=")), None)
+    return Path(top).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
 def ninja_path() -> str:
@@ -159,14 +174,14 @@ def extensions() -> list[Extension]:
         print(f"{message}; installing without them", file=sys.stderr)
         return []
     cuda = wanted == "cuda" or wanted is None and bool(nvcc and CUDA_SOURCES)
-    cuda_home = Path(nvcc).resolve().parent.parent if cuda else None
+    home = cuda_home(nvcc) if cuda else None
     # fmt: off
     return [Extension(
         "nlora_kernels._C",
         sources=[str(path.relative_to(ROOT))
                  for path in (ROOT / "csrc/bindings.cpp", *CPU_SOURCES, *(CUDA_SOURCES if cuda else []))],
-        include_dirs=[get_include(), *([str(cuda_home / "include")] if cuda else [])],
-        library_dirs=[str(cuda_home / "lib64")] if cuda else [],
+        include_dirs=[get_include(), *([str(home / "include")] if cuda else [])],
+        library_dirs=[str(home / "lib64")] if cuda else [],
         define_macros=[("NLORA_CUDA", None)] if cuda else [],
         # Without NLORA_BUILD a failing compiler costs the native kernels, not the installation.
         optional=wanted is None,

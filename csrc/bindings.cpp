@@ -99,6 +99,36 @@ std::vector<nlora::cpu::Lora2Vectors> vectors_of(const std::vector<int64_t>& siz
   return layers;
 }
 
+#ifdef NLORA_CUDA
+std::vector<const int64_t*> pointers(const std::vector<int64_t>& addresses) {
+  std::vector<const int64_t*> result;
+  for (int64_t address : addresses) result.push_back(pointer<int64_t>(address));
+  return result;
+}
+
+void define_cuda(py::module_& m) {
+  using namespace nlora::cuda;
+  using free_threads = py::call_guard<py::gil_scoped_release>;
+  py::class_<Queue>(m, "CudaQueue").def(py::init([](int device, int64_t stream) {
+    return Queue{device, pointer<void>(stream)};
+  }));
+  m.def("cuda_state_words", &state_words);
+  m.def("cuda_slice_floats", &slice_floats);
+  m.def("cuda_forward", &forward, free_threads());
+  m.def("cuda_backward", &backward, free_threads());
+  m.def("cuda_lora2_core", &lora2_core, free_threads());
+  m.def("cuda_lora2_core_backward", &lora2_core_backward, free_threads());
+  m.def(
+      "cuda_gather",
+      [](const Queue& queue, const std::vector<Matrix>& weight, const std::vector<int64_t>& rows,
+         const std::vector<int64_t>& cols, const std::vector<Matrix>& A, const std::vector<Matrix>& core,
+         const std::vector<Matrix>& B) { gather(queue, weight, pointers(rows), pointers(cols), A, core, B); },
+      free_threads());
+  m.def("cuda_residual_bytes", &residual_bytes);
+  m.def("cuda_residual", &residual, free_threads());
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -149,4 +179,8 @@ PYBIND11_MODULE(_C, m) {
         lora2_penalty_backward(vectors_of(sizes, tensors), pointer<float>(saved), scale, pointer<float>(grads), threads);
       },
       free_threads());
+
+#ifdef NLORA_CUDA
+  define_cuda(m);
+#endif
 }

@@ -76,4 +76,45 @@ void lora2_penalty_backward(const std::vector<Lora2Vectors>& layers, const float
                             int threads);
 
 }  // namespace cpu
+
+// Launches on one stream; nothing waits for the device. Workspaces are the caller's.
+namespace cuda {
+
+struct Queue {
+  int device;
+  void* stream;
+};
+
+// Control words of the products of m rows, 4 bytes each: zero before the first launch. One launch at a time uses them.
+int64_t state_words(int64_t m);
+// Size of `slices` for these gradients, in floats.
+int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore);
+
+// As on the CPU, with B and core of any dtype and all else of one 16-bit dtype.
+// folded (N, R) in that dtype.
+void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
+             const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& folded,
+             const Matrix& state, float scaling);
+// dA, dB and dcore in any dtype. folded (N, R) and shrunk (M, R), or twice as wide with dcore.
+void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight,
+              const Matrix& A, const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA,
+              const Matrix& dB, const Matrix& dcore, const Matrix& folded, const Matrix& shrunk, const Matrix& slices,
+              const Matrix& state, float scaling);
+
+// As on the CPU, in any dtypes.
+void lora2_core(const Queue& queue, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
+                const Matrix& core);
+void lora2_core_backward(const Queue& queue, const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U,
+                         const Matrix& mask, const Matrix& du, const Matrix& dE, const Matrix& dU);
+
+// A = W[rows, :], core = W[rows][:, cols], B = W[:, cols], for layers of one shape.
+void gather(const Queue& queue, const std::vector<Matrix>& weight, const std::vector<const int64_t*>& rows,
+            const std::vector<const int64_t*>& cols, const std::vector<Matrix>& A, const std::vector<Matrix>& core,
+            const std::vector<Matrix>& B);
+// W ← W − s·B·core·A in place, for layers of one shape; core may be empty. `terms` holds residual_bytes().
+int64_t residual_bytes(const Matrix& weight, const Matrix& A, int64_t layers);
+void residual(const Queue& queue, const std::vector<Matrix>& weight, const std::vector<Matrix>& A,
+              const std::vector<Matrix>& core, const std::vector<Matrix>& B, const Matrix& terms, float scaling);
+
+}  // namespace cuda
 }  // namespace nlora

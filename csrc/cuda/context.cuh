@@ -28,7 +28,54 @@ struct LaunchShape {
     uint32_t grid, block, cluster, shared_bytes, registers;
 };
 
-class Context {
+// Launches on one stream of the current device.
+class Stream {
+public:
+    explicit Stream(cudaStream_t stream = nullptr) : stream_(stream) {}
+
+    uint32_t processors() const {
+        return uint32_t(attribute(cudaDevAttrMultiProcessorCount));
+    }
+
+    // 90 for compute capability 9.0.
+    int architecture() const {
+        return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    }
+
+    template <class Parameters>
+    void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
+        // The layer rounds the start of shared memory up to its alignment.
+        const uint32_t shared_bytes = shape.shared_bytes + kSharedAlignment;
+        check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+                   "cudaFuncSetAttribute");
+        cudaLaunchAttribute cluster;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {shape.cluster, 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = shape.grid;
+        config.blockDim = shape.block;
+        config.dynamicSmemBytes = shared_bytes;
+        config.stream = stream_;
+        config.attrs = &cluster;
+        // NOTE: devices before sm_90 know no clusters, not even of one.
+        config.numAttrs = shape.cluster > 1;
+        check_cuda(cudaLaunchKernelEx(&config, kernel, parameters), "cudaLaunchKernelEx");
+    }
+
+private:
+    static int attribute(cudaDeviceAttr name) {
+        int device = 0, value = 0;
+        check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+        check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+        return value;
+    }
+
+    cudaStream_t stream_;
+};
+
+// The same with memory of its own, for tests.
+class Context : public Stream {
 public:
     Context() = default;
     Context(const Context&) = delete;
@@ -67,35 +114,10 @@ public:
         check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
     }
 
-    uint32_t processors() const {
-        int count = 0;
-        check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "cudaDeviceGetAttribute");
-        return uint32_t(count);
-    }
-
     std::string name() const {
         cudaDeviceProp properties;
         check_cuda(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
         return properties.name;
-    }
-
-    template <class Parameters>
-    void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
-        // The layer rounds the start of shared memory up to its alignment.
-        const uint32_t shared_bytes = shape.shared_bytes + kSharedAlignment;
-        check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
-                   "cudaFuncSetAttribute");
-        cudaLaunchAttribute cluster;
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {shape.cluster, 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = shape.grid;
-        config.blockDim = shape.block;
-        config.dynamicSmemBytes = shared_bytes;
-        config.attrs = &cluster;
-        config.numAttrs = 1;
-        check_cuda(cudaLaunchKernelEx(&config, kernel, parameters), "cudaLaunchKernelEx");
     }
 
 private:

@@ -3,21 +3,13 @@
 //   residual   W ← W − s·B·N·A in place, one pass over W
 #pragma once
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "../ops.h"
 #include "context.cuh"
+#include "nystrom.h"
 
 namespace hopper {
-
-using nlora::Dtype;
-using nlora::Matrix;
-
-// Of one launch: their addresses travel in the kernel's parameters.
-constexpr uint32_t kMaxLayers = 64;
 
 // ---- Gather: elements are moved, so only their size counts ----
 
@@ -109,14 +101,14 @@ struct SplitTile {
     static constexpr uint32_t kThreads = 256;
 };
 
-__global__ inline void __launch_bounds__(SplitTile::kThreads)
-    split_kernel(const __grid_constant__ SplitProblem p) {
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads) split_kernel(const __grid_constant__ SplitProblem p) {
     const uint32_t layer = block_rank() / p.blocks;
     bf16* left = p.terms + layer * p.layer_stride;
     const uint64_t left_size = uint64_t(p.out) * p.width, right_size = uint64_t(p.width) * p.columns;
     bf16* right = left + p.left_terms * left_size;
-    for (uint64_t at = uint64_t(block_rank() % p.blocks) * SplitTile::kThreads + thread_rank();
-         at < left_size + right_size; at += uint64_t(p.blocks) * SplitTile::kThreads) {
+    for (uint64_t at = uint64_t(block_rank() % p.blocks) * Tile::kThreads + thread_rank();
+         at < left_size + right_size; at += uint64_t(p.blocks) * Tile::kThreads) {
         if (at < left_size) {
             const uint64_t i = at / p.width;
             const auto j = uint32_t(at % p.width);
@@ -340,20 +332,6 @@ __global__ void __launch_bounds__(ResidualTile<T>::kThreads, 2)
 
 // ---- Host side ----
 
-// One entry a layer. All of one kind have the same shape, dtype and strides; A, core and B are contiguous.
-struct Gather {
-    std::vector<Matrix> weight;
-    std::vector<const int64_t*> rows, cols;   // r indices each
-    std::vector<Matrix> A, core, B;           // in the dtype of weight
-};
-
-struct Residual {
-    std::vector<Matrix> weight;        // rows aligned to 16 bytes, columns side by side
-    std::vector<Matrix> A, core, B;    // core may be empty: the identity
-    float scaling;
-    void* terms;                       // residual_bytes() of workspace, aligned to 16 bytes
-};
-
 // Calls launch(first layer, number of layers) for as many layers at a time as one launch takes.
 template <class Launch>
 void for_layers(size_t layers, Launch launch) {
@@ -392,24 +370,6 @@ void launch_gather(Context& context, const Gather& g) {
                                          : launch_gather_of<Context, uint16_t>(context, g);
 }
 
-// What one layer of a residual needs: how its terms lie in the workspace.
-struct TermLayout {
-    uint32_t width, columns, left_terms, right_terms;
-    uint64_t elements;
-
-    TermLayout(Dtype weight, Dtype A, uint64_t out, uint64_t in, uint64_t r)
-        : width(uint32_t((r + 15) / 16 * 16)),
-          columns(uint32_t((in + 7) / 8 * 8)),
-          left_terms(weight == Dtype::kFloat32 ? 3 : 2),
-          right_terms(A == Dtype::kBFloat16 ? 1 : A == Dtype::kFloat16 ? 2 : left_terms),
-          elements((left_terms * out + right_terms * columns) * width) {}
-};
-
-// Bytes of workspace for `layers` residuals; those of one launch are enough.
-inline uint64_t residual_bytes(Dtype weight, Dtype A, uint64_t out, uint64_t in, uint64_t r, uint64_t layers) {
-    return TermLayout(weight, A, out, in, r).elements * 2 * std::min<uint64_t>(layers, kMaxLayers);
-}
-
 template <class Context, class T>
 void launch_residual_of(Context& context, const Residual& residual) {
     const Matrix &weight = residual.weight[0], &A = residual.A[0], &B = residual.B[0];
@@ -440,7 +400,7 @@ void launch_residual_of(Context& context, const Residual& residual) {
         const uint64_t items = (uint64_t(split.out) + split.columns) * split.width;
         split.blocks = uint32_t(std::min<uint64_t>((items + SplitTile::kThreads - 1) / SplitTile::kThreads,
                                                    8 * context.processors()));
-        context.launch({split.blocks * layers, SplitTile::kThreads, 1, 0, 64}, &split_kernel, split);
+        context.launch({split.blocks * layers, SplitTile::kThreads, 1, 0, 64}, &split_kernel<SplitTile>, split);
 
         using Tile = ResidualTile<T>;
         p.terms = split.terms;

@@ -1,0 +1,142 @@
+// What csrc/ops.h declares: chooses the engine of the device, and says of every error which call met it.
+#include "../ops.h"
+
+#include "launchers.h"
+#include "linear.h"
+#include "splits.h"
+
+namespace nlora::cuda {
+namespace {
+
+// Makes the queue's device current while it lives.
+class Device {
+public:
+    explicit Device(int device) {
+        hopper::check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+        if (before_ != device) {
+            hopper::check_cuda(cudaSetDevice(device), "cudaSetDevice");
+            changed_ = true;
+        }
+    }
+    Device(const Device&) = delete;
+    Device& operator=(const Device&) = delete;
+
+    ~Device() {
+        if (changed_) {
+            cudaSetDevice(before_);
+        }
+    }
+
+private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+std::string shape(const Matrix& matrix) {
+    return "(" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.cols) + ")";
+}
+
+// Runs body(stream) on the queue; a failure of CUDA becomes an error that names the operation and its shapes.
+template <class Body>
+void on(const Queue& queue, const std::string& operation, Body body) {
+    try {
+        const Device device(queue.device);
+        Stream stream(static_cast<cudaStream_t>(queue.stream));
+        body(stream);
+    } catch (const std::runtime_error& error) {
+        throw std::runtime_error(operation + " on cuda:" + std::to_string(queue.device) + ": " + error.what());
+    }
+}
+
+// Hopper's kernels hold for compute capability 9.0 alone, Ampere's from 8.0 on.
+struct Engine {
+    Stream& stream;
+    bool is_hopper = stream.architecture() == 90;
+    uint32_t processors = stream.processors();
+
+    void fold(const Matrix& B, const Matrix& core, float scaling, const Matrix& out) const {
+        cuda::fold(stream, B, core, scaling, out);
+    }
+    void product(const hopper::Product& product) const {
+        const auto launch = !is_hopper                              ? &product_sm80
+                            : product.a.dtype == Dtype::kBFloat16 ? &product_bf16_sm90a
+                                                                  : &product_fp16_sm90a;
+        launch(stream, product);
+    }
+    void gradient(const hopper::Gradient& gradient) const {
+        is_hopper ? gradient_sm90a(stream, gradient) : gradient_sm80(stream, gradient);
+    }
+    int64_t splits(int64_t m, int64_t n, int64_t w) const {
+        const auto choose = is_hopper ? &hopper::GradientSplits::choose : &hopper::AmpereSplits::choose;
+        return choose(uint32_t(m), uint32_t(n), uint32_t(w), processors);
+    }
+    void finish(const hopper::Finish& finish) const {
+        cuda::finish(stream, finish);
+    }
+};
+
+std::string sizes(const Matrix& rows, const Matrix& weight, const Matrix& A) {
+    return shape(rows) + ", weight " + shape(weight) + ", lora_A " + shape(A);
+}
+
+}  // namespace
+
+int64_t state_words(int64_t m) {
+    return int64_t(hopper::state_words(m));
+}
+
+int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
+    const Device current(queue.device);
+    Stream stream;
+    return hopper::slice_floats(Engine{stream}, m, k, n, r, dA, dB, dcore);
+}
+
+void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
+             const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& folded,
+             const Matrix& state, float scaling) {
+    on(queue, "forward of x " + sizes(x, weight, A), [&](Stream& stream) {
+        hopper::forward(Engine{stream}, {x, weight, A, B, core, bias, y, T, folded, scaling,
+                                         static_cast<uint32_t*>(state.data)});
+    });
+}
+
+void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight,
+              const Matrix& A, const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA,
+              const Matrix& dB, const Matrix& dcore, const Matrix& folded, const Matrix& shrunk,
+              const Matrix& slices, const Matrix& state, float scaling) {
+    on(queue, "backward of dy " + sizes(dy, weight, A), [&](Stream& stream) {
+        hopper::backward(Engine{stream},
+                         {dy, x, T, weight, A, B, core, dx, dA, dB, dcore, folded, shrunk,
+                          static_cast<float*>(slices.data), scaling, static_cast<uint32_t*>(state.data)});
+    });
+}
+
+void lora2_core(const Queue& queue, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
+                const Matrix& core) {
+    on(queue, "LoRA² core of u " + shape(u), [&](Stream& stream) { lora2_core(stream, u, E, U, mask, core); });
+}
+
+void lora2_core_backward(const Queue& queue, const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U,
+                         const Matrix& mask, const Matrix& du, const Matrix& dE, const Matrix& dU) {
+    on(queue, "gradient of the LoRA² core of u " + shape(u),
+       [&](Stream& stream) { lora2_core_backward(stream, dcore, u, E, U, mask, du, dE, dU); });
+}
+
+void gather(const Queue& queue, const std::vector<Matrix>& weight, const std::vector<const int64_t*>& rows,
+            const std::vector<const int64_t*>& cols, const std::vector<Matrix>& A, const std::vector<Matrix>& core,
+            const std::vector<Matrix>& B) {
+    on(queue, "gather from weight " + shape(weight[0]),
+       [&](Stream& stream) { gather(stream, {weight, rows, cols, A, core, B}); });
+}
+
+int64_t residual_bytes(const Matrix& weight, const Matrix& A, int64_t layers) {
+    return int64_t(hopper::residual_bytes(weight.dtype, A.dtype, weight.rows, weight.cols, A.rows, layers));
+}
+
+void residual(const Queue& queue, const std::vector<Matrix>& weight, const std::vector<Matrix>& A,
+              const std::vector<Matrix>& core, const std::vector<Matrix>& B, const Matrix& terms, float scaling) {
+    on(queue, "residual of weight " + shape(weight[0]) + ", A " + shape(A[0]),
+       [&](Stream& stream) { residual(stream, {weight, A, core, B, scaling, terms.data}); });
+}
+
+}  // namespace nlora::cuda
