@@ -339,6 +339,11 @@ def _path(name: str, x: Tensor, weight: Tensor, R: int) -> str | None:
     (M, K), N = x.shape, weight.shape[0]
     if name == "cpu":
         return PLANS[native.cpu.plan(x.dtype, M, K, N, R)]
+    if name == "cuda":
+        from .backends.cuda import launch
+
+        hopper = launch.capability(x.device) == (9, 0)
+        return "one launch each for y and for dx" if hopper else "two launches each for y and for dx"
     if name == "triton":
         from .backends.triton import launch
 

@@ -64,13 +64,13 @@ def nystrom(
     rows = chosen_rows if rows is None else _indices("rows", rows, r, weight.shape[0], weight.device)
     cols = chosen_cols if cols is None else _indices("cols", cols, r, weight.shape[1], weight.device)
     weight = weight.detach()
-    if kernels := _kernels(weight, r):
-        A, N, B = kernels.gather(weight, rows, cols)
+    if gather := _kernel("gather", weight, r):
+        A, N, B = gather(weight, rows, cols)
     else:
         A, B = weight.index_select(0, rows), weight.index_select(1, cols)
         N = A.index_select(1, cols)
     if core == "optimal":
-        N = _optimal_core(weight, A, B, kernels)
+        N = _optimal_core(weight, A, B)
     elif core == "pinv":
         N = torch.linalg.pinv(N.to(_accumulator(weight.dtype)))
     return A, N.to(weight.dtype), B.contiguous()
@@ -114,8 +114,8 @@ def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: f
     for name, t, shape in (("A", A, (r, in_features)), ("N", N, (r, r)), ("B", B, (out_features, r))):
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-    if kernels := _kernels(weight, r):
-        kernels.subtract_([weight], [A], [N], [B], scaling)
+    if subtract := _kernel("subtract_", weight, r):
+        subtract([weight], [A], [N], [B], scaling)
         return weight
     dtype = _accumulator(weight.dtype)
     left, right = B.to(dtype), A.to(dtype)
@@ -179,21 +179,21 @@ def lora2(
     return v, u, weight.new_zeros(r), U, V
 
 
-def _kernels(weight: Tensor, r: int):
-    """Kernels for this weight of a backend named by NLORA_BACKEND or verified on its device; None if there are none."""
+def _kernel(name: str, weight: Tensor, r: int):
+    """A kernel for this weight of a backend named by NLORA_BACKEND or verified on its device; None if there is none."""
     initialisation = getattr(backends.select(None, weight), "initialisation", None)
-    return initialisation(weight, r) if initialisation else None
+    return getattr(initialisation(weight, r), name, None) if initialisation else None
 
 
-def _optimal_core(weight: Tensor, A: Tensor, B: Tensor, kernels) -> Tensor:
+def _optimal_core(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     # With B = Q_B·R_B and Aᵀ = Q_A·R_A:  B⁺·W·A⁺ = R_B⁺·(Q_Bᵀ·W·Q_A)·R_A⁺ᵀ. Only r×r matrices are inverted, and the
     # pseudo-inverse stands in for the triangular solve because rows of a real weight can be dependent.
     dtype = _accumulator(weight.dtype)
     Q_A, R_A = torch.linalg.qr(A.T.to(dtype))
     Q_B, R_B = torch.linalg.qr(B.to(dtype))
     projected = sum(q.T @ (tile @ Q_A) for q, tile in zip(Q_B.split(_TILE_ROWS), _tiles(weight, dtype), strict=True))
-    if kernels:
-        return kernels.solve_triangular(R_B, kernels.solve_triangular(R_A, projected.T).T)
+    if solve := _kernel("solve_triangular", weight, A.shape[0]):
+        return solve(R_B, solve(R_A, projected.T).T)
     return torch.linalg.pinv(R_B) @ projected @ torch.linalg.pinv(R_A).T
 
 
@@ -207,8 +207,8 @@ def _select(weight, r, how, generator) -> tuple[Tensor, Tensor]:
         return tuple(_permutation(n, generator)[:r].sort().values.to(weight.device) for n in weight.shape)
     if how == "norm":
         dtype = _accumulator(weight.dtype)
-        if kernels := _kernels(weight, r):
-            norms = kernels.squared_norms(weight)
+        if squared_norms := _kernel("squared_norms", weight, r):
+            norms = squared_norms(weight)
         else:
             norms = (torch.linalg.vector_norm(weight, dim=dim, dtype=dtype) for dim in (1, 0))
         return tuple(n.argsort(descending=True, stable=True)[:r] for n in norms)

@@ -11,7 +11,8 @@ A backend is a module with these plain functions; it knows nothing of autograd, 
     lora2_core(lora_u, lora_E, lora_U, mask) -> core
     lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask) -> (du, dE, dU)
     initialisation(weight, r) -> module | None                       (optional)
-        gather, squared_norms, subtract_ and solve_triangular of its own for `init`, if it can take this weight
+        for `init`, if it can take this weight: its own gather, squared_norms, subtract_ and solve_triangular, or
+        those of them that it has
     lora2_training(tensors, size) -> module | None                   (optional)
         smooth, mask, penalty and penalty_backward of its own for `lora2`, if it can take adapters of these tensors
 
@@ -31,14 +32,20 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import lean, native, reference, triton
+from . import cuda, lean, native, reference, triton
 from .dropout import Dropout
 from .gradients import Grads, Needs
 
 __all__ = ["Dropout", "Grads", "Needs", "available", "drops_inside", "preferred", "select"]
 
 # In order of preference.
-TABLE: dict[str, ModuleType] = {"cpu": native.cpu, "triton": triton, "lean": lean, "reference": reference}
+TABLE: dict[str, ModuleType] = {
+    "cpu": native.cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "lean": lean,
+    "reference": reference,
+}
 
 _ENVIRONMENT, _VARIABLE = os.environ._data, os.environ.encodekey("NLORA_BACKEND")
 

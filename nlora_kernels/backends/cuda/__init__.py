@@ -1,0 +1,164 @@
+"""CUDA C++ kernels behind the extension `_C`, for NVIDIA GPUs from compute capability 8.0 on (docs/cuda.md).
+
+    F = s·B·N
+    forward     y = x·Wᵀ + T·Fᵀ + bias  and  T = x·Aᵀ
+    backward    dx = dy·W + H·A  and  H = dy·F, G = dy·B        dA = Hᵀ·x    dN = s·Gᵀ·T    dB = s·(dyᵀ·T)·Nᵀ
+
+Each line's first half is one launch on Hopper, two elsewhere. Nothing here waits for the device.
+"""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import lean, native
+from ..gradients import Grads, Needs
+from ..native import _C
+from . import launch
+
+# NOTE: no run on a GPU has been made yet.
+VERIFIED_ON: frozenset[str] = frozenset()
+DROPS_INSIDE = False
+
+DTYPES = (torch.bfloat16, torch.float16)
+ADAPTER_DTYPES = (torch.float32, *DTYPES)
+MAX_RANK = 256
+
+
+@functools.cache
+def unavailable() -> str | None:
+    reasons = []
+    if _C is None:
+        reasons.append(native.cpu.unavailable())
+    elif not hasattr(_C, "cuda_forward"):
+        reasons.append("the package was built without nvcc (install it where the CUDA toolkit is)")
+    if torch.version.cuda is None:
+        reasons.append(f"torch {torch.__version__} was built without CUDA")
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        reasons.append(f"there is no NVIDIA driver ({error})")
+    else:
+        reasons += _missing_device()
+    return "; ".join(reasons) or None
+
+
+def _missing_device() -> list[str]:
+    if torch.version.cuda is None:
+        return []
+    try:
+        found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    except RuntimeError as error:
+        # In a child of fork(), for one.
+        return [f"CUDA cannot start ({error})"]
+    if any(capability >= (8, 0) for capability in found):
+        return []
+    got = ", ".join(f"{major}.{minor}" for major, minor in found) or "no device"
+    return [f"a device of compute capability 8.0 or newer is needed, got {got}"]
+
+
+def unsupported(x, weight, lora_A, lora_B, lora_N, dropout=None) -> str | None:
+    if dropout:
+        return "it has no dropout"
+    if x.dtype not in DTYPES:
+        return f"x must be bfloat16 or float16, got {_short(x.dtype)}"
+    for name, t in {"lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
+        if t is not None and t.dtype not in ADAPTER_DTYPES:
+            return f"{name} must be float32, bfloat16 or float16, got {_short(t.dtype)}"
+    (N, K), R = weight.shape, lora_A.shape[0]
+    for name, size in {"in": K, "out": N, "r": R}.items():
+        if size % 8 or size == 0:
+            return f"{name} must be a multiple of 8, got {size}"
+    if R > MAX_RANK:
+        return f"r must be at most {MAX_RANK}, got {R}"
+    return launch.unaligned("weight", weight) or misplaced("x", x)
+
+
+def misplaced(name: str, t: Tensor) -> str | None:
+    """Why a kernel cannot run on the device of a tensor."""
+    if t.device.type != "cuda":
+        return f"{name} must be on a GPU, got {t.device}"
+    if launch.capability(t.device) < (8, 0):
+        return f"{t.device} must have compute capability 8.0 or newer"
+    return None
+
+
+def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None) -> tuple[Tensor, Tensor]:
+    (M, _), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+    y, T = x.new_empty(M, N), x.new_empty(M, R)
+    if M:
+        x, A, bias = (launch.aligned(t) for t in (x, lora_A.to(x.dtype), bias))
+        folded = x.new_empty(N, R)
+        launch.run("forward", x, weight, A, lora_B, lora_N, bias, y, T, folded, launch.state(x), scaling=scaling)
+    return y, T
+
+
+def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dropout=None) -> Grads:
+    M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
+    if M == 0:
+        return lean.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs)
+    grads = Grads(
+        x=dy.new_empty(M, K) if needs.x else None,
+        # The gradient of the weight itself is a plain product of two large matrices: the library's is best.
+        weight=torch.mm(dy.T, x) if needs.weight else None,
+        lora_A=_new(lora_A) if needs.lora_A else None,
+        lora_B=_new(lora_B) if needs.lora_B else None,
+        lora_N=_new(lora_N) if needs.lora_N else None,
+        bias=dy.sum(0) if needs.bias else None,
+    )
+    made = grads.x, grads.lora_A, grads.lora_B, grads.lora_N
+    if any(t is not None for t in made):
+        dy, x, T, A = (launch.aligned(t) for t in (dy, x, T, lora_A.to(dy.dtype)))
+        width = 2 * R if needs.lora_N else R
+        wanted = needs.lora_A, needs.lora_B, needs.lora_N
+        slices = dy.new_empty(1, _C.cuda_slice_floats(launch.queue(dy), M, K, N, R, *wanted), dtype=torch.float32)
+        workspace = dy.new_empty(N, width), dy.new_empty(M, width), slices, launch.state(dy)
+        launch.run("backward", dy, x, T, weight, A, lora_B, lora_N, *made, *workspace, scaling=scaling)
+    return grads
+
+
+def lora2_core(lora_u, lora_E, lora_U, mask) -> Tensor:
+    _check_core(lora_u)
+    core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
+    launch.run("lora2_core", lora_u, lora_E, lora_U, _weights(mask), core)
+    return core
+
+
+def lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
+    _check_core(lora_u)
+    grads = _new(lora_u), _new(lora_E), _new(lora_U)
+    launch.run("lora2_core_backward", d_core, lora_u, lora_E, lora_U, _weights(mask), *grads)
+    return grads
+
+
+def initialisation(weight: Tensor, r: int):
+    """The functions that initialise an adapter of this weight on its device, or None where they cannot take it."""
+    if weight.dtype not in ADAPTER_DTYPES or weight.numel() == 0 or r > MAX_RANK or misplaced("weight", weight):
+        return None
+    if launch.unaligned("weight", weight):
+        return None
+    from . import nystrom
+
+    return nystrom
+
+
+def _check_core(lora_u: Tensor) -> None:
+    reason = misplaced("lora_u", lora_u)
+    if reason is None and lora_u.dtype not in ADAPTER_DTYPES:
+        reason = f"lora_u must be float32, bfloat16 or float16, got {_short(lora_u.dtype)}"
+    if reason:
+        raise ValueError(f"backend 'cuda' cannot take this call: {reason}")
+
+
+def _weights(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.dtype in ADAPTER_DTYPES else mask.float()
+
+
+def _new(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
