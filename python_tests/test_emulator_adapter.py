@@ -140,7 +140,7 @@ def run_finish(n, w, splits=3, with_core=True, transposed=False, mix=0, **option
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7])
-@pytest.mark.parametrize("n, w", [(8, 8), (40, 72), (136, 16)])
+@pytest.mark.parametrize("n, w", [(8, 8), (40, 72), (136, 16), (33, 256)])
 def test_finish(n, w, splits):
     for mix, schedule in zip(range(8), itertools.cycle(SCHEDULES)):
         check(*run_finish(n, w, splits, with_core=mix % 2 == 1, transposed=mix // 2 % 2 == 1, mix=mix, **schedule))
@@ -154,12 +154,17 @@ def test_results_are_the_same_bits_on_every_schedule():
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-SOURCES = ("strided.cuh", "core.cuh")
-CALLS = [(source, line, name) for source in SOURCES for line, name in synchronisation_calls(source).items()]
+# A launch of each that runs every synchronisation call of the source.
+MUTATED = {
+    "strided.cuh": lambda **options: run_core_backward(70, 72, **options)[0][0],
+    "core.cuh": lambda **options: run_core_backward(70, 72, **options)[0][0],
+    "finish.cuh": lambda **options: run_finish(40, 72, with_core=False, **options)[0],
+}
+CALLS = [(source, line, name) for source in MUTATED for line, name in synchronisation_calls(source).items()]
 
 
 @pytest.mark.parametrize("source, line, name", CALLS, ids=lambda v: str(v))
 def test_deleting_a_synchronisation_call_is_caught(source, line, name):
     for schedule in SCHEDULES:
-        result = run_core_backward(70, 72, source=source, skipped_line=line, **schedule)[0][0]
+        result = MUTATED[source](source=source, skipped_line=line, **schedule)
         assert line in result.lines and result.rule in ("race", "uninitialised read"), result.text

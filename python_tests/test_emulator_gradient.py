@@ -84,7 +84,7 @@ def test_rule_for_splits(name, processors):
         slots = processors if name == "hopper" else 2 * processors
         assert 1 <= splits <= math.ceil(m / (64 if name == "hopper" else 32))
         assert splits * tiles <= max(tiles, 2 * slots), "slices take more memory than the rule allows"
-        if m >= 8192 and n >= 768 and tiles <= slots:
+        if m >= 8192 and n >= 4096 and tiles <= slots:
             waves = splits * tiles / slots
             assert waves / math.ceil(waves) > 0.7, f"{splits} splits of {m} × {n} leave processors idle"
 

@@ -9,47 +9,86 @@
 
 namespace hopper {
 
+// A block adds up 32 rows of the slices, which lie one after another, into shared memory, and makes its part of out
+// from there.
+struct FinishTile : StridedTile {
+    static constexpr uint32_t kSumsAt = StridedTile::kSharedBytes;
+    // Loads of 16 bytes that a thread has under way for each of 4 slices.
+    static constexpr uint32_t kBatch = 4;
+
+    HOPPER_FN static constexpr uint32_t shared_bytes(uint32_t w) {
+        return kSumsAt + kRows * w * 4;
+    }
+    __device__ static uint32_t sum_at(uint32_t element) {
+        return shared_base() + kSumsAt + element * 4;
+    }
+
+    // The first `count` elements from `slices` on, of slices that are `apart`.
+    __device__ __forceinline__ static void add_up(const float* slices, uint32_t splits, size_t apart, uint32_t count) {
+        for (uint32_t first = thread_rank() * 4; first < count; first += kThreads * 4 * kBatch) {
+            Float4 total[kBatch] = {};
+#pragma unroll 4
+            for (uint32_t s = 0; s < splits; ++s) {
+#pragma unroll
+                for (uint32_t i = 0; i < kBatch; ++i) {
+                    const uint32_t at = first + i * kThreads * 4;
+                    if (at < count) {
+                        const auto part = ld_global(reinterpret_cast<const Float4*>(slices + s * apart + at));
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            total[i].v[j] += part.v[j];
+                        }
+                    }
+                }
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < kBatch; ++i) {
+                if (first + i * kThreads * 4 < count) {
+                    st_shared(sum_at(first + i * kThreads * 4), total[i]);
+                }
+            }
+        }
+        sync_threads();
+    }
+};
+
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) finish_kernel(const __grid_constant__ Finish problem) {
     const Matrix &core = problem.core, &out = problem.out;
-    const uint32_t n = uint32_t(out.rows), w = uint32_t(out.cols);
-    const StridedGrid grid(w);
-    const uint32_t row0 = grid.row(block_rank()), column0 = grid.column(block_rank());
+    const uint32_t n = uint32_t(out.rows), w = uint32_t(out.cols), row0 = block_rank() * Tile::kRows;
+    const uint32_t rows = n - row0 < Tile::kRows ? n - row0 : Tile::kRows;
+    Tile::add_up(static_cast<const float*>(problem.slices.data) + size_t(row0) * w, problem.splits, size_t(n) * w,
+                 rows * w);
     const auto sum = [&](uint32_t row, uint32_t column) {
-        float total = 0;
-        if (row0 + row < n && column < w) {
-            const float* from = static_cast<const float*>(problem.slices.data) + size_t(row0 + row) * w + column;
-#pragma unroll 4
-            for (uint32_t s = 0; s < problem.splits; ++s) {
-                total += ld_global(from + s * size_t(n) * w);
-            }
-        }
-        return total;
+        return row < rows && column < w ? ld_shared<float>(Tile::sum_at(row * w + column)) : 0.0f;
     };
-    Tile tile;
-    if (core.data) {
-        tile.multiply(w, sum, [&](uint32_t k, uint32_t column) {
-            return column0 + column < w ? element(core, column0 + column, k) : 0.0f;
-        });
-    } else {
-        tile.copy([&](uint32_t row, uint32_t column) { return sum(row, column0 + column); });
-    }
-    tile.store(runs_down(out), [&](uint32_t row, uint32_t column, float value) {
-        if (row0 + row < n && column0 + column < w) {
-            set_element(out, row0 + row, column0 + column, problem.scaling * value);
+    for (uint32_t column0 = 0; column0 < w; column0 += Tile::kColumns) {
+        Tile tile;
+        if (core.data) {
+            tile.multiply(w, sum, [&](uint32_t k, uint32_t column) {
+                return column0 + column < w ? element(core, column0 + column, k) : 0.0f;
+            });
+        } else {
+            tile.copy([&](uint32_t row, uint32_t column) { return sum(row, column0 + column); });
         }
-    });
+        tile.store(runs_down(out), [&](uint32_t row, uint32_t column, float value) {
+            if (row < rows && column0 + column < w) {
+                set_element(out, row0 + row, column0 + column, problem.scaling * value);
+            }
+        });
+    }
 }
 
-// One launch: see Finish.
+// One launch, for up to 256 columns: see Finish.
 template <class Context>
 void launch_finish(Context& context, Finish problem) {
     if (problem.transposed) {
         std::swap(problem.out.rows, problem.out.cols);
         std::swap(problem.out.row_stride, problem.out.col_stride);
     }
-    const uint32_t blocks = StridedGrid::blocks(problem.out.rows, problem.out.cols);
-    launch_strided(context, blocks, &finish_kernel<StridedTile>, problem);
+    const uint32_t n = uint32_t(problem.out.rows), w = uint32_t(problem.out.cols);
+    context.launch({ceil_div(n, FinishTile::kRows), FinishTile::kThreads, 1, FinishTile::shared_bytes(w), 128},
+                   &finish_kernel<FinishTile>, problem);
 }
 
 }  // namespace hopper

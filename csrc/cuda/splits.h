@@ -6,13 +6,14 @@
 namespace hopper {
 
 // A block takes one tile of the gradient and the steps of one slice, `slots` blocks run at the same time. One more
-// slice shortens each block, but every block pays `fixed` steps: the start of its pipeline, and writing its slice and
-// reading it again. The best count is the one whose waves of blocks are over first; of equals, the smallest.
-// Blocks stay within two waves unless there are more tiles, which bounds the slices: at most 2·slots tiles of fp32.
+// slice shortens each block, but every block pays `fixed` steps, for the start of its pipeline and for moving its slice
+// twice, and whoever adds up the slices waits for one more of them: about a quarter of a step. The best count is that
+// which is over first; of equals, the smallest. Blocks stay within two waves unless there are more tiles, which bounds
+// the slices: at most 2·slots tiles of fp32.
 constexpr uint32_t choose_splits(uint32_t tiles, uint32_t steps, uint32_t slots, uint32_t fixed) {
     uint32_t best = 1, least = ~0u;
     for (uint32_t splits = 1; splits <= steps && (splits == 1 || tiles * splits <= 2 * slots); ++splits) {
-        const uint32_t cost = ceil_div(tiles * splits, slots) * (ceil_div(steps, splits) + fixed);
+        const uint32_t cost = ceil_div(tiles * splits, slots) * (ceil_div(steps, splits) + fixed) + splits / 4;
         if (cost < least) {
             best = splits;
             least = cost;
