@@ -79,6 +79,19 @@ def test_sums_beyond_many_laps_of_the_ring():
         check_sum(*case)
 
 
+@pytest.mark.parametrize("across", [False, True], ids=["K", "MN"])
+@pytest.mark.parametrize("side", [128, 64])
+def test_no_bank_is_touched_twice(side, across):
+    places = torch.zeros(4, 256)
+    result = run_case("run_ampere", 2, places, number=side, flag=across)
+    assert not result.rule, result.text
+    # Copies and fragments go by 8 lanes of 16 bytes, pairs of the result by 32 lanes of 4 bytes.
+    for kind, size in enumerate((16, 16, 16, 4)):
+        lanes = 128 // size
+        for group in places.view(torch.int32)[kind].view(-1, lanes):
+            assert len(set((group // size % lanes).tolist())) == lanes, (kind, group.tolist())
+
+
 CALLS = synchronisation_calls("ampere.cuh")
 # Large tiles and small ones; the last step lies in a slot through which the result leaves.
 MUTATED = [(200, 264, 200, 8, 8), (70, 72, 392, 0, 0)]

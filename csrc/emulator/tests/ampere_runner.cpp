@@ -5,6 +5,29 @@
 namespace hopper::tests {
 namespace {
 
+struct PlacesProblem {
+    uint32_t* out;   // (4, 256)
+};
+
+// Where each thread copies to, reads fragments of A and of B, and stores a pair of the result, as offsets.
+template <class Tile, int Rows, Major major>
+__global__ void places_kernel(const __grid_constant__ PlacesProblem problem) {
+    using Operand = AmpereOperand<Tile, Rows, major>;
+    const uint32_t row = warp_rank() * 16 % Rows, lane = lane_rank();
+    const uint32_t places[4] = {Operand::at(Operand::copied_row(), Operand::copied_k()), Operand::lane_at(row, true),
+                                Operand::lane_at(row, false), panel_at(0, Rows, row + lane / 4, lane % 4 * 2)};
+    for (uint32_t i = 0; i < 4; ++i) {
+        st_global(problem.out + i * Tile::kThreads + thread_rank(), places[i]);
+    }
+}
+
+template <class Tile>
+void run_places(Context& context, bool across, const PlacesProblem& problem) {
+    const auto kernel = across ? &places_kernel<Tile, Tile::kBlockM, Major::MN>
+                               : &places_kernel<Tile, Tile::kBlockM, Major::K>;
+    context.launch({1, Tile::kThreads, 1, 1024, Tile::kRegisters}, kernel, problem);
+}
+
 void run_case(Context& context, const Case& c) {
     Matrices matrices(context);
     auto in = [&](int i) { return matrices.input(c.matrices[i]); };
@@ -20,8 +43,12 @@ void run_case(Context& context, const Case& c) {
         product.p = product.shrink ? out(4) : in(4);
         product.wide = in(5);
         launch_ampere_product(context, product);
-    } else {
+    } else if (c.kernel == 1) {
         launch_ampere_gradient(context, {in(0), in(1), out(2), uint32_t(c.number)});
+    } else {
+        const PlacesProblem problem{static_cast<uint32_t*>(out(0).data)};
+        c.number == 128 ? run_places<AmpereLarge>(context, c.flag, problem)
+                        : run_places<AmpereSmall>(context, c.flag, problem);
     }
     matrices.fetch();
 }
