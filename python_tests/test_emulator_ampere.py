@@ -82,7 +82,7 @@ def test_sums_beyond_many_laps_of_the_ring():
 @pytest.mark.parametrize("across", [False, True], ids=["K", "MN"])
 @pytest.mark.parametrize("side", [128, 64])
 def test_no_bank_is_touched_twice(side, across):
-    places = torch.zeros(4, 256)
+    places = torch.zeros(4, 128)
     result = run_case("run_ampere", 2, places, number=side, flag=across)
     assert not result.rule, result.text
     # Copies and fragments go by 8 lanes of 16 bytes, pairs of the result by 32 lanes of 4 bytes.

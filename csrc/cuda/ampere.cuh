@@ -12,14 +12,15 @@
 
 namespace hopper {
 
-// 8 warps, 2 × 4 of them, multiply BLOCK_M × BLOCK_N in steps of 32 along K.
+// 4 warps, 2 × 2 of them, multiply BLOCK_M × BLOCK_N in steps of 32 along K. More warps with smaller parts would read
+// shared memory oftener than it can answer: at 64 × 64 a warp, reads and copies take three quarters of its bandwidth.
 template <int BLOCK_M, int BLOCK_N, int Stages>
 struct AmpereTile {
     static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kBlockK = AmpereSplits::kRows;
-    static constexpr int kStages = Stages, kThreads = 256;
+    static constexpr int kStages = Stages, kThreads = 128;
     // With two blocks a processor, one multiplies while the other waits.
-    static constexpr int kResident = AmpereSplits::kResident, kRegisters = 128;
-    static constexpr int kWarpM = BLOCK_M / 2, kWarpN = BLOCK_N / 4;
+    static constexpr int kResident = AmpereSplits::kResident, kRegisters = 255;
+    static constexpr int kWarpM = BLOCK_M / 2, kWarpN = BLOCK_N / 2;
     static constexpr uint32_t kBytesA = BLOCK_M * kBlockK * 2, kBytesB = BLOCK_N * kBlockK * 2;
     static constexpr uint32_t kBytesStage = kBytesA + kBytesB;
     static constexpr uint32_t kSharedBytes = Stages * kBytesStage;
@@ -135,6 +136,8 @@ template <class Tile, class T, Major MajorA, Major MajorB>
 struct AmpereKernel {
     using A = AmpereOperand<Tile, Tile::kBlockM, MajorA>;
     using B = AmpereOperand<Tile, Tile::kBlockN, MajorB>;
+    // Gradients have none.
+    static constexpr bool kAdapter = MajorA == Major::K;
     static constexpr int kFragmentsM = Tile::kWarpM / 16, kFragmentsN = Tile::kWarpN / 16;
     using Accumulators = float[kFragmentsM][2 * kFragmentsN][4];
 
@@ -186,22 +189,22 @@ struct AmpereKernel {
         begin(a, b, problem.sums[0], first * Tile::kBlockK);
         uint32_t loaded = first;
         auto load = [&](uint32_t slot) {
-            if (loaded < last) {
-                if (loaded == base_steps) {
-                    begin(a, b, problem.sums[1], 0);
-                }
-                a.load(slot_a(slot));
-                b.load(slot_b(slot));
-                ++loaded;
-            }
+            a.load(slot_a(slot));
+            b.load(slot_b(slot));
+            ++loaded;
         };
         for (uint32_t slot = 0; slot < Tile::kStages - 1; ++slot) {
-            load(slot);
+            if (kAdapter && loaded == base_steps) {
+                begin(a, b, problem.sums[1], 0);
+            }
+            if (loaded < last) {
+                load(slot);
+            }
             cp_async_commit();
         }
         const uint32_t lane_a = slot_a(0) + A::lane_at(warp_m, true), lane_b = slot_b(0) + B::lane_at(warp_n, false);
         uint32_t slot = 0, refilled = Tile::kStages - 1;
-        for (uint32_t step = first; step < last; ++step) {
+        auto step = [&](auto load) {
             cp_async_wait<Tile::kStages - 2>();
             // This step's copies of all threads have landed, and all have read the slot that is filled next.
             sync_threads();
@@ -210,6 +213,19 @@ struct AmpereKernel {
             multiply(acc, lane_a + slot * Tile::kBytesStage, lane_b + slot * Tile::kBytesStage);
             refilled = slot;
             slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+        };
+        uint32_t steps = last - first;
+        while (loaded < last) {
+            if (kAdapter && loaded == base_steps) {
+                begin(a, b, problem.sums[1], 0);
+            }
+            const uint32_t end = kAdapter && loaded < base_steps ? base_steps : last;
+            for (; loaded < end; --steps) {
+                step(load);
+            }
+        }
+        for (; steps > 0; --steps) {
+            step([](uint32_t) {});
         }
     }
 
@@ -220,9 +236,9 @@ struct AmpereKernel {
 #pragma unroll
         for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
-            for (int j = 0; j < 2 * kFragmentsN; ++j) {
+            for (int half = 0; half < 2; ++half) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
+                for (int j = 0; j < 2 * kFragmentsN; ++j) {
                     visit(warp_m + i * 16 + half * 8 + lane / 4, warp_n + j * 8 + lane % 4 * 2, acc[i][j][2 * half],
                           acc[i][j][2 * half + 1]);
                 }
@@ -271,7 +287,7 @@ ampere_kernel(const __grid_constant__ AmpereProblem problem) {
     const auto place = schedule.at(block_rank() - split * schedule.count());
     const uint32_t warp = warp_rank();
     const AmpereKernel<Tile, T, MajorA, MajorB> kernel{
-        problem, shared_base(), place.m, place.n, warp / 4 * Tile::kWarpM, warp % 4 * Tile::kWarpN};
+        problem, shared_base(), place.m, place.n, warp / 2 * Tile::kWarpM, warp % 2 * Tile::kWarpN};
 
     const uint32_t base_steps = ceil_div(problem.sums[0].depth, Tile::kBlockK);
     typename AmpereKernel<Tile, T, MajorA, MajorB>::Accumulators acc = {};

@@ -13,7 +13,7 @@ struct alignas(8) FloatPair {
 __device__ __forceinline__ void store_pair(float* slice, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column,
                                            float low, float high) {
     if (row < rows && column < columns) {
-        st_global(reinterpret_cast<FloatPair*>(slice + size_t(row) * columns + column), FloatPair{low, high});
+        st_global(reinterpret_cast<FloatPair*>(slice + (row * columns + column)), FloatPair{low, high});
     }
 }
 

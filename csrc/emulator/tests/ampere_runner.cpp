@@ -6,7 +6,7 @@ namespace hopper::tests {
 namespace {
 
 struct PlacesProblem {
-    uint32_t* out;   // (4, 256)
+    uint32_t* out;   // (4, 128)
 };
 
 // Where each thread copies to, reads fragments of A and of B, and stores a pair of the result, as offsets.
