@@ -2,10 +2,11 @@
 
 import functools
 import itertools
+import re
 
 import pytest
 import torch
-from emulator_harness import SCHEDULES, check_sum, run_case, synchronisation_calls
+from emulator_harness import CUDA, SCHEDULES, check_sum, run_case, synchronisation_calls
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("rows", "columns", "gaps")
@@ -154,6 +155,8 @@ def test_results_are_the_same_bits_on_every_schedule():
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+KERNELS = sorted(path for path in CUDA.glob("*.cuh") if path.stem not in ("context", "hopper", "layout"))
+
 # A launch of each that runs every synchronisation call of the source.
 MUTATED = {
     "strided.cuh": lambda **options: run_core_backward(70, 72, **options)[0][0],
@@ -168,3 +171,11 @@ def test_deleting_a_synchronisation_call_is_caught(source, line, name):
     for schedule in SCHEDULES:
         result = MUTATED[source](source=source, skipped_line=line, **schedule)
         assert line in result.lines and result.rule in ("race", "uninitialised read"), result.text
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_go_through_the_layer_alone(path):
+    source = path.read_text()
+    assert not re.search(r"\basm\b|__shared__|__syncthreads|__CUDA|__GNUC__|EMULATOR|#\s*if", source)
+    included = re.findall(r'#include "(.+)"', source)
+    assert all((CUDA / name).exists() for name in included), "kernels include the layer and one another"
