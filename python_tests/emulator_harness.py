@@ -24,7 +24,7 @@ NVCC_FLAGS = "-DNDEBUG -std=c++17 -O3"
 RUNNERS = tuple(sorted(path.stem for path in (EMULATOR / "tests").glob("*_runner.cpp")))
 GOLDEN = Path(__file__).resolve().parent / "emulator_golden"  # what each device wrote, one file a device
 
-# GemmTile instantiations of gemm_runner.cpp, in its order: rows, columns, cluster
+# GemmTile instantiations of gemm_runner.cpp, in its order: rows, columns, cluster. The fourth stages by halves.
 TILES = ((128, 128, 1), (128, 256, 1), (128, 128, 2), (128, 256, 2), (128, 64, 2))
 
 

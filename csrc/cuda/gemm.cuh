@@ -30,8 +30,8 @@ struct GemmProblem {
 };
 
 // Rank 0 of the cluster draws tickets and tells every block, until one says that no work is left. A ticket is drawn
-// when the loads of the previous tile are on their way: early enough to load on without a pause, and no earlier, for
-// a block that hoards tickets leaves others idle at the end.
+// when one lap of loads is left of the item before: early enough to load on without a pause, and no earlier, for a block
+// that hoards tickets leaves others idle at the end.
 // The epoch of this launch goes with it: who has work to do got it before the last draw, which moves the epoch on.
 template <class Tile>
 __device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, const State state, uint32_t count) {
@@ -55,12 +55,16 @@ __device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, 
     }
 }
 
-// Depth [begin, end) of a (rows from place.m) and of b (`width` rows from place.n) into the ring, 64 to a stage.
+// Depth [begin, end) of a (rows from place.m) and of b (`width` rows from place.n) into the ring, 64 to a stage. When
+// `left`, the stages of the item that are still to be loaded, has come down to one lap, the next ticket may be drawn.
 template <class Tile, Major kMajor>
 __device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const TensorMap* a, const TensorMap* b,
                                            const Schedule::Item place, uint32_t width, uint32_t begin, uint32_t end,
-                                           uint32_t rank, RingPosition<Tile::kStages>& ring) {
+                                           uint32_t rank, uint32_t& left, RingPosition<Tile::kStages>& ring) {
     for (uint32_t k = begin; k < end; k += Tile::kBlockK) {
+        if (left-- == Tile::kStages) {
+            mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
+        }
         const uint32_t full = shared.full(ring.slot);
         mbarrier_wait_cluster(shared.empty(ring.slot), ring.parity ^ 1);
         mbarrier_arrive_expect_tx(full, Tile::kBytesA + width * 128);
@@ -95,22 +99,22 @@ __device__ __forceinline__ void await_piece(const State state, uint32_t epoch, u
     fence_async_global();
 }
 
-// What one work item needs, in the order in which multiply() takes it.
+// What one work item needs, in the order in which multiply() takes it; gives the ticket's place back.
 template <class Tile, Major kMajor, class T>
 __device__ __forceinline__ void load_item(const GemmShared<Tile> shared, const GemmProblem<T>& problem, uint32_t epoch,
                                           const Schedule::Item place, uint32_t rank,
                                           RingPosition<Tile::kStages>& ring) {
-    if (place.makes_p) {
-        load_depth<Tile, kMajor>(shared, &problem.a, &problem.shrink, place, problem.p_width, 0, problem.k, rank, ring);
-        return;
-    }
-    load_depth<Tile, kMajor>(shared, &problem.a, &problem.b, place, Tile::kBlockN, 0, problem.k, rank, ring);
-    for (uint32_t first = 0; first < problem.r; first += Tile::kBlockN) {
+    const bool makes_p = place.makes_p;
+    const uint32_t stages = ceil_div(problem.k, Tile::kBlockK) + (makes_p ? 0 : ceil_div(problem.r, Tile::kBlockK));
+    uint32_t left = stages < Tile::kStages ? Tile::kStages : stages;
+    load_depth<Tile, kMajor>(shared, &problem.a, makes_p ? &problem.shrink : &problem.b, place,
+                             makes_p ? problem.p_width : Tile::kBlockN, 0, problem.k, rank, left, ring);
+    for (uint32_t first = 0; !makes_p && first < problem.r; first += Tile::kBlockN) {
         if (problem.w) {
             await_piece<Tile>(problem.state, epoch, place.m, first / Tile::kBlockN);
         }
         const uint32_t last = problem.r - first < Tile::kBlockN ? problem.r : first + Tile::kBlockN;
-        load_depth<Tile, kMajor>(shared, &problem.p, &problem.wide, place, Tile::kBlockN, first, last, rank, ring);
+        load_depth<Tile, kMajor>(shared, &problem.p, &problem.wide, place, Tile::kBlockN, first, last, rank, left, ring);
     }
 }
 
@@ -190,44 +194,56 @@ template <class Tile, class T>
 __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared,
                                            uint32_t width, const TensorMap* to, const T* bias, uint32_t columns,
                                            const Schedule::Item place, uint32_t consumer, bool storing_thread) {
+    constexpr int kAtOnce = Tile::kBoxesAtOnce, kRounds = Tile::kBoxes / kAtOnce;
     const uint32_t barrier = 1 + consumer;
     const uint32_t lane = lane_rank();
     const uint32_t row = warp_rank() % 4 * 16 + stmatrix_row(lane);
-    // The staging buffer may still feed the previous tile's store.
-    if (storing_thread) {
-        bulk_wait_read<0>();
-    }
-    sync_warp();
-    bar_sync(barrier, 128);
 #pragma unroll
-    for (int block = 0; block < Tile::kBlockN / 8; block += 2) {
-        if (block >= 8 && block * 8 >= width) {
+    for (int first = 0; first < Tile::kBlockN / 64; first += kAtOnce) {
+        if (first > 0 && first * 64 >= int(width)) {
             break;
         }
-        uint32_t packed[4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int i = 4 * (block + half);
-            float low = 0, high = 0;
-            const uint32_t column = place.n + accumulator_column(lane, i);
-            if (bias && column < columns) {
-                const auto pair = ld_global(reinterpret_cast<const Pair<T>*>(bias + column));
-                low = to_float(pair.low);
-                high = to_float(pair.high);
+        // The boxes may still feed an earlier store: of the previous item, or of this one some rounds ago.
+        if (storing_thread) {
+            if (first == 0) {
+                bulk_wait_read<0>();
+            } else {
+                bulk_wait_read<kRounds - 1>();
             }
-            packed[2 * half] = pack2<T>(acc[i] + low, acc[i + 1] + high);
-            packed[2 * half + 1] = pack2<T>(acc[i + 2] + low, acc[i + 3] + high);
         }
-        const uint32_t line = shared.staging(consumer, block / 8) + row * 128;
-        stmatrix(swizzled(line + stmatrix_chunk(lane, block % 8) * 16, Swizzle::B128), packed);
-    }
-    fence_async_shared();
-    bar_sync(barrier, 128);
-    if (storing_thread) {
-        for (uint32_t box = 0; box < width / 64; ++box) {
-            tma_store(to, shared.staging(consumer, box), place.n + box * 64, place.m + consumer * 64);
+        sync_warp();
+        bar_sync(barrier, 128);
+        const auto staging = [&](int box) { return shared.staging(consumer, box % Tile::kBoxes); };
+#pragma unroll
+        for (int block = first * 8; block < (first + kAtOnce) * 8; block += 2) {
+            if (block >= 8 && block * 8 >= int(width)) {
+                break;
+            }
+            uint32_t packed[4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int i = 4 * (block + half);
+                float low = 0, high = 0;
+                const uint32_t column = place.n + accumulator_column(lane, i);
+                if (bias && column < columns) {
+                    const auto pair = ld_global(reinterpret_cast<const Pair<T>*>(bias + column));
+                    low = to_float(pair.low);
+                    high = to_float(pair.high);
+                }
+                packed[2 * half] = pack2<T>(acc[i] + low, acc[i + 1] + high);
+                packed[2 * half + 1] = pack2<T>(acc[i + 2] + low, acc[i + 3] + high);
+            }
+            const uint32_t line = staging(block / 8) + row * 128;
+            stmatrix(swizzled(line + stmatrix_chunk(lane, block % 8) * 16, Swizzle::B128), packed);
         }
-        bulk_commit();
+        fence_async_shared();
+        bar_sync(barrier, 128);
+        if (storing_thread) {
+            for (int box = first; box < first + kAtOnce && box * 64 < int(width); ++box) {
+                tma_store(to, staging(box), place.n + box * 64, place.m + consumer * 64);
+            }
+            bulk_commit();
+        }
     }
 }
 
@@ -266,6 +282,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
         prefetch_tensor_map(&problem.a);
         prefetch_tensor_map(&problem.b);
         prefetch_tensor_map(&problem.c);
+        if (problem.r) {
+            prefetch_tensor_map(&problem.p);
+            prefetch_tensor_map(&problem.wide);
+        }
+        if (problem.w) {
+            prefetch_tensor_map(&problem.shrink);
+            prefetch_tensor_map(&problem.p_out);
+        }
         for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
             mbarrier_init(shared.full(stage), 1);
             mbarrier_init(shared.empty(stage), kConsumerWarps * Tile::kCluster);
@@ -295,7 +319,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
                     break;
                 }
                 load_item<Tile, kMajor, T>(shared, problem, epoch, own_place(ticket), rank, ring);
-                mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
             }
         } else if (warp == 1 && leader && rank == 0) {
             hand_out_tickets<Tile>(shared, problem.state, schedule.count());

@@ -8,7 +8,9 @@ namespace hopper {
 
 // One block computes BLOCK_M × BLOCK_N of c, a cluster computes kCluster such tiles one below the other and
 // shares the tile of b by multicast.
-template <int BLOCK_M, int BLOCK_N, int Stages, int Cluster = 1>
+// Results leave through Boxes boxes of 64 × 64 a consumer: all of its rows at once, or with fewer boxes one after another
+// in half of them while the other half is stored, which leaves room for another stage.
+template <int BLOCK_M, int BLOCK_N, int Stages, int Cluster = 1, int Boxes = BLOCK_N / 64>
 struct GemmTile {
     static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kBlockK = 64;
     static constexpr int kSteps = kBlockK / 16;   // of a wgmma each
@@ -23,9 +25,9 @@ struct GemmTile {
     static constexpr uint32_t kBytesA = BLOCK_M * kBlockK * 2;
     static constexpr uint32_t kBytesB = BLOCK_N * kBlockK * 2;
     static constexpr uint32_t kBytesStage = kBytesA + kBytesB;
-    // Results leave through boxes of 64 × 64.
     static constexpr uint32_t kBytesBox = 64 * 64 * 2;
-    static constexpr int kBoxes = BLOCK_N / 64;
+    static constexpr int kBoxes = Boxes;
+    static constexpr int kBoxesAtOnce = Boxes == BLOCK_N / 64 ? Boxes : Boxes / 2;
 
     static constexpr uint32_t kStagesAt = 1024;
     static constexpr uint32_t kStagingAt = kStagesAt + Stages * kBytesStage;
@@ -33,6 +35,7 @@ struct GemmTile {
 
     static_assert(BLOCK_M == 128, "register counts are those of two consumer warpgroups");
     static_assert(BLOCK_N == 64 || BLOCK_N == 128 || BLOCK_N == 256, "one wgmma wide, and narrower ones by halves");
+    static_assert(BLOCK_N / 64 % kBoxesAtOnce == 0, "whole rounds of boxes");
     static_assert(BLOCK_M * Cluster <= State::kMaxRows, "more rows than the flags are laid out for");
     static_assert(kSharedBytes + kSharedAlignment <= 227 * 1024, "more shared memory than a block can have");
 };

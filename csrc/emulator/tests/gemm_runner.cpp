@@ -17,7 +17,7 @@ void run_tile(Context& context, int32_t tile, const Product& product, uint32_t b
         case 0: return launch_product<GemmTile<128, 128, 4>>(context, product, blocks);
         case 1: return launch_product<GemmTile<128, 256, 3>>(context, product, blocks);
         case 2: return launch_product<GemmTile<128, 128, 4, 2>>(context, product, blocks);
-        case 3: return launch_product<GemmTile<128, 256, 3, 2>>(context, product, blocks);
+        case 3: return launch_product<GemmTile<128, 256, 4, 2, 2>>(context, product, blocks);
         // Two stages only: slots are reused at once.
         case 4: return launch_product<GemmTile<128, 64, 2, 2>>(context, product, blocks);
         default: throw std::invalid_argument("tile must be 0 to 4, got " + std::to_string(tile));
