@@ -125,7 +125,8 @@ def test_core_of_the_largest_rank(r, k):
         check(*gradient)
 
 
-def run_finish(n, w, splits=3, with_core=True, transposed=False, mix=0, **options):
+def finish_case(n, w, splits, with_core, transposed, mix):
+    """(slices, core, out), exact and magnitude"""
     generator = torch.Generator().manual_seed(n + w + splits)
     slices = torch.randn(splits * n, w, generator=generator)
     c, o = mixes(2)[mix]
@@ -135,9 +136,24 @@ def run_finish(n, w, splits=3, with_core=True, transposed=False, mix=0, **option
         exact, magnitude = exact @ core.double().T, magnitude @ core.double().abs().T
     if transposed:
         exact, magnitude = exact.T, magnitude.T
-    out = view(*exact.shape, *o)
+    return (slices, core, view(*exact.shape, *o)), exact, magnitude
+
+
+def run_finish(n, w, splits=3, with_core=True, transposed=False, mix=0, **options):
+    tensors, exact, magnitude = finish_case(n, w, splits, with_core, transposed, mix)
     options |= {"number": splits, "flag": transposed, "scaling": 0.3}
-    return run_case("run_adapter", FINISH, slices, core, out, **options), out, exact, magnitude, splits + w
+    return run_case("run_adapter", FINISH, *tensors, **options), tensors[2], exact, magnitude, splits + w
+
+
+def test_finishes_of_one_launch():
+    cases = [
+        finish_case(n, w, 2, core, True, mix) for n, w, core, mix in ((40, 72, True, 1), (8, 16, 0, 2), (70, 8, 1, 3))
+    ]
+    tensors = [t for case in cases for t in case[0]]
+    for schedule in SCHEDULES[:4]:
+        result = run_case("run_adapter", FINISH, *tensors, number=2, flag=True, scaling=0.3, **schedule)
+        for (_, _, out), exact, magnitude in cases:
+            check(result, out, exact, magnitude, 2 + max(out.shape))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7])

@@ -21,11 +21,27 @@ def operands(m, n, w, dtype):
     return with_gaps(wide, 16), with_gaps(narrow, 8)
 
 
-def run_gradient(engine, m, n, w, splits, dtype=torch.bfloat16, **options):
-    """(result, slices)"""
-    slices = torch.full((splits, n, w), torch.nan)
-    tensors = *operands(m, n, w, dtype), slices.view(-1, w)
+def run_gradients(engine, shapes, splits, dtype=torch.bfloat16, **options):
+    """(result, slices of each)"""
+    slices = [torch.full((splits, n, w), torch.nan) for _, n, w in shapes]
+    tensors = [t for shape, s in zip(shapes, slices, strict=True) for t in (*operands(*shape, dtype), s.flatten(0, 1))]
     return run_case(*engine[:2], *tensors, number=splits, **options), slices
+
+
+def run_gradient(engine, m, n, w, splits, **options):
+    """(result, slices)"""
+    result, slices = run_gradients(engine, [(m, n, w)], splits, **options)
+    return result, slices[0]
+
+
+def check_slices(engine, shape, dtype, result, slices):
+    m, rows = shape[0], engine[2]
+    steps, splits = math.ceil(m / rows), len(slices)
+    bounds = [min(m, rows * (s * steps // splits)) for s in range(splits + 1)]
+    wide, narrow = operands(*shape, dtype)
+    for out, (first, last) in zip(slices, itertools.pairwise(bounds), strict=True):
+        a, b = wide[first:last].double(), narrow[first:last].double()
+        check_sum(result, out, a.T @ b, a.abs().T @ b.abs(), last - first)
 
 
 SHAPES = [  # m, n, w, splits
@@ -42,17 +58,25 @@ SHAPES = [  # m, n, w, splits
 @both
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_each_slice_is_the_sum_of_its_rows(shape, engine):
-    m, n, w, splits = shape
-    rows = engine[2]
-    steps = math.ceil(m / rows)
-    bounds = [min(m, rows * (s * steps // splits)) for s in range(splits + 1)]
     for index, schedule in enumerate(SCHEDULES):
         dtype = DTYPES[index % 2]
-        result, slices = run_gradient(engine, *shape, dtype=dtype, **schedule)
-        wide, narrow = operands(m, n, w, dtype)
-        for out, (first, last) in zip(slices, itertools.pairwise(bounds), strict=True):
-            a, b = wide[first:last].double(), narrow[first:last].double()
-            check_sum(result, out, a.T @ b, a.abs().T @ b.abs(), last - first)
+        check_slices(engine, shape[:3], dtype, *run_gradient(engine, *shape, dtype=dtype, **schedule))
+
+
+@both
+@pytest.mark.parametrize("count", [2, 3])
+def test_gradients_of_one_launch(count, engine):
+    shapes = [(131, 200, 72), (131, 136, 40), (131, 72, 72)][:count]
+    for schedule in SCHEDULES[:4]:
+        result, slices = run_gradients(engine, shapes, 2, **schedule)
+        for shape, its_slices in zip(shapes, slices, strict=True):
+            check_slices(engine, shape, torch.bfloat16, result, its_slices)
+
+
+@both
+def test_number_of_gradients_is_checked(engine):
+    with pytest.raises(RuntimeError, match="a launch takes 1 to 3 problems, got 0"):
+        run_gradients(engine, [], 1)
 
 
 @both

@@ -10,8 +10,8 @@ void fold(Stream& stream, const Matrix& B, const Matrix& core, float scaling, co
     hopper::launch_fold(stream, B, core, scaling, out);
 }
 
-void finish(Stream& stream, const hopper::Finish& finish) {
-    hopper::launch_finish(stream, finish);
+void finishes(Stream& stream, const hopper::Finish* finishes, uint32_t count) {
+    hopper::launch_finishes(stream, finishes, count);
 }
 
 void lora2_core(Stream& stream, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,

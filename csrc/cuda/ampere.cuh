@@ -5,6 +5,7 @@
 // the same accumulators.
 #pragma once
 
+#include "group.cuh"
 #include "hopper.cuh"
 #include "schedule.h"
 #include "slice.cuh"
@@ -280,11 +281,13 @@ struct AmpereKernel {
 // c = Σ a·bᵀ + bias; or, where a lies across K, one slice of it in fp32.
 template <class Tile, class T, Major MajorA, Major MajorB>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
-ampere_kernel(const __grid_constant__ AmpereProblem problem) {
+ampere_kernel(const __grid_constant__ Group<AmpereProblem> group) {
     constexpr bool kGradient = MajorA == Major::MN;
+    uint32_t block = block_rank();
+    const AmpereProblem& problem = kGradient ? group.of_block(block) : group.items[0];
     const Schedule schedule(problem.m, problem.n, 0, Tile::kBlockM, Tile::kBlockN);
-    const uint32_t split = kGradient ? block_rank() / schedule.count() : 0;
-    const auto place = schedule.at(block_rank() - split * schedule.count());
+    const uint32_t split = kGradient ? block / schedule.count() : 0;
+    const auto place = schedule.at(block - split * schedule.count());
     const uint32_t warp = warp_rank();
     const AmpereKernel<Tile, T, MajorA, MajorB> kernel{
         problem, shared_base(), place.m, place.n, warp / 2 * Tile::kWarpM, warp % 2 * Tile::kWarpN};

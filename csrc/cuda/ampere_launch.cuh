@@ -12,12 +12,21 @@ inline const uint16_t* data16(const Matrix& matrix) {
     return static_cast<const uint16_t*>(matrix.data);
 }
 
+template <class Tile>
+uint32_t tiles_of(const AmpereProblem& problem) {
+    return Schedule(problem.m, problem.n, 0, Tile::kBlockM, Tile::kBlockN).count();
+}
+
+// `problems` for gradients may be several.
 template <class Tile, Major MajorA, Major MajorB, class Context>
-void launch_ampere(Context& context, nlora::Dtype dtype, const AmpereProblem& problem) {
-    const uint32_t tiles = Schedule(problem.m, problem.n, 0, Tile::kBlockM, Tile::kBlockN).count();
+void launch_ampere(Context& context, nlora::Dtype dtype, const AmpereProblem* problems, uint32_t count) {
+    Group<AmpereProblem> group;
+    for (uint32_t i = 0; i < count; ++i) {
+        group.add(problems[i], tiles_of<Tile>(problems[i]) * problems[i].splits);
+    }
     const auto kernel = dtype == nlora::Dtype::kBFloat16 ? &ampere_kernel<Tile, bf16, MajorA, MajorB>
                                                          : &ampere_kernel<Tile, fp16, MajorA, MajorB>;
-    context.launch({tiles * problem.splits, Tile::kThreads, 1, Tile::kSharedBytes, Tile::kRegisters}, kernel, problem);
+    context.launch({group.total(), Tile::kThreads, 1, Tile::kSharedBytes, Tile::kRegisters}, kernel, group);
 }
 
 // One launch, p given. Small tiles where large ones would leave processors idle.
@@ -29,11 +38,10 @@ void launch_ampere_sums(Context& context, const Product& product) {
         {{data16(a), data16(b), a.row_stride, b.row_stride, uint32_t(a.cols)},
          {data16(p), data16(wide), p.row_stride, wide.row_stride, uint32_t(wide ? r : 0)}},
         uint32_t(c.rows), uint32_t(c.cols), c.data, data16(product.bias), c.row_stride, 1};
-    const bool large = Schedule(problem.m, problem.n, 0, 128, 128).count() >= context.processors();
-    if (large && problem.n > 64) {
-        launch_ampere<AmpereLarge, Major::K, MajorB>(context, c.dtype, problem);
+    if (tiles_of<AmpereLarge>(problem) >= context.processors() && problem.n > 64) {
+        launch_ampere<AmpereLarge, Major::K, MajorB>(context, c.dtype, &problem, 1);
     } else {
-        launch_ampere<AmpereSmall, Major::K, MajorB>(context, c.dtype, problem);
+        launch_ampere<AmpereSmall, Major::K, MajorB>(context, c.dtype, &problem, 1);
     }
 }
 
@@ -52,18 +60,23 @@ void launch_ampere_product(Context& context, Product product) {
     launch(context, product);
 }
 
+// One launch for 1 to 3 gradients of one dtype: see Gradient.
 template <class Context>
-void launch_ampere_gradient(Context& context, const Gradient& gradient) {
-    const Matrix &wide = gradient.wide, &narrow = gradient.narrow;
-    check_splits(gradient, AmpereSplits::kRows);
-    const AmpereProblem problem{
-        {{data16(wide), data16(narrow), wide.row_stride, narrow.row_stride, uint32_t(wide.rows)}, {}},
-        uint32_t(wide.cols), uint32_t(narrow.cols), gradient.slices.data, nullptr, narrow.cols, gradient.splits};
-    if (AmpereSplits::side(uint32_t(narrow.cols)) == AmpereLarge::kBlockN) {
-        launch_ampere<AmpereLarge, Major::MN, Major::MN>(context, wide.dtype, problem);
-    } else {
-        launch_ampere<AmpereSmall, Major::MN, Major::MN>(context, wide.dtype, problem);
+void launch_ampere_gradients(Context& context, const Gradient* gradients, uint32_t count) {
+    check_group(count);
+    AmpereProblem problems[kMostInGroup];
+    bool large = false;
+    for (uint32_t i = 0; i < count; ++i) {
+        const Matrix &wide = gradients[i].wide, &narrow = gradients[i].narrow;
+        check_splits(gradients[i], AmpereSplits::kRows);
+        problems[i] = {{{data16(wide), data16(narrow), wide.row_stride, narrow.row_stride, uint32_t(wide.rows)}, {}},
+                       uint32_t(wide.cols), uint32_t(narrow.cols), gradients[i].slices.data, nullptr, narrow.cols,
+                       gradients[i].splits};
+        large = large || AmpereSplits::side(uint32_t(narrow.cols)) == AmpereLarge::kBlockN;
     }
+    const auto launch = large ? &launch_ampere<AmpereLarge, Major::MN, Major::MN, Context>
+                              : &launch_ampere<AmpereSmall, Major::MN, Major::MN, Context>;
+    launch(context, gradients->wide.dtype, problems, count);
 }
 
 }  // namespace hopper

@@ -1,10 +1,12 @@
 // The last step of a narrow gradient: its fp32 slices are added in order and go through the core.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "context.cuh"
 #include "gradient.h"
+#include "group.cuh"
 #include "strided.cuh"
 
 namespace hopper {
@@ -53,9 +55,11 @@ struct FinishTile : StridedTile {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) finish_kernel(const __grid_constant__ Finish problem) {
+__global__ void __launch_bounds__(Tile::kThreads) finish_kernel(const __grid_constant__ Group<Finish> group) {
+    uint32_t block;
+    const Finish& problem = group.of_block(block);
     const Matrix &core = problem.core, &out = problem.out;
-    const uint32_t n = uint32_t(out.rows), w = uint32_t(out.cols), row0 = block_rank() * Tile::kRows;
+    const uint32_t n = uint32_t(out.rows), w = uint32_t(out.cols), row0 = block * Tile::kRows;
     const uint32_t rows = n - row0 < Tile::kRows ? n - row0 : Tile::kRows;
     Tile::add_up(static_cast<const float*>(problem.slices.data) + size_t(row0) * w, problem.splits, size_t(n) * w,
                  rows * w);
@@ -79,16 +83,23 @@ __global__ void __launch_bounds__(Tile::kThreads) finish_kernel(const __grid_con
     }
 }
 
-// One launch, for up to 256 columns: see Finish.
+// One launch for 1 to 3 gradients of up to 256 columns: see Finish.
 template <class Context>
-void launch_finish(Context& context, Finish problem) {
-    if (problem.transposed) {
-        std::swap(problem.out.rows, problem.out.cols);
-        std::swap(problem.out.row_stride, problem.out.col_stride);
+void launch_finishes(Context& context, const Finish* finishes, uint32_t count) {
+    check_group(count);
+    Group<Finish> group;
+    uint32_t widest = 0;
+    for (uint32_t i = 0; i < count; ++i) {
+        Finish finish = finishes[i];
+        if (finish.transposed) {
+            std::swap(finish.out.rows, finish.out.cols);
+            std::swap(finish.out.row_stride, finish.out.col_stride);
+        }
+        widest = std::max(widest, uint32_t(finish.out.cols));
+        group.add(finish, ceil_div(uint32_t(finish.out.rows), FinishTile::kRows));
     }
-    const uint32_t n = uint32_t(problem.out.rows), w = uint32_t(problem.out.cols);
-    context.launch({ceil_div(n, FinishTile::kRows), FinishTile::kThreads, 1, FinishTile::shared_bytes(w), 128},
-                   &finish_kernel<FinishTile>, problem);
+    context.launch({group.total(), FinishTile::kThreads, 1, FinishTile::shared_bytes(widest), 128},
+                   &finish_kernel<FinishTile>, group);
 }
 
 }  // namespace hopper

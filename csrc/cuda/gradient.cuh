@@ -5,8 +5,11 @@
 // so the slots hold as many bytes as shared memory does.
 #pragma once
 
+#include <algorithm>
+
 #include "context.cuh"
 #include "gradient.h"
+#include "group.cuh"
 #include "slice.cuh"
 #include "splits.h"
 #include "tile.cuh"
@@ -106,12 +109,15 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[Tile::kNarrow / 2], c
 }
 
 template <class Tile, class T>
-__global__ void __launch_bounds__(Tile::kThreads, 1) gradient_kernel(const __grid_constant__ GradientProblem problem) {
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+gradient_kernel(const __grid_constant__ Group<GradientProblem> group) {
+    uint32_t block;
+    const GradientProblem& problem = group.of_block(block);
     const GradientShared<Tile> shared{shared_base()};
     const uint32_t warp = warp_rank();
     const bool leader = elect_one();
     const uint32_t tiles = ceil_div(problem.n, Tile::kWide);
-    const uint32_t split = block_rank() / tiles, column = block_rank() % tiles * Tile::kWide;
+    const uint32_t split = block / tiles, column = block % tiles * Tile::kWide;
     const uint32_t first = first_step(split, problem.splits, problem.steps);
     const uint32_t last = first_step(split + 1, problem.splits, problem.steps);
 
@@ -143,37 +149,41 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gradient_kernel(const __gri
 }
 
 template <class Tile, class Context>
-void launch_gradient_tile(Context& context, const Gradient& gradient) {
+void launch_gradients_of(Context& context, const Gradient* gradients, uint32_t count) {
     auto map = [](const Matrix& matrix) {
         return tensor_map(matrix.data, matrix.rows, matrix.cols, matrix.row_stride * 2, Tile::kRows, 64, Swizzle::B128);
     };
-    const uint32_t n = uint32_t(gradient.wide.cols);
-    const GradientProblem problem{map(gradient.wide),
-                                  map(gradient.narrow),
-                                  static_cast<float*>(gradient.slices.data),
-                                  n,
-                                  uint32_t(gradient.narrow.cols),
-                                  ceil_div(uint32_t(gradient.wide.rows), Tile::kRows),
-                                  gradient.splits};
-    const auto kernel = gradient.wide.dtype == nlora::Dtype::kBFloat16 ? &gradient_kernel<Tile, bf16>
-                                                                       : &gradient_kernel<Tile, fp16>;
-    const uint32_t blocks = ceil_div(n, Tile::kWide) * gradient.splits;
-    context.launch({blocks, Tile::kThreads, 1, Tile::kSharedBytes, Tile::kRegisters}, kernel, problem);
+    Group<GradientProblem> group;
+    for (uint32_t i = 0; i < count; ++i) {
+        const Gradient& gradient = gradients[i];
+        check_splits(gradient, Tile::kRows);
+        const uint32_t n = uint32_t(gradient.wide.cols), w = uint32_t(gradient.narrow.cols);
+        const uint32_t steps = ceil_div(uint32_t(gradient.wide.rows), Tile::kRows);
+        auto slices = static_cast<float*>(gradient.slices.data);
+        group.add({map(gradient.wide), map(gradient.narrow), slices, n, w, steps, gradient.splits},
+                  ceil_div(n, Tile::kWide) * gradient.splits);
+    }
+    const auto kernel = gradients->wide.dtype == nlora::Dtype::kBFloat16 ? &gradient_kernel<Tile, bf16>
+                                                                         : &gradient_kernel<Tile, fp16>;
+    context.launch({group.total(), Tile::kThreads, 1, Tile::kSharedBytes, Tile::kRegisters}, kernel, group);
 }
 
-// One launch, for narrow of up to 256 columns: see Gradient.
+// One launch for 1 to 3 gradients of one dtype, narrow of up to 256 columns: see Gradient.
 template <class Context>
-void launch_gradient(Context& context, const Gradient& gradient) {
-    check_splits(gradient, GradientSplits::kRows);
-    if (gradient.narrow.cols <= 64) {
-        launch_gradient_tile<GradientTile<64>>(context, gradient);
-    } else if (gradient.narrow.cols <= 128) {
-        launch_gradient_tile<GradientTile<128>>(context, gradient);
-    } else if (gradient.narrow.cols <= 256) {
-        launch_gradient_tile<GradientTile<256>>(context, gradient);
+void launch_gradients(Context& context, const Gradient* gradients, uint32_t count) {
+    check_group(count);
+    int64_t w = 0;
+    for (uint32_t i = 0; i < count; ++i) {
+        w = std::max(w, gradients[i].narrow.cols);
+    }
+    if (w <= 64) {
+        launch_gradients_of<GradientTile<64>>(context, gradients, count);
+    } else if (w <= 128) {
+        launch_gradients_of<GradientTile<128>>(context, gradients, count);
+    } else if (w <= 256) {
+        launch_gradients_of<GradientTile<256>>(context, gradients, count);
     } else {
-        throw std::invalid_argument("narrow must have at most 256 columns, got " +
-                                    std::to_string(gradient.narrow.cols));
+        throw std::invalid_argument("narrow must have at most 256 columns, got " + std::to_string(w));
     }
 }
 

@@ -3,8 +3,8 @@
 
 namespace nlora::cuda {
 
-void gradient_sm90a(Stream& stream, const hopper::Gradient& gradient) {
-    hopper::launch_gradient(stream, gradient);
+void gradients_sm90a(Stream& stream, const hopper::Gradient* gradients, uint32_t count) {
+    hopper::launch_gradients(stream, gradients, count);
 }
 
 }  // namespace nlora::cuda

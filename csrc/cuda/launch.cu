@@ -63,15 +63,15 @@ struct Engine {
                                                                   : &product_fp16_sm90a;
         launch(stream, product);
     }
-    void gradient(const hopper::Gradient& gradient) const {
-        is_hopper ? gradient_sm90a(stream, gradient) : gradient_sm80(stream, gradient);
+    void gradients(const hopper::Gradient* gradients, uint32_t count) const {
+        is_hopper ? gradients_sm90a(stream, gradients, count) : gradients_sm80(stream, gradients, count);
     }
     int64_t splits(int64_t m, int64_t n, int64_t w) const {
         const auto choose = is_hopper ? &hopper::GradientSplits::choose : &hopper::AmpereSplits::choose;
         return choose(uint32_t(m), uint32_t(n), uint32_t(w), processors);
     }
-    void finish(const hopper::Finish& finish) const {
-        cuda::finish(stream, finish);
+    void finishes(const hopper::Finish* finishes, uint32_t count) const {
+        cuda::finishes(stream, finishes, count);
     }
 };
 

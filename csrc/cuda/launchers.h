@@ -13,13 +13,13 @@ using hopper::Stream;
 
 void product_bf16_sm90a(Stream& stream, const hopper::Product& product);
 void product_fp16_sm90a(Stream& stream, const hopper::Product& product);
-void gradient_sm90a(Stream& stream, const hopper::Gradient& gradient);
+void gradients_sm90a(Stream& stream, const hopper::Gradient* gradients, uint32_t count);
 
 void product_sm80(Stream& stream, const hopper::Product& product);
-void gradient_sm80(Stream& stream, const hopper::Gradient& gradient);
+void gradients_sm80(Stream& stream, const hopper::Gradient* gradients, uint32_t count);
 
 void fold(Stream& stream, const Matrix& B, const Matrix& core, float scaling, const Matrix& out);
-void finish(Stream& stream, const hopper::Finish& finish);
+void finishes(Stream& stream, const hopper::Finish* finishes, uint32_t count);
 void lora2_core(Stream& stream, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
                 const Matrix& core);
 void lora2_core_backward(Stream& stream, const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U,

@@ -2,10 +2,8 @@
 //   forward    T = x·Aᵀ                 y = x·Wᵀ + T·Fᵀ + bias
 //   backward   H = dy·F, G = dy·B       dx = dy·W + H·A      dA = Hᵀ·x   dN = s·Gᵀ·T   dB = s·(dyᵀ·T)·Nᵀ
 //
-// An engine has fold, product, gradient and finish, which launch, and splits(m, n, w), the slices of a gradient.
+// An engine has fold, product, gradients and finishes, one launch each, and splits(m, n, w), the slices of a gradient.
 #pragma once
-
-#include <algorithm>
 
 #include "gradient.h"
 #include "product.h"
@@ -55,11 +53,11 @@ void forward(const Engine& engine, const Forward& f) {
     engine.product(product);
 }
 
-// Of the largest gradient that is wanted: dA is K wide, dB N, dN R.
+// Of the gradients that are wanted: dA is K wide, dB N, dN R.
 template <class Engine>
 int64_t slice_floats(const Engine& engine, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
     const auto floats = [&](int64_t wide, bool wanted) { return wanted ? engine.splits(m, wide, r) * wide * r : 0; };
-    return std::max({floats(k, dA), floats(n, dB), floats(r, dcore)});
+    return floats(k, dA) + floats(n, dB) + floats(r, dcore);
 }
 
 // c = a·b by tiles of the engine alone.
@@ -72,16 +70,6 @@ void multiply(const Engine& engine, const Matrix& a, const Matrix& b, const Matr
     product.major = Major::MN;
     product.state = state;
     engine.product(product);
-}
-
-// out = scaling·wideᵀ·narrow·coreᵀ, or its transpose.
-template <class Engine>
-void contract(const Engine& engine, const Matrix& wide, const Matrix& narrow, const Matrix& core, float scaling,
-              float* slices, const Matrix& out, bool transposed) {
-    const int64_t n = wide.cols, w = narrow.cols, splits = engine.splits(wide.rows, n, w);
-    const Matrix sums{slices, nlora::Dtype::kFloat32, splits * n, w, w, 1};
-    engine.gradient(Gradient{wide, narrow, sums, uint32_t(splits)});
-    engine.finish(Finish{sums, uint32_t(splits), core, out, scaling, transposed});
 }
 
 template <class Engine>
@@ -112,14 +100,31 @@ void backward(const Engine& engine, const Backward& g) {
         const int64_t first = wants_h ? 0 : r, count = wants_h && wants_g ? 2 * r : r;
         multiply(engine, g.dy, columns_of(g.folded, first, count), columns_of(g.shrunk, first, count), g.state);
     }
+    Gradient gradients[3];
+    Finish finishes[3];
+    uint32_t count = 0;
+    float* slices = g.slices;
+    // out = scaling·wideᵀ·narrow·coreᵀ, or its transpose.
+    const auto contract = [&](const Matrix& out, const Matrix& wide, const Matrix& narrow, const Matrix& core,
+                              float scaling, bool transposed) {
+        const int64_t n = wide.cols, w = narrow.cols, splits = engine.splits(wide.rows, n, w);
+        const Matrix sums{slices, nlora::Dtype::kFloat32, splits * n, w, w, 1};
+        slices += splits * n * w;
+        gradients[count] = {wide, narrow, sums, uint32_t(splits)};
+        finishes[count++] = {sums, uint32_t(splits), core, out, scaling, transposed};
+    };
     if (g.dA) {
-        contract(engine, g.x, columns_of(g.shrunk, 0, r), {}, 1, g.slices, g.dA, true);
-    }
-    if (g.dcore) {
-        contract(engine, columns_of(g.shrunk, r, r), g.T, {}, g.scaling, g.slices, g.dcore, false);
+        contract(g.dA, g.x, columns_of(g.shrunk, 0, r), {}, 1, true);
     }
     if (g.dB) {
-        contract(engine, g.dy, g.T, g.core, g.scaling, g.slices, g.dB, false);
+        contract(g.dB, g.dy, g.T, g.core, g.scaling, false);
+    }
+    if (g.dcore) {
+        contract(g.dcore, columns_of(g.shrunk, r, r), g.T, {}, g.scaling, false);
+    }
+    if (count) {
+        engine.gradients(gradients, count);
+        engine.finishes(finishes, count);
     }
 }
 

@@ -7,8 +7,8 @@ void product_sm80(Stream& stream, const hopper::Product& product) {
     hopper::launch_ampere_product(stream, product);
 }
 
-void gradient_sm80(Stream& stream, const hopper::Gradient& gradient) {
-    hopper::launch_ampere_gradient(stream, gradient);
+void gradients_sm80(Stream& stream, const hopper::Gradient* gradients, uint32_t count) {
+    hopper::launch_ampere_gradients(stream, gradients, count);
 }
 
 }  // namespace nlora::cuda

@@ -15,9 +15,14 @@ void run_case(Context& context, const Case& c) {
         case 0: launch_fold(context, in(0), in(1), c.scaling, out(2)); break;
         case 1: launch_core(context, in(0), in(1), in(2), in(3), out(4)); break;
         case 2: launch_core_backward(context, in(0), in(1), in(2), in(3), in(4), out(5), out(6), out(7)); break;
-        case 3:
-            launch_finish(context, {in(0), uint32_t(c.number), in(1), out(2), c.scaling, c.flag != 0});
+        case 3: {
+            std::vector<Finish> finishes;
+            for (int i = 0; i < 9 && c.matrices[i]; i += 3) {
+                finishes.push_back({in(i), uint32_t(c.number), in(i + 1), out(i + 2), c.scaling, c.flag != 0});
+            }
+            launch_finishes(context, finishes.data(), uint32_t(finishes.size()));
             break;
+        }
         default: throw std::invalid_argument("kernel must be 0 to 3, got " + std::to_string(c.kernel));
     }
     matrices.fetch();

@@ -44,7 +44,8 @@ void run_case(Context& context, const Case& c) {
         product.wide = in(5);
         launch_ampere_product(context, product);
     } else if (c.kernel == 1) {
-        launch_ampere_gradient(context, {in(0), in(1), out(2), uint32_t(c.number)});
+        const auto gradients = gradients_of(c, matrices);
+        launch_ampere_gradients(context, gradients.data(), uint32_t(gradients.size()));
     } else {
         const PlacesProblem problem{static_cast<uint32_t*>(out(0).data)};
         c.number == 128 ? run_places<AmpereLarge>(context, c.flag, problem)

@@ -10,8 +10,8 @@ extern "C" int run_hopper_gradient(const hopper::tests::Case* c, const hopper::t
                                    hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) {
         hopper::tests::Matrices matrices(context);
-        const auto wide = matrices.input(c->matrices[0]), narrow = matrices.input(c->matrices[1]);
-        launch_gradient(context, {wide, narrow, matrices.output(c->matrices[2]), uint32_t(c->number)});
+        const auto gradients = gradients_of(*c, matrices);
+        launch_gradients(context, gradients.data(), uint32_t(gradients.size()));
         matrices.fetch();
     });
 }

@@ -28,15 +28,15 @@ struct Engine {
         : product.a.dtype == nlora::Dtype::kBFloat16 ? launch_planned<bf16>(context, product)
                                                      : launch_planned<fp16>(context, product);
     }
-    void gradient(const Gradient& gradient) const {
-        ampere ? launch_ampere_gradient(context, gradient) : launch_gradient(context, gradient);
+    void gradients(const Gradient* gradients, uint32_t count) const {
+        ampere ? launch_ampere_gradients(context, gradients, count) : launch_gradients(context, gradients, count);
     }
     int64_t splits(int64_t m, int64_t n, int64_t w) const {
         const auto choose = ampere ? &AmpereSplits::choose : &GradientSplits::choose;
         return choose(uint32_t(m), uint32_t(n), uint32_t(w), context.processors());
     }
-    void finish(const Finish& finish) const {
-        launch_finish(context, finish);
+    void finishes(const Finish* finishes, uint32_t count) const {
+        launch_finishes(context, finishes, count);
     }
 };
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../../cuda/context.cuh"
+#include "../../cuda/gradient.h"
 #include "../../ops.h"
 
 namespace hopper::tests {
@@ -60,6 +61,15 @@ struct Case {
     float scaling;
     nlora::Matrix matrices[9];
 };
+
+// The gradients of a case: wide, narrow and slices of each, all of case.number splits.
+inline std::vector<Gradient> gradients_of(const Case& c, Matrices& matrices) {
+    std::vector<Gradient> gradients;
+    for (const nlora::Matrix* m = c.matrices; m != c.matrices + 9 && *m; m += 3) {
+        gradients.push_back({matrices.input(m[0]), matrices.input(m[1]), matrices.output(m[2]), uint32_t(c.number)});
+    }
+    return gradients;
+}
 
 // Ignored on a device.
 struct Options {
