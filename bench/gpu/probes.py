@@ -1,4 +1,4 @@
-"""Runs every probe and the GEMM on a CUDA device, compares with the emulator and writes the golden dumps.
+"""Runs every probe and every kernel on a CUDA device, compares with the emulator and writes the golden dumps.
 
     python bench/gpu/probes.py [--out FOLDER]
 
@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_tests"))
 
-from emulator_harness import GOLDEN, TILES, Options, Outcome, device, nvcc, run_gemm  # noqa: E402
+from emulator_harness import GOLDEN, TILES, Options, Outcome, device, nvcc, run_case, run_gemm  # noqa: E402
 from emulator_probes import catalogue  # noqa: E402
 
 # m, n, k, rank of wide, columns of p. Ragged edges, K below one stage, many tiles a block; the last ones are for
@@ -86,6 +86,72 @@ def check_gemm(library):
     return failures
 
 
+def integers(*sizes, dtype=torch.float32):
+    """Matrices of -2 to 2 of these sizes."""
+    generator = torch.Generator().manual_seed(sum(map(sum, sizes)))
+    return [torch.randint(-2, 3, size, generator=generator).to(dtype) for size in sizes]
+
+
+def empty(*size, dtype=torch.float32):
+    return torch.full(size, torch.nan, dtype=dtype)
+
+
+def ampere_product(m, n, k, r, w, library, mn, dtype):
+    """The kernels of sm_80, which run on sm_90 too; (label, results, what they should be)"""
+    a, b, bias, wide = integers((m, k), (n, k), (1, n), (n, r), dtype=dtype)
+    shrink = torch.nn.functional.one_hot(torch.arange(w) * 7 % k, k).to(dtype)
+    p = a.float() @ shrink.float().T
+    c = a.float() @ b.float().T + bias.float() + p[:, :r] @ wide.float().T
+    right = [(t.T.contiguous() if mn else t) for t in (b, wide, shrink)]
+    results = empty(m, n, dtype=dtype), empty(m, w, dtype=dtype)
+    operands = a, right[0], results[0], bias, results[1], *right[1:]
+    run_case("run_ampere", 0, *operands, flag=mn, library=library)
+    label = f"ampere {m}x{n}x{k}x{r}x{w} {dtype} {'MN' if mn else 'K'}"
+    return label, results, (c.to(dtype), p.to(dtype))
+
+
+def gradients(m, n, w, library, entry, kernel, dtype):
+    """Two gradients of one launch."""
+    operands = [integers((m, size), (m, w), dtype=dtype) for size in (n, w)]
+    splits = 1 + (m > 64) + (m > 4096)
+    slices = [empty(splits, wide.shape[1], w) for wide, _ in operands]
+    tensors = [t for pair, s in zip(operands, slices, strict=True) for t in (*pair, s.flatten(0, 1))]
+    run_case(entry, kernel, *tensors, number=splits, library=library)
+    exact = [wide.float().T @ narrow.float() for wide, narrow in operands]
+    return f"{entry} {m}x{n}x{w} {dtype}", [s.sum(0) for s in slices], exact
+
+
+def adapter(n, r, library):
+    """Fold, finish and the core of LoRA² with its gradients, all in fp32."""
+    B, N, u, E, U, mask, dC = integers((n, r), (r, r), (r, 24), (1, r), (24, r), (1, r), (24, 24))
+    folded, finished, core, du, dE, dU = (empty(*s) for s in ((n, 2 * r), (r, n), (24, 24), u.shape, E.shape, U.shape))
+    run_case("run_adapter", 0, B, N, folded, scaling=0.5, library=library)
+    run_case("run_adapter", 1, u, E, U, mask, core, library=library)
+    run_case("run_adapter", 2, dC, u, E, U, mask, du, dE, dU, library=library)
+    run_case("run_adapter", 3, torch.cat([B, B]), N, finished, number=2, flag=True, scaling=0.5, library=library)
+    L = (E * mask).T
+    exact = torch.cat([0.5 * B @ N, B], 1), (B @ N.T).T, (U * L.T) @ u, L * (U.T @ dC)
+    exact += mask * (U.T @ dC @ u.T).diagonal()[None], dC @ u.T * L.T
+    return f"adapter {n}x{r}", (folded, finished, core, du, dE, dU), exact
+
+
+def check_kernels(library):
+    """Number of launches of the other kernels that are wrong, by exact sums of small integers again."""
+    runs = []
+    for dtype in (torch.bfloat16, torch.float16):
+        for m, n, k, r, w in [*SHAPES, *DEVICE_SHAPES]:
+            runs += [ampere_product(m, n, k, r or 8, w or 8, library, mn, dtype) for mn in (False, True)]
+        for m, n, w in ((1, 8, 8), (131, 136, 72), (8192, 4096, 64), (8191, 4104, 256)):
+            runs += [gradients(m, n, w, library, *e, dtype) for e in (("run_hopper_gradient", 0), ("run_ampere", 1))]
+    runs += [adapter(n, r, library) for n, r in ((33, 8), (4096, 64), (1000, 256))]
+    failures = 0
+    for label, results, exact in runs:
+        right = all(map(torch.equal, results, exact))
+        print(f"{'ok   ' if right else 'DIFF '} {label}")
+        failures += not right
+    return failures
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=GOLDEN, help="folder of the golden dumps (default: %(default)s)")
@@ -102,7 +168,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     path = out / (re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() + ".npz")
     np.savez_compressed(path, **dumps)
-    failures += check_gemm(library)
+    failures += check_gemm(library) + check_kernels(library)
     print(f"{name}: {failures} differences; dumps in {path}")
     return failures > 0
 
