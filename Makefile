@@ -9,7 +9,7 @@ endif
 
 # Where the GPU targets put their results.
 OUT = gpu-results
-GATES = $(wildcard python_tests/test_emulator*.py) python_tests/test_aot.py
+GATES = $(wildcard python_tests/test_emulator*.py python_tests/test_cuda*.py) python_tests/test_schedule.py python_tests/test_aot.py
 
 .PHONY: demo test gates bench smoke lint aot sanitize gpu-check gpu-stress gpu-bench gpu-tune extension clean
 
@@ -23,7 +23,7 @@ test: $(READY)
 
 # The GPU kernels without a GPU: CUDA under the emulator and through nvcc, Triton in its interpreter and ahead of time.
 gates: $(READY)
-	$(PYTHON) -m pytest $(GATES)
+	$(PYTHON) -m pytest -rP $(GATES)
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest $(wildcard python_tests/test_triton*.py) python_tests/test_dropout.py
 	$(PYTHON) python_tests/aot.py
 

@@ -92,7 +92,7 @@ void launch_gemm(Context& context, const Product& q, uint32_t blocks) {
     problem.k = uint32_t(q.a.cols);
     problem.r = uint32_t(rank_of(q));
     problem.w = q.shrink ? uint32_t(q.p.cols) : 0;
-    problem.p_width = std::min(problem.w <= 64 ? 64 : problem.w <= 128 ? 128 : 256, Tile::kBlockN);
+    problem.p_width = piece_width(problem.w, Tile::kBlockN);
     problem.a = operand_map(q.a, Tile::kBlockM);
     problem.b = right_map(q.b, Tile::kBlockN);
     problem.c = operand_map(q.c, 64);

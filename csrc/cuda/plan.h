@@ -12,24 +12,25 @@
 
 namespace hopper {
 
-// A block computes block_m × block_n of C, a cluster that many blocks one below the other.
+// A block computes block_m × block_n of C, a cluster that many blocks one below the other; stages and boxes as GemmTile
+// has them.
 struct TileShape {
-    uint32_t block_m, block_n, cluster;
+    int block_m, block_n, stages, cluster, boxes;
 
     constexpr uint32_t rows() const {
-        return block_m * cluster;
+        return uint32_t(block_m * cluster);
     }
 };
 
-// The instantiations of gemm_launch.cuh; of equal cost the first is taken.
-constexpr TileShape kTiles[] = {{128, 256, 2}, {128, 256, 1}, {128, 128, 2}, {128, 128, 1}};
+// Of equal cost the first is taken.
+constexpr TileShape kTiles[] = {{128, 256, 4, 2, 2}, {128, 256, 3, 1, 4}, {128, 128, 4, 2, 2}, {128, 128, 4, 1, 2}};
 
 // C (m, n) = A (m, k)·Bᵀ + P[:, :r]·wideᵀ; the launch makes w columns of P itself. r and w are 0 without an adapter.
 struct ProductSizes {
     uint32_t m, n, k, r, w;
 
     constexpr Schedule schedule(TileShape tile) const {
-        return Schedule(m, n, w, tile.rows(), tile.block_n);
+        return Schedule(m, n, w, tile.rows(), uint32_t(tile.block_n));
     }
 };
 
@@ -85,12 +86,11 @@ struct Plan {
 inline Plan cost_of(const ProductSizes& sizes, uint32_t tile_index, uint32_t processors) {
     const TileShape tile = kTiles[tile_index];
     const Schedule schedule = sizes.schedule(tile);
-    const uint32_t workers = processors / tile.cluster;
+    const uint32_t workers = processors / uint32_t(tile.cluster);
     const double tiles = double(schedule.rows) * schedule.columns, items = double(schedule.rows) * schedule.pieces;
     const double waves = std::ceil(tiles / workers), idle = waves * workers - tiles;
-    const double wide = TileCosts::tile(tile, tile.block_n, sizes.k, sizes.r);
-    const uint32_t piece = schedule.pieces ? ceil_div(ceil_div(sizes.w, schedule.pieces), 64) * 64 : 0;
-    const double narrow = TileCosts::tile(tile, piece, sizes.k, 0);
+    const double wide = TileCosts::tile(tile, uint32_t(tile.block_n), sizes.k, sizes.r);
+    const double narrow = TileCosts::tile(tile, piece_width(sizes.w, uint32_t(tile.block_n)), sizes.k, 0);
     const double left = std::max(0.0, items - idle);
     return {tile_index, uint32_t(waves), waves * wide + std::ceil(left / workers) * narrow};
 }
@@ -99,7 +99,7 @@ inline Plan cost_of(const ProductSizes& sizes, uint32_t tile_index, uint32_t pro
 inline Plan plan_product(const ProductSizes& sizes, uint32_t processors) {
     Plan best{0, 0, std::numeric_limits<double>::infinity()};
     for (uint32_t tile = 0; tile < std::size(kTiles); ++tile) {
-        if (kTiles[tile].cluster <= processors) {
+        if (uint32_t(kTiles[tile].cluster) <= processors) {
             const Plan plan = cost_of(sizes, tile, processors);
             best = plan.cycles < best.cycles ? plan : best;
         }

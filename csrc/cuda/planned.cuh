@@ -7,8 +7,8 @@
 namespace hopper {
 
 template <uint32_t kIndex>
-using PlannedTile = GemmTile<kTiles[kIndex].block_m, kTiles[kIndex].block_n, kTiles[kIndex].block_n == 256 ? 3 : 4,
-                             kTiles[kIndex].cluster>;
+using PlannedTile = GemmTile<kTiles[kIndex].block_m, kTiles[kIndex].block_n, kTiles[kIndex].stages,
+                             kTiles[kIndex].cluster, kTiles[kIndex].boxes>;
 
 // T is the dtype of all operands, so that each can be compiled on its own.
 template <class T, class Context>

@@ -41,6 +41,12 @@ struct Schedule {
     }
 };
 
+// Columns of the tiles that make P (m, w), one wgmma wide.
+HOPPER_FN constexpr uint32_t piece_width(uint32_t w, uint32_t tile_columns) {
+    const uint32_t width = w <= 64 ? 64 : w <= 128 ? 128 : 256;
+    return width < tile_columns ? width : tile_columns;
+}
+
 // Control words of a launch, each in 16 bytes of its own. Zero before the first launch; every launch leaves the ticket
 // at 0 and the epoch one higher, so the same words serve launch after launch, of whatever size, and graph replays.
 //   ticket, epoch, then for every 64 rows and every piece of P a flag: the epoch after the launch that wrote them last

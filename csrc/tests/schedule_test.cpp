@@ -33,10 +33,10 @@ struct Problem {
   uint32_t m, n, w;
   TileShape tile;
 
-  Schedule schedule() const { return Schedule(m, n, w, tile.rows(), tile.block_n); }
+  Schedule schedule() const { return Schedule(m, n, w, tile.rows(), uint32_t(tile.block_n)); }
 };
 
-#define SIZES "m %u, n %u, w %u, tile %ux%u, cluster %u"
+#define SIZES "m %u, n %u, w %u, tile %dx%d, cluster %d"
 #define SIZES_OF(p) (p).m, (p).n, (p).w, (p).tile.block_m, (p).tile.block_n, (p).tile.cluster
 
 // Words of the flags that an item of P raises or that a tile waits for: one for each 64 rows that its blocks hold.
@@ -53,10 +53,10 @@ void check_order(const Problem& p, Totals& totals) {
   std::vector<int64_t> tiles(size_t(schedule.rows) * schedule.columns, -1), pieces(schedule.rows * schedule.pieces, -1);
   for (uint32_t ticket = 0; ticket < count; ++ticket) {
     const Schedule::Item item = schedule.at(ticket);
-    EXPECT(item.m % p.tile.rows() == 0 && item.n % p.tile.block_n == 0, SIZES, SIZES_OF(p));
+    EXPECT(item.m % p.tile.rows() == 0 && item.n % uint32_t(p.tile.block_n) == 0, SIZES, SIZES_OF(p));
     EXPECT(item.m < p.m && item.n < (item.makes_p ? p.w : p.n), "ticket %u, " SIZES, ticket, SIZES_OF(p));
     const uint32_t columns = item.makes_p ? schedule.pieces : schedule.columns;
-    const size_t at = size_t(item.m / p.tile.rows()) * columns + item.n / p.tile.block_n;
+    const size_t at = size_t(item.m / p.tile.rows()) * columns + item.n / uint32_t(p.tile.block_n);
     std::vector<int64_t>& taken = item.makes_p ? pieces : tiles;
     if (at >= taken.size()) {
       EXPECT(at < taken.size(), SIZES, SIZES_OF(p));
@@ -128,7 +128,7 @@ void run(const Problem& p, uint32_t resident, uint64_t seed, Totals& totals) {
         moved = true;
       } else if (!cluster.held.empty() && ready(cluster.held[0])) {
         const Schedule::Item item = schedule.at(cluster.held[0]);
-        if (item.makes_p) for_flags(p, item.m, item.n / p.tile.block_n, [&](uint64_t word) { raised[word] = 1; });
+        if (item.makes_p) for_flags(p, item.m, item.n / uint32_t(p.tile.block_n), [&](uint64_t word) { raised[word] = 1; });
         cluster.held.erase(cluster.held.begin());
         ++finished;
         moved = true;
@@ -191,11 +191,10 @@ struct Layer {
 // Cycles until the last item is done when free clusters take items in the order of their tickets.
 double simulated(const ProductSizes& sizes, const TileShape& tile, uint32_t processors) {
   const Schedule schedule = sizes.schedule(tile);
-  const double wide = TileCosts::tile(tile, tile.block_n, sizes.k, sizes.r);
-  const uint32_t piece = schedule.pieces ? ceil_div(ceil_div(sizes.w, schedule.pieces), 64) * 64 : 0;
-  const double narrow = TileCosts::tile(tile, piece, sizes.k, 0);
+  const double wide = TileCosts::tile(tile, uint32_t(tile.block_n), sizes.k, sizes.r);
+  const double narrow = TileCosts::tile(tile, piece_width(sizes.w, uint32_t(tile.block_n)), sizes.k, 0);
   std::priority_queue<double, std::vector<double>, std::greater<double>> free;
-  for (uint32_t cluster = 0; cluster < processors / tile.cluster; ++cluster) free.push(0);
+  for (uint32_t cluster = 0; cluster < processors / uint32_t(tile.cluster); ++cluster) free.push(0);
   double end = 0;
   for (uint32_t ticket = 0; ticket < schedule.count(); ++ticket) {
     const double done = free.top() + (schedule.at(ticket).makes_p ? narrow : wide);
@@ -219,13 +218,13 @@ void check_plans() {
             const Plan plan = plan_product(sizes, processors);
             const TileShape tile = kTiles[plan.tile];
             chosen.insert(plan.tile);
-            EXPECT(tile.cluster <= processors, "%u processors", processors);
+            EXPECT(uint32_t(tile.cluster) <= processors, "%u processors", processors);
             const double real = simulated(sizes, tile, processors);
-            const double item = TileCosts::tile(tile, tile.block_n, k, r);
+            const double item = TileCosts::tile(tile, uint32_t(tile.block_n), k, r);
             EXPECT(std::fabs(plan.cycles - real) <= item, "m %u, n %u, k %u, r %u, %u processors: %.0f, simulated %.0f", m,
                    n, k, r, processors, plan.cycles, real);
             for (const TileShape& other : kTiles) {
-              if (other.cluster <= processors) worst = std::max(worst, real / simulated(sizes, other, processors));
+              if (uint32_t(other.cluster) <= processors) worst = std::max(worst, real / simulated(sizes, other, processors));
             }
           }
         }
@@ -251,7 +250,7 @@ void print_plans() {
         const TileShape tile = kTiles[plan.tile];
         // What the products with W alone would take if every processor multiplied all the time.
         const double floor = TileCosts::kColumn / 128 / 64 * m * layer.out * layer.in / 132;
-        std::printf("%-18s%7u%5u  %ux%ux%-4u%6u%10.3f\n", layer.name, m, r, tile.block_m, tile.block_n, tile.cluster,
+        std::printf("%-18s%7u%5u  %dx%dx%-4d%6u%10.3f\n", layer.name, m, r, tile.block_m, tile.block_n, tile.cluster,
                     plan.waves, plan.cycles / floor);
       }
     }
@@ -266,8 +265,8 @@ int main(int argc, char** argv) {
   const std::vector<uint32_t> widths = {0, 8, 64, 120, 128, 136, 248, 256};
   std::vector<TileShape> tiles(std::begin(kTiles), std::end(kTiles));
   // Tiles for tests alone, and any that may come.
-  tiles.push_back({128, 64, 2});
-  tiles.push_back({128, 192, 1});
+  tiles.push_back({128, 64, 2, 2, 1});
+  tiles.push_back({128, 192, 3, 1, 3});
   std::printf("%-14s%8s%10s%9s%9s%9s\n", "tile", "sizes", "items", "P", "flags", "runs");
   uint64_t seed = 0;
   for (const TileShape& tile : tiles) {
@@ -276,7 +275,7 @@ int main(int argc, char** argv) {
       for (uint32_t n : edges) {
         if (n % 8) continue;
         for (uint32_t w : widths) {
-          if (w > State::kMaxPieces * tile.block_n) continue;
+          if (w > State::kMaxPieces * uint32_t(tile.block_n)) continue;
           const Problem p{m, n, w, tile};
           check_order(p, totals);
           check_flags(p, totals);
@@ -286,7 +285,7 @@ int main(int argc, char** argv) {
         }
       }
     }
-    std::printf("%3ux%3ux%u%*s%8lu%10lu%9lu%9lu%9lu\n", tile.block_m, tile.block_n, tile.cluster, 5, "",
+    std::printf("%3dx%3dx%d%*s%8lu%10lu%9lu%9lu%9lu\n", tile.block_m, tile.block_n, tile.cluster, 5, "",
                 (unsigned long)totals.sizes, (unsigned long)totals.items, (unsigned long)totals.pieces,
                 (unsigned long)totals.flags, (unsigned long)totals.runs);
   }
