@@ -53,6 +53,7 @@ sanitize: $(READY)
 gpu-check: $(READY)
 	$(PYTHON) bench/gpu/probes.py
 	$(PYTHON) bench/gpu/correctness.py --out $(OUT)
+	$(PYTHON) bench/gpu/sanitize.py --out $(OUT)
 
 gpu-stress: $(READY)
 	$(PYTHON) bench/gpu/stress.py --out $(OUT)

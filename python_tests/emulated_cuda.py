@@ -18,9 +18,13 @@ class Extension:
 
     def __init__(self, ampere=False, **options):
         self.ampere, self.options, self.launches = ampere, options, []
+        self.capture = 0
 
     def CudaQueue(self, device, stream):
         return device, stream
+
+    def cuda_capture(self, queue):
+        return self.capture
 
     def cuda_state_words(self, m):
         function = emulator().linear_state_words
@@ -75,7 +79,6 @@ def install(monkeypatch, **options):
     for module in (cuda, launch, nystrom):
         monkeypatch.setattr(module, "_C", extension)
     monkeypatch.setattr(launch, "place", lambda t: (0, 0))
-    monkeypatch.setattr(launch, "capturing", lambda t: False)
     monkeypatch.setattr(launch, "_states", {})
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "misplaced", lambda name, t: None)

@@ -143,17 +143,24 @@ def test_initialisation_by_name(monkeypatch, dtype, core, how):
     assert len(extension.launches) == 2
 
 
-def test_control_words_are_shared_on_a_stream_and_fresh_in_a_capture(monkeypatch):
-    emulated_cuda.install(monkeypatch)
+def test_control_words_belong_to_a_stream_or_to_one_graph(monkeypatch):
+    extension = emulated_cuda.install(monkeypatch)
     small, large = torch.zeros(8, 8), torch.zeros(10_000, 8)
     first = launch.state(small)
     assert launch.state(small) is first and not first.any()
-    grown = launch.state(large)
-    assert grown.shape[1] > first.shape[1] and launch.state(small) is grown
+    eager = launch.state(large)
+    assert eager.shape[1] > first.shape[1] and launch.state(small) is eager
+    graphs = []
+    for extension.capture in (5, 6):
+        graphs.append(launch.state(small))
+        assert launch.state(small) is graphs[-1]
+    extension.capture = 0
+    assert launch.state(small) is eager
     monkeypatch.setattr(launch, "place", lambda t: (0, 77))
-    assert launch.state(large) is not grown
-    monkeypatch.setattr(launch, "capturing", lambda t: True)
-    assert launch.state(small) is not launch.state(small)
+    other = launch.state(large)
+    assert len({id(t) for t in (eager, other, *graphs)}) == 4
+    # Of the graphs of a stream only the last is still being captured.
+    assert set(launch._states) == {(0, 0, 0), (0, 0, 6), (0, 77, 0)}
 
 
 def test_no_tokens(monkeypatch):

@@ -5,6 +5,7 @@ result against fp64 first, then replays them by turns: base, contender, base, co
 20th and 80th percentile.
 """
 
+import importlib
 import itertools
 import statistics
 import sys
@@ -12,11 +13,12 @@ import sys
 import record
 import torch
 import torch.nn.functional as F
+from shapes import MODELS
 
 import nlora_kernels as nk
 from nlora_kernels import testing
 
-BACKENDS = ["triton"]
+BACKENDS = ["triton", "cuda"]
 # name: K, N, M.
 LAYERS = {
     "llama2-7b q": (4096, 4096, 8192),
@@ -179,10 +181,56 @@ def time_cell(layer, R, mode, name, adapter_dtype) -> dict:
     }
 
 
-def subtract_cell(shape, R) -> dict:
-    """The residual of Nyström in place, as a share of copy bandwidth."""
-    from nlora_kernels.backends.triton import nystrom
+def product_cell(K, N, M) -> dict:
+    """The CUDA engine without an adapter against the library: how often as fast, in graphs by turns."""
+    from nlora_kernels.backends.cuda import launch
 
+    # Together larger than three times L2.
+    size = 2 * (M * K + N * K + M * N)
+    count = 1 + 3 * torch.cuda.get_device_properties(0).L2_cache_size // size
+    x, weight, y = ([torch.randn(s, device="cuda").bfloat16() for _ in range(count)] for s in ((M, K), (N, K), (M, N)))
+    # Small integers make every sum exact: each result has one right value.
+    few = [torch.randint(-2, 3, t[0].shape, device="cuda").bfloat16() for t in (x, weight)]
+    launch.run("linear", *few, None, y[0], launch.state(few[0]))
+    assert torch.equal(y[0], F.linear(*few)), "the product is wrong"
+    sets = list(zip(x, weight, y, strict=True))
+    ours = [lambda a=a, b=b, c=c: launch.run("linear", a, b, None, c, launch.state(a)) for a, b, c in sets]
+    library = [lambda a=a, b=b, c=c: torch.mm(a, b.T, out=c) for a, b, c in sets]
+    times = alternate({"ours": ours, "library": library})
+    return {
+        "us": round(1000 * statistics.median(times["ours"]), 2),
+        "library_us": round(1000 * statistics.median(times["library"]), 2),
+        "tflops": round(2e-9 * M * N * K / statistics.median(times["ours"]), 1),
+        "speed": round(statistics.median(b / a for a, b in zip(times["ours"], times["library"], strict=True)), 4),
+    }
+
+
+def alternate(functions) -> dict[str, list[float]]:
+    """Milliseconds of a call, for each name, of lists of calls over rotated buffers that are run by turns."""
+    graphs = {}
+    for name, calls in functions.items():
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in calls:
+                call()
+    times = {name: [] for name in functions}
+    for _ in range(ROUNDS + 5):
+        for name, graph in graphs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) / len(functions[name]))
+    return {name: values[5:] for name, values in times.items()}
+
+
+def subtract_cell(backend, shape, R) -> dict:
+    """The residual of Nyström in place, as a share of copy bandwidth."""
+    nystrom = importlib.import_module(f"nlora_kernels.backends.{backend}.nystrom")
     weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
     parts = [nystrom.gather(w, *nk.init.select(w, R, "leading")) for w in weights]
     copies = [w.clone() for w in weights]
@@ -194,16 +242,8 @@ def subtract_cell(shape, R) -> dict:
         for source, target in zip(weights, copies, strict=True):
             target.copy_(source)
 
-    times = {name: [] for name in ("subtract", "copy")}
-    for _ in range(ROUNDS + 5):
-        for name, function in (("subtract", subtract), ("copy", copy)):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end))
-    ours, plain = (statistics.median(times[name][5:]) for name in ("subtract", "copy"))
+    times = alternate({"subtract": [subtract], "copy": [copy]})
+    ours, plain = (statistics.median(times[name]) for name in ("subtract", "copy"))
     return {"us": round(1000 * ours, 1), "copy_us": round(1000 * plain, 1), "of_copy_bandwidth": round(plain / ours, 3)}
 
 
@@ -221,7 +261,9 @@ def cells():
         found[f"llama2-7b q r64 fwd+bwd {backend} fp32 adapter"] = lambda b=backend: time_cell(
             "llama2-7b q", 64, "fwd+bwd", b, torch.float32
         )
-    found["subtract 4096x4096 r128"] = lambda: subtract_cell((4096, 4096), 128)
+        found[f"subtract {backend} 4096x4096 r128"] = lambda b=backend: subtract_cell(b, (4096, 4096), 128)
+    for (K, N), M in itertools.product(sorted(set(MODELS["Llama-2-7B"].values())), (2048, 4096, 8192, 16384)):
+        found[f"product cuda {M}x{K}x{N}"] = lambda k=K, n=N, m=M: product_cell(k, n, m)
     return found
 
 

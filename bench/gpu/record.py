@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 INCOMPLETE = 3
 
@@ -79,7 +79,7 @@ def write(file: Path, record: dict) -> None:
 
 
 def environment() -> dict:
-    import triton
+    from nlora_kernels.doctor import report
 
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader", "-i", "0"]
@@ -88,7 +88,7 @@ def environment() -> dict:
         "processors": properties.multi_processor_count,
         "driver, clock, greatest clock": output(query),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": report()["versions"]["triton"],
         "commit": output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
     }
 

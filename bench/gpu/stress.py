@@ -1,4 +1,7 @@
-"""The single launch under load: 10⁵ launches beside competing streams, each with the same bits as the first."""
+"""Single launches under load: 10⁵ steps beside competing streams, each with the same bits as the first.
+
+For Triton a step is a forward, for CUDA forward and backward.
+"""
 
 import os
 import sys
@@ -14,16 +17,33 @@ LAUNCHES = 100_000
 PATIENCE = 120
 
 
-def launches(M, K, N, R, dtype, streams, graph=False) -> dict:
-    """`streams` streams launch at once while another keeps the processors busy with products of varying size."""
+def triton_step(p):
     from nlora_kernels.backends.triton import extended
 
-    p = testing.problem(M, K, N, R, dtype=dtype, device="cuda")
+    operands = (p.x, p.weight, p.lora_A, p.lora_N, p.lora_B, p.bias)
+    return lambda: extended.widen(*operands, p.scaling, transposed=True, single=True)
+
+
+def cuda_step(p):
+    from nlora_kernels.backends import Needs, cuda
+
+    adapter = p.weight, p.lora_A, p.lora_B, p.lora_N
+    everything = Needs(x=True, weight=False, lora_A=True, lora_B=True, lora_N=True, bias=False)
 
     def step():
-        operands = (p.x, p.weight, p.lora_A, p.lora_N, p.lora_B, p.bias)
-        return extended.widen(*operands, p.scaling, transposed=True, single=True)
+        y, T = cuda.forward(p.x, *adapter, p.bias, p.scaling)
+        grads = cuda.backward(p.dy, p.x, T, *adapter, p.scaling, everything)
+        return y, T, *(grad for grad in grads if grad is not None)
 
+    return step
+
+
+STEPS = {"triton": triton_step, "cuda": cuda_step}
+
+
+def launches(backend, M, K, N, R, dtype, streams, graph=False) -> dict:
+    """`streams` streams launch at once while another keeps the processors busy with products of varying size."""
+    step = STEPS[backend](testing.problem(M, K, N, R, dtype=dtype, device="cuda"))
     progress = threading.Event()
     ended = threading.Event()
 
@@ -74,12 +94,17 @@ def launches(M, K, N, R, dtype, streams, graph=False) -> dict:
 
 def cells():
     bf16, fp16 = torch.bfloat16, torch.float16
-    return {
-        "bf16 2048x768x768 r16, one stream": lambda: launches(2048, 768, 768, 16, bf16, 1),
-        "bf16 2048x768x768 r64, three streams": lambda: launches(2048, 768, 768, 64, bf16, 3),
-        "fp16 1000x520x392 r24, one stream": lambda: launches(1000, 520, 392, 24, fp16, 1),
-        "bf16 2048x768x768 r16, graph": lambda: launches(2048, 768, 768, 16, bf16, 1, graph=True),
-    }
+    found = {}
+    for backend in STEPS:
+        found |= {
+            f"{backend} bf16 2048x768x768 r16, one stream": lambda b=backend: launches(b, 2048, 768, 768, 16, bf16, 1),
+            f"{backend} bf16 2048x768x768 r64, three streams": lambda b=backend: launches(
+                b, 2048, 768, 768, 64, bf16, 3
+            ),
+            f"{backend} fp16 1000x520x392 r24, one stream": lambda b=backend: launches(b, 1000, 520, 392, 24, fp16, 1),
+            f"{backend} bf16 2048x768x768 r16, graph": lambda b=backend: launches(b, 2048, 768, 768, 16, bf16, 1, True),
+        }
+    return found
 
 
 if __name__ == "__main__":

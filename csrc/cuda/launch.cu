@@ -81,6 +81,15 @@ std::string sizes(const Matrix& rows, const Matrix& weight, const Matrix& A) {
 
 }  // namespace
 
+int64_t capture(const Queue& queue) {
+    const Device current(queue.device);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    hopper::check_cuda(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(queue.stream), &status, &id),
+                       "cudaStreamGetCaptureInfo");
+    return status == cudaStreamCaptureStatusActive ? int64_t(id) : 0;
+}
+
 int64_t state_words(int64_t m) {
     return int64_t(hopper::state_words(m));
 }
@@ -89,6 +98,19 @@ int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_
     const Device current(queue.device);
     Stream stream;
     return hopper::slice_floats(Engine{stream}, m, k, n, r, dA, dB, dcore);
+}
+
+void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y,
+            const Matrix& state) {
+    on(queue, "product of x " + shape(x) + ", weight " + shape(weight), [&](Stream& stream) {
+        hopper::Product product;
+        product.a = x;
+        product.b = weight;
+        product.c = y;
+        product.bias = bias;
+        product.state = static_cast<uint32_t*>(state.data);
+        Engine{stream}.product(product);
+    });
 }
 
 void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,

@@ -10,8 +10,8 @@ from ..native import _C
 # Bytes to which TMA and 16-byte copies want addresses and rows aligned.
 ALIGNMENT = 16
 
-# Control words of the products by device and stream. A launch leaves them ready for the next one on that stream.
-_states: dict[tuple[int, int], Tensor] = {}
+# Control words of the products by device, stream and capture. A launch leaves them ready for the next one.
+_states: dict[tuple[int, int, int], Tensor] = {}
 
 
 def run(operation: str, *tensors: Tensor | None, **scalars: float) -> None:
@@ -29,25 +29,22 @@ def place(t: Tensor) -> tuple[int, int]:
     return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
 
 
-def capturing(t: Tensor) -> bool:
-    """Whether the current stream there is being captured into a CUDA graph."""
-    with torch.cuda.device(t.device):
-        return torch.cuda.is_current_stream_capturing()
-
-
 def state(x: Tensor) -> Tensor:
     """Control words for products of as many rows as x has.
 
-    Launches on one stream share theirs. A CUDA graph may be replayed on any stream and beside others, so each launch
-    that is captured gets words of its own, which the graph clears.
+    Launches on one stream share theirs. Those captured into a CUDA graph have words of that graph alone, for it may be
+    replayed on any stream and beside others; it clears them once in each replay.
     """
-    words = _C.cuda_state_words(x.shape[0])
-    # NOTE: floats, for the extension knows no integers; zero has the same bits.
-    if capturing(x):
-        return x.new_zeros(1, words, dtype=torch.float32)
-    found = _states.get(place(x))
+    words, capture = _C.cuda_state_words(x.shape[0]), _C.cuda_capture(queue(x))
+    key = *place(x), capture
+    found = _states.get(key)
     if found is None or found.shape[1] < words:
-        found = _states[place(x)] = x.new_zeros(1, words, dtype=torch.float32)
+        if capture:
+            # A stream captures one graph at a time, and a graph keeps the memory that it was given.
+            for old in [old for old in _states if old[:2] == key[:2] and old[2] not in (0, capture)]:
+                del _states[old]
+        # NOTE: floats, for the extension knows no integers; zero has the same bits.
+        found = _states[key] = x.new_zeros(1, words, dtype=torch.float32)
     return found
 
 
