@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from emulator_harness import SCHEDULES, check_sum, run_case, synchronisation_calls, with_gaps
+from emulator_harness import SCHEDULES, check_sum, emulator, run_case, synchronisation_calls, with_gaps
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -46,7 +46,7 @@ def run_product(m, n, k, r=0, w=0, major="K", dtype=torch.bfloat16, with_bias=Tr
     return cases
 
 
-SHAPES = [  # m, n, k, r, w; the emulator's 4 processors take large tiles where there are 4 of them
+SHAPES = [  # m, n, k, r, w
     (1, 8, 8, 0, 0),
     (128, 128, 64, 16, 16),
     (129, 136, 72, 24, 48),
@@ -77,6 +77,20 @@ def test_results_are_the_same_bits_on_every_schedule():
 def test_sums_beyond_many_laps_of_the_ring():
     for case in run_product(40, 72, 2056, 264, 264):
         check_sum(*case)
+
+
+def test_rule_for_tiles():
+    large = {(m, n): bool(emulator().ampere_takes_large(m, n, 4)) for m, n, *_ in SHAPES}
+    # The tests above see both, on the emulator's 4 processors.
+    assert sorted(shape for shape in large if large[shape]) == [(129, 136), (200, 264), (300, 72), (384, 256)]
+    for m, n, expected in (
+        (8192, 4096, True),
+        (2048, 768, True),
+        (1024, 768, False),
+        (8192, 64, False),
+        (128, 4096, False),
+    ):
+        assert emulator().ampere_takes_large(m, n, 108) == expected, (m, n)
 
 
 @pytest.mark.parametrize("across", [False, True], ids=["K", "MN"])
