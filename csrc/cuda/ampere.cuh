@@ -137,8 +137,8 @@ template <class Tile, class T, Major MajorA, Major MajorB>
 struct AmpereKernel {
     using A = AmpereOperand<Tile, Tile::kBlockM, MajorA>;
     using B = AmpereOperand<Tile, Tile::kBlockN, MajorB>;
-    // Gradients have none.
-    static constexpr bool kAdapter = MajorA == Major::K;
+    // Without adapter, into slices.
+    static constexpr bool kGradient = MajorA == Major::MN;
     static constexpr int kFragmentsM = Tile::kWarpM / 16, kFragmentsN = Tile::kWarpN / 16;
     using Accumulators = float[kFragmentsM][2 * kFragmentsN][4];
 
@@ -195,7 +195,7 @@ struct AmpereKernel {
             ++loaded;
         };
         for (uint32_t slot = 0; slot < Tile::kStages - 1; ++slot) {
-            if (kAdapter && loaded == base_steps) {
+            if (!kGradient && loaded == base_steps) {
                 begin(a, b, problem.sums[1], 0);
             }
             if (loaded < last) {
@@ -217,10 +217,10 @@ struct AmpereKernel {
         };
         uint32_t steps = last - first;
         while (loaded < last) {
-            if (kAdapter && loaded == base_steps) {
+            if (!kGradient && loaded == base_steps) {
                 begin(a, b, problem.sums[1], 0);
             }
-            const uint32_t end = kAdapter && loaded < base_steps ? base_steps : last;
+            const uint32_t end = !kGradient && loaded < base_steps ? base_steps : last;
             for (; loaded < end; --steps) {
                 step(load);
             }
@@ -248,15 +248,23 @@ struct AmpereKernel {
     }
 
     // acc + bias, rounded, through shared memory: rows leave in pieces of 128 bytes.
-    __device__ __forceinline__ void store_rounded(const Accumulators& acc) const {
-        const T* bias = reinterpret_cast<const T*>(problem.bias);
+    __device__ __forceinline__ void store_rounded(Accumulators& acc) const {
+#pragma unroll
+        for (int j = 0; j < 2 * kFragmentsN; ++j) {
+            const uint32_t column = n + warp_n + j * 8 + lane_rank() % 4 * 2;
+            if (problem.bias && column < problem.n) {
+                const auto pair = ld_global(reinterpret_cast<const Pair16<T>*>(problem.bias + column));
+#pragma unroll
+                for (int i = 0; i < kFragmentsM; ++i) {
+                    acc[i][j][0] += to_float(pair.low);
+                    acc[i][j][1] += to_float(pair.high);
+                    acc[i][j][2] += to_float(pair.low);
+                    acc[i][j][3] += to_float(pair.high);
+                }
+            }
+        }
         sync_threads();
         for_each_pair(acc, [&](uint32_t row, uint32_t column, float low, float high) {
-            if (bias && n + column < problem.n) {
-                const auto pair = ld_global(reinterpret_cast<const Pair16<T>*>(bias + n + column));
-                low += to_float(pair.low);
-                high += to_float(pair.high);
-            }
             st_shared(panel_at(base, Tile::kBlockM, row, column), pack2<T>(low, high));
         });
         sync_threads();
@@ -282,19 +290,18 @@ struct AmpereKernel {
 template <class Tile, class T, Major MajorA, Major MajorB>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 ampere_kernel(const __grid_constant__ Group<AmpereProblem> group) {
-    constexpr bool kGradient = MajorA == Major::MN;
+    using Kernel = AmpereKernel<Tile, T, MajorA, MajorB>;
     uint32_t block = block_rank();
-    const AmpereProblem& problem = kGradient ? group.of_block(block) : group.items[0];
+    const AmpereProblem& problem = Kernel::kGradient ? group.of_block(block) : group.items[0];
     const Schedule schedule(problem.m, problem.n, 0, Tile::kBlockM, Tile::kBlockN);
-    const uint32_t split = kGradient ? block / schedule.count() : 0;
+    const uint32_t split = Kernel::kGradient ? block / schedule.count() : 0;
     const auto place = schedule.at(block - split * schedule.count());
     const uint32_t warp = warp_rank();
-    const AmpereKernel<Tile, T, MajorA, MajorB> kernel{
-        problem, shared_base(), place.m, place.n, warp / 2 * Tile::kWarpM, warp % 2 * Tile::kWarpN};
+    const Kernel kernel{problem, shared_base(), place.m, place.n, warp / 2 * Tile::kWarpM, warp % 2 * Tile::kWarpN};
 
     const uint32_t base_steps = ceil_div(problem.sums[0].depth, Tile::kBlockK);
-    typename AmpereKernel<Tile, T, MajorA, MajorB>::Accumulators acc = {};
-    if constexpr (kGradient) {
+    typename Kernel::Accumulators acc = {};
+    if constexpr (Kernel::kGradient) {
         kernel.accumulate(acc, first_step(split, problem.splits, base_steps),
                           first_step(split + 1, problem.splits, base_steps), base_steps);
         kernel.store_slice(acc, split);
