@@ -161,7 +161,7 @@ class Case(ctypes.Structure):
     ]
 
 
-OPERANDS = ("a", "b", "c", "bias", "p", "wide", "shrink")
+OPERANDS = ("a", "b", "c", "bias", "p", "wide", "shrink", "t", "slices")
 
 
 class GemmCase(ctypes.Structure):
@@ -239,8 +239,8 @@ def run_gemm(*products, tile=0, blocks=4, library=None, **options):
     """Launches products one after the other on the same control words.
 
     A product is a dict of the tensors of product.h: a, b and, where there is an adapter, wide and shrink or p; right
-    operands come as (n, k), and with mn=True go to the kernel as (k, n). c, and p where it is made, are added to the
-    dict. Returns (ticket, epoch, Result).
+    operands come as (n, k), and with mn=True go to the kernel as (k, n). c, p where it is made, and slices of float32
+    NaN where there is t, as many as splits says, are added to the dict. Returns (ticket, epoch, Result).
     """
     cases, alive = (GemmCase * len(products))(), []
     for case, product in zip(cases, products, strict=True):
@@ -249,10 +249,13 @@ def run_gemm(*products, tile=0, blocks=4, library=None, **options):
         product["c"] = poisoned(m, len(product["b"]), dtype)
         if "shrink" in product:
             product["p"] = poisoned(m, len(product["shrink"]), dtype)
+        if "t" in product:
+            g = product["p"].shape[1] - (product["wide"].shape[1] if "wide" in product else 0)
+            product["slices"] = torch.full((product["splits"] * g, product["t"].shape[1]), torch.nan)
         case.tile, case.major, case.blocks = tile, int(mn), blocks
         for name in OPERANDS:
             tensor = product.get(name)
-            if tensor is not None and name != "c" and not (name == "p" and "shrink" in product):
+            if tensor is not None and name not in ("c", "slices") and not (name == "p" and "shrink" in product):
                 tensor = tensor.t() if mn and name in ("b", "wide", "shrink") else torch.atleast_2d(tensor)
                 tensor = poisoned(*tensor.shape, tensor.dtype).copy_(tensor)
             alive.append(tensor)

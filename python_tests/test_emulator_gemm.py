@@ -20,6 +20,12 @@ SHAPES = [
     (384, 384, 136, 0, 72),
     (130, 392, 40, 200, 256),
 ]
+# A shape, columns of t, slices of p[:, r:]ᵀ·t
+GRADIENTS = [
+    ((129, 136, 72, 24, 48), 24, 1),
+    ((300, 72, 40, 0, 64), 56, 5),
+    ((520, 136, 24, 72, 192), 112, 3),
+]
 SEEDS = range(10)
 
 
@@ -54,15 +60,31 @@ def reference(shape, dtype, with_bias, made):
     return bounds
 
 
-def product(shape, dtype, *, with_bias=True, made=True, mn=False):
-    """One launch for run_gemm."""
+def product(shape, dtype, *, with_bias=True, made=True, mn=False, gradient=None):
+    """One launch for run_gemm; gradient: columns of t and number of slices."""
     inputs = dict(operands(shape, dtype), mn=mn)
+    if gradient:
+        columns, inputs["splits"] = gradient
+        inputs["t"] = torch.randn(shape[0], columns, generator=torch.Generator().manual_seed(columns)).to(dtype)
     if not with_bias:
         del inputs["bias"]
     if not made and "shrink" in inputs:
         del inputs["shrink"]
         inputs["p"] = reference(shape, dtype, with_bias, made)["p"][0].to(dtype)
     return inputs
+
+
+def slices_error(launched):
+    """Of the slices against the p that the launch left in memory: no more than sums in fp32 may have."""
+    p, t, splits = launched["p"].double(), launched["t"].double(), launched["splits"]
+    beyond = p[:, launched["wide"].shape[1] if "wide" in launched else 0 :]
+    steps = -(-len(t) // 64)
+    for number, slice_ in enumerate(launched["slices"].chunk(splits)):
+        share = slice(steps * number // splits * 64, steps * (number + 1) // splits * 64)
+        budget = len(t) * torch.finfo(torch.float32).eps * (beyond[share].abs().T @ t[share].abs())
+        if not ((slice_.double() - beyond[share].T @ t[share]).abs() <= budget).all():
+            return f"slice {number} is wrong"
+    return ""
 
 
 def error_of(launched, bounds):
@@ -77,14 +99,14 @@ def error_of(launched, bounds):
         error = (result.double() - exact).abs().max().item()
         if not error <= budget:
             return f"{name}: error must be at most {budget:.3g}, got {error:.3g}"
-    return ""
+    return slices_error(launched) if "t" in launched else ""
 
 
-def check(*shapes, seed, tile, mn=False, **options):
+def check(*shapes, seed, tile, mn=False, gradient=None, **options):
     """Launches one after the other; everything but tile, majors and the options follows from the seed."""
     dtype = (torch.bfloat16, torch.float16)[seed // 2 % 2]
     choice = {"with_bias": seed % 3 > 0, "made": seed % 4 < 3}
-    launches = [product(shape, dtype, mn=mn, **choice) for shape in shapes]
+    launches = [product(shape, dtype, mn=mn, gradient=gradient, **choice) for shape in shapes]
     ticket, epoch, result = run_gemm(*launches, tile=tile, seed=seed, **options)
     assert not result.rule, result.text
     assert (ticket, epoch) == (0, len(shapes)), "a launch must leave the ticket at 0 and the epoch one higher"
@@ -106,6 +128,16 @@ def test_gemm(shape, resident, lanes):
     for seed in SEEDS:
         tile, mn = fitting(shape, seed % len(TILES)), seed >= len(TILES)
         check(shape, seed=seed, tile=tile, mn=mn, resident=resident, lanes=lanes)
+
+
+@pytest.mark.parametrize("lanes", [False, True], ids=["warps", "lanes"])
+@pytest.mark.parametrize("resident", [1, 0], ids=["one-resident", "all-resident"])
+@pytest.mark.parametrize(("shape", "columns", "splits"), GRADIENTS)
+def test_slices_of_a_gradient_in_the_same_launch(shape, columns, splits, resident, lanes):
+    for seed, (_, tile_columns, _) in enumerate(TILES):
+        if max(columns, shape[4] // 2) <= tile_columns:
+            options = {"resident": resident, "lanes": lanes, "gradient": (columns, splits)}
+            check(shape, seed=seed, tile=seed, mn=True, **options)
 
 
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda t: "{}x{}x{}".format(*TILES[t]))
@@ -213,6 +245,12 @@ def zeros(rows, columns):
         ({"wide": zeros(8, 8)}, "p must be (8, 0)"),
         ({"p": zeros(8, 8), "wide": zeros(8, 16)}, "a rank in multiples of 8 up to the columns of p"),
         ({"shrink": zeros(512, 8)}, "at most 256 where p is made, got 0 of 512"),
+        ({"shrink": zeros(8, 8), "t": zeros(8, 8), "splits": 1}, "a gradient needs Major::MN"),
+        ({"mn": True, "shrink": zeros(8, 8), "t": zeros(8, 136), "splits": 1}, "8 to 128 columns of p beyond the rank"),
+        (
+            {"mn": True, "shrink": zeros(8, 8), "t": zeros(8, 8), "splits": 2},
+            "slices must be contiguous float32 of (1 to 1",
+        ),
     ],
 )
 def test_operands_are_checked(changed, message):

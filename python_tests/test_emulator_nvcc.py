@@ -117,10 +117,11 @@ def test_gemm_sass():
     assert len(kernels) == GEMM_KERNELS
     for name, code in kernels.items():
         columns = int(re.search(r"GemmTileILi\d+ELi(\d+)E", name)[1])
-        # A tile of C, and the narrower ones of P.
+        # A tile of C, and the narrower ones of P and of slices.
         widths = {int(width) for width in re.findall(r"HGMMA\.64x(\d+)x16\.F32", code)}
         assert widths == {w for w in (64, 128, 256) if w <= columns}, name
-        assert (".tnspB" in code) == ("MajorE1" in name), name
+        for transposed in (".tnspA", ".tnspB"):
+            assert (transposed in code) == ("MajorE1" in name), name
         for instruction in ("UTMALDG.2D", "UTMASTG.2D", "STSM.16.M88.4", "USETMAXREG", "SYNCS"):
             assert instruction in code, f"{name}: {instruction}"
         clustered = re.search(r"GemmTileILi\d+ELi\d+ELi\d+ELi2E", name)

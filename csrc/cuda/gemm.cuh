@@ -3,36 +3,18 @@
 // Warp 0 loads tiles of both operands with TMA, warp 1 hands out tickets, two warpgroups multiply and store. The work
 // goes by tickets rather than by block index, so it makes progress with any number of resident blocks. The adapter
 // goes through the same ring into the same accumulators, as r more of the depth. p itself, if it is made here, is a
-// narrower tile with another right operand; a flag tells its readers that it is in memory.
+// narrower tile with another right operand; a flag tells its readers that it is in memory. So are slices of a gradient,
+// sums over the rows of p, with both operands read across.
 #pragma once
 
-#include "schedule.h"
 #include "tile.cuh"
 
 namespace hopper {
 
-// Boxes of right operands of a tile `width` wide: width / cluster × 64 for Major::K, 64 / cluster × 64 for Major::MN.
-template <class T>
-struct GemmProblem {
-    TensorMap a;        // (m, k), boxes of BLOCK_M × 64
-    TensorMap b;        // width BLOCK_N
-    TensorMap c;        // (m, n), boxes of 64 × 64
-    TensorMap p;        // (m, r), boxes of BLOCK_M × 64
-    TensorMap wide;     // width BLOCK_N
-    TensorMap shrink;   // width p_width
-    TensorMap p_out;    // (m, w), boxes of 64 × 64
-    const T* bias;      // (n) or null
-    State state;
-    uint32_t m, n, k;   // k and n multiples of 8
-    uint32_t r;         // 0: no adapter
-    uint32_t w;         // 0: p is not made here
-    uint32_t p_width;   // of the tiles that make p: 64, 128 or 256, at most BLOCK_N
-};
-
 // Rank 0 of the cluster draws tickets and tells every block, until one says that no work is left. A ticket is drawn
-// when one lap of loads is left of the item before: early enough to load on without a pause, and no earlier, for a block
-// that hoards tickets leaves others idle at the end.
-// The epoch of this launch goes with it: who has work to do got it before the last draw, which moves the epoch on.
+// when one lap of loads is left of the item before: early enough to load on without a pause, and no earlier, for a
+// block that hoards tickets leaves others idle at the end. The epoch of this launch goes with it: whoever has work to
+// do got it before the last draw of all, which moves the epoch on.
 template <class Tile>
 __device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, const State state, uint32_t count) {
     const uint32_t clusters = grid_blocks() / Tile::kCluster;
@@ -55,11 +37,11 @@ __device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, 
     }
 }
 
-// Depth [begin, end) of a (rows from place.m) and of b (`width` rows from place.n) into the ring, 64 to a stage. When
-// `left`, the stages of the item that are still to be loaded, has come down to one lap, the next ticket may be drawn.
-template <class Tile, Major kMajor>
+// Depth [begin, end) of a left operand (rows from m) and a right one (`width` rows from n) into the ring, 64 to a
+// stage. When `left`, the stages of the item still to be loaded, is down to one lap, the next ticket may be drawn.
+template <class Tile, Major kLeft, Major kRight>
 __device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const TensorMap* a, const TensorMap* b,
-                                           const Schedule::Item place, uint32_t width, uint32_t begin, uint32_t end,
+                                           uint32_t m, uint32_t n, uint32_t width, uint32_t begin, uint32_t end,
                                            uint32_t rank, uint32_t& left, RingPosition<Tile::kStages>& ring) {
     for (uint32_t k = begin; k < end; k += Tile::kBlockK) {
         if (left-- == Tile::kStages) {
@@ -68,7 +50,13 @@ __device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const 
         const uint32_t full = shared.full(ring.slot);
         mbarrier_wait_cluster(shared.empty(ring.slot), ring.parity ^ 1);
         mbarrier_arrive_expect_tx(full, Tile::kBytesA + width * 128);
-        tma_load(shared.a(ring.slot), a, full, k, place.m);
+        if constexpr (kLeft == Major::K) {
+            tma_load(shared.a(ring.slot), a, full, k, m);
+        } else {
+            for (uint32_t row = 0; row < Tile::kBlockM; row += 64) {
+                tma_load(shared.a(ring.slot) + row * 128, a, full, m + row, k);
+            }
+        }
         // Each block of the cluster loads its share of b for all of them.
         const auto load_share = [&](uint32_t line, uint32_t column, uint32_t row) {
             if constexpr (Tile::kCluster == 1) {
@@ -77,24 +65,24 @@ __device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const 
                 tma_load_multicast(shared.b(ring.slot) + line * 128, b, full, column, row, (1 << Tile::kCluster) - 1);
             }
         };
-        if constexpr (kMajor == Major::K) {
+        if constexpr (kRight == Major::K) {
             const uint32_t share = rank * (width / Tile::kCluster);
-            load_share(share, k, place.n + share);
+            load_share(share, k, n + share);
         } else {
             const uint32_t share = rank * (Tile::kBlockK / Tile::kCluster);
             for (uint32_t column = 0; column < width; column += 64) {
-                load_share(column + share, place.n + column, k + share);
+                load_share(column + share, n + column, k + share);
             }
         }
         ring.advance();
     }
 }
 
-// Waits until the block's rows of a piece of p are in memory; the caller's TMA loads may then read them.
-template <class Tile>
-__device__ __forceinline__ void await_piece(const State state, uint32_t epoch, uint32_t row, uint32_t piece) {
-    for (uint32_t consumer = 0; consumer < Tile::kConsumers; ++consumer) {
-        flag_wait(state.flag(row + consumer * 64, piece), epoch);
+// Waits until these rows of some pieces of p are in memory; the caller's TMA loads may then read them.
+__device__ __forceinline__ void await_p(const State state, uint32_t epoch, uint32_t row, uint32_t rows, uint32_t piece,
+                                        uint32_t pieces) {
+    for (uint32_t flag = 0; flag < rows / 64 * pieces; ++flag) {
+        flag_wait(state.flag(row + flag / pieces * 64, piece + flag % pieces), epoch);
     }
     fence_async_global();
 }
@@ -104,17 +92,30 @@ template <class Tile, Major kMajor, class T>
 __device__ __forceinline__ void load_item(const GemmShared<Tile> shared, const GemmProblem<T>& problem, uint32_t epoch,
                                           const Schedule::Item place, uint32_t rank,
                                           RingPosition<Tile::kStages>& ring) {
-    const bool makes_p = place.makes_p;
-    const uint32_t stages = ceil_div(problem.k, Tile::kBlockK) + (makes_p ? 0 : ceil_div(problem.r, Tile::kBlockK));
+    const uint32_t begin = problem.first(place), end = problem.last(place), r = problem.adapter(place);
+    const uint32_t width = problem.width(place, Tile::kBlockN);
+    const uint32_t stages = ceil_div(end - begin, Tile::kBlockK) + ceil_div(r, Tile::kBlockK);
     uint32_t left = stages < Tile::kStages ? Tile::kStages : stages;
-    load_depth<Tile, kMajor>(shared, &problem.a, makes_p ? &problem.shrink : &problem.b, place,
-                             makes_p ? problem.p_width : Tile::kBlockN, 0, problem.k, rank, left, ring);
-    for (uint32_t first = 0; !makes_p && first < problem.r; first += Tile::kBlockN) {
-        if (problem.w) {
-            await_piece<Tile>(problem.state, epoch, place.m, first / Tile::kBlockN);
+    if constexpr (kMajor == Major::MN) {
+        if (place.makes_slice) {
+            for (uint32_t row = begin; row < end; row += Tile::kBlockK) {
+                if (problem.w) {
+                    await_p(problem.state, epoch, row, 64, 0, ceil_div(problem.w, Tile::kBlockN));
+                }
+                load_depth<Tile, Major::MN, Major::MN>(shared, &problem.beyond, &problem.t, place.m, 0, width, row,
+                                                       row + 1, rank, left, ring);
+            }
+            return;
         }
-        const uint32_t last = problem.r - first < Tile::kBlockN ? problem.r : first + Tile::kBlockN;
-        load_depth<Tile, kMajor>(shared, &problem.p, &problem.wide, place, Tile::kBlockN, first, last, rank, left, ring);
+    }
+    load_depth<Tile, Major::K, kMajor>(shared, &problem.a, place.makes_p ? &problem.shrink : &problem.b, place.m,
+                                       place.n, width, begin, end, rank, left, ring);
+    for (uint32_t column = 0; column < r; column += Tile::kBlockN) {
+        if (problem.w) {
+            await_p(problem.state, epoch, place.m, Tile::kBlockM, column / Tile::kBlockN, 1);
+        }
+        load_depth<Tile, Major::K, kMajor>(shared, &problem.p, &problem.wide, place.m, place.n, width, column,
+                                           r - column < Tile::kBlockN ? r : column + Tile::kBlockN, rank, left, ring);
     }
 }
 
@@ -129,39 +130,44 @@ __device__ __forceinline__ void release_stage(const GemmShared<Tile> shared, uin
 
 // acc[:, :width] += left tile · right tileᵀ over the 64 of one stage, as one commit group. The width is BLOCK_N or a
 // half or a quarter of it. NOTE: accumulators of their own for each width would not find room in the registers.
-template <class Tile, Major kMajor, class T, int kWidth = Tile::kBlockN>
+template <class Tile, Major kLeft, Major kRight, class T, int kWidth = Tile::kBlockN>
 __device__ __forceinline__ void multiply_stage(float (&acc)[Tile::kBlockN / 2], uint64_t a, uint64_t b, uint32_t width,
                                                bool accumulate) {
     if constexpr (kWidth > 64) {
         if (width < kWidth) {
-            multiply_stage<Tile, kMajor, T, kWidth / 2>(acc, a, b, width, accumulate);
+            multiply_stage<Tile, kLeft, kRight, T, kWidth / 2>(acc, a, b, width, accumulate);
             return;
         }
     }
     wgmma_fence(acc);
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step) {
-        wgmma<kWidth, T, Major::K, kMajor>(acc, advanced(a, step * step_bytes(Major::K)),
-                                           advanced(b, step * step_bytes(kMajor)), accumulate || step > 0);
+        wgmma<kWidth, T, kLeft, kRight>(acc, advanced(a, step * step_bytes(kLeft)),
+                                        advanced(b, step * step_bytes(kRight)), accumulate || step > 0);
     }
     wgmma_commit();
 }
 
-// acc (64 × width) = left tile · right tileᵀ over the depth k, then over the depth r.
+// acc (64 × width) = left tile · right tileᵀ over the depth k, then over r. `across`: the left one is MN-major.
 template <class Tile, Major kMajor, class T>
 __device__ __forceinline__ void multiply(float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared, uint32_t width,
-                                         uint32_t k, uint32_t r, uint32_t consumer,
+                                         bool across, uint32_t k, uint32_t r, uint32_t consumer,
                                          RingPosition<Tile::kStages>& ring) {
     const uint32_t k_stages = ceil_div(k, Tile::kBlockK), stages = k_stages + ceil_div(r, Tile::kBlockK);
     uint32_t previous = 0;
     for (uint32_t stage = 0; stage < stages; ++stage) {
         const uint32_t depth = stage < k_stages ? Tile::kBlockK : r - (stage - k_stages) * Tile::kBlockK;
         mbarrier_wait(shared.full(ring.slot), ring.parity);
-        const uint64_t a = k_major_descriptor(shared.a(ring.slot) + consumer * 64 * 128);
+        // The tile's 64 rows of this consumer, or the box that has them as columns.
+        const uint32_t rows = shared.a(ring.slot) + consumer * 64 * 128;
+        const uint64_t a = across ? mn_major_descriptor(rows, Tile::kBlockK) : k_major_descriptor(rows);
         const uint64_t b = kMajor == Major::K ? k_major_descriptor(shared.b(ring.slot))
                                               : mn_major_descriptor(shared.b(ring.slot), Tile::kBlockK);
-        if (depth >= Tile::kBlockK) {
-            multiply_stage<Tile, kMajor, T>(acc, a, b, width, stage > 0);
+        if (kMajor == Major::MN && across) {
+            constexpr int kWidest = Tile::kBlockN < 128 ? Tile::kBlockN : 128;
+            multiply_stage<Tile, Major::MN, Major::MN, T, kWidest>(acc, a, b, width, stage > 0);
+        } else if (depth >= Tile::kBlockK) {
+            multiply_stage<Tile, Major::K, kMajor, T>(acc, a, b, width, stage > 0);
         } else {
             // A small rank costs no more than its own steps. Each is a group: a loop cannot stay inside of one.
 #pragma unroll 1
@@ -185,7 +191,7 @@ __device__ __forceinline__ void multiply(float (&acc)[Tile::kBlockN / 2], const 
 }
 
 template <class T>
-struct alignas(4) Pair {
+struct alignas(2 * sizeof(T)) Pair {
     T low, high;
 };
 
@@ -247,15 +253,37 @@ __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2]
     }
 }
 
+// acc -> the 64 rows of a slice from `row` on.
+template <class Tile, class T>
+__device__ __forceinline__ void store_slice(const float (&acc)[Tile::kBlockN / 2], const GemmProblem<T>& problem,
+                                            uint32_t slice, uint32_t row) {
+    const uint32_t lane = lane_rank();
+#pragma unroll
+    for (int i = 0; i < Tile::kBlockN / 2 && i < 64; i += 2) {
+        const uint32_t g = row + accumulator_row(warp_rank() % 4, lane, i), v = accumulator_column(lane, i);
+        if (g < problem.g && v < problem.v) {
+            st_global(reinterpret_cast<Pair<float>*>(problem.slices + (slice * problem.g + g) * problem.v + v),
+                      Pair<float>{acc[i], acc[i + 1]});
+        }
+    }
+}
+
 // The consumers' side of one work item.
 template <class Tile, Major kMajor, class T>
 __device__ __forceinline__ void compute_item(const GemmShared<Tile> shared, const GemmProblem<T>& problem,
                                              uint32_t epoch, const Schedule::Item place, uint32_t consumer,
                                              bool storing_thread, RingPosition<Tile::kStages>& ring) {
     const bool makes_p = place.makes_p;
-    const uint32_t width = makes_p ? problem.p_width : Tile::kBlockN;
+    const uint32_t width = problem.width(place, Tile::kBlockN);
     float acc[Tile::kBlockN / 2];
-    multiply<Tile, kMajor, T>(acc, shared, width, problem.k, makes_p ? 0 : problem.r, consumer, ring);
+    multiply<Tile, kMajor, T>(acc, shared, width, place.makes_slice, problem.last(place) - problem.first(place),
+                              problem.adapter(place), consumer, ring);
+    if constexpr (kMajor == Major::MN) {
+        if (place.makes_slice) {
+            store_slice<Tile, T>(acc, problem, place.n, place.m + consumer * 64);
+            return;
+        }
+    }
     store_tile<Tile, T>(acc, shared, width, makes_p ? &problem.p_out : &problem.c, makes_p ? nullptr : problem.bias,
                         problem.n, place, consumer, storing_thread);
     if (makes_p && storing_thread) {
@@ -270,7 +298,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
     const uint32_t warp = warp_rank();
     const uint32_t rank = Tile::kCluster == 1 ? 0 : cluster_rank();
     const bool leader = elect_one();
-    const Schedule schedule(problem.m, problem.n, problem.w, Tile::kBlockM * Tile::kCluster, Tile::kBlockN);
+    const Schedule schedule(problem.m, problem.n, problem.w, Tile::kBlockM * Tile::kCluster, Tile::kBlockN,
+                            problem.splits);
     const auto own_place = [&](uint32_t ticket) {
         Schedule::Item place = schedule.at(ticket);
         place.m += rank * Tile::kBlockM;
@@ -289,6 +318,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
         if (problem.w) {
             prefetch_tensor_map(&problem.shrink);
             prefetch_tensor_map(&problem.p_out);
+        }
+        if (problem.splits) {
+            prefetch_tensor_map(&problem.beyond);
+            prefetch_tensor_map(&problem.t);
         }
         for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
             mbarrier_init(shared.full(stage), 1);

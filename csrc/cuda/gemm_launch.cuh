@@ -21,8 +21,8 @@ inline void check_operand(const char* name, const Matrix& x, int64_t rows, int64
     }
     const bool rows_fit = x.rows == 1 || (x.row_stride % 8 == 0 && x.row_stride >= x.cols);
     if (x.cols % 8 || x.col_stride != 1 || !rows_fit || reinterpret_cast<uintptr_t>(x.data) % 16) {
-        throw std::invalid_argument(std::string(name) + " must have columns in multiples of 8, strides (multiple of 8, 1) "
-                                    "and data aligned to 16 bytes, got " + pair(x.rows, x.cols) + ", strides " +
+        throw std::invalid_argument(std::string(name) + " must have columns in multiples of 8, strides (multiple of 8, "
+                                    "1) and data aligned to 16 bytes, got " + pair(x.rows, x.cols) + ", strides " +
                                     pair(x.row_stride, x.col_stride) + " and data at " +
                                     std::to_string(reinterpret_cast<uintptr_t>(x.data) % 16) + " modulo 16");
     }
@@ -68,6 +68,22 @@ inline void check_product(const Product& q, int64_t max_w) {
                                     std::to_string(max_w) + " where p is made, got " + std::to_string(r) + " of " +
                                     std::to_string(w));
     }
+    if (q.t) {
+        const int64_t v = q.t.cols, g = w - r, widest = std::min<int64_t>(128, max_w / State::kMaxPieces);
+        check("t", q.t, m, v);
+        if (q.major != Major::MN || g % 8 || std::min(g, v) <= 0 || std::max(g, v) > widest) {
+            throw std::invalid_argument("a gradient needs Major::MN, 8 to " + std::to_string(widest) +
+                                        " columns of p beyond the rank and of t, got " + std::to_string(g) + " and " +
+                                        std::to_string(v));
+        }
+        const Matrix& s = q.slices;
+        const bool whole = s.rows > 0 && s.rows % g == 0 && s.rows / g <= (m + 63) / 64 && s.cols == v;
+        if (s.dtype != nlora::Dtype::kFloat32 || !whole || s.row_stride != v || s.col_stride != 1) {
+            throw std::invalid_argument("slices must be contiguous float32 of (1 to " + std::to_string((m + 63) / 64) +
+                                        " times " + std::to_string(g) + ", " + std::to_string(v) + "), got (" +
+                                        std::to_string(s.rows) + ", " + std::to_string(s.cols) + ")");
+        }
+    }
     if (!q.state) {
         throw std::invalid_argument("state must be given, got none");
     }
@@ -102,11 +118,24 @@ void launch_gemm(Context& context, const Product& q, uint32_t blocks) {
     problem.p = problem.r ? operand_map(p, Tile::kBlockM) : TensorMap{};
     problem.wide = right_map(q.wide, Tile::kBlockN);
     problem.shrink = right_map(q.shrink, problem.p_width);
+    problem.splits = problem.g = problem.v = problem.t_width = 0;
+    if (q.t) {
+        Matrix beyond = q.p;
+        beyond.data = static_cast<T*>(q.p.data) + problem.r;
+        beyond.cols -= problem.r;
+        problem.beyond = operand_map(beyond, 64);
+        problem.t = right_map(q.t, 0);
+        problem.slices = static_cast<float*>(q.slices.data);
+        problem.g = uint32_t(beyond.cols);
+        problem.v = uint32_t(q.t.cols);
+        problem.splits = uint32_t(q.slices.rows) / problem.g;
+        problem.t_width = problem.v <= 64 ? 64 : 128;
+    }
     problem.bias = static_cast<const T*>(q.bias.data);
     problem.state = {q.state};
 
-    const uint32_t work = Schedule(problem.m, problem.n, problem.w, Tile::kBlockM * kCluster, Tile::kBlockN).count();
-    const uint32_t clusters = std::min(std::max(blocks / kCluster, 1u), work);
+    const Schedule schedule(problem.m, problem.n, problem.w, Tile::kBlockM * kCluster, Tile::kBlockN, problem.splits);
+    const uint32_t clusters = std::min(std::max(blocks / kCluster, 1u), schedule.count());
     context.launch({clusters * kCluster, Tile::kThreads, kCluster, Tile::kSharedBytes, Tile::kRegisters},
                    &gemm_kernel<Tile, kMajor, T>, problem);
 }

@@ -15,11 +15,15 @@ using nlora::Matrix;
 //   b, wide, shrink                      (n, k), (n, r), (w, k) for Major::K;  (k, n), (r, n), (k, w) for Major::MN
 //   bias (1, n)                          contiguous, or none
 // p and wide may be none. With shrink, p = a·shrinkᵀ is made by the same launch, else p is given.
-// n, k, r and w are multiples of 8, as are row strides; data is aligned to 16 bytes.
+//   t (m, v)                             rows contiguous, or none; Major::MN only
+//   slices (splits·(w - r), v), fp32     contiguous: slice s = p[:, r:]ᵀ·t over the s-th share of the rows
+// With t the launch sums the narrow gradient of what p holds beyond the adapter, w - r <= 128 and v <= 128 columns.
+// n, k, r, w and v are multiples of 8, as are row strides; data is aligned to 16 bytes.
 struct Product {
     Matrix a, b, c, bias;
     Matrix p, wide;
     Matrix shrink;
+    Matrix t, slices;
     Major major = Major::K;
     uint32_t* state = nullptr;   // state_words(m) words, zero before the first launch; one launch at a time uses them
 };

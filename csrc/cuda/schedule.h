@@ -5,39 +5,46 @@
 
 namespace hopper {
 
-// Tickets count work items of one cluster: tiles of C, and the items that make P, which are narrower tiles with the same
-// rows. Both stand in one grid, `pieces` columns of P before the `columns` of C, and tickets run down its columns in
-// bands of kBand rows, so that a band's operands stay in the L2 cache. Every item of P has a smaller ticket than the
-// tiles that read it: a block that waits for P waits for work that some block has already taken.
+// Tickets count work items of one cluster: tiles of C, and the items that make P, narrower tiles with the same rows.
+// Both stand in one grid, `pieces` columns of P before the `columns` of C, and tickets run down its columns in bands of
+// kBand rows, so that a band's operands stay in the L2 cache. Every item of P has a smaller ticket than the tiles that
+// read it: a block that waits for P waits for work that some block has already taken. Slices of a gradient, sums over
+// rows of P, come last and fill what is idle then.
 struct Schedule {
     static constexpr uint32_t kBand = 8;
     uint32_t tile_rows, tile_columns;   // of a cluster's tile of C, in elements
     uint32_t rows, columns, pieces;     // of the grid of items
+    uint32_t slices;                    // after the grid
 
     // C is (m, n). P is (m, w): w = 0 if this launch does not make it.
-    HOPPER_FN constexpr Schedule(uint32_t m, uint32_t n, uint32_t w, uint32_t tile_rows, uint32_t tile_columns)
+    HOPPER_FN constexpr Schedule(uint32_t m, uint32_t n, uint32_t w, uint32_t tile_rows, uint32_t tile_columns,
+                                 uint32_t slices = 0)
         : tile_rows(tile_rows),
           tile_columns(tile_columns),
           rows(ceil_div(m, tile_rows)),
           columns(ceil_div(n, tile_columns)),
-          pieces(ceil_div(w, tile_columns)) {}
+          pieces(ceil_div(w, tile_columns)),
+          slices(slices) {}
 
     HOPPER_FN constexpr uint32_t count() const {
-        return rows * (pieces + columns);
+        return rows * (pieces + columns) + slices;
     }
 
     struct Item {
-        bool makes_p;    // else it is a tile of C
-        uint32_t m, n;   // first row, first column in P or C
+        bool makes_p, makes_slice;   // else it is a tile of C
+        uint32_t m, n;               // first row, first column in P or C; of a slice, n is its number
     };
 
     HOPPER_FN constexpr Item at(uint32_t ticket) const {
+        if (ticket >= rows * (pieces + columns)) {
+            return {false, true, 0, ticket - rows * (pieces + columns)};
+        }
         const uint32_t band_items = kBand * (pieces + columns);
         const uint32_t band = ticket / band_items, within = ticket % band_items;
         const uint32_t band_rows = rows - band * kBand < kBand ? rows - band * kBand : kBand;
         const uint32_t row = band * kBand + within % band_rows, column = within / band_rows;
         const bool makes_p = column < pieces;
-        return {makes_p, row * tile_rows, (makes_p ? column : column - pieces) * tile_columns};
+        return {makes_p, false, row * tile_rows, (makes_p ? column : column - pieces) * tile_columns};
     }
 };
 

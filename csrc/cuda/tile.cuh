@@ -1,4 +1,4 @@
-// Shapes and places of a GEMM tile: what the kernel, its launcher and its tests agree on.
+// Operands of a GEMM, shapes and places of its tiles: what the kernel, its launcher and its tests agree on.
 #pragma once
 
 #include "hopper.cuh"
@@ -7,9 +7,8 @@
 namespace hopper {
 
 // One block computes BLOCK_M × BLOCK_N of c, a cluster computes kCluster such tiles one below the other and
-// shares the tile of b by multicast.
-// Results leave through Boxes boxes of 64 × 64 a consumer: all of its rows at once, or with fewer boxes one after another
-// in half of them while the other half is stored, which leaves room for another stage.
+// shares the tile of b by multicast. Results leave through Boxes boxes of 64 × 64 a consumer: all of its rows at once,
+// or, with fewer boxes, half of these are filled while the other half is stored, which leaves room for another stage.
 template <int BLOCK_M, int BLOCK_N, int Stages, int Cluster = 1, int Boxes = BLOCK_N / 64>
 struct GemmTile {
     static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kBlockK = 64;
@@ -82,6 +81,46 @@ struct RingPosition {
     __device__ __forceinline__ void advance() {
         slot = slot + 1 == Slots ? 0 : slot + 1;
         parity ^= slot == 0;
+    }
+};
+
+// Boxes of right operands of a tile `width` wide: width / cluster × 64 for Major::K, 64 / cluster × 64 for Major::MN.
+template <class T>
+struct GemmProblem {
+    TensorMap a;        // (m, k), boxes of BLOCK_M × 64
+    TensorMap b;        // width BLOCK_N
+    TensorMap c;        // (m, n), boxes of 64 × 64
+    TensorMap p;        // (m, r), boxes of BLOCK_M × 64
+    TensorMap wide;     // width BLOCK_N
+    TensorMap shrink;   // width p_width
+    TensorMap p_out;    // (m, w), boxes of 64 × 64
+    TensorMap beyond;   // p[:, r:], boxes of 64 × 64
+    TensorMap t;        // (m, v), as right operands for Major::MN
+    const T* bias;      // (n) or null
+    State state;
+    uint32_t m, n, k;   // k and n multiples of 8
+    uint32_t r;         // 0: no adapter
+    uint32_t w;         // 0: p is not made here
+    uint32_t p_width;   // of the tiles that make p: 64, 128 or 256, at most BLOCK_N
+    float* slices;      // (splits·g, v)
+    uint32_t splits;    // 0: no gradient
+    uint32_t g, v;      // rows and columns of a slice
+    uint32_t t_width;   // of the tiles that make slices: 64 or 128, at most BLOCK_N
+
+    // Where an item's sum begins and ends, without the adapter. The shares of slices are equal but for 64 rows.
+    __device__ uint32_t first(Schedule::Item item) const {
+        return item.makes_slice ? ceil_div(m, 64) * item.n / splits * 64 : 0;
+    }
+    __device__ uint32_t last(Schedule::Item item) const {
+        const uint32_t next = ceil_div(m, 64) * (item.n + 1) / splits * 64;
+        return !item.makes_slice ? k : next < m ? next : m;
+    }
+    // The adapter's part of the sum.
+    __device__ uint32_t adapter(Schedule::Item item) const {
+        return item.makes_p || item.makes_slice ? 0 : r;
+    }
+    __device__ uint32_t width(Schedule::Item item, uint32_t block_n) const {
+        return item.makes_p ? p_width : item.makes_slice ? t_width : block_n;
     }
 };
 

@@ -9,7 +9,7 @@ namespace {
 struct GemmCase {
     int32_t tile, major;
     uint32_t blocks;
-    Matrix a, b, c, bias, p, wide, shrink;
+    Matrix a, b, c, bias, p, wide, shrink, t, slices;
 };
 
 void run_tile(Context& context, int32_t tile, const Product& product, uint32_t blocks) {
@@ -26,7 +26,9 @@ void run_tile(Context& context, int32_t tile, const Product& product, uint32_t b
 
 // Launches one after the other on the same control words; ticket and epoch go into state_after.
 void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t* state_after) {
-    const auto bytes = [](const Matrix& x) { return size_t((x.rows - 1) * x.row_stride + x.cols) * 2; };
+    const auto bytes = [](const Matrix& x) {
+        return size_t((x.rows - 1) * x.row_stride + x.cols) * (x.dtype == nlora::Dtype::kFloat32 ? 4 : 2);
+    };
     size_t words = 0;
     for (const GemmCase* c = cases; c < cases + count; ++c) {
         words = std::max(words, state_words(c->a.rows));
@@ -45,11 +47,15 @@ void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t*
         };
         Product product{on_device(c->a, false), on_device(c->b, false), on_device(c->c, true),
                         on_device(c->bias, false), on_device(c->p, bool(c->shrink)), on_device(c->wide, false),
-                        on_device(c->shrink, false), Major(c->major), state};
+                        on_device(c->shrink, false), on_device(c->t, false), on_device(c->slices, true),
+                        Major(c->major), state};
         run_tile(context, c->tile, product, c->blocks);
         context.fetch(c->c.data, product.c.data, bytes(c->c));
         if (c->shrink) {
             context.fetch(c->p.data, product.p.data, bytes(c->p));
+        }
+        if (c->t) {
+            context.fetch(c->slices.data, product.slices.data, bytes(c->slices));
         }
     }
     context.fetch(state_after, state, sizeof(uint32_t));
