@@ -66,6 +66,9 @@ struct Engine {
     void gradients(const hopper::Gradient* gradients, uint32_t count) const {
         is_hopper ? gradients_sm90a(stream, gradients, count) : gradients_sm80(stream, gradients, count);
     }
+    bool sums_beyond() const {
+        return is_hopper;
+    }
     int64_t splits(int64_t m, int64_t n, int64_t w) const {
         const auto choose = is_hopper ? &hopper::GradientSplits::choose : &hopper::AmpereSplits::choose;
         return choose(uint32_t(m), uint32_t(n), uint32_t(w), processors);

@@ -2,8 +2,11 @@
 //   forward    T = x·Aᵀ                 y = x·Wᵀ + T·Fᵀ + bias
 //   backward   H = dy·F, G = dy·B       dx = dy·W + H·A      dA = Hᵀ·x   dN = s·Gᵀ·T   dB = s·(dyᵀ·T)·Nᵀ
 //
-// An engine has fold, product, gradients and finishes, one launch each, and splits(m, n, w), the slices of a gradient.
+// An engine has fold, product, gradients and finishes, one launch each, splits(m, n, w), the slices of a gradient, and
+// sums_beyond(), whether its products sum the gradient of what P holds beyond the adapter.
 #pragma once
+
+#include <algorithm>
 
 #include "gradient.h"
 #include "product.h"
@@ -53,11 +56,16 @@ void forward(const Engine& engine, const Forward& f) {
     engine.product(product);
 }
 
+// Slices of dN where the product for dx sums them: enough for its last wave, few enough to be added up soon.
+inline int64_t product_splits(int64_t m) {
+    return std::min<int64_t>((m + 63) / 64, 64);
+}
+
 // Of the gradients that are wanted: dA is K wide, dB N, dN R.
 template <class Engine>
 int64_t slice_floats(const Engine& engine, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
     const auto floats = [&](int64_t wide, bool wanted) { return wanted ? engine.splits(m, wide, r) * wide * r : 0; };
-    return floats(k, dA) + floats(n, dB) + floats(r, dcore);
+    return floats(k, dA) + floats(n, dB) + std::max(floats(r, dcore), dcore ? product_splits(m) * r * r : 0);
 }
 
 // c = a·b by tiles of the engine alone.
@@ -76,8 +84,11 @@ template <class Engine>
 void backward(const Engine& engine, const Backward& g) {
     // The widest P that a product makes beside its result.
     constexpr int64_t kWidest = 256;
-    const int64_t r = g.A.rows;
+    const int64_t m = g.dy.rows, r = g.A.rows;
     const bool wants_h = g.dx || g.dA, wants_g = bool(g.dcore);
+    const bool sums_core = engine.sums_beyond() && g.dx && wants_g && 2 * r <= kWidest;
+    float* slices = g.slices;
+    Matrix core_sums{slices, nlora::Dtype::kFloat32, 0, r, r, 1};
     if (wants_h || wants_g) {
         engine.fold(g.B, g.core, g.scaling, g.folded);
     }
@@ -92,6 +103,12 @@ void backward(const Engine& engine, const Backward& g) {
         product.shrink = columns_of(g.folded, 0, w);
         product.major = Major::MN;
         product.state = g.state;
+        if (sums_core) {
+            core_sums.rows = product_splits(m) * r;
+            slices += core_sums.rows * r;
+            product.t = g.T;
+            product.slices = core_sums;
+        }
         engine.product(product);
         if (wants_g && w == r) {
             multiply(engine, g.dy, columns_of(g.folded, r, r), columns_of(g.shrunk, r, r), g.state);
@@ -103,7 +120,6 @@ void backward(const Engine& engine, const Backward& g) {
     Gradient gradients[3];
     Finish finishes[3];
     uint32_t count = 0;
-    float* slices = g.slices;
     // out = scaling·wideᵀ·narrow·coreᵀ, or its transpose.
     const auto contract = [&](const Matrix& out, const Matrix& wide, const Matrix& narrow, const Matrix& core,
                               float scaling, bool transposed) {
@@ -119,11 +135,16 @@ void backward(const Engine& engine, const Backward& g) {
     if (g.dB) {
         contract(g.dB, g.dy, g.T, g.core, g.scaling, false);
     }
-    if (g.dcore) {
+    if (wants_g && !sums_core) {
         contract(g.dcore, columns_of(g.shrunk, r, r), g.T, {}, g.scaling, false);
     }
     if (count) {
         engine.gradients(gradients, count);
+    }
+    if (sums_core) {
+        finishes[count++] = {core_sums, uint32_t(product_splits(m)), {}, g.dcore, g.scaling, false};
+    }
+    if (count) {
         engine.finishes(finishes, count);
     }
 }

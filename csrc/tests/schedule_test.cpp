@@ -30,29 +30,46 @@ struct Totals {
 };
 
 struct Problem {
-  uint32_t m, n, w;
+  uint32_t m, n, w, slices;
   TileShape tile;
 
-  Schedule schedule() const { return Schedule(m, n, w, tile.rows(), uint32_t(tile.block_n)); }
+  Schedule schedule() const { return Schedule(m, n, w, tile.rows(), uint32_t(tile.block_n), slices); }
 };
 
-#define SIZES "m %u, n %u, w %u, tile %dx%d, cluster %d"
-#define SIZES_OF(p) (p).m, (p).n, (p).w, (p).tile.block_m, (p).tile.block_n, (p).tile.cluster
+#define SIZES "m %u, n %u, w %u, %u slices, tile %dx%d, cluster %d"
+#define SIZES_OF(p) (p).m, (p).n, (p).w, (p).slices, (p).tile.block_m, (p).tile.block_n, (p).tile.cluster
 
-// Words of the flags that an item of P raises or that a tile waits for: one for each 64 rows that its blocks hold.
+// Words of the flags of a piece of P: one for each 64 rows.
 template <class Visit>
-void for_flags(const Problem& p, uint32_t row, uint32_t piece, Visit visit) {
+void for_flags(uint32_t first, uint32_t last, uint32_t piece, Visit visit) {
   const State state{nullptr};
-  for (uint32_t i = row; i < row + p.tile.rows(); i += 64) visit(uint64_t(state.flag(i, piece) - state.words));
+  for (uint32_t i = first; i < last; i += 64) visit(uint64_t(state.flag(i, piece) - state.words));
 }
+
+// Those that an item of P raises, and the rows of P whose flags a tile or a slice waits for.
+struct Rows {
+  uint32_t first, last;
+
+  Rows(const Problem& p, const Schedule::Item& item) : first(item.m), last(item.m + p.tile.rows()) {
+    const uint32_t steps = ceil_div(p.m, 64);
+    if (item.makes_slice) first = steps * item.n / p.slices * 64, last = steps * (item.n + 1) / p.slices * 64;
+  }
+};
 
 void check_order(const Problem& p, Totals& totals) {
   const Schedule schedule = p.schedule();
   const uint32_t count = schedule.count();
-  EXPECT(count == schedule.rows * (schedule.columns + schedule.pieces), SIZES, SIZES_OF(p));
+  const uint32_t grid = schedule.rows * (schedule.columns + schedule.pieces);
+  EXPECT(count == grid + p.slices, SIZES, SIZES_OF(p));
   std::vector<int64_t> tiles(size_t(schedule.rows) * schedule.columns, -1), pieces(schedule.rows * schedule.pieces, -1);
   for (uint32_t ticket = 0; ticket < count; ++ticket) {
     const Schedule::Item item = schedule.at(ticket);
+    // Slices come last, in their order: after all of P.
+    EXPECT(item.makes_slice == (ticket >= grid), "ticket %u, " SIZES, ticket, SIZES_OF(p));
+    if (item.makes_slice) {
+      EXPECT(!item.makes_p && item.m == 0 && item.n == ticket - grid, "ticket %u, " SIZES, ticket, SIZES_OF(p));
+      continue;
+    }
     EXPECT(item.m % p.tile.rows() == 0 && item.n % uint32_t(p.tile.block_n) == 0, SIZES, SIZES_OF(p));
     EXPECT(item.m < p.m && item.n < (item.makes_p ? p.w : p.n), "ticket %u, " SIZES, ticket, SIZES_OF(p));
     const uint32_t columns = item.makes_p ? schedule.pieces : schedule.columns;
@@ -88,7 +105,7 @@ void check_flags(const Problem& p, Totals& totals) {
   EXPECT(words.size() == 2, SIZES, SIZES_OF(p));
   for (uint32_t row = 0; row < schedule.rows; ++row) {
     for (uint32_t piece = 0; piece < schedule.pieces; ++piece) {
-      for_flags(p, row * p.tile.rows(), piece, [&](uint64_t word) {
+      for_flags(row * p.tile.rows(), (row + 1) * p.tile.rows(), piece, [&](uint64_t word) {
         EXPECT(words.insert(word).second, "row %u, piece %u, " SIZES, row, piece, SIZES_OF(p));
         EXPECT(word + State::kWord <= size && word % State::kWord == 0, "word %u, " SIZES, unsigned(word), SIZES_OF(p));
         ++totals.flags;
@@ -112,8 +129,9 @@ void run(const Problem& p, uint32_t resident, uint64_t seed, Totals& totals) {
   const auto ready = [&](uint32_t ticket) {
     const Schedule::Item item = schedule.at(ticket);
     bool all = true;
+    const Rows rows(p, item);
     for (uint32_t piece = 0; !item.makes_p && piece < schedule.pieces; ++piece)
-      for_flags(p, item.m, piece, [&](uint64_t word) { all &= raised[word] != 0; });
+      for_flags(rows.first, rows.last, piece, [&](uint64_t word) { all &= raised[word] != 0; });
     return all;
   };
   while (finished < count) {
@@ -128,7 +146,9 @@ void run(const Problem& p, uint32_t resident, uint64_t seed, Totals& totals) {
         moved = true;
       } else if (!cluster.held.empty() && ready(cluster.held[0])) {
         const Schedule::Item item = schedule.at(cluster.held[0]);
-        if (item.makes_p) for_flags(p, item.m, item.n / uint32_t(p.tile.block_n), [&](uint64_t word) { raised[word] = 1; });
+        const Rows rows(p, item);
+        if (item.makes_p)
+          for_flags(rows.first, rows.last, item.n / uint32_t(p.tile.block_n), [&](uint64_t word) { raised[word] = 1; });
         cluster.held.erase(cluster.held.begin());
         ++finished;
         moved = true;
@@ -173,7 +193,7 @@ void check_refusals() {
 // At the largest sizes that are taken, items near both ends are where they should be: nothing has wrapped round.
 void check_largest() {
   for (const TileShape& tile : kTiles) {
-    const Problem p{(1u << 31) - 256, 8, 256, tile};
+    const Problem p{(1u << 31) - 256, 8, 256, 0, tile};
     const Schedule schedule = p.schedule();
     EXPECT(uint64_t(schedule.rows) * (schedule.columns + schedule.pieces) == schedule.count(), SIZES, SIZES_OF(p));
     const Schedule::Item last = schedule.at(schedule.count() - 1);
@@ -276,7 +296,8 @@ int main(int argc, char** argv) {
         if (n % 8) continue;
         for (uint32_t w : widths) {
           if (w > State::kMaxPieces * uint32_t(tile.block_n)) continue;
-          const Problem p{m, n, w, tile};
+          // With P there may be slices of its gradient, no more than steps of 64 rows.
+          const Problem p{m, n, w, w ? std::min(ceil_div(m, 64), w / 8) : 0, tile};
           check_order(p, totals);
           check_flags(p, totals);
           const uint32_t count = p.schedule().count();

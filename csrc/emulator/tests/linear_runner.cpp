@@ -31,6 +31,9 @@ struct Engine {
     void gradients(const Gradient* gradients, uint32_t count) const {
         ampere ? launch_ampere_gradients(context, gradients, count) : launch_gradients(context, gradients, count);
     }
+    bool sums_beyond() const {
+        return !ampere;
+    }
     int64_t splits(int64_t m, int64_t n, int64_t w) const {
         const auto choose = ampere ? &AmpereSplits::choose : &GradientSplits::choose;
         return choose(uint32_t(m), uint32_t(n), uint32_t(w), context.processors());
