@@ -173,14 +173,14 @@ def test_rows_beyond_one_band_of_the_schedule(tile, resident):
 REDUNDANT = {
     "setmaxnreg_increase": "gives registers to a warp, orders nothing: without it the kernel is right and may spill",
 }
-# Launches with an adapter, without and with a cluster: two on the same control words; K of several laps round the ring
-# of slots; K so short that nothing waits for a slot.
+# Launches with an adapter, without and with a cluster: two on the same control words; K so short that nothing waits for
+# a slot; K of several laps round the ring of slots.
 MUTATED = [
     (0, [(130, 136, 72, 24, 24)] * 2),
+    (2, [(600, 264, 72, 24, 24)]),
+    (0, [(300, 264, 72, 24, 24)]),
     (3, [(300, 264, 456, 24, 24)]),
     (0, [(200, 264, 456, 24, 24)]),
-    (0, [(300, 264, 72, 24, 24)]),
-    (2, [(600, 264, 72, 24, 24)]),
 ]
 
 
@@ -206,7 +206,7 @@ def test_deleting_a_synchronisation_call_is_caught(line):
         if line not in executed_lines(index):
             continue
         seen = caught[index] = []
-        for seed in range(3):
+        for seed in range(1 if name in REDUNDANT else 3):
             for lanes in (False, True):
                 launches = [product(shape, torch.bfloat16) for shape in shapes]
                 ticket, _, result = run_gemm(*launches, tile=tile, seed=seed, lanes=lanes, skipped_line=line)

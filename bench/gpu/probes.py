@@ -70,12 +70,19 @@ def check_gemm(library):
         c = torch.nn.functional.linear(exact["a"], exact["b"], exact["bias"])
         if r:
             c += exact["a"] @ exact["shrink"][:r].T @ exact["wide"].T
+        t = torch.randint(-2, 3, (m, 64), generator=generator).float()
+        gradient = exact["shrink"][r:] @ exact["a"].T @ t if w > r else None
         for dtype, mn in itertools.product((torch.bfloat16, torch.float16), (False, True)):
-            inputs = {name: t.to(dtype) for name, t in exact.items()} | {"mn": mn}
+            inputs = {name: x.to(dtype) for name, x in exact.items()} | {"mn": mn}
+            if mn and w > r:
+                inputs |= {"t": t.to(dtype), "splits": 1 + (m > 64) + (m > 4096)}
             for tile, (rows, columns, cluster) in enumerate(TILES):
                 launches = [dict(inputs) for _ in range(3)]
                 ticket, epoch, _ = run_gemm(*launches, tile=tile, blocks=0, library=library)
                 right = all(torch.equal(launch["c"], c.to(dtype)) for launch in launches) and (ticket, epoch) == (0, 3)
+                if "t" in inputs:
+                    sums = (x["slices"].unflatten(0, (inputs["splits"], w - r)).sum(0) for x in launches)
+                    right = right and all(torch.equal(x, gradient) for x in sums)
                 label = f"gemm {'x'.join(map(str, shape))} {dtype} {'MN' if mn else 'K'} {rows}x{columns}x{cluster}"
                 if right and shape in SHAPES:
                     emulated = dict(inputs)
