@@ -1,5 +1,5 @@
-// The large product. A block of right, packed by all threads together, fills the better part of a second-level cache; its
-// strips stream past the few rows of left that a thread packs at a time, which stay in the first level.
+// The large product. Threads share out the result as a grid; each packs its own columns of right, as many as fill the
+// better part of a second-level cache, and lets them stream past a few rows of left, which stay in the first level.
 #include "cpu/gemm.h"
 
 namespace nlora::cpu {
@@ -7,11 +7,8 @@ namespace {
 
 // Steps of k at a time. Deeper, sums are written less often; but a longer sum loses more to rounding.
 constexpr int64_t kDepth = 384;
-// Rows a thread takes at a time, whose sums are kept in fp32 where the result is not.
+// Rows whose sums are kept in fp32 at a time, where the result is not fp32 and k does not fit the cache.
 constexpr int64_t kRows = 1024;
-
-// Rows prepared at a time: a multiple of the rows that dots and packing take together.
-constexpr int64_t kPrepared = 48;
 
 // A run of k inside one summand, and its place in the run of all summands that is packed together.
 struct Piece {
@@ -23,30 +20,64 @@ struct Piece {
 struct Depth {
   std::vector<Piece> pieces;
   int64_t k;
+  bool in_place;  // left is read where it lies
 };
 
 struct Problem {
   std::vector<Depth> depths;
   const float* start;
   Matrix out;
-  const Prepare* prepare;
-  int64_t deepest, block_cols, row_blocks;
-  float* right;  // two blocks, one being read while the next is packed: [strip][k][tile_cols] each
+  int64_t k, deepest;
+  int64_t fitting;  // values of packed right
 };
 
-int64_t block_size(const Problem& p) { return p.block_cols * p.deepest; }
+// The k of all summands in nearly equal runs. A shallow summand goes with the run before it, which saves a pass over out.
+std::vector<Depth> depths_of(const std::vector<Summand>& summands, int64_t unit) {
+  std::vector<Depth> depths;
+  for (const Summand& summand : summands) {
+    const int64_t k = summand.left.cols;
+    const bool in_place = summand.left.dtype == Dtype::kFloat32 && summand.left.col_stride == 1;
+    if (!depths.empty() && k <= kDepth / 4) {
+      Depth& last = depths.back();
+      last.pieces.push_back({&summand, {0, k}, last.k});
+      last.k += k;
+      last.in_place = last.in_place && in_place && last.pieces.size() == 2;
+      continue;
+    }
+    const int64_t runs = std::max<int64_t>(1, (k + kDepth - 1) / kDepth);
+    for (int64_t i = 0; i < runs; ++i) {
+      const Range range = part(k, unit, int(i), int(runs));
+      if (range.size || runs == 1) depths.push_back({{{&summand, range, 0}}, range.size, in_place});
+    }
+  }
+  return depths;
+}
 
-// Rows of left packed at a time: as many as are transposed in registers.
+// Rows of left multiplied at a time: as many as are transposed in registers when they are packed.
 int64_t step_rows(const Kernels& kernel) { return round_up(kernel.width, kernel.tile_rows); }
 
-bool has_sums(const Problem& p) { return p.out.dtype != Dtype::kFloat32 && p.depths.size() > 1; }
+// Columns of right packed at a time, of `cols` in all.
+int64_t block_cols(const Kernels& kernel, const Problem& p, int64_t cols) {
+  const int64_t limit = std::max<int64_t>(kernel.tile_cols, p.fitting / p.deepest / kernel.tile_cols * kernel.tile_cols);
+  const int64_t blocks = std::max<int64_t>(1, (cols + limit - 1) / limit);
+  return round_up((cols + blocks - 1) / blocks, kernel.tile_cols);
+}
+
+int64_t right_size(const Kernels& kernel, const Problem& p) {
+  const int64_t all = round_up(p.out.cols, kernel.tile_cols) * p.k;
+  return std::min(all, std::max<int64_t>(p.fitting, kernel.tile_cols * p.deepest));
+}
+
+int64_t sums_size(const Kernels& kernel, const Problem& p) {
+  return p.out.dtype == Dtype::kFloat32 ? 0 : std::min(kRows, p.out.rows) * block_cols(kernel, p, p.out.cols);
+}
 
 // What a thread needs for itself.
 int64_t own_size(const Kernels& kernel, const Problem& p) {
-  return step_rows(kernel) * p.deepest + (has_sums(p) ? kRows * p.block_cols : 0);
+  return right_size(kernel, p) + step_rows(kernel) * p.deepest + sums_size(kernel, p);
 }
 
-// Panels of `size` rows or columns, of one depth.
+// Panels of `size` rows or columns.
 void pack(const Kernels& kernel, const Depth& depth, Matrix Summand::*side, Range rows, int size, float* panels) {
   for (const Piece& piece : depth.pieces) {
     const Matrix from = slice(piece.summand->*side, rows, piece.range);
@@ -55,71 +86,90 @@ void pack(const Kernels& kernel, const Depth& depth, Matrix Summand::*side, Rang
   }
 }
 
-// Thread `index` of the `count` that share p.right.
-void run(const Kernels& kernel, const Problem& p, int index, int count, float* own) {
-  const int64_t tile_cols = kernel.tile_cols;
-  const Range all = part(p.out.rows, kernel.tile_rows, index, count);
-  float* left = own;
-  float* sums = own + step_rows(kernel) * p.deepest;
-  int turn = 0;
-  for (int64_t col = 0; col < p.out.cols; col += p.block_cols) {
-    const int64_t cols = std::min(p.block_cols, p.out.cols - col);
-    const Range mine = part(cols, tile_cols, index, count);
-    for (int64_t b = 0; b < p.row_blocks; ++b) {
-      const Range block = part(all.size, kernel.tile_rows, int(b), int(p.row_blocks));
-      const Matrix out = slice(p.out, {all.first + block.first, block.size}, {col, cols});
-      const Matrix partial = has_sums(p) ? fp32(sums, block.size, cols, p.block_cols) : out;
-      for (size_t i = 0; i < p.depths.size(); ++i) {
-        const Depth& depth = p.depths[i];
-        const Matrix& to = i + 1 == p.depths.size() ? out : partial;
-        // NOTE: no thread is still reading the block before the last one when all have packed the last one.
-        float* right = p.right + (turn++ & 1) * block_size(p);
-        pack(kernel, depth, &Summand::right, {col + mine.first, mine.size}, int(tile_cols), right + mine.first * depth.k);
-        barrier(count);
-        for (int64_t row = 0; row < block.size; row += step_rows(kernel)) {
-          const Range step = {row, std::min(step_rows(kernel), block.size - row)};
-          const Range rows = {all.first + block.first + row, step.size};
-          if (p.prepare && !col && !i && row % kPrepared == 0)
-            (*p.prepare)({rows.first, std::min(kPrepared, block.size - row)});
-          pack(kernel, depth, &Summand::left, rows, kernel.tile_rows, left);
-          const Matrix c = slice(to, step, {0, cols}), before = slice(partial, step, {0, cols});
-          Product product = {};
-          product.a = left;
-          product.b = right;
-          product.b_strip = depth.k * tile_cols;
-          product.b_row = tile_cols;
-          product.init = i ? static_cast<const float*>(before.data) : p.start ? p.start + col : nullptr;
-          product.init_row = i ? before.row_stride : 0;
-          product.c = c.data;
-          product.c_dtype = c.dtype;
-          product.c_row = c.row_stride;
-          product.m = step.size, product.n = cols, product.k = depth.k;
-          kernel.multiply(product);
+const float* values(const Matrix& m) { return static_cast<const float*>(m.data); }
+
+// The part of a product's k that is `depth`, for some rows of left.
+void place_left(const Kernels& kernel, const Depth& depth, Range rows, float* panels, Product& product) {
+  product.k = depth.k;
+  product.a = panels;
+  if (!depth.in_place) return pack(kernel, depth, &Summand::left, rows, kernel.tile_rows, panels);
+  const auto left = [&](const Piece& piece) { return slice(piece.summand->left, rows, piece.range); };
+  const Piece& main = depth.pieces[0];
+  product.a = values(left(main)), product.a_row = left(main).row_stride, product.k = main.range.size;
+  if (depth.pieces.size() == 1) return;
+  const Matrix tail = left(depth.pieces[1]);
+  product.tail = values(tail), product.tail_row = tail.row_stride, product.tail_k = tail.cols;
+}
+
+// The rows and columns of the result that are one thread's.
+void run(const Kernels& kernel, const Problem& p, Range rows, Range cols, float* own) {
+  if (!rows.size || !cols.size) return;
+  const int64_t tile_cols = kernel.tile_cols, step = step_rows(kernel), count = int64_t(p.depths.size());
+  float* right = own;
+  float* left = right + right_size(kernel, p);
+  float* sums = left + step * p.deepest;
+  const int64_t width = block_cols(kernel, p, cols.size);
+  for (int64_t col = 0; col < cols.size; col += width) {
+    const Range block = {cols.first + col, std::min(width, cols.size - col)};
+    const int64_t padded = round_up(block.size, tile_cols);
+    const bool in_sums = p.out.dtype != Dtype::kFloat32;
+    const int64_t height = in_sums ? std::min(kRows, rows.size) : rows.size;
+    for (int64_t top = 0; top < rows.size; top += height) {
+      const int64_t bottom = std::min(rows.size, top + height);
+      for (int64_t first = 0, last; first < count; first = last) {
+        // As many runs of k as fit.
+        int64_t k = 0;
+        for (last = first; last < count && (last == first || padded * (k + p.depths[last].k) <= p.fitting); ++last) {
+          pack(kernel, p.depths[last], &Summand::right, block, int(tile_cols), right + padded * k);
+          k += p.depths[last].k;
+        }
+        for (int64_t row = top; row < bottom; row += step) {
+          const Range at = {rows.first + row, std::min(step, bottom - row)};
+          const Matrix out = slice(p.out, at, block);
+          const Matrix partial = in_sums ? fp32(sums + (row - top) * width, at.size, block.size, width) : out;
+          k = 0;
+          for (int64_t i = first; i < last; ++i) {
+            const Depth& depth = p.depths[i];
+            const Matrix& to = i + 1 == count ? out : partial;
+            Product product = {};
+            place_left(kernel, depth, at, left, product);
+            if (depth.in_place && (i + 1 < last || row + step < bottom)) {
+              const Piece& next = p.depths[i + 1 < last ? i + 1 : first].pieces[0];
+              const Range rows_ahead = {i + 1 < last ? at.first : at.first + step, 1};
+              product.ahead = values(slice(next.summand->left, rows_ahead, next.range));
+            }
+            product.b = right + padded * k;
+            product.b_strip = depth.k * tile_cols;
+            product.b_row = tile_cols;
+            product.init = i ? values(partial) : p.start ? p.start + block.first : nullptr;
+            product.init_row = i ? partial.row_stride : 0;
+            product.c = to.data;
+            product.c_dtype = to.dtype;
+            product.c_row = to.row_stride;
+            product.m = at.size, product.n = block.size;
+            kernel.multiply(product);
+            k += depth.k;
+          }
         }
       }
     }
   }
-  barrier(count);
 }
 
-// The k of all summands in nearly equal runs. A shallow summand goes with the run before it, which saves a pass over out.
-std::vector<Depth> depths_of(const std::vector<Summand>& summands, int64_t unit) {
-  std::vector<Depth> depths;
-  for (const Summand& summand : summands) {
-    const int64_t k = summand.left.cols;
-    if (!depths.empty() && k <= kDepth / 4) {
-      Depth& last = depths.back();
-      last.pieces.push_back({&summand, {0, k}, last.k});
-      last.k += k;
-      continue;
-    }
-    const int64_t runs = std::max<int64_t>(1, (k + kDepth - 1) / kDepth);
-    for (int64_t i = 0; i < runs; ++i) {
-      const Range range = part(k, unit, int(i), int(runs));
-      if (range.size || runs == 1) depths.push_back({{{&summand, range, 0}}, range.size});
-    }
+// The columns of the grid in which `threads` threads do least, counted in multiply-adds of one k.
+int grid_cols(const Kernels& kernel, const Problem& p, int threads) {
+  // What packing a value costs.
+  constexpr int64_t kRight = 32, kLeft = 16;
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int cols = 1; cols <= threads; ++cols) {
+    const int rows = threads / cols;
+    const auto largest = [](int64_t n, int64_t unit, int parts) { return round_up((round_up(n, unit) + parts - 1) / parts, unit); };
+    const int64_t n = largest(p.out.cols, kernel.tile_cols, cols), m = largest(p.out.rows, kernel.tile_rows, rows);
+    const int64_t cost = m * n + kRight * n + (p.depths[0].in_place ? 0 : kLeft * m);
+    if (cost < least) least = cost, best = cols;
   }
-  return depths;
+  return best;
 }
 
 }  // namespace
@@ -145,39 +195,19 @@ void gemm(const std::vector<Summand>& summands, const float* start, const Matrix
           const Prepare* prepare) {
   if (!out.rows || !out.cols) return;
   const Kernels& kernel = kernels();
-  Problem p = {depths_of(summands, kernel.width), start, out, prepare, 1, 0, 0, nullptr};
-  for (const Depth& depth : p.depths) p.deepest = std::max(p.deepest, depth.k);
-  // With few rows a thread: columns are shared out, and every thread packs its own part of right and all of left.
-  const bool by_cols = out.rows < int64_t(threads) * 2 * kernel.tile_rows;
-  const int64_t tile_cols = kernel.tile_cols;
-  const int64_t rows = by_cols ? out.rows : part(out.rows, kernel.tile_rows, threads - 1, threads).size;
-  p.row_blocks = std::max<int64_t>(1, (rows + kRows - kernel.tile_rows) / (kRows - kernel.tile_rows));
-  const int64_t cols = by_cols ? round_up((out.cols + threads - 1) / threads, tile_cols) : out.cols;
-  const int64_t fitting = std::max(tile_cols, second_level_cache() / 8 * 5 / 4 / p.deepest);
-  const int64_t blocks = (cols + fitting - 1) / fitting;
-  p.block_cols = round_up((cols + blocks - 1) / blocks, tile_cols);
-
-  const int64_t right = 2 * block_size(p), own = own_size(kernel, p);
-  if (!by_cols) {
-    p.right = scratch.take(right);
-    float* all = scratch.take(own * threads);
-    return parallel(threads, [&](int index, int count) { run(kernel, p, index, count, all + index * own); });
-  }
-  if (prepare) {
-    parallel(threads, [&](int index, int count) { (*prepare)(part(out.rows, kernel.tile_rows, index, count)); });
-    p.prepare = nullptr;
-  }
-  float* all = scratch.take((right + own) * threads);
+  Problem p = {depths_of(summands, kernel.width), start, out, 0, 1, second_level_cache() / 8 * 5 / 4};
+  for (const Depth& depth : p.depths) p.k += depth.k, p.deepest = std::max(p.deepest, depth.k);
+  const int64_t own = own_size(kernel, p);
+  float* all = scratch.take(own * threads);
   parallel(threads, [&](int index, int count) {
-    const Range mine = part(out.cols, tile_cols, index, count);
-    Problem q = p;
-    std::vector<Summand> parts = summands;
-    for (Summand& summand : parts) summand.right = slice(summand.right, mine, {0, summand.right.cols});
-    q.depths = depths_of(parts, kernel.width);
-    q.start = start ? start + mine.first : nullptr;
-    q.out = slice(out, {0, out.rows}, mine);
-    q.right = all + index * (right + own);
-    run(kernel, q, 0, 1, q.right + right);
+    if (prepare) {
+      (*prepare)(part(out.rows, 2 * kernel.tile_rows, index, count));
+      barrier(count);
+    }
+    const int by = grid_cols(kernel, p, count);
+    const Range rows = part(out.rows, kernel.tile_rows, index / by, count / by);
+    const Range cols = part(out.cols, kernel.tile_cols, index % by, by);
+    if (index < count / by * by) run(kernel, p, rows, cols, all + index * own);
   });
 }
 

@@ -27,8 +27,7 @@ struct Summand {
   Matrix right;  // (n, k)
 };
 
-// Called with rows of left before these are read, by the thread that reads them, to compute them from others that it
-// reads at the same time.
+// Computes some rows of left, called by each thread before any of them multiplies.
 using Prepare = std::function<void(Range rows)>;
 
 // out = start + Σ left·rightᵀ by panels packed to fp32. The summands share m and n, each has a k of its own; start (n,)

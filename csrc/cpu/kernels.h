@@ -5,9 +5,13 @@
 
 namespace nlora::cpu {
 
-// C (m, n) = init + a·b over k.
+// C (m, n) = init + a·b over k, then over tail_k with tail for a; b goes on where it was.
 struct Product {
-  const float* a;            // panels of tile_rows rows: [k][tile_rows] each, rows past m are zero
+  const float* a;            // panels of tile_rows rows: [k][tile_rows] each, rows past m are zero; or, in place,
+  int64_t a_row;             // rows that are a_row apart, their k side by side; 0 for panels
+  const float* tail;         // rows tail_row apart; only where a is in place
+  int64_t tail_row, tail_k;
+  const float* ahead;        // the rows that the next product reads in place, to be fetched, or nullptr
   const void* b;             // strips of tile_cols columns; a strip's row of k holds them side by side
   Dtype b_dtype;
   int64_t b_strip, b_row;    // distance of two strips, and of two rows of a strip, in elements
