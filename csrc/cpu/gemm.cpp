@@ -37,7 +37,7 @@ std::vector<Depth> depths_of(const std::vector<Summand>& summands, int64_t unit)
   for (const Summand& summand : summands) {
     const int64_t k = summand.left.cols;
     const bool in_place = summand.left.dtype == Dtype::kFloat32 && summand.left.col_stride == 1;
-    if (!depths.empty() && k <= kDepth / 4) {
+    if (!depths.empty() && k <= kDepth / 2) {
       Depth& last = depths.back();
       last.pieces.push_back({&summand, {0, k}, last.k});
       last.k += k;
@@ -91,7 +91,7 @@ const float* values(const Matrix& m) { return static_cast<const float*>(m.data);
 // The part of a product's k that is `depth`, for some rows of left.
 void place_left(const Kernels& kernel, const Depth& depth, Range rows, float* panels, Product& product) {
   product.k = depth.k;
-  product.a = panels;
+  product.a = panels, product.a_panel = depth.k * kernel.tile_rows;
   if (!depth.in_place) return pack(kernel, depth, &Summand::left, rows, kernel.tile_rows, panels);
   const auto left = [&](const Piece& piece) { return slice(piece.summand->left, rows, piece.range); };
   const Piece& main = depth.pieces[0];

@@ -7,8 +7,9 @@ namespace nlora::cpu {
 
 // C (m, n) = init + a·b over k, then over tail_k with tail for a; b goes on where it was.
 struct Product {
-  const float* a;            // panels of tile_rows rows: [k][tile_rows] each, rows past m are zero; or, in place,
-  int64_t a_row;             // rows that are a_row apart, their k side by side; 0 for panels
+  const float* a;            // panels of tile_rows rows: [k][tile_rows] each, rows past m are zero; or rows in place,
+  int64_t a_panel;           // distance of two panels
+  int64_t a_row;             // distance of two rows, whose k lie side by side; 0 for panels
   const float* tail;         // rows tail_row apart; only where a is in place
   int64_t tail_row, tail_k;
   const float* ahead;        // the rows that the next product reads in place, to be fetched, or nullptr

@@ -137,7 +137,7 @@ INLINE void tile(const Product& p, int64_t row, int count, const B* b, const flo
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = Vec{};
   for (int part = 0; part < (PANELS ? 1 : 2); ++part) {
     const int64_t k = part ? p.tail_k : p.k;
-    const float* panel = p.a + row * p.k;
+    const float* panel = p.a + row / kTileRows * p.a_panel;
     const float* a[kTileRows];
     // NOTE: rows past the last one repeat it: they are computed and not stored.
 #pragma GCC unroll 16

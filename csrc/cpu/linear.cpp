@@ -10,7 +10,7 @@
 namespace nlora::cpu {
 namespace {
 
-constexpr int64_t kSkinny = 32;
+constexpr int64_t kSkinny = 64;
 constexpr int64_t kFewRows = 16;
 // Rows read at a time by sums: their pages stay within the first-level TLB.
 constexpr int64_t kSumDepth = 64;
@@ -22,13 +22,18 @@ int team(int threads, int64_t a, int64_t b, int64_t c) { return a * b * c < kSer
 
 float* values(const Matrix& m) { return static_cast<float*>(m.data); }
 
+// Into fp32, with zeros up to the end of its rows.
+void copy(const Kernels& kernel, const Matrix& from, const Matrix& to) {
+  kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, from.cols, from.rows, int(to.row_stride),
+              from.rows * to.row_stride, values(to));
+}
+
 // m in fp32, rows padded with zeros to a multiple of unit.
 Matrix copied(const Kernels& kernel, const Matrix& m, int64_t unit, Scratch& scratch) {
   const int64_t cols = round_up(m.cols, unit);
-  const Matrix copy = fp32(scratch.take(m.rows * cols), m.rows, m.cols, cols);
-  kernel.pack(m.data, m.dtype, m.col_stride, m.row_stride, m.cols, m.rows, int(cols), cols * m.rows,
-              values(copy));
-  return copy;
+  const Matrix result = fp32(scratch.take(m.rows * cols), m.rows, m.cols, cols);
+  copy(kernel, m, result);
+  return result;
 }
 
 void scale(const Matrix& m, float factor) {
@@ -53,17 +58,23 @@ const float* row_vector(const Kernels& kernel, const Matrix& m, Scratch& scratch
   return values(copied(kernel, m, kernel.width, scratch));
 }
 
-// A sum over the rows of b, weighted by panels of left: left·b for a left of few rows.
+// A sum over the rows of b, weighted by left: left·b for a left of few rows.
 struct Sum {
-  const float* panels;  // [ceil(m / tile_rows)][k][tile_rows]
-  Matrix b;             // (k, n), columns side by side
+  Matrix left;    // (m, k)
+  Matrix b;       // (k, n), columns side by side
+  float* panels;  // of left: [ceil(m / tile_rows)][k][tile_rows]
 };
 
 Sum weighted(const Kernels& kernel, const Matrix& left, const Matrix& b, Scratch& scratch) {
-  float* panels = scratch.take(round_up(left.rows, kernel.tile_rows) * left.cols);
-  kernel.pack(left.data, left.dtype, left.row_stride, left.col_stride, left.rows, left.cols, kernel.tile_rows,
-              left.cols * kernel.tile_rows, panels);
-  return {panels, b};
+  return {left, b, scratch.take(round_up(left.rows, kernel.tile_rows) * left.cols)};
+}
+
+// One thread's part of a sum's panels.
+void pack(const Kernels& kernel, const Sum& sum, int index, int count) {
+  const Range k = part(sum.left.cols, kernel.width, index, count);
+  const Matrix from = slice(sum.left, {0, sum.left.rows}, k);
+  kernel.pack(from.data, from.dtype, from.row_stride, from.col_stride, from.rows, from.cols, kernel.tile_rows,
+              sum.left.cols * kernel.tile_rows, sum.panels + k.first * kernel.tile_rows);
 }
 
 // out[:, cols] = factor · Σ left·b, through `sums` (m, n) in fp32. `edge` holds kSumDepth · tile_cols values.
@@ -72,16 +83,13 @@ void sum(const Kernels& kernel, std::initializer_list<Sum> parts, const Matrix& 
   const int64_t m = out.rows, tile = kernel.tile_cols, whole = cols.size / tile * tile;
   bool started = false;
   const auto add = [&](const Sum& part, Range depth, const void* b, Dtype dtype, int64_t b_row, Range at) {
-    // NOTE: panels are as deep as the whole sum, so each is a product of its own.
-    for (int64_t row = 0; row < m; row += kernel.tile_rows) {
-      Product p = {};
-      p.a = part.panels + row * part.b.rows + depth.first * kernel.tile_rows;
-      p.b = b, p.b_dtype = dtype, p.b_strip = tile, p.b_row = b_row;
-      p.c = values(sums) + row * sums.row_stride + at.first, p.c_row = sums.row_stride;
-      p.init = started ? static_cast<float*>(p.c) : nullptr, p.init_row = sums.row_stride;
-      p.m = std::min<int64_t>(kernel.tile_rows, m - row), p.n = at.size, p.k = depth.size;
-      kernel.multiply(p);
-    }
+    Product p = {};
+    p.a = part.panels + depth.first * kernel.tile_rows, p.a_panel = part.b.rows * kernel.tile_rows;
+    p.b = b, p.b_dtype = dtype, p.b_strip = tile, p.b_row = b_row;
+    p.c = values(sums) + at.first, p.c_row = sums.row_stride;
+    p.init = started ? static_cast<float*>(p.c) : nullptr, p.init_row = sums.row_stride;
+    p.m = m, p.n = at.size, p.k = depth.size;
+    kernel.multiply(p);
   };
   for (const Sum& part : parts) {
     for (int64_t k = 0; k < part.b.rows || (k == 0 && !started); k += kSumDepth) {
@@ -101,7 +109,13 @@ void sum(const Kernels& kernel, std::initializer_list<Sum> parts, const Matrix& 
   if (factor != 1.0f)
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < cols.size; ++j) values(mine)[i * mine.row_stride + j] *= factor;
-  kernel.round(values(mine), mine.row_stride, slice(out, {0, m}, cols));
+  const Matrix to = slice(out, {0, m}, cols);
+  if (to.dtype == Dtype::kFloat32 && to.row_stride == 1 && to.col_stride == m && m % kernel.width == 0) {
+    // NOTE: packing is what transposes in registers.
+    kernel.pack(mine.data, mine.dtype, mine.row_stride, 1, m, cols.size, int(m), cols.size * m, values(to));
+  } else {
+    kernel.round(values(mine), mine.row_stride, to);
+  }
 }
 
 // y for few rows of x: W is read once, in place, and the adapter's r is a continuation of its k.
@@ -146,7 +160,7 @@ Matrix padded(const Kernels& kernel, int64_t M, int64_t R, Scratch& scratch) {
 }
 
 // The adapter's narrow products: inner = left·outerᵀ, or left itself, and outcome = s·inner·coreᵀ. Where inner is wanted
-// in another dtype too, it is rounded to `rounded`.
+// outside too, it is rounded to `rounded`, or is computed there.
 class Chain {
  public:
   Matrix inner, outcome;
@@ -155,7 +169,12 @@ class Chain {
         const Matrix& rounded, Scratch& scratch)
       : kernel_(&kernel), left_(left), outer_(outer), core_(core), rounded_(rounded), scaling_(scaling) {
     const int64_t R = outer ? outer.rows : left.cols;
-    inner = padded(kernel, left.rows, R, scratch), outcome = padded(kernel, left.rows, R, scratch);
+    inner = outcome = padded(kernel, left.rows, R, scratch);
+    if (rounded.dtype == Dtype::kFloat32 && rounded.row_stride == inner.row_stride && rounded.col_stride == 1) {
+      inner = rounded, rounded_ = {};
+    } else {
+      inner = padded(kernel, left.rows, R, scratch);
+    }
     if (outer && skinny()) outer_ = copied(kernel, outer, kernel.width, scratch);
     if (core) core_ = copied(kernel, core, kernel.width, scratch), scale(core_, scaling);
   }
@@ -168,10 +187,13 @@ class Chain {
     if (outer_) {
       multiply(from, outer_, to);
     } else {
-      kernel_->pack(from.data, from.dtype, from.col_stride, from.row_stride, from.cols, rows.size, int(to.row_stride),
-                    rows.size * to.row_stride, values(to));
+      copy(*kernel_, from, to);
     }
-    finish(rows);
+    const Matrix next = slice(outcome, rows, {0, outcome.cols});
+    if (rounded_) kernel_->round(values(to), to.row_stride, slice(rounded_, rows, {0, inner.cols}));
+    // NOTE: inner's padding is multiplied too, so that no row ends within a register.
+    if (core_) return multiply(fp32(values(to), to.rows, to.row_stride, to.row_stride), core_, next);
+    for (int64_t i = 0; i < rows.size * to.row_stride; ++i) values(next)[i] = scaling_ * values(to)[i];
   }
 
   void all(int threads, Scratch& scratch) const {
@@ -180,33 +202,18 @@ class Chain {
       parallel(team(threads, M, inner.cols, left_.cols), [&](int index, int count) { (*this)(part(M, 12, index, count)); });
       return;
     }
-    for (const Matrix& m : {inner, outcome})
-      if (m.row_stride != m.cols) std::memset(m.data, 0, M * m.row_stride * sizeof(float));
-    if (outer_) {
-      gemm({{left_, outer_}}, nullptr, inner, threads, scratch);
-    } else {
-      kernel_->pack(left_.data, left_.dtype, left_.col_stride, left_.row_stride, left_.cols, M, int(inner.row_stride),
-                    M * inner.row_stride, values(inner));
-    }
-    if (core_) gemm({{inner, core_}}, nullptr, outcome, threads, scratch);
-    finish({0, M}, false);
+    if (outer_) gemm({{left_, outer_}}, nullptr, inner, threads, scratch);
+    const Matrix& from = outer_ ? inner : left_;
+    if (rounded_) kernel_->round(values(inner), inner.row_stride, rounded_);
+    if (core_) return gemm({{from, core_}}, nullptr, outcome, threads, scratch);
+    copy(*kernel_, from, outcome);
+    scale(outcome, scaling_);
   }
 
  private:
-  // NOTE: inner's padding is multiplied too, so that no row ends within a register.
   void multiply(const Matrix& left, const Matrix& right, const Matrix& out) const {
     if (out.row_stride != out.cols) std::memset(out.data, 0, out.rows * out.row_stride * sizeof(float));
     kernel_->dots(dots(left, right, out));
-  }
-
-  void finish(Range rows, bool multiplies = true) const {
-    const Matrix from = slice(inner, rows, {0, inner.cols}), to = slice(outcome, rows, {0, inner.cols});
-    if (rounded_) kernel_->round(values(from), from.row_stride, slice(rounded_, rows, {0, inner.cols}));
-    if (core_ && multiplies) {
-      multiply(fp32(values(from), rows.size, from.row_stride, from.row_stride), core_, to);
-    } else if (!core_) {
-      for (int64_t i = 0; i < rows.size * to.row_stride; ++i) values(to)[i] = scaling_ * values(from)[i];
-    }
   }
 
   const Kernels* kernel_;
@@ -228,7 +235,7 @@ void widen(const Kernels& kernel, const Matrix& left, const Matrix& right, const
     float* a = panels + rows.first * left.cols;
     kernel.pack(mine.data, mine.dtype, mine.row_stride, mine.col_stride, mine.rows, mine.cols, kernel.tile_rows,
                 mine.cols * kernel.tile_rows, a);
-    p.a = a, p.b = b.data, p.b_strip = kernel.tile_cols, p.b_row = b.row_stride;
+    p.a = a, p.a_panel = left.cols * tile, p.b = b.data, p.b_strip = kernel.tile_cols, p.b_row = b.row_stride;
     p.init = start;
     p.c = to.data, p.c_dtype = to.dtype, p.c_row = to.row_stride;
     p.m = to.rows, p.n = to.cols, p.k = left.cols;
@@ -310,7 +317,7 @@ void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& 
   const auto columns = [&](const Matrix& out) { return fp32(scratch.take(out.rows * out.cols), out.rows, out.cols, out.cols); };
   const bool sum_dx = dx && few, sum_dA = dA && narrow_rank, sum_dB = dB && narrow_rank, sum_dcore = dcore && narrow_rank;
   if (!sum_dx && !sum_dA && !sum_dB && !sum_dcore && !dbias) return;
-  Sum from_dy, from_H, to_dA, to_dB, to_dcore, to_dbias;
+  Sum from_dy = {}, from_H = {}, to_dA = {}, to_dB = {}, to_dcore = {}, to_dbias = {};
   Matrix dx_sums, dA_sums, dB_sums, dcore_sums, dbias_sums;
   if (sum_dx) {
     from_dy = weighted(kernel, dy, weight, scratch), from_H = weighted(kernel, H, A, scratch);
@@ -330,11 +337,14 @@ void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& 
   parallel(team(threads, M, K + N, rows), [&](int index, int count) {
     const Range in = part(K, kernel.tile_cols, index, count), out = part(N, kernel.tile_cols, index, count);
     float* mine = edges + edge * index;
+    for (const Sum* each : {&from_dy, &from_H, &to_dA, &to_dB, &to_dcore, &to_dbias})
+      if (each->panels) pack(kernel, *each, index, count);
+    barrier(count);
     if (sum_dx) sum(kernel, {from_dy, from_H}, dx_sums, in, 1.0f, mine, dx);
     if (sum_dA) sum(kernel, {to_dA}, dA_sums, in, 1.0f, mine, dA);
     if (sum_dB) sum(kernel, {to_dB}, dB_sums, out, 1.0f, mine, transposed(dB));
     if (dbias) sum(kernel, {to_dbias}, dbias_sums, out, 1.0f, mine, dbias);
-    if (sum_dcore && index == 0) sum(kernel, {to_dcore}, dcore_sums, {0, R}, scaling, mine, dcore);
+    if (sum_dcore) sum(kernel, {to_dcore}, dcore_sums, part(R, kernel.tile_cols, index, count), scaling, mine, dcore);
   });
 }
 
