@@ -158,6 +158,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_forward", &forward, free_threads());
   m.def("cpu_backward", &backward, free_threads());
+  m.def("cpu_add_product", &add_product, free_threads());
   m.def("cpu_lora2_core", &lora2_core, free_threads());
   m.def("cpu_lora2_core_backward", &lora2_core_backward, free_threads());
   m.def(

@@ -50,6 +50,10 @@ void lora2_core(const Matrix& u, const Matrix& E, const Matrix& U, const Matrix&
 void lora2_core_backward(const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
                          const Matrix& du, const Matrix& dE, const Matrix& dU);
 
+// weight (N, K) += left (N, R)·right (R, K), all fp32 and weight with its columns side by side. False, with nothing done,
+// where the library does it faster.
+bool add_product(const Matrix& weight, const Matrix& left, const Matrix& right, int threads);
+
 // LoRA² training, over all layers of a model. Everything is contiguous fp32.
 // The scored tensors of an adapter, E (r), u (r, k), U (k, r), their gradients, nullptr for zero, and the mask (r) if it
 // is to be written.

@@ -119,12 +119,13 @@ def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: f
         return weight
     dtype = _accumulator(weight.dtype)
     left, right = B.to(dtype), A.to(dtype)
-    if N is not None:
-        left = left @ N.to(dtype)
+    left = left * -scaling if N is None else left @ (N.to(dtype) * -scaling)
     if weight.dtype == dtype:
-        return weight.addmm_(left, right, alpha=-scaling)
+        add_product_ = getattr(backends.select(None, weight), "add_product_", None)
+        done = add_product_ and add_product_(weight, left, right)
+        return weight if done else weight.addmm_(left, right)
     for part, left_part in zip(weight.split(_TILE_ROWS), left.split(_TILE_ROWS), strict=True):
-        part.copy_(part.to(dtype).addmm_(left_part, right, alpha=-scaling))
+        part.copy_(part.to(dtype).addmm_(left_part, right))
     return weight
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nlora_kernels import init
+from nlora_kernels import init, testing
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -130,6 +130,21 @@ def test_subtract_rounds_once(dtype, transposed, core):
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     bound = torch.finfo(dtype).eps / 2 * exact.abs() + unit * (fp32 * 14 + exact.abs())
     assert ((W.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("r", [32, 33, 64, 160, 161])
+def test_subtract_at_every_rank(r):
+    whole = normal(301, 235)
+    W, before = whole[:, 5:230], whole.clone()
+    A, B = normal(r, 225, seed=1), normal(301, r, seed=2)
+    expected = W.double() - 0.3 * B.double() @ A.double()
+    plain = testing.error_norm(W - 0.3 * (B @ A), expected)
+    version = W._version
+    init.subtract_(W, A, None, B, 0.3)
+    assert testing.error_norm(W, expected) <= 2 * plain + torch.finfo(W.dtype).eps * expected.norm()
+    assert torch.equal(whole[:, :5], before[:, :5]) and torch.equal(whole[:, 230:], before[:, 230:])
+    # Autograd has to notice, and so it does whoever writes.
+    assert W._version > version
 
 
 def test_subtract_of_a_16_bit_weight_allocates_a_fraction_of_it():

@@ -411,6 +411,42 @@ def test_both_penalties_equal_autograd_through_their_definitions(form, dtype):
             assert p.grad is None
 
 
+def test_the_penalty_is_a_citizen_of_autograd():
+    model, twin = net(), net()
+    seen = {}
+    for m, penalty in ((model, orthogonal_penalty), (twin, penalty_by_definition)):
+        m.layers[1].lora_V.requires_grad_(False)
+        hooked = m.layers[0].lora_v
+        hooked.register_hook(lambda grad: 2 * grad)
+        hooked.register_post_accumulate_grad_hook(lambda p, m=m: seen.update({m: p.grad.clone()}))
+        x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+        # Two batches accumulate; in each the penalty stands beside a loss, twice and in another form.
+        for _ in range(2):
+            value = penalty(m, "paper")
+            (m(x).square().mean() + 0.1 * value * value + 0.2 * penalty(m, "reference")).backward()
+        value = penalty(m, "paper")
+        value.backward(retain_graph=True)
+        value.backward()
+    assert torch.allclose(seen[model], seen[twin], rtol=1e-5, atol=1e-5)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=2e-6 * q.grad.abs().max().item(), msg=name)
+    tensors = [layer.lora_u for layer in model.layers]
+    alone = torch.autograd.grad(orthogonal_penalty(model), tensors)
+    for a, b in zip(
+        alone,
+        torch.autograd.grad(penalty_by_definition(twin, "paper"), [layer.lora_u for layer in twin.layers]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+    value = orthogonal_penalty(model)
+    with torch.no_grad():
+        tensors[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
 @pytest.mark.parametrize("form", ["paper", "reference"])
 def test_the_penalty_of_orthogonal_vectors_and_its_gradient_are_zero(form):
     model = net(ranks=[(4, 4)] * 2)

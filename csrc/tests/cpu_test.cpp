@@ -168,6 +168,15 @@ void check(const Shape& s, Dtype dtype, Dtype adapter, bool with_core, bool with
   compare("dbias", dbias, product(std::vector<double>(M, 1), dy.exact, 1, M, N), 1 + M, where);
 }
 
+// weight += left·right where it is done, and nothing where it is left to the library.
+void check_add_product(int64_t N, int64_t K, int64_t R, int64_t gap, int threads) {
+  const Tensor left = tensor(N, R, Dtype::kFloat32, 1), right = tensor(R, K, Dtype::kFloat32, 2, true, gap);
+  const Tensor weight = tensor(N, K, Dtype::kFloat32, 3, true, gap);
+  const bool done = nlora::cpu::add_product(weight.view, left.view, right.view, threads);
+  const std::vector<double> sum = add(product(left.exact, right.exact, N, R, K), weight.exact);
+  compare("weight", weight, done ? sum : weight.exact, R + 1.0, done ? "add_product" : "nothing");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -191,6 +200,9 @@ int main(int argc, char** argv) {
         check(s, dtype, adapter, mix & 2, true, mix & 4, mix & 8 ? 1 : 3);
         check(s, dtype, adapter, mix & 2, false, mix & 4, mix & 8 ? 3 : 1);
       }
+    for (int64_t R : {8, 33, 160, 161})
+      for (const Shape& s : {Shape{0, 5, 3, 0}, {0, 48, 8, 0}, {0, 16, 7, 0}, {0, 150, 130, 0}, {0, 97, 517, 0}})
+        check_add_product(s.N, s.K, R, R % 3, 1 + R % 2);
   }
   std::printf("%d shapes and dtypes, %d failures\n", checks, failures);
   return failures ? 1 : 0;

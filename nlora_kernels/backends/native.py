@@ -129,6 +129,16 @@ class Cpu:
         _C.cpu_lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask, *grads)
         return grads
 
+    def add_product_(self, weight, left, right) -> bool:
+        """weight += left·right; False, with nothing done, where the library is faster or must do it."""
+        for t in (weight, left, right):
+            if not t.is_cpu or t.dtype != torch.float32 or type(t) not in (torch.nn.Parameter, Tensor):
+                return False
+        if weight.stride(1) != 1 or not _C.cpu_add_product(weight, left, right, torch.get_num_threads()):
+            return False
+        torch.autograd.graph.increment_version(weight)
+        return True
+
 
 cpu = Cpu()
 
