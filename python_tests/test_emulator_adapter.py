@@ -145,6 +145,11 @@ def run_finish(n, w, splits=3, with_core=True, transposed=False, mix=0, **option
     return run_case("run_adapter", FINISH, *tensors, **options), tensors[2], exact, magnitude, splits + w
 
 
+def test_finish_of_many_rows():
+    for n, w in ((4100, 8), (4096, 24)):
+        check(*run_finish(n, w, splits=2, with_core=False, transposed=True))
+
+
 def test_finishes_of_one_launch():
     cases = [
         finish_case(n, w, 2, core, True, mix) for n, w, core, mix in ((40, 72, True, 1), (8, 16, 0, 2), (70, 8, 1, 3))
@@ -156,7 +161,7 @@ def test_finishes_of_one_launch():
             check(result, out, exact, magnitude, 2 + max(out.shape))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7])
+@pytest.mark.parametrize("splits", [1, 2, 19])
 @pytest.mark.parametrize("n, w", [(8, 8), (40, 72), (136, 16), (33, 256)])
 def test_finish(n, w, splits):
     for mix, schedule in zip(range(8), itertools.cycle(SCHEDULES)):

@@ -11,12 +11,10 @@
 
 namespace hopper {
 
-// A block adds up 32 rows of the slices, which lie one after another, into shared memory, and makes its part of out
+// A block adds up some rows of the slices, which lie one after another, into shared memory, and makes its part of out
 // from there.
 struct FinishTile : StridedTile {
     static constexpr uint32_t kSumsAt = StridedTile::kSharedBytes;
-    // Loads of 16 bytes that a thread has under way for each of 4 slices.
-    static constexpr uint32_t kBatch = 4;
 
     HOPPER_FN static constexpr uint32_t shared_bytes(uint32_t w) {
         return kSumsAt + kRows * w * 4;
@@ -25,14 +23,23 @@ struct FinishTile : StridedTile {
         return shared_base() + kSumsAt + element * 4;
     }
 
-    // The first `count` elements from `slices` on, of slices that are `apart`.
+    // Of out (n, w) by one block. A product with the core wants all rows of a tile, and so do many rows; few rows with
+    // many slices are divided until each thread adds 4 elements.
+    HOPPER_FN static constexpr uint32_t rows(uint32_t n, uint32_t w, bool core) {
+        const uint32_t few = 4 * kThreads / w;
+        return core || n >= 4096 || few >= kRows ? kRows : few ? few : 1;
+    }
+
+    // The first `count` elements from `slices` on, of slices that are `apart`. 16 loads of 16 bytes are under way in a
+    // thread: Batch of each slice.
+    template <uint32_t Batch>
     __device__ __forceinline__ static void add_up(const float* slices, uint32_t splits, size_t apart, uint32_t count) {
-        for (uint32_t first = thread_rank() * 4; first < count; first += kThreads * 4 * kBatch) {
-            Float4 total[kBatch] = {};
-#pragma unroll 4
+        for (uint32_t first = thread_rank() * 4; first < count; first += kThreads * 4 * Batch) {
+            Float4 total[Batch] = {};
+#pragma unroll(16 / Batch)
             for (uint32_t s = 0; s < splits; ++s) {
 #pragma unroll
-                for (uint32_t i = 0; i < kBatch; ++i) {
+                for (uint32_t i = 0; i < Batch; ++i) {
                     const uint32_t at = first + i * kThreads * 4;
                     if (at < count) {
                         const auto part = ld_global(reinterpret_cast<const Float4*>(slices + s * apart + at));
@@ -44,13 +51,12 @@ struct FinishTile : StridedTile {
                 }
             }
 #pragma unroll
-            for (uint32_t i = 0; i < kBatch; ++i) {
+            for (uint32_t i = 0; i < Batch; ++i) {
                 if (first + i * kThreads * 4 < count) {
                     st_shared(sum_at(first + i * kThreads * 4), total[i]);
                 }
             }
         }
-        sync_threads();
     }
 };
 
@@ -59,10 +65,15 @@ __global__ void __launch_bounds__(Tile::kThreads) finish_kernel(const __grid_con
     uint32_t block;
     const Finish& problem = group.of_block(block);
     const Matrix &core = problem.core, &out = problem.out;
-    const uint32_t n = uint32_t(out.rows), w = uint32_t(out.cols), row0 = block * Tile::kRows;
-    const uint32_t rows = n - row0 < Tile::kRows ? n - row0 : Tile::kRows;
-    Tile::add_up(static_cast<const float*>(problem.slices.data) + size_t(row0) * w, problem.splits, size_t(n) * w,
-                 rows * w);
+    const uint32_t n = uint32_t(out.rows), w = uint32_t(out.cols), most = Tile::rows(n, w, core.data);
+    const uint32_t row0 = block * most, rows = n - row0 < most ? n - row0 : most;
+    const float* slices = static_cast<const float*>(problem.slices.data) + size_t(row0) * w;
+    if (rows * w > 4 * Tile::kThreads) {
+        Tile::template add_up<4>(slices, problem.splits, size_t(n) * w, rows * w);
+    } else {
+        Tile::template add_up<1>(slices, problem.splits, size_t(n) * w, rows * w);
+    }
+    sync_threads();
     const auto sum = [&](uint32_t row, uint32_t column) {
         return row < rows && column < w ? ld_shared<float>(Tile::sum_at(row * w + column)) : 0.0f;
     };
@@ -95,8 +106,9 @@ void launch_finishes(Context& context, const Finish* finishes, uint32_t count) {
             std::swap(finish.out.rows, finish.out.cols);
             std::swap(finish.out.row_stride, finish.out.col_stride);
         }
-        widest = std::max(widest, uint32_t(finish.out.cols));
-        group.add(finish, ceil_div(uint32_t(finish.out.rows), FinishTile::kRows));
+        const uint32_t n = uint32_t(finish.out.rows), w = uint32_t(finish.out.cols);
+        widest = std::max(widest, w);
+        group.add(finish, ceil_div(n, FinishTile::rows(n, w, bool(finish.core))));
     }
     context.launch({group.total(), FinishTile::kThreads, 1, FinishTile::shared_bytes(widest), 128},
                    &finish_kernel<FinishTile>, group);
