@@ -56,7 +56,7 @@ RAGGED_TILES = {Tile(64, 64, 32, 8, 2): 1.0, Tile(32, 32, 32, 4, 2): 0.5}
 # Few rows: the weight is read once whatever the tile, so many small programs with deep pipelines read it fastest.
 DECODE_TILES = {Tile(m, n, 128, 4, stages): n / 64 for m in (16, 32, 64) for n, stages in ((32, 5), (64, 4))}
 # fp32 without TF32 runs on the scalar units, whose operands fill registers first.
-EXACT_TILES = {Tile(64, 64, 32, 8, 2): 1.0, Tile(32, 64, 32, 4, 2): 0.8, Tile(16, 32, 32, 4, 2): 0.4}
+EXACT_TILES = {Tile(64, 64, 16, 8, 3): 1.0, Tile(32, 64, 16, 4, 3): 0.8, Tile(16, 32, 16, 4, 3): 0.4}
 TF32_TILES = {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 4, 3): 0.6, Tile(16, 64, 32, 4, 3): 0.2}
 
 # M, K, N, R that are measured: the linear layers of LLaMA-2-7B and BERT, and for the gradient of x their transposes.
@@ -93,7 +93,7 @@ def narrow_tile(
     """
     width = max(columns, min(128, padded(N)))
     if dtype == torch.float32 and not tf32:
-        tile = Tile(min(padded(M), 32, max(16, 2048 // width)), width, 32, 8, 2)
+        tile = Tile(min(padded(M), 32, max(16, 2048 // width)), width, 16, 8, 3)
     elif not aligned:
         width = max(columns, min(64, width))
         tile = Tile(min(padded(M), 64 if width <= 64 else 32), width, 32, 8, 2)
