@@ -8,6 +8,7 @@ can build, and a message on stderr for what it cannot; the package then installs
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,8 @@ TIER_FLAGS = {
 # without such an end hold no code that only one of them has.
 ARCHITECTURES = {"_sm90a": ["sm_90a"], "_sm80": ["sm_80", "compute_80"], "": ["sm_80", "sm_90", "compute_80"]}
 
+OLDEST_NVCC = 13
+
 
 class NinjaBuild(build_ext):
     """Builds each extension by one build.ninja in its temporary folder."""
@@ -48,7 +51,15 @@ class NinjaBuild(build_ext):
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         libraries = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if "NLORA_CUDA" in dict(ext.define_macros) else []
         links = [*(f"-L{path}" for path in ext.library_dirs), *libraries]
-        build(Path(self.build_temp) / ext.name, sources, output, flags, ["-shared", "-fopenmp", *undefined, *links])
+        try:
+            build(Path(self.build_temp) / ext.name, sources, output, flags, ["-shared", "-fopenmp", *undefined, *links])
+        except CompileError:
+            if not (ext.optional and libraries):
+                raise
+            # A toolkit that fails costs the CUDA kernels, not those for the CPU.
+            print("nlora_kernels: building with nvcc failed; installing without CUDA kernels", file=sys.stderr)
+            ext.sources, ext.define_macros = [str(source) for source in sources if source.suffix != ".cu"], []
+            self.build_extension(ext)
 
 
 class Sanitize(Command):
@@ -137,11 +148,18 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
 
 
-def cuda_home(nvcc: str) -> Path:
-    """The toolkit that an nvcc belongs to, which may be a script or a link elsewhere."""
+def cuda_toolkit() -> tuple[Path | None, str]:
+    """The CUDA toolkit to build with, or None and why there is none."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None, "no nvcc"
+    # NOTE: nvcc may be a script or a link elsewhere, so it is asked itself.
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", said)
+    if release is None or int(release[1]) < OLDEST_NVCC:
+        return None, f"nvcc {OLDEST_NVCC} or newer is needed, got {release[0] if release else 'none that runs'}"
     said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    top = next((line.partition("=")[2] for line in said.splitlines() if line.startswith("#$ TOP=")), None)
-    return Path(top).resolve() if top else Path(nvcc).resolve().parent.parent
+    return Path(re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)[1]).resolve(), ""
 
 
 def ninja_path() -> str:
@@ -163,26 +181,24 @@ def extensions() -> list[Extension]:
         from pybind11 import get_include
     except ImportError:
         missing.append("no pybind11")
-    nvcc = shutil.which("nvcc")
-    if wanted == "cuda":
-        missing += [] if nvcc else ["no nvcc"]
-        missing += [] if CUDA_SOURCES else ["no sources in csrc/cuda"]
+    home, reason = cuda_toolkit() if wanted != "cpu" else (None, "")
+    missing += [reason] if wanted == "cuda" and reason else []
     if missing:
         message = f"nlora_kernels: cannot build the native kernels: {', '.join(missing)}"
         if wanted:
             sys.exit(message)
         print(f"{message}; installing without them", file=sys.stderr)
         return []
-    cuda = wanted == "cuda" or wanted is None and bool(nvcc and CUDA_SOURCES)
-    home = cuda_home(nvcc) if cuda else None
+    if reason:
+        print(f"nlora_kernels: building without CUDA kernels: {reason}", file=sys.stderr)
     # fmt: off
     return [Extension(
         "nlora_kernels._C",
         sources=[str(path.relative_to(ROOT))
-                 for path in (ROOT / "csrc/bindings.cpp", *CPU_SOURCES, *(CUDA_SOURCES if cuda else []))],
-        include_dirs=[get_include(), *([str(home / "include")] if cuda else [])],
-        library_dirs=[str(home / "lib64")] if cuda else [],
-        define_macros=[("NLORA_CUDA", None)] if cuda else [],
+                 for path in (ROOT / "csrc/bindings.cpp", *CPU_SOURCES, *(CUDA_SOURCES if home else []))],
+        include_dirs=[get_include(), *([str(home / "include")] if home else [])],
+        library_dirs=[str(home / "lib64"), str(home / "lib")] if home else [],
+        define_macros=[("NLORA_CUDA", None)] if home else [],
         # Without NLORA_BUILD a failing compiler costs the native kernels, not the installation.
         optional=wanted is None,
     )]

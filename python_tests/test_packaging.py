@@ -42,6 +42,18 @@ print(nk.backends.available())
     assert eval(available)["lean"] is None
 
 
+def test_an_nvcc_that_cannot_build_is_passed_over_or_named(tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.1\n")
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "setup.py", "-q", "--name"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "nvcc 13 or newer is needed, got release 12" in done.stderr
+    done = subprocess.run(command, cwd=ROOT, env={**environment, "NLORA_BUILD": "cuda"}, capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot build the native kernels: nvcc 13 or newer is needed" in done.stderr
+
+
 def test_the_source_distribution_has_everything_that_the_extension_is_built_from(tmp_path):
     run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=ROOT)
     (archive,) = tmp_path.glob("nlora_kernels-*.tar.gz")
