@@ -30,22 +30,32 @@ struct FinishTile : StridedTile {
         return core || n >= 4096 || few >= kRows ? kRows : few ? few : 1;
     }
 
-    // The first `count` elements from `slices` on, of slices that are `apart`. 16 loads of 16 bytes are under way in a
-    // thread: Batch of each slice.
+    // The first `count` elements from `slices` on, of slices that are `apart`. A thread loads 16 bytes 16 times before
+    // it adds: Batch times from each slice.
     template <uint32_t Batch>
     __device__ __forceinline__ static void add_up(const float* slices, uint32_t splits, size_t apart, uint32_t count) {
+        constexpr uint32_t kAhead = 16 / Batch;
         for (uint32_t first = thread_rank() * 4; first < count; first += kThreads * 4 * Batch) {
             Float4 total[Batch] = {};
-#pragma unroll(16 / Batch)
-            for (uint32_t s = 0; s < splits; ++s) {
+            for (uint32_t slice = 0; slice < splits; slice += kAhead) {
+                Float4 parts[kAhead][Batch] = {};
 #pragma unroll
-                for (uint32_t i = 0; i < Batch; ++i) {
-                    const uint32_t at = first + i * kThreads * 4;
-                    if (at < count) {
-                        const auto part = ld_global(reinterpret_cast<const Float4*>(slices + s * apart + at));
+                for (uint32_t s = 0; s < kAhead; ++s) {
+#pragma unroll
+                    for (uint32_t i = 0; i < Batch; ++i) {
+                        const uint32_t at = first + i * kThreads * 4;
+                        if (slice + s < splits && at < count) {
+                            parts[s][i] = ld_global(reinterpret_cast<const Float4*>(slices + (slice + s) * apart + at));
+                        }
+                    }
+                }
+#pragma unroll
+                for (uint32_t s = 0; s < kAhead; ++s) {
+#pragma unroll
+                    for (uint32_t i = 0; i < Batch; ++i) {
 #pragma unroll
                         for (int j = 0; j < 4; ++j) {
-                            total[i].v[j] += part.v[j];
+                            total[i].v[j] += parts[s][i].v[j];
                         }
                     }
                 }
