@@ -56,10 +56,10 @@ def extended_tile(
     WAIT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    seed=None,
-    threshold=0,
-    scale=1.0,
-    DROPOUT: tl.constexpr = False,
+    seed,
+    threshold,
+    scale,
+    DROPOUT: tl.constexpr,
 ):
     """One tile of y = [x | narrow]·[weight ; wide] + bias: the sum over K goes on over R in the same accumulator.
 
@@ -71,19 +71,21 @@ def extended_tile(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if DROPOUT:
         acc = multiply(acc, narrow, wide, m, n, M, N, 0, R, R, 1, wide_stride_row, wide_stride_col,
-                       BLOCK_M, BLOCK_N, BLOCK_R, True, False, TRANSPOSED, False, WIDE_DESCRIPTOR, DTYPE, PRECISION)
+                       BLOCK_M, BLOCK_N, BLOCK_R, True, False, TRANSPOSED, False, WIDE_DESCRIPTOR, DTYPE, PRECISION,
+                       None, 0, "")
         acc = drop(acc, seed, threshold, m, n, BLOCK_M, BLOCK_N) * scale
     acc = multiply(acc, x, weight, m, n, M, N, 0, K,
                    x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
                    BLOCK_M, BLOCK_N, BLOCK_K, CHECK_K, False, TRANSPOSED, X_DESCRIPTOR, WEIGHT_DESCRIPTOR,
-                   DTYPE, PRECISION)
+                   DTYPE, PRECISION, None, 0, "")
     if WAIT:
         ready = tl.atomic_add(flag, 0, sem="acquire")
         while ready == 0:
             ready = tl.atomic_add(flag, 0, sem="acquire")
     if not DROPOUT:
         acc = multiply(acc, narrow, wide, m, n, M, N, 0, R, R, 1, wide_stride_row, wide_stride_col,
-                       BLOCK_M, BLOCK_N, BLOCK_R, True, False, TRANSPOSED, False, WIDE_DESCRIPTOR, DTYPE, PRECISION)
+                       BLOCK_M, BLOCK_N, BLOCK_R, True, False, TRANSPOSED, False, WIDE_DESCRIPTOR, DTYPE, PRECISION,
+                       None, 0, "")
     # fmt: on
     if BIAS:
         j = n + tl.arange(0, BLOCK_N)
@@ -211,7 +213,7 @@ def single_launch(
             acc = multiply(tl.zeros((BLOCK_M, PADDED_R), tl.float32), x, shrink, m, 0, M, R, 0, K,
                            x_stride_row, x_stride_col, shrink_stride_row, shrink_stride_col,
                            BLOCK_M, PADDED_R, BLOCK_K, CHECK_K, False, TRANSPOSED, X_DESCRIPTOR, SHRINK_DESCRIPTOR,
-                           DTYPE, PRECISION)
+                           DTYPE, PRECISION, None, 0, "")
             store_product(acc, raw, narrow, core, m, 0, M, R, core_stride_row, core_stride_col, alpha,
                           BLOCK_M, PADDED_R, True, CORE, TRANSPOSED, DTYPE, PRECISION)
             # NOTE: one thread raises the flag; the barrier puts the stores of all the others before it.
@@ -223,7 +225,8 @@ def single_launch(
                           M, N, K, R, x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
                           wide_stride_row, wide_stride_col, state + 1 + block,
                           BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, CHECK_K, TRANSPOSED,
-                          X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, True, DTYPE, PRECISION)
+                          X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, True, DTYPE, PRECISION,
+                          None, 0, 1.0, False)
         # fmt: on
         item = tl.atomic_add(state, 1, sem="relaxed")
 

@@ -65,9 +65,9 @@ def multiply(
     B_DESCRIPTOR: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    seed=None,
-    threshold=0,
-    DROPS: tl.constexpr = "",
+    seed,
+    threshold,
+    DROPS: tl.constexpr,
 ):
     """acc + a[m : m + BLOCK_M, k_begin : k_end] · b[k_begin : k_end, n : n + BLOCK_N], operands in DTYPE, sums in fp32.
 
@@ -134,7 +134,7 @@ def store_product(
         store_tile(raw, acc, row, col, rows, cols, cols, BLOCK_M, BLOCK_N)
     if CORE:
         # NOTE: the core is taken in strips of columns: a whole 256 × 256 one would fill half of shared memory.
-        STRIP: tl.constexpr = min(BLOCK_N, 32 if CORE_DTYPE == tl.float32 else 64)
+        STRIP: tl.constexpr = min(BLOCK_N, 32)
         left = acc.to(CORE_DTYPE)
         for n in range(0, cols, STRIP):
             # fmt: off
