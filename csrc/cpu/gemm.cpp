@@ -126,7 +126,9 @@ void run(const Kernels& kernel, const Problem& p, Range rows, Range cols, float*
         for (int64_t row = top; row < bottom; row += step) {
           const Range at = {rows.first + row, std::min(step, bottom - row)};
           const Matrix out = slice(p.out, at, block);
-          const Matrix partial = in_sums ? fp32(sums + (row - top) * width, at.size, block.size, width) : out;
+          // NOTE: sums that no later run of k adds to stay in the first-level cache.
+          float* here = sums + (first == 0 && last == count ? 0 : (row - top) * width);
+          const Matrix partial = in_sums ? fp32(here, at.size, block.size, width) : out;
           k = 0;
           for (int64_t i = first; i < last; ++i) {
             const Depth& depth = p.depths[i];

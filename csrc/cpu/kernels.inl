@@ -1,5 +1,5 @@
 // The kernels of one instruction set, written once with the compiler's vector types. The including file defines kWidth,
-// kTileRows, kTileVectors, kDotRows and kDotCols in namespace nlora::cpu::{anonymous}.
+// kTileRows, kTileVectors, kUnrolled, kDotRows and kDotCols in namespace nlora::cpu::{anonymous}.
 //
 // NOTE: everything here has internal linkage and nothing of the standard library is used: an inline function shared
 // between files of different flags would let the linker put AVX code into the portable path.
@@ -105,17 +105,35 @@ INLINE Vec load(const Float16* p) {
 INLINE void store(float* p, Vec value) { *reinterpret_cast<LooseVec*>(p) = value; }
 INLINE Vec broadcast(float value) { return Vec{} + value; }
 
-// The rows of a result in its own dtype, from fp32.
-template <class T>
-INLINE void round_row(const float* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) from_float(from[i], to + i);
+// A register of values in the dtype of a result.
+INLINE void round_vector(const float* from, float* to) { store(to, load(from)); }
+
+INLINE void round_vector(const float* from, BFloat16* to) {
+  const Vec value = load(from);
+  const Bits bits = (Bits)value, rounded = bits + 0x7fff + (bits >> 16 & 1), not_a_number = (Bits)(value != value);
+  const Bits result = (not_a_number & (bits | 0x400000)) | (~not_a_number & rounded);
+  *reinterpret_cast<LooseHalf*>(to) = __builtin_convertvector(result >> 16, Half);
 }
 
-#if defined(__F16C__)
-INLINE void round_row(const float* from, Float16* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i].bits = uint16_t(_cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT));
-}
+INLINE void round_vector(const float* from, Float16* to) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)load(from), _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(to, &half, sizeof half);
+#elif defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph((__m256)load(from), _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(to, &half, sizeof half);
+#else
+  for (int i = 0; i < kWidth; ++i) from_float(from[i], to + i);
 #endif
+}
+
+// A row of a result.
+template <class T>
+INLINE void round_row(const float* from, T* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) round_vector(from + i, to + i);
+  for (; i < n; ++i) from_float(from[i], to + i);
+}
 
 // Product
 
@@ -145,8 +163,8 @@ INLINE void tile(const Product& p, int64_t row, int count, const B* b, const flo
       const int64_t at = row + (i < count ? i : count - 1);
       a[i] = PANELS ? nullptr : part ? p.tail + at * p.tail_row : p.a + at * p.a_row;
     }
-    // NOTE: unrolled, so that counting takes fewer turns on the ports that multiply.
-#pragma GCC unroll 8
+    // NOTE: unrolled, so that counting takes fewer turns on the ports that multiply, where there are registers to spare.
+#pragma GCC unroll kUnrolled
     for (int64_t q = 0; q < k; ++q) {
       Vec column[VECTORS];
 #pragma GCC unroll 16

@@ -4,6 +4,7 @@ namespace nlora::cpu {
 namespace {
 constexpr int kWidth = 8;
 constexpr int kTileRows = 4, kTileVectors = 3;
+constexpr int kUnrolled = 1;
 constexpr int kDotRows = 3, kDotCols = 4;
 }  // namespace
 }  // namespace nlora::cpu

@@ -61,12 +61,13 @@ class Cpu:
         """Which of the four ways computes a layer of these sizes fastest (bench/test_linear.py runs them all)."""
         if _C.forked() or not _C.cpu_multiplies(_CODES[dtype]):
             return "whole"
-        if M <= 16 and dtype == torch.float32:
-            return "whole"
-        if R <= 32:
-            return "adapter"
-        # Folding multiplies K·N·R once each way and spares every row the product of P with B, or of H with A.
-        return "folded" if dtype == torch.float32 and M * (K + N) > 1.5 * K * N else "library"
+        if dtype == torch.float32:
+            # Folding multiplies K·N·R once each way and spares every row the product of P with B, or of H with A.
+            if R > 64 and M * (K + N) > 1.5 * K * N:
+                return "folded"
+            if M <= 16 or _C.cpu_tier() != "portable":
+                return "whole"
+        return "adapter" if R <= 32 else "library"
 
     def forward(
         self, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None, plan=None
