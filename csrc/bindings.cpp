@@ -112,8 +112,6 @@ void define_cuda(py::module_& m) {
   py::class_<Queue>(m, "CudaQueue").def(py::init([](int device, int64_t stream) {
     return Queue{device, pointer<void>(stream)};
   }));
-  m.def("cuda_capture", &capture);
-  m.def("cuda_state_words", &state_words);
   m.def("cuda_slice_floats", &slice_floats);
   m.def("cuda_linear", &linear, free_threads());
   m.def("cuda_forward", &forward, free_threads());

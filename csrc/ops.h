@@ -89,26 +89,21 @@ struct Queue {
   void* stream;
 };
 
-// The number of the graph that is being captured on the stream, or 0.
-int64_t capture(const Queue& queue);
-// Control words of the products of m rows, 4 bytes each: zero before the first launch. One launch at a time uses them.
-int64_t state_words(int64_t m);
 // Size of `slices` for these gradients, in floats.
 int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore);
 
 // y = x·Wᵀ + bias, the products of a layer without its adapter: what benchmarks hold against the library.
-void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y,
-            const Matrix& state);
+void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y);
 // As on the CPU, with B and core of any dtype and all else of one 16-bit dtype.
 // folded (N, R) in that dtype.
 void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
              const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& folded,
-             const Matrix& state, float scaling);
+             float scaling);
 // dA, dB and dcore in any dtype. folded (N, R) and shrunk (M, R), or twice as wide with dcore.
 void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight,
               const Matrix& A, const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA,
               const Matrix& dB, const Matrix& dcore, const Matrix& folded, const Matrix& shrunk, const Matrix& slices,
-              const Matrix& state, float scaling);
+              float scaling);
 
 // As on the CPU, in any dtypes.
 void lora2_core(const Queue& queue, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,

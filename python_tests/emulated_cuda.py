@@ -10,7 +10,7 @@ from nlora_kernels.backends.cuda import launch, nystrom
 
 
 class LinearCase(ctypes.Structure):
-    _fields_ = [("ampere", ctypes.c_int32), ("scaling", ctypes.c_float), ("matrices", Matrix * 15)]
+    _fields_ = [("ampere", ctypes.c_int32), ("scaling", ctypes.c_float), ("matrices", Matrix * 14)]
 
 
 class Extension:
@@ -18,18 +18,6 @@ class Extension:
 
     def __init__(self, ampere=False, **options):
         self.ampere, self.options, self.launches = ampere, options, []
-        self.capture = 0
-
-    def CudaQueue(self, device, stream):
-        return device, stream
-
-    def cuda_capture(self, queue):
-        return self.capture
-
-    def cuda_state_words(self, m):
-        function = emulator().linear_state_words
-        function.restype = ctypes.c_int64
-        return function(ctypes.c_int64(m))
 
     def cuda_slice_floats(self, queue, m, k, n, r, *wanted):
         function = emulator().linear_slice_floats
@@ -64,7 +52,7 @@ class Extension:
 
     def _run(self, entry, arguments):
         *tensors, scaling = arguments
-        case = LinearCase(self.ampere, scaling, (Matrix * 15)(*map(Matrix.of, tensors)))
+        case = LinearCase(self.ampere, scaling, (Matrix * 14)(*map(Matrix.of, tensors)))
         result = call(getattr(emulator(), entry), ctypes.byref(case), seed=len(self.launches), **self.options)
         self._report(entry, result)
 
@@ -78,8 +66,7 @@ def install(monkeypatch, **options):
     extension = Extension(**options)
     for module in (cuda, launch, nystrom):
         monkeypatch.setattr(module, "_C", extension)
-    monkeypatch.setattr(launch, "place", lambda t: (0, 0))
-    monkeypatch.setattr(launch, "_states", {})
+    monkeypatch.setattr(launch, "queue", lambda t: None)
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "misplaced", lambda name, t: None)
     return extension

@@ -1,9 +1,13 @@
 // What csrc/ops.h declares: chooses the engine of the device, and says of every error which call met it.
 #include "../ops.h"
 
+#include <map>
+#include <mutex>
+
 #include "launchers.h"
 #include "linear.h"
 #include "splits.h"
+#include "states.h"
 
 namespace nlora::cuda {
 namespace {
@@ -48,6 +52,44 @@ void on(const Queue& queue, const std::string& operation, Body body) {
     }
 }
 
+// Zeroed memory of the current device. It is no part of a graph that is being captured, and waits for nothing else.
+void* allocate_zeroed(size_t bytes) {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    hopper::check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    void* data = nullptr;
+    cudaStream_t stream = nullptr;
+    cudaError_t status = cudaMalloc(&data, bytes);
+    if (status == cudaSuccess) {
+        status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    }
+    if (status == cudaSuccess) {
+        status = cudaMemsetAsync(data, 0, bytes, stream);
+    }
+    if (status == cudaSuccess) {
+        status = cudaStreamSynchronize(stream);
+    }
+    if (stream) {
+        cudaStreamDestroy(stream);
+    }
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    hopper::check_cuda(status, "allocation of control words");
+    return data;
+}
+
+// Control words for products of m rows on a queue, whose device is current.
+uint32_t* state(const Queue& queue, int64_t m) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long graph = 0;
+    hopper::check_cuda(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(queue.stream), &status, &graph),
+                       "cudaStreamGetCaptureInfo");
+    static std::mutex mutex;
+    // NOTE: never destroyed, for the driver may be gone before it.
+    static auto& states = *new std::map<int, hopper::States>;
+    const std::lock_guard<std::mutex> lock(mutex);
+    return states[queue.device].words(queue.stream, status == cudaStreamCaptureStatusActive ? graph : 0,
+                                      hopper::state_words(m), &allocate_zeroed);
+}
+
 // Hopper's kernels hold for compute capability 9.0 alone, Ampere's from 8.0 on.
 struct Engine {
     Stream& stream;
@@ -84,55 +126,41 @@ std::string sizes(const Matrix& rows, const Matrix& weight, const Matrix& A) {
 
 }  // namespace
 
-int64_t capture(const Queue& queue) {
-    const Device current(queue.device);
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    unsigned long long id = 0;
-    hopper::check_cuda(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(queue.stream), &status, &id),
-                       "cudaStreamGetCaptureInfo");
-    return status == cudaStreamCaptureStatusActive ? int64_t(id) : 0;
-}
-
-int64_t state_words(int64_t m) {
-    return int64_t(hopper::state_words(m));
-}
-
 int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
     const Device current(queue.device);
     Stream stream;
     return hopper::slice_floats(Engine{stream}, m, k, n, r, dA, dB, dcore);
 }
 
-void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y,
-            const Matrix& state) {
+void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y) {
     on(queue, "product of x " + shape(x) + ", weight " + shape(weight), [&](Stream& stream) {
         hopper::Product product;
         product.a = x;
         product.b = weight;
         product.c = y;
         product.bias = bias;
-        product.state = static_cast<uint32_t*>(state.data);
+        product.state = state(queue, x.rows);
         Engine{stream}.product(product);
     });
 }
 
 void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
              const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& folded,
-             const Matrix& state, float scaling) {
+             float scaling) {
     on(queue, "forward of x " + sizes(x, weight, A), [&](Stream& stream) {
         hopper::forward(Engine{stream}, {x, weight, A, B, core, bias, y, T, folded, scaling,
-                                         static_cast<uint32_t*>(state.data)});
+                                         state(queue, x.rows)});
     });
 }
 
 void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight,
               const Matrix& A, const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA,
               const Matrix& dB, const Matrix& dcore, const Matrix& folded, const Matrix& shrunk,
-              const Matrix& slices, const Matrix& state, float scaling) {
+              const Matrix& slices, float scaling) {
     on(queue, "backward of dy " + sizes(dy, weight, A), [&](Stream& stream) {
         hopper::backward(Engine{stream},
                          {dy, x, T, weight, A, B, core, dx, dA, dB, dcore, folded, shrunk,
-                          static_cast<float*>(slices.data), scaling, static_cast<uint32_t*>(state.data)});
+                          static_cast<float*>(slices.data), scaling, state(queue, dy.rows)});
     });
 }
 

@@ -1,14 +1,17 @@
 // Order of work and choice of tile of the CUDA products, over thousands of sizes: every tile and every item of P once,
 // P before its consumers, no deadlock however the blocks are interleaved, flags inside the state, sizes checked.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <queue>
 #include <random>
 #include <set>
 #include <vector>
 
 #include "cuda/plan.h"
+#include "cuda/states.h"
 
 namespace {
 
@@ -203,6 +206,35 @@ void check_largest() {
   }
 }
 
+// Control words: zero at first, kept by their owner, shared with nobody, and few allocations.
+void check_states() {
+  std::vector<std::vector<uint32_t>> memory;
+  const auto allocate = [&](size_t bytes) {
+    memory.emplace_back(bytes / 4);
+    return static_cast<void*>(memory.back().data());
+  };
+  States states;
+  std::map<std::pair<uintptr_t, uint64_t>, std::pair<uint32_t*, size_t>> given;
+  std::mt19937_64 random(1);
+  uint32_t mark = 0;
+  for (int call = 0; call < 3000; ++call) {
+    const uintptr_t stream = random() % 20;
+    const uint64_t capture = random() % 4 ? 0 : random() % 300;
+    const size_t count = hopper::State::size(uint32_t(1 + random() % (call % 100 ? 9000 : 200000)));
+    uint32_t* words = states.words(reinterpret_cast<void*>(stream), capture, count, allocate);
+    auto& mine = given[{stream, capture}];
+    if (mine.first == words) {
+      EXPECT(std::all_of(words, words + mine.second, [&](uint32_t w) { return w == words[0]; }), "call %d", call);
+    } else {
+      EXPECT(std::all_of(words, words + count, [](uint32_t w) { return w == 0; }), "call %d", call);
+      EXPECT(mine.second < count, "call %d: moved without need", call);
+    }
+    mine = {words, std::max(count, mine.first == words ? mine.second : 0)};
+    std::fill(words, words + mine.second, ++mark);
+  }
+  EXPECT(given.size() > 300 && memory.size() < 20, "%zu owners, %zu allocations", given.size(), memory.size());
+}
+
 struct Layer {
   const char* name;
   uint32_t in, out;
@@ -312,6 +344,7 @@ int main(int argc, char** argv) {
   }
   check_refusals();
   check_largest();
+  check_states();
   check_plans();
   print_plans();
   if (failures) std::printf("\n%d failures\n", failures);

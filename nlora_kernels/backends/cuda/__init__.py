@@ -91,7 +91,7 @@ def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None) -> t
     if M:
         x, A, bias = (launch.aligned(t) for t in (x, lora_A.to(x.dtype), bias))
         folded = x.new_empty(N, R)
-        launch.run("forward", x, weight, A, lora_B, lora_N, bias, y, T, folded, launch.state(x), scaling=scaling)
+        launch.run("forward", x, weight, A, lora_B, lora_N, bias, y, T, folded, scaling=scaling)
     return y, T
 
 
@@ -114,7 +114,7 @@ def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dr
         width = 2 * R if needs.lora_N else R
         wanted = needs.lora_A, needs.lora_B, needs.lora_N
         slices = dy.new_empty(1, _C.cuda_slice_floats(launch.queue(dy), M, K, N, R, *wanted), dtype=torch.float32)
-        workspace = dy.new_empty(N, width), dy.new_empty(M, width), slices, launch.state(dy)
+        workspace = dy.new_empty(N, width), dy.new_empty(M, width), slices
         launch.run("backward", dy, x, T, weight, A, lora_B, lora_N, *made, *workspace, scaling=scaling)
     return grads
 
