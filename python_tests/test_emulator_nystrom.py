@@ -155,7 +155,7 @@ def test_unaligned_rows_are_refused():
         subtract_(weight, torch.randn(1, 2, 12), None, torch.randn(1, 8, 2), 1.0)
 
 
-CALLS = synchronisation_calls("nystrom.cuh")
+CALLS = synchronisation_calls("residual.cuh")
 
 
 @pytest.mark.parametrize("line", CALLS, ids=lambda n: f"line{n}-{CALLS[n]}")
@@ -163,9 +163,9 @@ def test_deleting_a_synchronisation_call_is_caught(line):
     before = torch.randn(1, 136, 136).bfloat16()
     A, B = torch.randn(1, 72, 136), torch.randn(1, 136, 72)
     right = before.clone()
-    result = subtract_(right, A, None, B, 0.1, source="nystrom.cuh")
+    result = subtract_(right, A, None, B, 0.1, source="residual.cuh")
     assert line in result.lines
     for seed in range(3):
         weight = before.clone()
-        result = subtract_(weight, A, None, B, 0.1, seed=seed, skipped_line=line, source="nystrom.cuh")
+        result = subtract_(weight, A, None, B, 0.1, seed=seed, skipped_line=line, source="residual.cuh")
         assert result.rule or not torch.equal(weight, right)

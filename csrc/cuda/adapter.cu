@@ -1,8 +1,9 @@
 #include "core.cuh"
 #include "finish.cuh"
 #include "fold.cuh"
+#include "gather.cuh"
 #include "launchers.h"
-#include "nystrom.cuh"
+#include "residual.cuh"
 
 namespace nlora::cuda {
 

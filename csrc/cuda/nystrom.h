@@ -11,7 +11,7 @@ using nlora::Dtype;
 using nlora::Matrix;
 
 // Of one launch: their addresses travel in the kernel's parameters.
-constexpr uint32_t kMaxLayers = 64;
+constexpr uint32_t kMaxLayers = 16;
 
 // One entry a layer. All of one kind have the same shape, dtype and strides; A, core and B are contiguous.
 struct Gather {
@@ -43,6 +43,14 @@ struct TermLayout {
 // Bytes of workspace for `layers` residuals; those of one launch are enough.
 inline uint64_t residual_bytes(Dtype weight, Dtype A, uint64_t out, uint64_t in, uint64_t r, uint64_t layers) {
     return TermLayout(weight, A, out, in, r).elements * 2 * std::min<uint64_t>(layers, kMaxLayers);
+}
+
+// Calls launch(first layer, number of layers) for as many layers at a time as one launch takes.
+template <class Launch>
+void for_layers(size_t layers, Launch launch) {
+    for (size_t first = 0; first < layers; first += kMaxLayers) {
+        launch(first, uint32_t(std::min<size_t>(kMaxLayers, layers - first)));
+    }
 }
 
 }  // namespace hopper

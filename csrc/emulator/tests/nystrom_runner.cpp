@@ -1,5 +1,6 @@
 // Gather and residual behind a C interface: compiled by a host compiler for the emulator and by nvcc for a device.
-#include "../../cuda/nystrom.cuh"
+#include "../../cuda/gather.cuh"
+#include "../../cuda/residual.cuh"
 #include "runner.h"
 
 namespace hopper::tests {
