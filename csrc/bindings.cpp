@@ -90,12 +90,16 @@ std::vector<nlora::cpu::Lora2Layer> layers_of(const std::vector<int64_t>& sizes,
   return layers;
 }
 
-// in, out, r and k of each layer, and the addresses of v, u, V and U.
-std::vector<nlora::cpu::Lora2Vectors> vectors_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors) {
+// in, out, r and k of each layer, the addresses of v, u, V and U, and those of their gradients or none.
+std::vector<nlora::cpu::Lora2Vectors> vectors_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors,
+                                                 const std::vector<int64_t>& grads) {
   std::vector<nlora::cpu::Lora2Vectors> layers;
-  for (auto s = sizes.begin(), t = tensors.begin(); s < sizes.end(); s += 4, t += 4)
-    layers.push_back({pointer<float>(t[0]), pointer<float>(t[1]), pointer<float>(t[2]), pointer<float>(t[3]), s[0], s[1],
-                      s[2], s[3]});
+  for (size_t i = 0; i < sizes.size(); i += 4) {
+    const auto tensor = [&](int j) { return pointer<float>(tensors[i + j]); };
+    const auto grad = [&](int j) { return grads.empty() ? nullptr : pointer<float>(grads[i + j]); };
+    layers.push_back({tensor(0), tensor(1), tensor(2), tensor(3), grad(0), grad(1), grad(2), grad(3), sizes[i],
+                      sizes[i + 1], sizes[i + 2], sizes[i + 3]});
+  }
   return layers;
 }
 
@@ -171,13 +175,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_lora2_penalty",
       [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors, int64_t saved, bool squared,
-         int threads) { return lora2_penalty(vectors_of(sizes, tensors), pointer<float>(saved), squared, threads); },
+         int threads) { return lora2_penalty(vectors_of(sizes, tensors, {}), pointer<float>(saved), squared, threads); },
       free_threads());
   m.def(
       "cpu_lora2_penalty_backward",
       [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors, int64_t saved, float scale,
-         int64_t grads, int threads) {
-        lora2_penalty_backward(vectors_of(sizes, tensors), pointer<float>(saved), scale, pointer<float>(grads), threads);
+         const std::vector<int64_t>& grads, int threads) {
+        lora2_penalty_backward(vectors_of(sizes, tensors, grads), pointer<float>(saved), scale, threads);
       },
       free_threads());
 

@@ -67,17 +67,17 @@ struct Lora2Layer {
 bool lora2_allocate(const std::vector<Lora2Layer>& layers, float* exp_avg, float* exp_unc, uint8_t* kept, float beta1,
                     float beta2, bool scoring, int64_t budget);
 
-// The vectors of an adapter: v (k, in), u (r, k), V (out, k), U (k, r).
+// The vectors of an adapter, v (k, in), u (r, k), V (out, k), U (k, r), and where their gradients go.
 struct Lora2Vectors {
   const float *v, *u, *V, *U;
+  float *dv, *du, *dV, *dU;
   int64_t in, out, r, k;
 };
 // The penalty of penalty.py in its form "paper" where `squared`, else the sum of norms of which "reference" is the mean.
 // `saved`, for the gradients, takes 2k(k + r) values a layer.
 double lora2_penalty(const std::vector<Lora2Vectors>& layers, float* saved, bool squared, int threads);
-// The gradients of v, u, V and U of every layer times scale, one after the other.
-void lora2_penalty_backward(const std::vector<Lora2Vectors>& layers, const float* saved, float scale, float* grads,
-                            int threads);
+// The gradients times scale.
+void lora2_penalty_backward(const std::vector<Lora2Vectors>& layers, const float* saved, float scale, int threads);
 
 }  // namespace cpu
 

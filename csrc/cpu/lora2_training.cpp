@@ -102,23 +102,18 @@ const GramKernels& gram_kernels() {
 // k·k values of D, with which the gradient of w is D·w, then the gradient of t as it lies.
 struct Pair {
   const float *w, *t;
-  float *saved, *grads;  // of w, then of t
+  float *saved, *dw, *dt;
   int64_t n, r, k;
   bool transposed;
-
-  int64_t saved_size() const { return k * k + r * k; }
-  int64_t grads_size() const { return k * n + r * k; }
 };
 
-std::vector<Pair> pairs_of(const std::vector<Lora2Vectors>& layers, float* saved, float* grads) {
+std::vector<Pair> pairs_of(const std::vector<Lora2Vectors>& layers, float* saved) {
   std::vector<Pair> pairs;
   for (const Lora2Vectors& l : layers) {
-    for (const Pair& pair : {Pair{l.v, l.u, saved, grads, l.in, l.r, l.k, false},
-                             Pair{l.V, l.U, saved, grads, l.out, l.r, l.k, true}}) {
-      pairs.push_back(pair);
-      pairs.back().saved = saved, pairs.back().grads = grads;
-      saved += pair.saved_size(), grads += grads ? pair.grads_size() : 0;
-    }
+    float* const right = saved + l.k * (l.k + l.r);
+    pairs.push_back({l.v, l.u, saved, l.dv, l.du, l.in, l.r, l.k, false});
+    pairs.push_back({l.V, l.U, right, l.dV, l.dU, l.out, l.r, l.k, true});
+    saved = right + l.k * (l.k + l.r);
   }
   return pairs;
 }
@@ -178,7 +173,7 @@ double pair_penalty(const GramKernels& kernels, const Pair& pair, bool squared, 
 
 double lora2_penalty(const std::vector<Lora2Vectors>& layers, float* saved, bool squared, int threads) {
   const GramKernels& kernels = gram_kernels();
-  const std::vector<Pair> pairs = pairs_of(layers, saved, nullptr);
+  const std::vector<Pair> pairs = pairs_of(layers, saved);
   std::vector<double> values(pairs.size());
 #pragma omp parallel num_threads(forked() ? 1 : threads)
   {
@@ -193,10 +188,9 @@ double lora2_penalty(const std::vector<Lora2Vectors>& layers, float* saved, bool
   return std::accumulate(values.begin(), values.end(), 0.0);
 }
 
-void lora2_penalty_backward(const std::vector<Lora2Vectors>& layers, const float* saved, float scale, float* grads,
-                            int threads) {
+void lora2_penalty_backward(const std::vector<Lora2Vectors>& layers, const float* saved, float scale, int threads) {
   const GramKernels& kernels = gram_kernels();
-  const std::vector<Pair> pairs = pairs_of(layers, const_cast<float*>(saved), grads);
+  const std::vector<Pair> pairs = pairs_of(layers, const_cast<float*>(saved));
 #pragma omp parallel num_threads(forked() ? 1 : threads)
   {
     std::vector<float> D;
@@ -207,8 +201,8 @@ void lora2_penalty_backward(const std::vector<Lora2Vectors>& layers, const float
       D.assign(k * padded, 0);
       for (int64_t i = 0; i < k; ++i)
         for (int64_t j = 0; j < k; ++j) D[i * padded + j] = scale * pair.saved[i * k + j];
-      kernels.product(D.data(), pair.w, pair.n, k, pair.transposed, pair.grads);
-      for (int64_t i = 0; i < pair.r * k; ++i) pair.grads[k * pair.n + i] = scale * pair.saved[k * k + i];
+      kernels.product(D.data(), pair.w, pair.n, k, pair.transposed, pair.dw);
+      for (int64_t i = 0; i < pair.r * k; ++i) pair.dt[i] = scale * pair.saved[k * k + i];
     }
   }
 }

@@ -57,7 +57,7 @@ double penalty(const std::vector<double>& w, const std::vector<double>& t, int64
 void check_penalty(int64_t r, int64_t k, int64_t n, bool squared) {
   const int64_t in = n, out = n + 3;
   const std::vector<float> v = normal(k * in), u = normal(r * k), V = normal(out * k), U = normal(k * r);
-  std::vector<float> saved(2 * k * (k + r), NAN), grads(k * (in + out) + 2 * k * r, NAN);
+  std::vector<float> saved(2 * k * (k + r), NAN), dv(k * in, NAN), du(r * k, NAN), dV(out * k, NAN), dU(k * r, NAN);
   std::vector<double> w[2], t[2];
   w[0].assign(v.begin(), v.end());
   t[0].assign(u.begin(), u.end());
@@ -66,17 +66,18 @@ void check_penalty(int64_t r, int64_t k, int64_t n, bool squared) {
   for (int64_t i = 0; i < r; ++i)
     for (int64_t c = 0; c < k; ++c) t[1].push_back(U[c * r + i]);
 
-  const std::vector<Lora2Vectors> layers{{v.data(), u.data(), V.data(), U.data(), in, out, r, k}};
+  const std::vector<Lora2Vectors> layers{
+      {v.data(), u.data(), V.data(), U.data(), dv.data(), du.data(), dV.data(), dU.data(), in, out, r, k}};
   const double value = lora2_penalty(layers, saved.data(), squared, 2);
   const double exact = penalty(w[0], t[0], r, k, in, squared) + penalty(w[1], t[1], r, k, out, squared);
-  lora2_penalty_backward(layers, saved.data(), 0.5f, grads.data(), 2);
+  lora2_penalty_backward(layers, saved.data(), 0.5f, 2);
   expect(near(value, exact, exact), "the penalty", r, k, n);
 
   // Central differences of the first and the last element of each tensor.
   const double step = 1e-5;
-  const float* grad = grads.data();
   for (int side : {0, 1}) {
     const int64_t columns = side ? out : in;
+    const std::vector<float>&dw = side ? dV : dv, &dt = side ? dU : du;
     const auto slope = [&](std::vector<double>& tensor, int64_t at) {
       const double kept = tensor[at];
       tensor[at] = kept + step;
@@ -89,11 +90,9 @@ void check_penalty(int64_t r, int64_t k, int64_t n, bool squared) {
     for (bool last : {false, true}) {
       const int64_t i = last ? k - 1 : 0, c = last ? columns - 1 : 0, row = last ? r - 1 : 0;
       const double w_slope = slope(w[side], i * columns + c), t_slope = slope(t[side], row * k + i);
-      expect(near(grad[side ? c * k + i : i * columns + c], w_slope, 1 + exact), "the gradient of w", r, k, n);
-      expect(near(grad[k * columns + (side ? i * r + row : row * k + i)], t_slope, 1 + exact), "the gradient of t", r, k,
-             n);
+      expect(near(dw[side ? c * k + i : i * columns + c], w_slope, 1 + exact), "the gradient of w", r, k, n);
+      expect(near(dt[side ? i * r + row : row * k + i], t_slope, 1 + exact), "the gradient of t", r, k, n);
     }
-    grad += k * (columns + r);
   }
 }
 

@@ -37,8 +37,9 @@ class Layer(NamedTuple):
 
     @classmethod
     def of(cls, name: str, module: nn.Module, adapter: str | None) -> "Layer":
-        held = map(_held(module).__getitem__, _TENSORS)
-        return cls(name, module, adapter, *(held if adapter is None else (mapping[adapter] for mapping in held)))
+        everything = _held(module)
+        held = [everything[attribute] for attribute in _TENSORS]
+        return cls(name, module, adapter, *(held if adapter is None else [mapping[adapter] for mapping in held]))
 
     def again(self) -> "Layer":
         """The same with the tensors that the module holds now: moving a model replaces its buffers."""
@@ -55,13 +56,13 @@ def layers(model: nn.Module) -> list[Layer]:
     """
     found = []
     for name, module in model.named_modules():
-        held = _held(module)
-        if not held.keys() >= _NAMES:
+        plain = "lora_E" in module._parameters
+        if not (plain or "lora_E" in module._modules) or not _held(module).keys() >= _NAMES:
             continue
-        if isinstance(held["lora_E"], Tensor):
+        if plain:
             found.append(Layer.of(name, module, None))
             continue
-        active = [adapter for adapter in module.active_adapters if adapter in held["lora_E"]]
+        active = [adapter for adapter in module.active_adapters if adapter in module.lora_E]
         if len(active) > 1:
             raise ValueError(f"model must have one active LoRA² adapter, layer {name} has {', '.join(active)}")
         found += [Layer.of(name, module, adapter) for adapter in active]
@@ -71,5 +72,5 @@ def layers(model: nn.Module) -> list[Layer]:
 
 
 def _held(module: nn.Module) -> dict[str, Tensor | nn.Module | None]:
-    # NOTE: asking a module for an attribute it lacks raises and catches, which costs most of a walk over a model.
+    # NOTE: a module looks an attribute up in three dictionaries, and one that it lacks raises: both cost at every step.
     return module._parameters | module._buffers | module._modules

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _unflatten_dense_tensors
 
 try:
     from .. import _C
@@ -57,20 +56,28 @@ def allocate(
     )
 
 
-def penalty(tensors: Sequence[Tensor], squared: bool, weight: float) -> tuple[Tensor, Tensor]:
+def penalty(tensors: Sequence[Tensor], squared: bool, weight: float) -> tuple[Tensor, tuple[list[int], Tensor]]:
     """(value times weight, saved) for v, u, V and U of each layer; `saved` is what `penalty_backward` needs."""
     sizes = _sizes(tensors)
     saved = tensors[0].new_empty(sum([2 * k * (k + r) for r, k in zip(sizes[2::4], sizes[3::4], strict=True)]))
     value = _C.cpu_lora2_penalty(sizes, _addresses(tensors), saved.data_ptr(), squared, torch.get_num_threads())
-    return saved.new_tensor(weight * value), saved
+    return saved.new_tensor(weight * value), (sizes, saved)
 
 
-def penalty_backward(tensors: Sequence[Tensor], saved: Tensor, scale: Tensor) -> Sequence[Tensor]:
-    """The gradients of `tensors` times scale, views of one tensor, whose memory is paged in once and not anew."""
-    grads = saved.new_empty(sum([t.numel() for t in tensors]))
-    addresses = _sizes(tensors), _addresses(tensors), saved.data_ptr()
-    _C.cpu_lora2_penalty_backward(*addresses, scale.item(), grads.data_ptr(), torch.get_num_threads())
-    return _unflatten_dense_tensors(grads, tensors)
+def penalty_backward(tensors: Sequence[Tensor], saved: tuple[list[int], Tensor], scale: Tensor) -> Sequence[Tensor]:
+    """The gradients of `tensors` times scale."""
+    sizes, saved = saved
+    places: dict[torch.Size, list[int]] = {}
+    for place, t in enumerate(tensors):
+        places.setdefault(t.shape, []).append(place)
+    grads: list[Tensor | None] = [None] * len(tensors)
+    # NOTE: few allocations, for many are many page faults, and a single view per gradient.
+    for shape, group in places.items():
+        for place, grad in zip(group, saved.new_empty(len(group), *shape).unbind(), strict=True):
+            grads[place] = grad
+    addresses = _addresses(tensors), saved.data_ptr(), scale.item(), _addresses(grads)
+    _C.cpu_lora2_penalty_backward(sizes, *addresses, torch.get_num_threads())
+    return grads
 
 
 def _sizes(tensors: Sequence[Tensor]) -> list[int]:
