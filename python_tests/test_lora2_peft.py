@@ -105,3 +105,9 @@ def test_the_active_adapter_is_the_one_that_is_pruned():
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="one active LoRA² adapter, layer .*q_proj has default, other"):
         nk.lora2.layers(model)
+
+
+def test_other_adapters_are_no_layers():
+    model = peft.get_peft_model(llama(), peft.AdaLoraConfig(total_step=10, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="got none"):
+        nk.lora2.layers(model)

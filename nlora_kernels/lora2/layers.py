@@ -5,7 +5,6 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 _TENSORS = ("lora_E", "lora_u", "lora_U", "lora_v", "lora_V", "lora_mask")
-_NAMES = frozenset(_TENSORS)
 
 
 class Layer(NamedTuple):
@@ -37,9 +36,10 @@ class Layer(NamedTuple):
 
     @classmethod
     def of(cls, name: str, module: nn.Module, adapter: str | None) -> "Layer":
-        everything = _held(module)
-        held = [everything[attribute] for attribute in _TENSORS]
-        return cls(name, module, adapter, *(held if adapter is None else [mapping[adapter] for mapping in held]))
+        if adapter is None:
+            held = module._parameters | module._buffers
+            return cls(name, module, None, *[held[attribute] for attribute in _TENSORS])
+        return cls(name, module, adapter, *[module._modules[attribute][adapter] for attribute in _TENSORS])
 
     def again(self) -> "Layer":
         """The same with the tensors that the module holds now: moving a model replaces its buffers."""
@@ -49,28 +49,22 @@ class Layer(NamedTuple):
 def layers(model: nn.Module) -> list[Layer]:
     """The LoRA² adapters of a model in the order of its modules.
 
-    A layer is a module with lora_E, lora_u, lora_U, lora_v, lora_V and lora_mask, each a parameter or buffer, or a
-    module that maps adapter names to such; of a mapping it is the one active adapter that counts.
+    A layer is a module with parameters lora_E, lora_u, lora_U, lora_v and lora_V and the buffer lora_mask, or with
+    modules of these names that map adapters to such; of a mapping it is the one active adapter that counts.
 
     Raises ValueError if the model has none, or a layer more than one active.
     """
     found = []
     for name, module in model.named_modules():
-        plain = "lora_E" in module._parameters
-        if not (plain or "lora_E" in module._modules) or not _held(module).keys() >= _NAMES:
-            continue
-        if plain:
+        # NOTE: asking a module for an attribute that it lacks raises, which costs most of a walk over a model.
+        if "lora_mask" in module._buffers:
             found.append(Layer.of(name, module, None))
+        if "lora_mask" not in module._modules:
             continue
-        active = [adapter for adapter in module.active_adapters if adapter in module.lora_E]
+        active = [adapter for adapter in module.active_adapters if adapter in module._modules["lora_E"]]
         if len(active) > 1:
             raise ValueError(f"model must have one active LoRA² adapter, layer {name} has {', '.join(active)}")
         found += [Layer.of(name, module, adapter) for adapter in active]
     if not found:
         raise ValueError("model must have layers with an active LoRA² adapter, got none")
     return found
-
-
-def _held(module: nn.Module) -> dict[str, Tensor | nn.Module | None]:
-    # NOTE: a module looks an attribute up in three dictionaries, and one that it lacks raises: both cost at every step.
-    return module._parameters | module._buffers | module._modules
