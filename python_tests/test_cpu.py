@@ -24,7 +24,8 @@ CPU = TABLE["cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLANS = ["whole", "adapter", "library"]
 # M, K, N, R: empty, ones, odd everywhere, around the sizes of a register tile, of a block of K and of the few-rows
-# kernels, a rank above the skinny kernels' limit, more than one block of columns.
+# kernels, a rank above the skinny kernels' limit; more than the cache holds of a block in k, in columns and, with a
+# result of half precision, in rows; a rank that is a run of k of its own.
 SHAPES = [
     (0, 12, 8, 3),
     (1, 1, 1, 1),
@@ -37,6 +38,9 @@ SHAPES = [
     (130, 513, 100, 33),
     (33, 40, 1600, 12),
     (150, 300, 70, 65),
+    (17, 400, 1000, 5),
+    (1100, 2100, 160, 3),
+    (40, 500, 90, 200),
 ]
 
 
