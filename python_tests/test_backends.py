@@ -8,13 +8,43 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels import testing
-from nlora_kernels.backends import TABLE, reference
+from nlora_kernels.backends import TABLE, cuda, reference
 
 
 def test_available_names_every_backend():
     reasons = nk.backends.available()
     assert reasons["reference"] is None and reasons["lean"] is None
     assert all(reason is None or isinstance(reason, str) for reason in reasons.values())
+
+
+def test_every_reason_why_cuda_cannot_run_is_given(monkeypatch):
+    def no_driver(name):
+        raise OSError("libcuda.so.1: no such file")
+
+    def reason():
+        return cuda.unavailable.__wrapped__()
+
+    monkeypatch.setattr(cuda, "_C", object())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(cuda.ctypes, "CDLL", no_driver)
+    for part in ("built without nvcc", "was built without CUDA", "no NVIDIA driver (libcuda.so.1: no such file)"):
+        assert part in reason()
+    monkeypatch.setattr(cuda, "_C", type("Extension", (), {"cuda_forward": None}))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert reason() == "a device of compute capability 8.0 or newer is needed, got no device"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (6, 1))[index])
+    assert reason().endswith("got 7.5, 6.1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (8, 6))[index])
+    assert reason() is None
+
+    def forked(index):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", forked)
+    assert reason() == "CUDA cannot start (Cannot re-initialize CUDA in forked subprocess)"
 
 
 @pytest.fixture

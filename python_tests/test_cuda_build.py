@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from emulator_harness import cuobjdump
 
 from nlora_kernels.backends.native import _C
@@ -107,3 +108,15 @@ def test_wgmma_is_not_serialised(kernels):
         products = re.findall(r"HGMMA.*", code)
         # Where ptxas serialises, every one of them waits (gsb0); else the last of a commit group alone.
         assert 2 * sum("gsb0" in product for product in products) <= len(products), name
+
+
+def test_a_call_that_fails_is_named_with_its_shapes():
+    # No machine has so many devices; without a driver there is none at all.
+    queue = _C.CudaQueue(4095, 0)
+    x, weight, A, B = (torch.zeros(s, dtype=torch.bfloat16) for s in ((4, 16), (24, 16), (8, 16), (24, 8)))
+    y, T, folded = (torch.zeros(s, dtype=torch.bfloat16) for s in ((4, 24), (4, 8), (24, 8)))
+    shapes = r"\(4, 16\), weight \(24, 16\), lora_A \(8, 16\)"
+    with pytest.raises(RuntimeError, match=rf"forward of x {shapes} on cuda:4095: cuda(Get|Set)Device failed: \w+"):
+        _C.cuda_forward(queue, x, weight, A, B, None, None, y, T, folded, 1.0)
+    with pytest.raises(RuntimeError, match=r"LoRA² core of u \(8, 16\) on cuda:4095: cuda"):
+        _C.cuda_lora2_core(queue, A, T, B, None, y)
