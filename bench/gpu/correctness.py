@@ -1,17 +1,23 @@
 """Correctness on the GPU: every result against fp64, bitwise repeats, CUDA graphs, and initialisation."""
 
+import functools
 import importlib
 import itertools
 import sys
 
 import record
 import torch
+import torch.nn.functional as F
 from shapes import MODELS
 
 import nlora_kernels as nk
 from nlora_kernels import testing
+from nlora_kernels.backends import Dropout
 
 BACKENDS = ["triton", "cuda"]
+# Those that take dropout.
+DROPPING = ["triton"]
+DROPPED = [(0, 64, 48, 8), (7, 65, 31, 13), (16, 4096, 4096, 64), (333, 1000, 520, 256), (2048, 4096, 4096, 16)]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # M, K, N, R: ragged, decode, the ranks' edges, and shapes of LLaMA-2-7B and BERT that take every form of launch.
 SHAPES = [
@@ -49,6 +55,48 @@ def within_budget(backend, dtype, shape, adapter_dtype=None, core=True, strided=
     second = testing.results(p, nk.lora_linear, backend=backend)
     differing = [name for name in first if not torch.equal(first[name], second[name])]
     assert not differing, f"not bitwise repeatable: {', '.join(differing)}"
+    return {}
+
+
+def dropped(backend, dtype, shape, p=0.3) -> dict:
+    """Every result against fp64 with the mask as a tensor; the mask of the device is that of the CPU."""
+    problem = testing.problem(*shape, dtype=dtype, adapter_dtype=torch.float32, device="cuda")
+    mask = Dropout(p, torch.tensor(2**40 + 7, device="cuda"))
+    kept = mask.kept(*problem.x.shape)
+    assert torch.equal(kept.cpu(), Dropout(p, mask.seed.cpu()).kept(*problem.x.shape))
+
+    def masked(x, weight, lora_A, lora_B, lora_N, bias, scaling=problem.scaling):
+        none = torch.zeros_like(weight)
+        adapter = testing.plain_linear(x * kept * mask.scale, none, lora_A, lora_B, lora_N, scaling=scaling)
+        return F.linear(x, weight, bias) + adapter
+
+    tensors = {name: getattr(problem, name) for name in testing.TENSORS}
+    budget = testing.Budget(masked, functools.partial(masked, scaling=0.0), tensors, problem.dy)
+    first, second = (
+        testing.results(problem, nk.lora_linear, backend=backend, dropout=p, seed=mask.seed) for _ in range(2)
+    )
+    budget.check(first)
+    assert all(torch.equal(first[name], second[name]) for name in first), "not bitwise repeatable"
+    return {}
+
+
+def dropout_graph(backend) -> dict:
+    """Each replay of a captured call draws a mask of its own."""
+    p = testing.problem(256, 1024, 1024, 16, dtype=torch.bfloat16, device="cuda")
+
+    def step():
+        return nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, dropout=0.5, backend=backend)
+
+    step()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        y = step()
+    results = []
+    for _ in range(3):
+        captured.replay()
+        results.append(y.clone())
+    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
     return {}
 
 
@@ -153,6 +201,11 @@ def cells():
                 continue
             key = f"{backend} {name} graph {'x'.join(map(str, shape))}"
             found[key] = lambda b=backend, d=dtype, s=shape: graph(b, d, s)
+    for backend, (name, dtype), shape in itertools.product(DROPPING, DTYPES.items(), DROPPED):
+        key = f"{backend} {name} dropout {'x'.join(map(str, shape))}"
+        found[key] = lambda b=backend, d=dtype, s=shape: dropped(b, d, s)
+    for backend in DROPPING:
+        found[f"{backend} bf16 dropout graph"] = lambda b=backend: dropout_graph(b)
     for backend, (name, dtype) in itertools.product(BACKENDS, DTYPES.items()):
         for shape, r in (((4096, 4096), 128), ((1000, 776), 13), ((11008, 4096), 256)):
             key = f"{backend} {name} nystrom {'x'.join(map(str, shape))} r{r}"
