@@ -13,8 +13,18 @@ from nlora_kernels.backends import TABLE, Needs, cuda
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ENGINES = pytest.mark.parametrize("ampere", [False, True], ids=["hopper", "ampere"])
-# M, K, N, R: the smallest; ragged; a rank that has G made by a product of its own; one token.
-SHAPES = [(1, 8, 8, 8), (37, 72, 136, 16), (130, 136, 264, 24), (70, 200, 64, 136), (200, 64, 72, 64), (1, 264, 40, 8)]
+# M, K, N, R: the smallest; ragged; a rank that has G made by a product of its own; one token; wide and low, so that
+# every tile that the plan knows is taken by y and dx.
+SHAPES = [
+    (1, 8, 8, 8),
+    (37, 72, 136, 16),
+    (130, 136, 264, 24),
+    (70, 200, 64, 136),
+    (200, 64, 72, 64),
+    (1, 264, 40, 8),
+    (100, 8, 1000, 8),
+    (100, 1000, 8, 8),
+]
 
 
 def short(value):
