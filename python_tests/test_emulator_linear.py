@@ -80,9 +80,11 @@ def test_each_gradient_is_the_same_whatever_else_is_wanted(monkeypatch, ampere, 
                 assert same, f"{name} differs where {wanted} are wanted"
 
 
-def test_inttune_with_a_large_rank(monkeypatch):
-    emulated_cuda.install(monkeypatch)
-    p = testing.problem(130, 136, 72, 256, dtype=BF16, adapter_dtype=FP32)
+@ENGINES
+@pytest.mark.parametrize("r", [128, 256])
+def test_inttune_with_a_large_rank(monkeypatch, ampere, r):
+    emulated_cuda.install(monkeypatch, ampere=ampere)
+    p = testing.problem(130, 136, 72, r, dtype=BF16, adapter_dtype=FP32)
     call = {n: getattr(p, n) for n in testing.TENSORS}
     ours = functools.partial(nk.lora_linear, scaling=p.scaling, backend="cuda")
     plain, base = (functools.partial(testing.plain_linear, scaling=scaling) for scaling in (p.scaling, 0.0))

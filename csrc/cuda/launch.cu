@@ -40,15 +40,15 @@ std::string shape(const Matrix& matrix) {
     return "(" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.cols) + ")";
 }
 
-// Runs body(stream) on the queue; a failure of CUDA becomes an error that names the operation and its shapes.
-template <class Body>
-void on(const Queue& queue, const std::string& operation, Body body) {
+// Runs body(stream) on the queue; a failure of CUDA becomes an error that names the operation() and its shapes.
+template <class Operation, class Body>
+void on(const Queue& queue, Operation operation, Body body) {
     try {
         const Device device(queue.device);
         Stream stream(static_cast<cudaStream_t>(queue.stream));
         body(stream);
     } catch (const std::runtime_error& error) {
-        throw std::runtime_error(operation + " on cuda:" + std::to_string(queue.device) + ": " + error.what());
+        throw std::runtime_error(operation() + " on cuda:" + std::to_string(queue.device) + ": " + error.what());
     }
 }
 
@@ -100,7 +100,7 @@ struct Engine {
         cuda::fold(stream, B, core, scaling, out);
     }
     void product(const hopper::Product& product) const {
-        const auto launch = !is_hopper                              ? &product_sm80
+        const auto launch = !is_hopper                            ? &product_sm80
                             : product.a.dtype == Dtype::kBFloat16 ? &product_bf16_sm90a
                                                                   : &product_fp16_sm90a;
         launch(stream, product);
@@ -133,7 +133,7 @@ int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_
 }
 
 void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y) {
-    on(queue, "product of x " + shape(x) + ", weight " + shape(weight), [&](Stream& stream) {
+    on(queue, [&] { return "product of x " + shape(x) + ", weight " + shape(weight); }, [&](Stream& stream) {
         hopper::Product product;
         product.a = x;
         product.b = weight;
@@ -147,7 +147,7 @@ void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Mat
 void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
              const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& folded,
              float scaling) {
-    on(queue, "forward of x " + sizes(x, weight, A), [&](Stream& stream) {
+    on(queue, [&] { return "forward of x " + sizes(x, weight, A); }, [&](Stream& stream) {
         hopper::forward(Engine{stream}, {x, weight, A, B, core, bias, y, T, folded, scaling,
                                          state(queue, x.rows)});
     });
@@ -157,7 +157,7 @@ void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matri
               const Matrix& A, const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA,
               const Matrix& dB, const Matrix& dcore, const Matrix& folded, const Matrix& shrunk,
               const Matrix& slices, float scaling) {
-    on(queue, "backward of dy " + sizes(dy, weight, A), [&](Stream& stream) {
+    on(queue, [&] { return "backward of dy " + sizes(dy, weight, A); }, [&](Stream& stream) {
         hopper::backward(Engine{stream},
                          {dy, x, T, weight, A, B, core, dx, dA, dB, dcore, folded, shrunk,
                           static_cast<float*>(slices.data), scaling, state(queue, dy.rows)});
@@ -166,19 +166,20 @@ void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matri
 
 void lora2_core(const Queue& queue, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
                 const Matrix& core) {
-    on(queue, "LoRA² core of u " + shape(u), [&](Stream& stream) { lora2_core(stream, u, E, U, mask, core); });
+    on(queue, [&] { return "LoRA² core of u " + shape(u); },
+       [&](Stream& stream) { lora2_core(stream, u, E, U, mask, core); });
 }
 
 void lora2_core_backward(const Queue& queue, const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U,
                          const Matrix& mask, const Matrix& du, const Matrix& dE, const Matrix& dU) {
-    on(queue, "gradient of the LoRA² core of u " + shape(u),
+    on(queue, [&] { return "gradient of the LoRA² core of u " + shape(u); },
        [&](Stream& stream) { lora2_core_backward(stream, dcore, u, E, U, mask, du, dE, dU); });
 }
 
 void gather(const Queue& queue, const std::vector<Matrix>& weight, const std::vector<const int64_t*>& rows,
             const std::vector<const int64_t*>& cols, const std::vector<Matrix>& A, const std::vector<Matrix>& core,
             const std::vector<Matrix>& B) {
-    on(queue, "gather from weight " + shape(weight[0]),
+    on(queue, [&] { return "gather from weight " + shape(weight[0]); },
        [&](Stream& stream) { gather(stream, {weight, rows, cols, A, core, B}); });
 }
 
@@ -188,7 +189,7 @@ int64_t residual_bytes(const Matrix& weight, const Matrix& A, int64_t layers) {
 
 void residual(const Queue& queue, const std::vector<Matrix>& weight, const std::vector<Matrix>& A,
               const std::vector<Matrix>& core, const std::vector<Matrix>& B, const Matrix& terms, float scaling) {
-    on(queue, "residual of weight " + shape(weight[0]) + ", A " + shape(A[0]),
+    on(queue, [&] { return "residual of weight " + shape(weight[0]) + ", A " + shape(A[0]); },
        [&](Stream& stream) { residual(stream, {weight, A, core, B, scaling, terms.data}); });
 }
 
