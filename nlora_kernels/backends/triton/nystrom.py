@@ -183,7 +183,7 @@ def subtract_(
     exact = weight.dtype == torch.float32
     width = tuning.padded(r)
     height = 16 if exact or width > 128 else 32
-    tile = tuning.Tile(height, 64, width, 8 if width > 64 else 4, 2)
+    tile = tuning.Tile(height, 64 if exact or width <= 128 else 32, width, 8 if width > 64 else 4, 2)
     launch.run(
         subtract_product,
         (triton.cdiv(out_features, tile.m), len(weights)),
