@@ -58,7 +58,7 @@ def tier(request):
 
 @pytest.fixture
 def plan(request, monkeypatch):
-    monkeypatch.setattr(type(CPU), "plan", lambda *sizes: request.param)
+    monkeypatch.setattr(type(CPU), "plan", lambda *sizes, **way: request.param)
     return request.param
 
 

@@ -57,16 +57,19 @@ class Cpu:
                 return f"{name} must be float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
         return None
 
-    def plan(self, dtype: torch.dtype, M: int, K: int, N: int, R: int) -> str:
-        """Which of the four ways computes a layer of these sizes fastest (bench/test_linear.py runs them all)."""
+    def plan(self, dtype: torch.dtype, M: int, K: int, N: int, R: int, backward: bool = False) -> str:
+        """Which of the four ways computes a layer of these sizes fastest (bench/test_plan.py runs them all)."""
         if _C.forked() or not _C.cpu_multiplies(_CODES[dtype]):
             return "whole"
         if dtype == torch.float32:
             # Folding multiplies K·N·R once each way and spares every row the product of P with B, or of H with A.
             if R > 64 and M * (K + N) > 1.5 * K * N:
                 return "folded"
-            if M <= 16 or _C.cpu_tier() != "portable":
+            # One row of dy leaves most of a register tile empty.
+            if (M <= 16 or _C.cpu_tier() != "portable") and not (backward and M == 1):
                 return "whole"
+        elif M <= 4:
+            return "whole"
         return "adapter" if R <= 32 else "library"
 
     def forward(
@@ -89,7 +92,7 @@ class Cpu:
         self, dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dropout=None, plan=None
     ) -> Grads:
         M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
-        plan = plan or self.plan(dy.dtype, M, K, N, R)
+        plan = plan or self.plan(dy.dtype, M, K, N, R, backward=True)
         if plan == "library":
             return lean.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs)
         if plan == "folded":
