@@ -119,31 +119,43 @@ def lora2_linear(
 
     Returns, gradients and errors are those of `lora_linear` and `lora2_core`.
     """
-    _check_lora2_core(lora_u, lora_E, lora_U, mask)
-    core = _core(lora_u, lora_E, lora_U, mask, backend or "")
-    if not _fits(x, weight, lora_v, lora_V, core, bias, scaling):
+    parts = lora_u, lora_E, lora_U, mask
+    if not (_fits(x, weight, lora_v, lora_V, None, bias, scaling) and _fits_core(lora_v, *parts)):
+        _check_lora2_core(*parts)
+        # Stands for the core, which has yet to be made.
+        core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
         names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
         _check_lora_linear(x, weight, lora_v, lora_V, core, bias, scaling, names)
     seed = _drawn_seed(x, dropout, seed) if dropout else None
-    return _linear(x, weight, lora_v, lora_V, core, bias, scaling, dropout, seed, backend or "")
+    return _linear(x, weight, lora_v, lora_V, parts, bias, scaling, dropout, seed, backend or "")
 
 
 def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend) -> Tensor:
+    """lora_N is a tensor, None, or u, E, U and mask, of which it is the core."""
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
         raise RuntimeError("nlora_kernels operations do not support torch.func transforms (vmap, grad, jvp, ...)")
+    parts = lora_N if type(lora_N) is tuple else None
     # NOTE: spelt out, here and in the checks: at a few tokens the layer costs less than a generator over its arguments.
     trains = torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad
         or lora_B.requires_grad
-        or (lora_N is not None and lora_N.requires_grad)
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
+        or (
+            (parts[0].requires_grad or parts[1].requires_grad or parts[2].requires_grad)
+            if parts
+            else lora_N is not None and lora_N.requires_grad
+        )
     )
     if trains:
-        apply = _LoraLinear.apply if compiling else _apply_linear
-        return apply(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
+        function = _Lora2Linear if parts else _LoraLinear
+        apply = function.apply if compiling else function.apply_plainly
+        arguments = (x, weight, lora_A, lora_B, *(parts or (lora_N,)), bias, scaling, dropout, seed, backend)
+        return apply(*arguments)
+    if parts:
+        lora_N = _core_forward(*parts, backend)
     rows, weight, bias = _operands(x, weight, bias)
     return _unflatten(_forward(rows, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)[0], x)
 
@@ -155,33 +167,90 @@ def _core(lora_u, lora_E, lora_U, mask, backend) -> Tensor:
     return _core_forward(*tensors, mask, backend)
 
 
+def _once(gradients):
+    """The backward of a Function that is differentiable once."""
+    checked = once_differentiable(gradients)
+
+    def backward(ctx, grad):
+        # The wrapper costs as much as a small layer's checks and does nothing where no graph of this graph is made.
+        return (checked if torch.is_grad_enabled() else gradients)(ctx, grad)
+
+    return staticmethod(backward)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
         needs = ctx.needs_input_grad[:6]
-        rows, w, b = _operands(x, weight, bias)
-        y, T = _forward(rows, w, lora_A, lora_B, lora_N, b, scaling, dropout, seed, backend)
-        ctx.save_for_backward(
-            rows if needs[1] or needs[2] else None,
-            T if needs[3] or needs[4] else None,
-            # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
-            weight,
-            lora_A,
-            lora_B,
-            lora_N,
-            seed,
-        )
-        ctx.call = scaling, dropout, needs, backend, x.shape, x.dtype, None if bias is None else bias.dtype
-        return _unflatten(y, x)
+        return _linear_forward(ctx, needs, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
 
-    @staticmethod
+    @_once
     def backward(ctx, dy):
-        # The wrapper costs as much as a small layer's checks and does nothing where no graph of this graph is made.
-        return (_once_differentiable_backward if torch.is_grad_enabled() else _linear_backward)(ctx, dy)
+        return *_linear_backward(ctx, ctx.saved_tensors, dy), None, None, None, None
 
 
-def _linear_backward(ctx, dy):
-    rows, T, weight, lora_A, lora_B, lora_N, seed = ctx.saved_tensors
+class _Lora2Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_v, lora_V, lora_u, lora_E, lora_U, mask, bias, scaling, dropout, seed, backend):
+        dx, dweight, dv, dV, du, dE, dU, _, dbias = ctx.needs_input_grad[:9]
+        needs = dx, dweight, dv, dV, du or dE or dU, dbias
+        parts = lora_u, lora_E, lora_U, mask
+        core = _core_forward(*parts, backend)
+        options = scaling, dropout, seed, backend
+        return _linear_forward(ctx, needs, x, weight, lora_v, lora_V, core, bias, *options, parts=parts)
+
+    @_once
+    def backward(ctx, dy):
+        # NOTE: read once, for activation checkpointing gives them out once.
+        *saved, lora_u, lora_E, lora_U, mask = ctx.saved_tensors
+        dx, dweight, dv, dV, dcore, dbias = _linear_backward(ctx, saved, dy)
+        du = dE = dU = None
+        if dcore is not None:
+            du, dE, dU = _core_backward(dcore, lora_u, lora_E, lora_U, mask, ctx.call[3])
+        return dx, dweight, dv, dV, du, dE, dU, None, dbias, None, None, None, None
+
+
+class _Lora2Core(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lora_u, lora_E, lora_U, mask, backend):
+        ctx.save_for_backward(lora_u, lora_E, lora_U, mask)
+        ctx.backend = backend
+        return _core_forward(lora_u, lora_E, lora_U, mask, backend)
+
+    @_once
+    def backward(ctx, d_core):
+        du, dE, dU = _core_backward(d_core, *ctx.saved_tensors, ctx.backend)
+        return du, dE, dU, None, None
+
+
+for _function in (_LoraLinear, _Lora2Linear):
+    # NOTE: Function.apply itself first looks through all arguments for what torch.func may have left behind, which
+    # `_linear` has ruled out.
+    _function.apply_plainly = super(torch.autograd.Function, _function).apply
+
+
+def _linear_forward(
+    ctx, needs, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, parts=()
+) -> Tensor:
+    rows, w, b = _operands(x, weight, bias)
+    y, T = _forward(rows, w, lora_A, lora_B, lora_N, b, scaling, dropout, seed, backend)
+    ctx.save_for_backward(
+        rows if needs[1] or needs[2] else None,
+        T if needs[3] or needs[4] else None,
+        # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
+        weight,
+        lora_A,
+        lora_B,
+        lora_N,
+        seed,
+        *parts,
+    )
+    ctx.call = scaling, dropout, needs, backend, x.shape, x.dtype, None if bias is None else bias.dtype
+    return _unflatten(y, x)
+
+
+def _linear_backward(ctx, saved, dy) -> tuple[Tensor | None, ...]:
+    rows, T, weight, lora_A, lora_B, lora_N, seed = saved
     scaling, dropout, needs, backend, x_shape, x_dtype, bias_dtype = ctx.call
     dy = _rows(dy)
     w = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
@@ -193,26 +262,7 @@ def _linear_backward(ctx, dy):
         dweight = dweight.to(weight.dtype)
     if dbias is not None:
         dbias = dbias.to(bias_dtype)
-    return dx, dweight, dA, dB, dN, dbias, None, None, None, None
-
-
-# NOTE: Function.apply itself first looks through all arguments for what torch.func may have left behind.
-_apply_linear = super(torch.autograd.Function, _LoraLinear).apply
-_once_differentiable_backward = once_differentiable(_linear_backward)
-
-
-class _Lora2Core(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, lora_u, lora_E, lora_U, mask, backend):
-        ctx.save_for_backward(lora_u, lora_E, lora_U, mask)
-        ctx.backend = backend
-        return _core_forward(lora_u, lora_E, lora_U, mask, backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_core):
-        du, dE, dU = _core_backward(d_core, *ctx.saved_tensors, ctx.backend)
-        return du, dE, dU, None, None
+    return dx, dweight, dA, dB, dN, dbias
 
 
 # The registered operators. Their tensors are flat: x (M, in), dy (M, out).
@@ -369,6 +419,27 @@ def _fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
             and lora_B.device == device
             and (lora_N is None or (lora_N.shape == (r, r) and lora_N.dtype in DTYPES and lora_N.device == device))
             and (bias is None or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device))
+        )
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+
+
+def _fits_core(lora_v, lora_u, lora_E, lora_U, mask) -> bool:
+    """The same of `_check_lora2_core`, and of the core beside lora_v."""
+    try:
+        dtype, device, (r, k) = lora_u.dtype, lora_u.device, lora_u.shape
+        return (
+            k == lora_v.shape[0]
+            and r > 0
+            and lora_E.shape == (r,)
+            and lora_U.shape == (k, r)
+            and dtype in DTYPES
+            and lora_E.dtype is dtype
+            and lora_U.dtype is dtype
+            and lora_v.device == device
+            and lora_E.device == device
+            and lora_U.device == device
+            and (mask is None or (mask.shape == (r,) and mask.device == device))
         )
     except (AttributeError, IndexError, TypeError, ValueError):
         return False
