@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import nlora_kernels as nk
 
@@ -126,6 +127,25 @@ def test_training_lowers_the_loss(method):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.01
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("method", ["nlora", "inttune", "lora2"])
+def test_activation_checkpointing(method, use_reentrant):
+    layer, _ = adapted(method)
+    disturb(layer)
+    x = torch.randn(5, 24, requires_grad=True)
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def gradients(y):
+        for leaf in leaves:
+            leaf.grad = None
+        y.square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    plain = gradients(layer(x))
+    for recomputed, expected in zip(gradients(checkpoint(layer, x, use_reentrant=use_reentrant)), plain, strict=True):
+        assert torch.equal(recomputed, expected)
 
 
 def test_a_masked_singular_value_has_no_say():
