@@ -65,8 +65,8 @@ class Cpu:
             # Folding multiplies K·N·R once each way and spares every row the product of P with B, or of H with A.
             if R > 64 and M * (K + N) > 1.5 * K * N:
                 return "folded"
-            # One row of dy leaves most of a register tile empty.
-            if (M <= 16 or _C.cpu_tier() != "portable") and not (backward and M == 1):
+            # From a large rank on the library is a little faster. One row of dy leaves most of a register tile empty.
+            if (M <= 16 or R <= 32 and _C.cpu_tier() != "portable") and not (backward and M == 1):
                 return "whole"
         elif M <= 4:
             return "whole"
