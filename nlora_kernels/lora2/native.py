@@ -71,9 +71,12 @@ def penalty_backward(tensors: Sequence[Tensor], saved: tuple[list[int], Tensor],
     for place, t in enumerate(tensors):
         places.setdefault(t.shape, []).append(place)
     grads: list[Tensor | None] = [None] * len(tensors)
-    # NOTE: few allocations, for many are many page faults, and a single view per gradient.
-    for shape, group in places.items():
-        for place, grad in zip(group, saved.new_empty(len(group), *shape).unbind(), strict=True):
+    # NOTE: one allocation, for several are given back to the system and paged in anew at every step; and by shape, so
+    # that a gradient is made by a single view.
+    counts = [len(group) * shape.numel() for shape, group in places.items()]
+    buffers = saved.new_empty(sum(counts)).split(counts)
+    for (shape, group), buffer in zip(places.items(), buffers, strict=True):
+        for place, grad in zip(group, buffer.view(len(group), *shape).unbind(), strict=True):
             grads[place] = grad
     addresses = _addresses(tensors), saved.data_ptr(), scale.item(), _addresses(grads)
     _C.cpu_lora2_penalty_backward(sizes, *addresses, torch.get_num_threads())

@@ -33,7 +33,9 @@ def orthogonal_penalty(model: nn.Module, form: str = "paper") -> Tensor:
     found = layers(model)
     # NOTE: the right pair is the left one transposed: with w = Vᵀ and t = Uᵀ its three terms read as those of v and u.
     tensors = [t for layer in found for t in (layer.lora_v, layer.lora_u, layer.lora_V, layer.lora_U)]
-    return _OrthogonalPenalty.apply(form, *tensors)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("orthogonal_penalty does not support torch.func transforms (vmap, grad, jvp, ...)")
+    return _penalty(form, *tensors)
 
 
 class _OrthogonalPenalty(torch.autograd.Function):
@@ -73,6 +75,10 @@ class _OrthogonalPenalty(torch.autograd.Function):
                     for offset, grad in enumerate(pair):
                         grads[place + offset] = grad.to(tensors[place + offset].dtype)
         return None, *grads
+
+
+# NOTE: Function.apply itself first looks through all arguments for what torch.func may have left behind.
+_penalty = super(torch.autograd.Function, _OrthogonalPenalty).apply
 
 
 def _pairs(tensors: Sequence[Tensor]):
