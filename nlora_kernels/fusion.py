@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import drops_inside
-from .ops import DTYPES
+from .checks import DTYPES
 
 # Packages whose patched attention and MLP compute LoRA by themselves.
 READ_ONLY_A_AND_B = ("unsloth", "axolotl")

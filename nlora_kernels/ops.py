@@ -1,6 +1,6 @@
-"""The operations: public functions, their checks, their registration with torch.library and their gradients.
+"""The operations: public functions, their registration with torch.library and their gradients.
 
-This file alone knows of autograd, autocast and torch.compile; `backends` does the arithmetic.
+This file alone knows of autograd and torch.compile; `checks` looks at the arguments, `backends` does the arithmetic.
 
 Two operators are registered per function, a forward and a backward, and one autograd.Function ties them together. The
 Function stands outside the operators: registering autograd with the operator costs twice the overhead of a call.
@@ -15,9 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends import Dropout, Needs
-
-REAL = (numbers.Real, torch.SymFloat, torch.SymInt)
-DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+from .checks import check_lora2_core, check_lora_linear, fits, fits_core
 
 
 def lora_linear(
@@ -65,8 +63,8 @@ def lora_linear(
         ValueError: shapes or devices do not fit, dropout is not within [0, 1], or the named backend is unknown or
             cannot take the call.
     """
-    if not _fits(x, weight, lora_A, lora_B, lora_N, bias, scaling):
-        _check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling)
+    if not fits(x, weight, lora_A, lora_B, lora_N, bias, scaling):
+        check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling)
     seed = _drawn_seed(x, dropout, seed) if dropout else None
     return _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend or "")
 
@@ -87,7 +85,7 @@ def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | No
         TypeError: an argument is no tensor, or the dtypes differ.
         ValueError: shapes or devices do not fit.
     """
-    _check_lora2_core(lora_u, lora_E, lora_U, mask)
+    check_lora2_core(lora_u, lora_E, lora_U, mask)
     return _core(lora_u, lora_E, lora_U, mask, "")
 
 
@@ -120,12 +118,12 @@ def lora2_linear(
     Returns, gradients and errors are those of `lora_linear` and `lora2_core`.
     """
     parts = lora_u, lora_E, lora_U, mask
-    if not (_fits(x, weight, lora_v, lora_V, None, bias, scaling) and _fits_core(lora_v, *parts)):
-        _check_lora2_core(*parts)
+    if not (fits(x, weight, lora_v, lora_V, None, bias, scaling) and fits_core(lora_v, *parts)):
+        check_lora2_core(*parts)
         # Stands for the core, which has yet to be made.
         core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
         names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
-        _check_lora_linear(x, weight, lora_v, lora_V, core, bias, scaling, names)
+        check_lora_linear(x, weight, lora_v, lora_V, core, bias, scaling, names)
     seed = _drawn_seed(x, dropout, seed) if dropout else None
     return _linear(x, weight, lora_v, lora_V, parts, bias, scaling, dropout, seed, backend or "")
 
@@ -396,116 +394,3 @@ def _drawn_seed(x: Tensor, dropout: float, seed: int | Tensor | None) -> Tensor:
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
     return torch.full((), seed, dtype=torch.int64, device=x.device)
-
-
-# Checks. Every message names the argument, what was expected and what came.
-
-
-def _fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
-    """Whether a call is plainly right. Where it is not, `_check_lora_linear` says what is wrong, if anything is."""
-    try:
-        dtype, device, (out_features, in_features), (r, A_in) = x.dtype, x.device, weight.shape, lora_A.shape
-        return (
-            type(scaling) is float
-            and x.shape[-1] == A_in == in_features
-            and r > 0
-            and lora_B.shape == (out_features, r)
-            and dtype in DTYPES
-            and weight.dtype is dtype
-            and lora_A.dtype in DTYPES
-            and lora_B.dtype in DTYPES
-            and weight.device == device
-            and lora_A.device == device
-            and lora_B.device == device
-            and (lora_N is None or (lora_N.shape == (r, r) and lora_N.dtype in DTYPES and lora_N.device == device))
-            and (bias is None or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device))
-        )
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return False
-
-
-def _fits_core(lora_v, lora_u, lora_E, lora_U, mask) -> bool:
-    """The same of `_check_lora2_core`, and of the core beside lora_v."""
-    try:
-        dtype, device, (r, k) = lora_u.dtype, lora_u.device, lora_u.shape
-        return (
-            k == lora_v.shape[0]
-            and r > 0
-            and lora_E.shape == (r,)
-            and lora_U.shape == (k, r)
-            and dtype in DTYPES
-            and lora_E.dtype is dtype
-            and lora_U.dtype is dtype
-            and lora_v.device == device
-            and lora_E.device == device
-            and lora_U.device == device
-            and (mask is None or (mask.shape == (r,) and mask.device == device))
-        )
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return False
-
-
-def _check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names=None):
-    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N, "bias": bias}
-    if names:
-        tensors = {names.get(name, name): t for name, t in tensors.items()}
-    _check_tensors(tensors, optional=("lora_N", "bias"))
-    # NOTE: a float first, because asking an abstract class costs more than all other checks of a number.
-    if type(scaling) is not float and (isinstance(scaling, bool) or not isinstance(scaling, REAL)):
-        raise TypeError(f"scaling must be a real number, got {type(scaling).__name__}")
-    x_name, weight_name, A_name, B_name, N_name, bias_name = tensors
-    if weight.dim() != 2:
-        raise ValueError(f"weight must have shape (out, in), got {tuple(weight.shape)}")
-    out_features, in_features = weight.shape
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must have shape (..., {in_features}), got {tuple(x.shape)}")
-    if lora_A.dim() != 2 or lora_A.shape[1] != in_features or lora_A.shape[0] == 0:
-        raise ValueError(f"{A_name} must have shape (r, {in_features}) with r >= 1, got {tuple(lora_A.shape)}")
-    r = lora_A.shape[0]
-    if lora_B.shape != (out_features, r):
-        raise ValueError(f"{B_name} must have shape ({out_features}, {r}), got {tuple(lora_B.shape)}")
-    if lora_N is not None and lora_N.shape != (r, r):
-        raise ValueError(f"{N_name} must have shape ({r}, {r}), got {tuple(lora_N.shape)}")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
-    if not torch.is_autocast_enabled(x.device.type):
-        for name, t in (("weight", weight), ("bias", bias)):
-            if t is not None and t.dtype != x.dtype:
-                raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
-
-
-def _check_lora2_core(lora_u, lora_E, lora_U, mask):
-    tensors = {"lora_u": lora_u, "lora_E": lora_E, "lora_U": lora_U}
-    _check_tensors(tensors)
-    if lora_u.dim() != 2 or 0 in lora_u.shape:
-        raise ValueError(f"lora_u must have shape (r, k) with r, k >= 1, got {tuple(lora_u.shape)}")
-    r, k = lora_u.shape
-    if lora_E.shape != (r,):
-        raise ValueError(f"lora_E must have shape ({r},), got {tuple(lora_E.shape)}")
-    if lora_U.shape != (k, r):
-        raise ValueError(f"lora_U must have shape ({k}, {r}), got {tuple(lora_U.shape)}")
-    for name, t in tensors.items():
-        if t.dtype != lora_u.dtype:
-            raise TypeError(f"{name} must have lora_u's dtype {lora_u.dtype}, got {t.dtype}")
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a Tensor or None, got {type(mask).__name__}")
-        if mask.shape != (r,):
-            raise ValueError(f"mask must have shape ({r},), got {tuple(mask.shape)}")
-        if mask.device != lora_u.device:
-            raise ValueError(f"mask must be on lora_u's device {lora_u.device}, got {mask.device}")
-
-
-def _check_tensors(tensors: dict[str, Tensor | None], optional: tuple[str, ...] = ()):
-    device = None
-    for name, t in tensors.items():
-        if t is None and name in optional:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        if t.dtype not in DTYPES:
-            allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
-            raise TypeError(f"{name} must be one of {allowed}, got {t.dtype}")
-        device = device or t.device
-        if t.device != device:
-            raise ValueError(f"{name} must be on {device} like the tensors before it, got {t.device}")
