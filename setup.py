@@ -28,10 +28,12 @@ CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", 
 RELEASE_FLAGS = ["-O3", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math"]
 SANITIZE_FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 # By the end of the file name: only these files may hold code that not every x86-64 CPU can run.
 TIER_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "_avx512": AVX512_FLAGS,
+    "_amx": AVX512_FLAGS,
 }
 # Likewise. Code for sm_80 runs on 8.6 and 8.9 too, and as PTX on everything newer; that for sm_90a on 9.0 alone. Files
 # without such an end hold no code that only one of them has.

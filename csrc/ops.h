@@ -22,7 +22,7 @@ struct Matrix {
 
 namespace cpu {
 
-enum class Tier : int { kPortable, kAvx2, kAvx512 };
+enum class Tier : int { kPortable, kAvx2, kAvx512, kAmx };
 
 // The best instruction set this CPU has, not above the cap.
 Tier tier();

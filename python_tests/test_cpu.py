@@ -48,7 +48,7 @@ def short(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def tier(request):
     """Caps the instruction set; skips where the CPU lacks it."""
     before = _C.cap_cpu_tier(request.param)
@@ -110,6 +110,58 @@ def test_half_precision_is_read_and_rounded_as_torch_does(dtype):
     torch.testing.assert_close(T[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+def product_by(tier, x, weight):
+    """x·Wᵀ on an instruction set, as a layer whose adapter is zero."""
+    A, B = torch.zeros(1, x.shape[1]), torch.zeros(weight.shape[0], 1)
+    before = _C.cap_cpu_tier(tier)
+    try:
+        return CPU.forward(x, weight, A, B, None, None, 1.0, plan="whole")[0]
+    finally:
+        _C.cap_cpu_tier(before)
+
+
+@pytest.fixture
+def has_tiles():
+    if _C.cpu_tier() != "amx":
+        pytest.skip("this CPU has no amx")
+
+
+@pytest.mark.usefixtures("has_tiles")
+def test_tiles_multiply_every_bit_of_fp32():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 96, generator=generator) * 2.0 ** torch.randint(-40, 40, (64, 96), generator=generator)
+    x[0, :3] = torch.tensor([1 + 2**-23, 2 - 2**-23, 1 + 2**-8 + 2**-9])
+    assert torch.equal(product_by("amx", x, torch.eye(96)), x)
+    assert torch.equal(product_by("amx", torch.eye(64), x.T), x)
+    weight = torch.randn(80, 96, generator=generator)
+    assert torch.equal(product_by("amx", x * 2.0**20, weight), product_by("amx", x, weight) * 2.0**20)
+
+
+@pytest.mark.usefixtures("has_tiles")
+@pytest.mark.parametrize("K", [64, 768, 4096])
+def test_tiles_lose_no_more_than_products_of_fp32(K):
+    p = testing.problem(64, K, 96, 8)
+    exact = p.x.double() @ p.weight.double().T
+
+    def error(y):
+        return float((y.double() - exact).norm() / exact.norm())
+
+    assert error(product_by("amx", p.x, p.weight)) <= error(p.x @ p.weight.T)
+
+
+@pytest.mark.usefixtures("has_tiles")
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38, 1e-42], ids=str)
+def test_what_tiles_cannot_take_goes_to_the_other_kernels(value):
+    p = testing.problem(64, 40, 96, 8)
+    x = p.x * (value if value < 1 else 1)
+    x[5, 7] = value
+    for a, b in ((x, p.weight), (p.weight, x)):
+        y = product_by("amx", a, b)
+        torch.testing.assert_close(y, product_by("avx512", a, b), rtol=0, atol=0, equal_nan=True)
+    # Zeros are in range, whatever they are multiplied by.
+    assert not product_by("amx", x * 0 if value < 1 else torch.zeros_like(x), p.weight).any()
+
+
 @pytest.mark.usefixtures("plan")
 @pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
 @pytest.mark.parametrize("shape", [(16, 96, 200, 8), (300, 96, 200, 8), (100, 64, 70, 40)], ids=short)
@@ -144,9 +196,11 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and not _C.forked
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_nothing_past_a_tensor_is_written(tier):
+@pytest.mark.usefixtures("tier")
+@pytest.mark.parametrize("shape", [(21, 37, 29, 5), (70, 101, 83, 49)], ids=short)
+def test_nothing_past_a_tensor_is_written(shape):
     """Every result lies inside a larger storage whose rest must stay as it was."""
-    M, K, N, R = 21, 37, 29, 5
+    M, K, N, R = shape
     for dtype in DTYPES:
         p = testing.problem(M, K, N, R, dtype=dtype)
         storages = []
@@ -185,7 +239,7 @@ def test_a_call_it_cannot_take_is_refused_by_name():
     p = testing.problem(4, 3, 2, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16, got float64"):
         nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, backend="cpu")
-    with pytest.raises(ValueError, match="name must be one of portable, avx2, avx512, got 'sse'"):
+    with pytest.raises(ValueError, match="name must be one of portable, avx2, avx512, amx, got 'sse'"):
         _C.cap_cpu_tier("sse")
 
 
@@ -193,7 +247,7 @@ def test_a_call_it_cannot_take_is_refused_by_name():
 def test_a_cpu_without_half_precision_products_converts_to_fp32(tier, dtype):
     plan = CPU.plan(dtype, 512, 768, 768, 8)
     assert (plan == "whole") == (not _C.cpu_multiplies(getattr(_C, short(dtype))))
-    if tier != "avx512":
+    if tier in ("portable", "avx2"):
         assert plan == "whole"
 
 

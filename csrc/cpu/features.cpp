@@ -8,6 +8,7 @@
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
@@ -21,12 +22,26 @@ unsigned leaf7(unsigned subleaf, int output) {
   return registers[output];
 }
 
+// Whether AMX multiplies bf16 and the operating system lets this process use its registers.
+bool has_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+#if defined(__SANITIZE_ADDRESS__)
+  return true;  // tiles_amx.cpp then does without
+#endif
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  const unsigned features = leaf7(0, 3);
+  return features >> 22 & 1 && features >> 24 & 1 && !syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+#else
+  return false;
+#endif
+}
+
 // NOTE: the compiler's own check also asks whether the operating system saves the registers.
 Tier detect() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return Tier::kAvx512;
+    return has_tiles() ? Tier::kAmx : Tier::kAvx512;
   // Every CPU with AVX2 and FMA converts fp16 too.
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Tier::kAvx2;
   return Tier::kPortable;
@@ -40,7 +55,7 @@ bool has_bf16() { return false; }
 bool has_fp16() { return false; }
 #endif
 
-std::atomic<Tier> cap{Tier::kAvx512};
+std::atomic<Tier> cap{Tier::kAmx};
 std::atomic<bool> in_child{false};
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -60,7 +75,7 @@ Tier cap_tier(Tier limit) { return cap.exchange(limit); }
 bool multiplies(Dtype dtype) {
   static const bool bf16 = has_bf16(), fp16 = has_fp16();
   if (dtype == Dtype::kFloat32) return true;
-  return tier() == Tier::kAvx512 && (dtype == Dtype::kBFloat16 ? bf16 : fp16);
+  return tier() >= Tier::kAvx512 && (dtype == Dtype::kBFloat16 ? bf16 : fp16);
 }
 
 int64_t second_level_cache() {

@@ -9,6 +9,10 @@ namespace {
 constexpr int64_t kDepth = 384;
 // Rows whose sums are kept in fp32 at a time, where the result is not fp32 and k does not fit the cache.
 constexpr int64_t kRows = 1024;
+// Rows and columns from which on splitting values for the matrix unit pays.
+constexpr int64_t kManyForTiles = 48;
+// What packing a value costs, in multiply-adds of one k.
+constexpr int64_t kPackLeft = 16, kPackRight = 32;
 
 // A run of k inside one summand, and its place in the run of all summands that is packed together.
 struct Piece {
@@ -158,27 +162,12 @@ void run(const Kernels& kernel, const Problem& p, Range rows, Range cols, float*
   }
 }
 
-// The columns of the grid in which `threads` threads do least, counted in multiply-adds of one k.
-int grid_cols(const Kernels& kernel, const Problem& p, int threads) {
-  // What packing a value costs.
-  constexpr int64_t kRight = 32, kLeft = 16;
-  int best = 1;
-  int64_t least = INT64_MAX;
-  for (int cols = 1; cols <= threads; ++cols) {
-    const int rows = threads / cols;
-    const auto largest = [](int64_t n, int64_t unit, int parts) { return round_up((round_up(n, unit) + parts - 1) / parts, unit); };
-    const int64_t n = largest(p.out.cols, kernel.tile_cols, cols), m = largest(p.out.rows, kernel.tile_rows, rows);
-    const int64_t cost = m * n + kRight * n + (p.depths[0].in_place ? 0 : kLeft * m);
-    if (cost < least) least = cost, best = cols;
-  }
-  return best;
-}
-
 }  // namespace
 
 const Kernels& kernels() {
 #if defined(__x86_64__) || defined(__i386__)
   switch (tier()) {
+    case Tier::kAmx:
     case Tier::kAvx512: return avx512_kernels();
     case Tier::kAvx2: return avx2_kernels();
     case Tier::kPortable: break;
@@ -193,9 +182,28 @@ Matrix slice(const Matrix& m, Range rows, Range cols) {
   return {static_cast<char*>(m.data) + offset * bytes, m.dtype, rows.size, cols.size, m.row_stride, m.col_stride};
 }
 
+int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t left_cost, int64_t right_cost, int threads) {
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int cols = 1; cols <= threads; ++cols) {
+    const int rows = threads / cols;
+    const auto largest = [](int64_t n, int64_t unit, int parts) { return round_up((round_up(n, unit) + parts - 1) / parts, unit); };
+    const int64_t m = largest(out.rows, row_unit, rows), n = largest(out.cols, col_unit, cols);
+    const int64_t cost = m * n + left_cost * m + right_cost * n;
+    if (cost < least) least = cost, best = cols;
+  }
+  return best;
+}
+
 void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch,
           const Prepare* prepare) {
   if (!out.rows || !out.cols) return;
+#if defined(__x86_64__)
+  if (tier() == Tier::kAmx && std::min(out.rows, out.cols) >= kManyForTiles) {
+    if (tile_gemm(summands, start, out, threads, scratch, prepare)) return;
+    prepare = nullptr;
+  }
+#endif
   const Kernels& kernel = kernels();
   Problem p = {depths_of(summands, kernel.width), start, out, 0, 1, second_level_cache() / 8 * 5 / 4};
   for (const Depth& depth : p.depths) p.k += depth.k, p.deepest = std::max(p.deepest, depth.k);
@@ -206,7 +214,7 @@ void gemm(const std::vector<Summand>& summands, const float* start, const Matrix
       (*prepare)(part(out.rows, 2 * kernel.tile_rows, index, count));
       barrier(count);
     }
-    const int by = grid_cols(kernel, p, count);
+    const int by = grid_cols(out, kernel.tile_rows, kernel.tile_cols, p.depths[0].in_place ? 0 : kPackLeft, kPackRight, count);
     const Range rows = part(out.rows, kernel.tile_rows, index / by, count / by);
     const Range cols = part(out.cols, kernel.tile_cols, index % by, by);
     if (index < count / by * by) run(kernel, p, rows, cols, all + index * own);

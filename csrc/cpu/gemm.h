@@ -30,9 +30,17 @@ struct Summand {
 // Computes some rows of left, called by each thread before any of them multiplies.
 using Prepare = std::function<void(Range rows)>;
 
+// The columns of the grid in which `threads` threads do least; the costs are those of packing a row of left and a column of
+// right, in multiply-adds of one k.
+int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t left_cost, int64_t right_cost, int threads);
+
 // out = start + Σ left·rightᵀ by panels packed to fp32. The summands share m and n, each has a k of its own; start (n,)
 // or nullptr.
 void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch,
           const Prepare* prepare = nullptr);
+
+// The same by AMX. False where values lie outside what it multiplies as exactly: out is then undefined, left prepared.
+bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch,
+               const Prepare* prepare);
 
 }  // namespace nlora::cpu

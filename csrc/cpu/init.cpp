@@ -14,7 +14,7 @@ constexpr int64_t kLeftSize = 1 << 14;
 bool add_product(const Matrix& weight, const Matrix& left, const Matrix& right, int threads) {
   const int64_t k = right.rows;
   // Few columns are bound by memory, where whole rows are read faster; many are not held in the first cache level.
-  if (tier() != Tier::kAvx512 || forked() || k <= 32 || k > 160) return false;
+  if (tier() < Tier::kAvx512 || forked() || k <= 32 || k > 160) return false;
   if (!weight.rows || !weight.cols) return true;
   const Kernels& kernel = avx512_kernels();
   const int64_t rows = kernel.tile_rows, cols = kernel.tile_cols, block = kLeftSize / k / rows * rows;

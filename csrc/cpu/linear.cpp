@@ -10,7 +10,7 @@
 namespace nlora::cpu {
 namespace {
 
-constexpr int64_t kSkinny = 64;
+constexpr int64_t kSkinny = 32;
 constexpr int64_t kFewRows = 16;
 // Rows read at a time by sums: their pages stay within the first-level TLB.
 constexpr int64_t kSumDepth = 64;

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -49,16 +52,21 @@ class Scratch {
     if (!block.data || block.size < size) {
       std::free(block.data);
       block = {};
-      const size_t bytes = (size_t(size) * sizeof(float) / kAlignment + 1) * kAlignment;
-      block.data = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
+      const size_t wanted = size_t(size) * sizeof(float), unit = wanted < kHugePage ? kAlignment : kHugePage;
+      const size_t bytes = (wanted / unit + 1) * unit;
+      block.data = static_cast<float*>(std::aligned_alloc(unit, bytes));
       if (!block.data) throw std::bad_alloc();
+#if defined(__linux__)
+      // NOTE: a megabyte of packed values on small pages costs a tenth of a product's speed.
+      if (unit == kHugePage) madvise(block.data, bytes, MADV_HUGEPAGE);
+#endif
       block.size = size;
     }
     return block.data;
   }
 
  private:
-  static constexpr size_t kAlignment = 64;
+  static constexpr size_t kAlignment = 64, kHugePage = 2 << 20;
   struct Block {
     float* data = nullptr;
     int64_t size = 0;

@@ -183,14 +183,15 @@ int main(int argc, char** argv) {
   const bool all = argc > 1 && !std::strcmp(argv[1], "--long");
   std::vector<Shape> shapes = {{0, 5, 3, 2},   {1, 1, 1, 1},    {1, 33, 17, 5},   {2, 1, 49, 3},   {16, 65, 1, 8},
                                {17, 31, 47, 7}, {33, 130, 97, 9}, {50, 70, 100, 33}, {130, 300, 60, 4},
-                               {17, 2100, 200, 3}, {18, 400, 900, 2}, {20, 50, 60, 200}};
+                               {17, 2100, 200, 3}, {18, 400, 900, 2}, {20, 50, 60, 200},
+                               {66, 1400, 90, 3}, {70, 100, 50, 65}};
   if (all)
     for (int64_t M : {1, 16, 17, 65})
       for (int64_t K : {1, 16, 129, 513})
         for (int64_t N : {1, 47, 49, 200})
           for (int64_t R : {1, 8, 33}) shapes.push_back({M, K, N, R});
   int checks = 0;
-  for (Tier tier : {Tier::kPortable, Tier::kAvx2, Tier::kAvx512}) {
+  for (Tier tier : {Tier::kPortable, Tier::kAvx2, Tier::kAvx512, Tier::kAmx}) {
     nlora::cpu::cap_tier(tier);
     if (nlora::cpu::tier() != tier) continue;
     for (const Shape& s : shapes)

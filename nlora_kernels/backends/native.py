@@ -61,14 +61,25 @@ class Cpu:
         """Which of the four ways computes a layer of these sizes fastest (bench/test_plan.py runs them all)."""
         if _C.forked() or not _C.cpu_multiplies(_CODES[dtype]):
             return "whole"
-        if dtype == torch.float32:
-            # Folding multiplies K·N·R once each way and spares every row the product of P with B, or of H with A.
-            if R > 64 and M * (K + N) > 1.5 * K * N:
-                return "folded"
-            # From a large rank on the library is a little faster. One row of dy leaves most of a register tile empty.
-            if (M <= 16 or R <= 32 and _C.cpu_tier() != "portable") and not (backward and M == 1):
+        # Products that the library's tiles are too large for; and those whose time goes into calls.
+        few, short = M <= 16, M * K * N <= 1 << 24
+        if dtype != torch.float32:
+            if M <= 4 or M <= 8 and short:
                 return "whole"
-        elif M <= 4:
+            return "adapter" if R <= 32 or short else "library"
+        tier = _C.cpu_tier()
+        if few:
+            # Reading weight for dx, one row of dy leaves most of a register tile empty.
+            if not backward or R <= 32 and M > 1:
+                return "whole"
+        elif tier == "amx":
+            # Six products of bf16 for one of fp32: faster than any library, once the splitting pays.
+            if M >= 64:
+                return "whole"
+        elif R > 64 and M * (K + N) > 1.5 * K * N:
+            # Folding multiplies K·N·R once each way and spares every row the product of P with B, or of H with A.
+            return "folded"
+        elif M >= 256 and R <= 32 and tier != "portable":
             return "whole"
         return "adapter" if R <= 32 else "library"
 
