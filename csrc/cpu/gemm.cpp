@@ -195,12 +195,12 @@ int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t lef
   return best;
 }
 
-void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch,
+void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
           const Prepare* prepare) {
   if (!out.rows || !out.cols) return;
 #if defined(__x86_64__)
   if (tier() == Tier::kAmx && std::min(out.rows, out.cols) >= kManyForTiles) {
-    if (tile_gemm(summands, start, out, threads, scratch, prepare)) return;
+    if (tile_gemm(summands, start, out, threads, prepare)) return;
     prepare = nullptr;
   }
 #endif
@@ -208,6 +208,7 @@ void gemm(const std::vector<Summand>& summands, const float* start, const Matrix
   Problem p = {depths_of(summands, kernel.width), start, out, 0, 1, second_level_cache() / 8 * 5 / 4};
   for (const Depth& depth : p.depths) p.k += depth.k, p.deepest = std::max(p.deepest, depth.k);
   const int64_t own = own_size(kernel, p);
+  Scratch scratch;
   float* all = scratch.take(own * threads);
   parallel(threads, [&](int index, int count) {
     if (prepare) {

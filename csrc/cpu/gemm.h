@@ -36,11 +36,11 @@ int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t lef
 
 // out = start + Σ left·rightᵀ by panels packed to fp32. The summands share m and n, each has a k of its own; start (n,)
 // or nullptr.
-void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch,
+void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
           const Prepare* prepare = nullptr);
 
 // The same by AMX. False where values lie outside what it multiplies as exactly: out is then undefined, left prepared.
-bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch,
+bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
                const Prepare* prepare);
 
 }  // namespace nlora::cpu

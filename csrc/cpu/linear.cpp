@@ -196,16 +196,16 @@ class Chain {
     for (int64_t i = 0; i < rows.size * to.row_stride; ++i) values(next)[i] = scaling_ * values(to)[i];
   }
 
-  void all(int threads, Scratch& scratch) const {
+  void all(int threads) const {
     const int64_t M = left_.rows;
     if (skinny()) {
       parallel(team(threads, M, inner.cols, left_.cols), [&](int index, int count) { (*this)(part(M, 12, index, count)); });
       return;
     }
-    if (outer_) gemm({{left_, outer_}}, nullptr, inner, threads, scratch);
+    if (outer_) gemm({{left_, outer_}}, nullptr, inner, threads);
     const Matrix& from = outer_ ? inner : left_;
     if (rounded_) kernel_->round(values(inner), inner.row_stride, rounded_);
-    if (core_) return gemm({{from, core_}}, nullptr, outcome, threads, scratch);
+    if (core_) return gemm({{from, core_}}, nullptr, outcome, threads);
     copy(*kernel_, from, outcome);
     scale(outcome, scaling_);
   }
@@ -224,7 +224,7 @@ class Chain {
 // out = start + left·right for a left (m, r) of few columns: out is written once and never read.
 void widen(const Kernels& kernel, const Matrix& left, const Matrix& right, const float* start, const Matrix& out,
            int threads, Scratch& scratch) {
-  if (left.cols > kSkinny) return gemm({{left, transposed(right)}}, start, out, threads, scratch);
+  if (left.cols > kSkinny) return gemm({{left, transposed(right)}}, start, out, threads);
   const Matrix b = copied(kernel, right, kernel.tile_cols, scratch);
   const int64_t tile = kernel.tile_rows;
   float* panels = scratch.take(round_up(left.rows, tile) * left.cols);
@@ -259,9 +259,9 @@ void forward(const Matrix& x, const Matrix& weight, const Matrix& A, const Matri
   const Chain chain(kernel, x, A, core, scaling, T, scratch);
   const Prepare prepare = [&](Range rows) { chain(rows); };
   const bool fused = weight && chain.skinny();
-  if (!fused) chain.all(threads, scratch);
+  if (!fused) chain.all(threads);
   if (!weight) return widen(kernel, chain.outcome, transposed(B), start, y, threads, scratch);
-  gemm({{x, weight}, {chain.outcome, B}}, start, y, threads, scratch, fused ? &prepare : nullptr);
+  gemm({{x, weight}, {chain.outcome, B}}, start, y, threads, fused ? &prepare : nullptr);
 }
 
 void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight, const Matrix& A, const Matrix& B,
@@ -290,24 +290,24 @@ void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& 
 
   // Products of many rows.
   if (dx && weight && !few && narrow_rank) {
-    gemm({{dy, transposed(weight)}, {H, transposed(A)}}, nullptr, dx, threads, scratch, &prepare);
+    gemm({{dy, transposed(weight)}, {H, transposed(A)}}, nullptr, dx, threads, &prepare);
   } else {
     if (narrow_rank) {
       parallel(team(threads, M, N, R), [&](int index, int count) { prepare(part(M, 12, index, count)); });
     } else {
-      if (to_dy) to_dy->all(threads, scratch);
-      if (to_T) to_T->all(threads, scratch);
+      if (to_dy) to_dy->all(threads);
+      if (to_T) to_T->all(threads);
     }
     if (dx && !weight) widen(kernel, H, A, nullptr, dx, threads, scratch);
-    if (dx && weight && !few) gemm({{dy, transposed(weight)}, {H, transposed(A)}}, nullptr, dx, threads, scratch);
+    if (dx && weight && !few) gemm({{dy, transposed(weight)}, {H, transposed(A)}}, nullptr, dx, threads);
   }
-  if (dweight) gemm({{transposed(dy), transposed(x)}}, nullptr, dweight, threads, scratch);
+  if (dweight) gemm({{transposed(dy), transposed(x)}}, nullptr, dweight, threads);
   if (!narrow_rank) {
-    if (dA) gemm({{transposed(H), transposed(x)}}, nullptr, dA, threads, scratch);
-    if (dB) gemm({{transposed(dy), transposed(P)}}, nullptr, dB, threads, scratch);
+    if (dA) gemm({{transposed(H), transposed(x)}}, nullptr, dA, threads);
+    if (dB) gemm({{transposed(dy), transposed(P)}}, nullptr, dB, threads);
     if (dcore) {
       const Matrix sums = fp32(scratch.take(R * R), R, R, R);
-      gemm({{transposed(G), transposed(T)}}, nullptr, sums, threads, scratch);
+      gemm({{transposed(G), transposed(T)}}, nullptr, sums, threads);
       scale(sums, scaling);
       kernel.round(values(sums), R, dcore);
     }

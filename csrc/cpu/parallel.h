@@ -41,9 +41,12 @@ inline void barrier(int count) {
 }
 
 // Scratch memory of the calling thread, kept from call to call: a call allocates only when it needs more than any before.
+// One that is made while another lives gives back what was taken from it, and nothing else.
 class Scratch {
  public:
-  Scratch() { blocks().next = 0; }
+  Scratch() : first_(blocks().next) {}
+  ~Scratch() { blocks().next = first_; }
+  Scratch(const Scratch&) = delete;
 
   float* take(int64_t size) {
     Blocks& all = blocks();
@@ -82,6 +85,8 @@ class Scratch {
     static thread_local Blocks all;
     return all;
   }
+
+  size_t first_;
 };
 
 }  // namespace nlora::cpu

@@ -154,7 +154,7 @@ void run(const Kernels& kernel, const Tiles& tiles, const Problem& p, Range rows
 
 }  // namespace
 
-bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, Scratch& scratch,
+bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
                const Prepare* prepare) {
   const Kernels& kernel = kernels();
   const Tiles& tiles = amx_tiles();
@@ -168,6 +168,7 @@ bool tile_gemm(const std::vector<Summand>& summands, const float* start, const M
   p.sums = p.in_sums && p.groups.size() > 1 ? std::min(kSumRows, out.rows) * p.cols : 0;
   const int64_t own = p.left + p.right + round_up(p.sums, 16) + kTilePanel * std::max(kTilePanel, kTileStep);
   p.sums = round_up(p.sums, 16);
+  Scratch scratch;
   float* all = scratch.take(own * threads);
   std::vector<Seen> seen(threads * summands.size());
   parallel(threads, [&](int index, int count) {
