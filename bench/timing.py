@@ -1,5 +1,6 @@
 """How time and memory are taken."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -20,19 +21,23 @@ def interleave(
     rounds: int | None = None,
     prepare: Callable = lambda: None,
 ) -> dict[str, list[float]]:
-    """Times `target` by pytest-benchmark and before each of its rounds the others, in turn, so all share the weather.
+    """Times `target` by pytest-benchmark and before each of its rounds the others, so all share the weather.
+
+    The others come in another order each round: what one leaves in the caches does not always meet the same next one.
 
     Returns the seconds of each round of the others, and those of `target` as "self". About `seconds` in all, or as many
     rounds as are given, after two that are not counted unless they take long. `prepare` runs untimed before each. The
     caller has run every function once.
     """
     times = {name: [] for name in others}
+    order, shuffle = list(others), random.Random(0).shuffle
 
     def before():
         prepare()
-        for name, function in others.items():
+        shuffle(order)
+        for name in order:
             start = CLOCK()
-            function()
+            others[name]()
             times[name].append(CLOCK() - start)
 
     warm = 0
