@@ -7,9 +7,12 @@ namespace nlora::cpu {
 namespace {
 
 // Steps of k that are packed together.
-constexpr int64_t kGroupSteps = 32;
-// Bytes of packed right that a thread keeps. They stream through the second-level cache once per block of rows.
+constexpr int64_t kGroupSteps = 24;
+// Bytes of packed right that a thread keeps for further blocks of rows. They stream through the second-level cache once
+// per block.
 constexpr int64_t kKept = 8 << 20;
+// Panels of right that are split together, so that a row of right that lies across them is read in longer pieces.
+constexpr int64_t kTogether = 2;
 // Rows whose sums are kept in fp32 at a time, where the result is not fp32 and k takes more than one group.
 constexpr int64_t kSumRows = 1024;
 // What splitting a value costs, in multiply-adds of one k.
@@ -74,32 +77,31 @@ bool in_range(const Seen& seen) {
   return std::min({left, right, left + right}) >= kLeast && std::max({left, right, left + right}) <= kMost;
 }
 
-// One panel of a group: kTilePanel rows of left or columns of right. `loose` holds kTilePanel · kTileStep values.
+// Panels of a group, `distance` values apart: rows of left or columns of right. `loose` holds kTilePanel · kTileStep values.
 template <bool LEFT>
 void split(const Kernels& kernel, const Tiles& tiles, const Problem& p, const Group& group, Range at, float* loose,
-           uint16_t* panel, Seen* seen) {
+           uint16_t* panels, int64_t distance, Seen* seen) {
   for (size_t i = 0; i < group.pieces.size(); ++i) {
     const Piece& piece = group.pieces[i];
     const Summand& summand = (*p.summands)[piece.summand];
-    const Matrix from = slice(LEFT ? summand.left : summand.right, at, piece.range);
     const int count = LEFT ? group.runs[i].left_planes : group.runs[i].right_planes;
     uint32_t& most = LEFT ? seen[piece.summand].left : seen[piece.summand].right;
-    const float* values = static_cast<const float*>(from.data);
-    const bool in_place = from.dtype == Dtype::kFloat32 && (LEFT ? from.col_stride : from.row_stride) == 1;
-    if (in_place) {
-      most = std::max(most, LEFT ? tiles.split_left(values, from.row_stride, from.rows, from.cols, count, panel)
-                                 : tiles.split_right(values, from.col_stride, from.cols, from.rows, count, panel));
-      panel += group.runs[i].steps * panel_values(count);
-      continue;
-    }
-    for (int64_t k = 0; k < from.cols; k += kTileStep, panel += panel_values(count)) {
-      const Matrix step = slice(from, {0, from.rows}, {k, std::min<int64_t>(kTileStep, from.cols - k)});
-      if (LEFT) {
-        kernel.pack(step.data, step.dtype, step.col_stride, step.row_stride, step.cols, step.rows, kTileStep, 0, loose);
-        most = std::max(most, tiles.split_left(loose, kTileStep, step.rows, kTileStep, count, panel));
-      } else {
-        kernel.pack(step.data, step.dtype, step.row_stride, step.col_stride, step.rows, step.cols, kTilePanel, 0, loose);
-        most = std::max(most, tiles.split_right(loose, kTilePanel, step.cols, kTilePanel, count, panel));
+    for (int64_t k = 0; k < piece.range.size; k += kTileStep, panels += panel_values(count)) {
+      const Range depth = {piece.range.first + k, std::min<int64_t>(kTileStep, piece.range.size - k)};
+      for (int64_t j = 0; j < at.size; j += kTilePanel) {
+        const Range rows = {at.first + j, std::min<int64_t>(kTilePanel, at.size - j)};
+        const Matrix from = slice(LEFT ? summand.left : summand.right, rows, depth);
+        const float* values = static_cast<const float*>(from.data);
+        int64_t row = LEFT ? from.row_stride : from.col_stride, size = LEFT ? from.cols : from.rows;
+        if (from.dtype != Dtype::kFloat32 || (LEFT ? from.col_stride : from.row_stride) != 1) {
+          const Matrix source = LEFT ? transposed(from) : from;
+          kernel.pack(source.data, source.dtype, source.row_stride, source.col_stride, source.rows, source.cols, kTilePanel,
+                      0, loose);
+          values = loose, row = size = kTilePanel;
+        }
+        uint16_t* panel = panels + j / kTilePanel * distance;
+        most = std::max(most, LEFT ? tiles.split_left(values, row, from.rows, size, count, panel)
+                                   : tiles.split_right(values, row, from.cols, size, count, panel));
       }
     }
   }
@@ -113,6 +115,8 @@ void run(const Kernels& kernel, const Tiles& tiles, const Problem& p, Range rows
   float* sums = own + p.left + p.right;
   float* loose = sums + p.sums;
   const int64_t height = p.in_sums ? std::min(kSumRows, rows.size) : rows.size;
+  // Blocks of nearly equal size.
+  const int64_t step = round_up((height + (height - 1) / p.rows) / ((height - 1) / p.rows + 1), kTilePanel);
   for (int64_t top = 0; top < rows.size; top += height) {
     const int64_t bottom = std::min(rows.size, top + height);
     for (int64_t first = 0; first < cols.size; first += p.cols) {
@@ -120,15 +124,16 @@ void run(const Kernels& kernel, const Tiles& tiles, const Problem& p, Range rows
       for (size_t g = 0; g < p.groups.size(); ++g) {
         const Group& group = p.groups[g];
         const bool last = g + 1 == p.groups.size();
-        for (int64_t block = top; block < bottom; block += p.rows) {
-          const int64_t end = std::min(bottom, block + p.rows);
-          for (int64_t row = block; row < end; row += kTilePanel)
-            split<true>(kernel, tiles, p, group, {rows.first + row, std::min<int64_t>(kTilePanel, end - row)}, loose,
-                        left + (row - block) / kTilePanel * group.left, seen);
+        for (int64_t block = top; block < bottom; block += step) {
+          const int64_t end = std::min(bottom, block + step);
+          split<true>(kernel, tiles, p, group, {rows.first + block, end - block}, loose, left, group.left, seen);
           for (int64_t col = 0; col < width; col += kTilePanel) {
-            uint16_t* strip = right + col / kTilePanel * group.right;
+            const int64_t strip = col / kTilePanel, together = strip % kTogether;
             const Range at = {cols.first + first + col, std::min<int64_t>(kTilePanel, width - col)};
-            if (block == top) split<false>(kernel, tiles, p, group, at, loose, strip, seen);
+            uint16_t* packed = right + (height > step ? strip : together) * group.right;
+            if (block == top && together == 0)
+              split<false>(kernel, tiles, p, group, {at.first, std::min(kTogether * kTilePanel, width - col)}, loose, packed,
+                           group.right, seen);
             for (int64_t row = block; row < end; row += kTilePanel) {
               const Range mine = {rows.first + row, std::min<int64_t>(kTilePanel, end - row)};
               const Matrix out = slice(p.out, mine, at);
@@ -136,7 +141,7 @@ void run(const Kernels& kernel, const Tiles& tiles, const Problem& p, Range rows
                                                       : fp32(sums + (row - top) * p.cols + col, mine.size, at.size, p.cols);
               const float* before = static_cast<const float*>(partial.data);
               TileProduct product = {};
-              product.left = left + (row - block) / kTilePanel * group.left, product.right = strip;
+              product.left = left + (row - block) / kTilePanel * group.left, product.right = packed;
               product.runs = group.runs.data(), product.runs_count = int(group.runs.size());
               product.init = g ? before : p.start ? p.start + at.first : nullptr;
               product.init_row = g ? partial.row_stride : 0;
