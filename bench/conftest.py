@@ -11,7 +11,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--seconds", type=float, help="for one row, shared with what it is compared with; default 1, or 0.2 in smoke"
     )
-    parser.addoption("--cap", choices=["portable", "avx2", "avx512", "amx"], help="the instruction set that ours stays within")
+    parser.addoption(
+        "--cap", choices=["portable", "avx2", "avx512", "amx"], help="the instruction set that ours stays within"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,5 @@
 """Two processes, data-parallel: DDP and FSDP2 train as one process does and save the same checkpoint."""
 
-import contextlib
 import copy
 import functools
 
@@ -11,14 +10,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_peft import config
-from tiny import llama, tokens
+from tiny import counted_fusions, llama, tokens
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import nlora_kernels.peft.layer as fused_layer
 from nlora_kernels.checkpoint import WEIGHTS
+from nlora_kernels.peft.layer import FusedLinear
 
 RANKS = 2
 STEPS = 3
@@ -50,19 +49,6 @@ def batch():
     return tokens(batch=2 * RANKS)
 
 
-@contextlib.contextmanager
-def counted():
-    calls, original = [], fused_layer.lora_linear
-
-    def count(*args, **kwargs):
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    fused_layer.lora_linear = count
-    yield calls
-    fused_layer.lora_linear = original
-
-
 def parallel(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     torch.set_num_threads(1)
@@ -73,7 +59,7 @@ def parallel(rank, folder):
         for kind in PARALLEL:
             model = build(method)
             target = folder / kind / method
-            with counted() as calls:
+            with counted_fusions() as calls:
                 losses = RUN[kind](model, mesh, ids, target)
             dist.all_reduce(losses, dist.ReduceOp.SUM)
             results[kind, method] = losses / RANKS, len(calls)
@@ -94,7 +80,7 @@ def fsdp2(model, mesh, ids, target, whole=False, by_linear=False):
     ignored = {"ignored_params": set(adapters)} if whole else {}
     if by_linear:
         # Every base layer gathers its weight in its own forward, and only there.
-        for module in [m for m in model.modules() if isinstance(m, fused_layer.FusedLinear)]:
+        for module in [m for m in model.modules() if isinstance(m, FusedLinear)]:
             fully_shard(module.base_layer, mesh=mesh)
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh, **ignored)
@@ -135,7 +121,7 @@ def test_losses_and_checkpoint_are_those_of_one_process(kind, method, results, t
     untouched = copy.deepcopy(model.state_dict())
     losses, fused = runs[kind, method]
     torch.testing.assert_close(losses, train(model, batch()), rtol=1e-5, atol=1e-5)
-    layers = sum(isinstance(module, fused_layer.FusedLinear) for module in model.modules())
+    layers = sum(isinstance(module, FusedLinear) for module in model.modules())
     assert fused == (0 if kind == "fsdp2_by_linear" else STEPS * layers)
     model.save_pretrained(tmp_path)
     expected, actual = (load_file(path / WEIGHTS) for path in (tmp_path, folder / kind / method))

@@ -12,10 +12,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from test_peft import METHODS, config, reference_delta, reference_logits
-from tiny import gpt2, llama, perturb, tokens
+from tiny import counted_fusions, gpt2, llama, perturb, tokens
 from torch import nn
 
-import nlora_kernels.peft.layer as fused_layer
 from nlora_kernels import fusion
 from nlora_kernels.checkpoint import CONFIG, WEIGHTS
 from nlora_kernels.peft import LoRA2Config, NLoraConfig, fuse, unfuse
@@ -53,17 +52,9 @@ def adapter_layers(model):
 
 
 @pytest.fixture
-def fused_calls(monkeypatch):
-    """Counts the calls of the fused operation."""
-    calls = []
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    original = fused_layer.lora_linear
-    monkeypatch.setattr(fused_layer, "lora_linear", counted)
-    return calls
+def fused_calls():
+    with counted_fusions() as calls:
+        yield calls
 
 
 # Operations

@@ -1,8 +1,13 @@
 """Tiny models built from configurations, for tests of the PEFT integration. Nothing is downloaded."""
 
+import contextlib
+
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from nlora_kernels.peft.layer import FusedLinear
+from nlora_kernels.peft.lora2 import LoRA2Linear
 
 VOCABULARY = 64
 
@@ -59,3 +64,24 @@ def perturb(model: nn.Module, scale: float = 0.1, adapter: str = "") -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and f".{adapter}" in name:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+@contextlib.contextmanager
+def counted_fusions():
+    """Gives a list that grows by one whenever a layer and its adapter are computed as one operation."""
+    calls, originals = [], {kind: kind.fused for kind in (FusedLinear, LoRA2Linear)}
+
+    def counting(original):
+        def fused(layer, *args):
+            calls.append(layer)
+            return original(layer, *args)
+
+        return fused
+
+    for kind, original in originals.items():
+        kind.fused = counting(original)
+    try:
+        yield calls
+    finally:
+        for kind, original in originals.items():
+            kind.fused = original

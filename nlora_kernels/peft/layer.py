@@ -40,6 +40,13 @@ class FusedLinear(Linear):
         x = self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name)))
         return self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
 
+    def fused(self, name: str, x: Tensor) -> Tensor:
+        """The base layer and an adapter as one operation."""
+        base = self.base_layer
+        A, N, B = self.matrices(name)
+        options = {"scaling": self.scaling_of(name), "dropout": self.dropped(name)}
+        return lora_linear(x, fusion.weight_of(base), A, B, N, base.bias, **options)
+
     def dtype_of(self, name: str) -> torch.dtype:
         return self.lora_A[name].weight.dtype
 
@@ -84,10 +91,7 @@ class FusedLinear(Linear):
             self.unmerge()
         terms = self._terms(adapter_names)
         if len(terms) == 1 and terms[0].rows is None and not args and not kwargs and self._fuses(terms[0].name, x):
-            base = self.base_layer
-            A, N, B = self.matrices(terms[0].name)
-            options = {"scaling": self.scaling_of(terms[0].name), "dropout": self.dropped(terms[0].name)}
-            return lora_linear(x, fusion.weight_of(base), A, B, N, base.bias, **options)
+            return self.fused(terms[0].name, x)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name, rows in terms:
