@@ -8,6 +8,7 @@ can build, and a message on stderr for what it cannot; the package then installs
 """
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -21,20 +22,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-CPU_SOURCES = sorted(ROOT.glob("csrc/cpu/*.cpp"))
+
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+# By the end of the file name: only these files may hold code that not every x86-64 CPU can run, and no other CPU any.
+TIER_FLAGS = {"_avx2": ["-mavx2", "-mfma", "-mf16c"], "_avx512": AVX512_FLAGS, "_amx": AVX512_FLAGS}
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+
+CPU_SOURCES = sorted(path for path in ROOT.glob("csrc/cpu/*.cpp") if X86 or not path.stem.endswith((*TIER_FLAGS,)))
 CUDA_SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}"]
 RELEASE_FLAGS = ["-O3", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math"]
 SANITIZE_FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-# By the end of the file name: only these files may hold code that not every x86-64 CPU can run.
-TIER_FLAGS = {
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": AVX512_FLAGS,
-    "_amx": AVX512_FLAGS,
-}
 # Likewise. Code for sm_80 runs on 8.6 and 8.9 too, and as PTX on everything newer; that for sm_90a on 9.0 alone. Files
 # without such an end hold no code that only one of them has.
 ARCHITECTURES = {"_sm90a": ["sm_90a"], "_sm80": ["sm_80", "compute_80"], "": ["sm_80", "sm_90", "compute_80"]}

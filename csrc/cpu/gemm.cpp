@@ -198,7 +198,7 @@ int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t lef
 void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
           const Prepare* prepare) {
   if (!out.rows || !out.cols) return;
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(__i386__)
   if (tier() == Tier::kAmx && std::min(out.rows, out.cols) >= kManyForTiles) {
     if (tile_gemm(summands, start, out, threads, prepare)) return;
     prepare = nullptr;

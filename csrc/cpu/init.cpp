@@ -11,6 +11,7 @@ constexpr int64_t kLeftSize = 1 << 14;
 
 }  // namespace
 
+#if defined(__x86_64__) || defined(__i386__)
 bool add_product(const Matrix& weight, const Matrix& left, const Matrix& right, int threads) {
   const int64_t k = right.rows;
   // Few columns are bound by memory, where whole rows are read faster; many are not held in the first cache level.
@@ -38,5 +39,8 @@ bool add_product(const Matrix& weight, const Matrix& left, const Matrix& right, 
   });
   return true;
 }
+#else
+bool add_product(const Matrix&, const Matrix&, const Matrix&, int) { return false; }
+#endif
 
 }  // namespace nlora::cpu

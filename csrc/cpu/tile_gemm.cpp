@@ -1,5 +1,6 @@
 // The large product on a matrix unit. The unit is so fast that splitting values into planes counts: a thread splits its
 // columns of right once, however many rows they meet, and as many rows of left at a time as stay in the second-level cache.
+#if defined(__x86_64__) || defined(__i386__)
 #include "cpu/gemm.h"
 #include "cpu/tiles.h"
 
@@ -200,3 +201,4 @@ bool tile_gemm(const std::vector<Summand>& summands, const float* start, const M
 }
 
 }  // namespace nlora::cpu
+#endif

@@ -1,7 +1,7 @@
 """C++ kernels behind the extension `_C`, compiled with the package (csrc/).
 
 On a CPU a call is computed in one of four ways (`Cpu.plan`), which differ in who does the products:
-    whole     one C++ call each way: rows of weight are read in place for few rows of x, else packed to fp32
+    whole     one C++ call each way: rows of weight are read in place for few rows of x, else packed (docs/cpu.md)
     adapter   C++ writes the adapter's product, which reads and writes much and multiplies little; the library adds the
               product with weight to it
     library   `lean`
