@@ -37,12 +37,14 @@ struct Group {
 };
 
 struct Problem {
-  const std::vector<Summand>* summands;
+  const Kernels& kernel;
+  const Tiles& tiles;
+  const std::vector<Summand>& summands;
   std::vector<Group> groups;
   const float* start;
   Matrix out;
-  int64_t rows, cols;     // of a block of left, of the right that is kept
-  bool in_sums;
+  bool in_sums;            // results are rounded or scattered, so they are summed elsewhere
+  int64_t rows, cols;      // of a block of left, and of the part of right that may be kept
   int64_t left, right, sums;  // sizes of a thread's buffers, in floats
 };
 
@@ -78,108 +80,129 @@ bool in_range(const Seen& seen) {
   return std::min({left, right, left + right}) >= kLeast && std::max({left, right, left + right}) <= kMost;
 }
 
-// Panels of a group, `distance` values apart: rows of left or columns of right. `loose` holds kTilePanel · kTileStep values.
-template <bool LEFT>
-void split(const Kernels& kernel, const Tiles& tiles, const Problem& p, const Group& group, Range at, float* loose,
-           uint16_t* panels, int64_t distance, Seen* seen) {
-  for (size_t i = 0; i < group.pieces.size(); ++i) {
-    const Piece& piece = group.pieces[i];
-    const Summand& summand = (*p.summands)[piece.summand];
-    const int count = LEFT ? group.runs[i].left_planes : group.runs[i].right_planes;
-    uint32_t& most = LEFT ? seen[piece.summand].left : seen[piece.summand].right;
-    for (int64_t k = 0; k < piece.range.size; k += kTileStep, panels += panel_values(count)) {
-      const Range depth = {piece.range.first + k, std::min<int64_t>(kTileStep, piece.range.size - k)};
-      for (int64_t j = 0; j < at.size; j += kTilePanel) {
-        const Range rows = {at.first + j, std::min<int64_t>(kTilePanel, at.size - j)};
-        const Matrix from = slice(LEFT ? summand.left : summand.right, rows, depth);
-        const float* values = static_cast<const float*>(from.data);
-        int64_t row = LEFT ? from.row_stride : from.col_stride, size = LEFT ? from.cols : from.rows;
-        if (from.dtype != Dtype::kFloat32 || (LEFT ? from.col_stride : from.row_stride) != 1) {
-          const Matrix source = LEFT ? transposed(from) : from;
-          kernel.pack(source.data, source.dtype, source.row_stride, source.col_stride, source.rows, source.cols, kTilePanel,
-                      0, loose);
-          values = loose, row = size = kTilePanel;
-        }
-        uint16_t* panel = panels + j / kTilePanel * distance;
-        most = std::max(most, LEFT ? tiles.split_left(values, row, from.rows, size, count, panel)
-                                   : tiles.split_right(values, row, from.cols, size, count, panel));
-      }
-    }
-  }
-}
+// One thread's part of the work, with memory of its own.
+class Worker {
+ public:
+  Worker(const Problem& problem, float* own, Seen* seen)
+      : p_(problem), left_(reinterpret_cast<uint16_t*>(own)), right_(reinterpret_cast<uint16_t*>(own + p_.left)),
+        sums_(own + p_.left + p_.right), loose_(sums_ + p_.sums), seen_(seen) {}
 
-// The rows and columns of the result that are one thread's.
-void run(const Kernels& kernel, const Tiles& tiles, const Problem& p, Range rows, Range cols, float* own, Seen* seen) {
-  if (!rows.size || !cols.size) return;
-  uint16_t* left = reinterpret_cast<uint16_t*>(own);
-  uint16_t* right = reinterpret_cast<uint16_t*>(own + p.left);
-  float* sums = own + p.left + p.right;
-  float* loose = sums + p.sums;
-  const int64_t height = p.in_sums ? std::min(kSumRows, rows.size) : rows.size;
-  // Blocks of nearly equal size.
-  const int64_t step = round_up((height + (height - 1) / p.rows) / ((height - 1) / p.rows + 1), kTilePanel);
-  for (int64_t top = 0; top < rows.size; top += height) {
-    const int64_t bottom = std::min(rows.size, top + height);
-    for (int64_t first = 0; first < cols.size; first += p.cols) {
-      const int64_t width = std::min(p.cols, cols.size - first);
-      for (size_t g = 0; g < p.groups.size(); ++g) {
-        const Group& group = p.groups[g];
-        const bool last = g + 1 == p.groups.size();
-        for (int64_t block = top; block < bottom; block += step) {
-          const int64_t end = std::min(bottom, block + step);
-          split<true>(kernel, tiles, p, group, {rows.first + block, end - block}, loose, left, group.left, seen);
-          for (int64_t col = 0; col < width; col += kTilePanel) {
-            const int64_t strip = col / kTilePanel, together = strip % kTogether;
-            const Range at = {cols.first + first + col, std::min<int64_t>(kTilePanel, width - col)};
-            uint16_t* packed = right + (height > step ? strip : together) * group.right;
-            if (block == top && together == 0)
-              split<false>(kernel, tiles, p, group, {at.first, std::min(kTogether * kTilePanel, width - col)}, loose, packed,
-                           group.right, seen);
-            for (int64_t row = block; row < end; row += kTilePanel) {
-              const Range mine = {rows.first + row, std::min<int64_t>(kTilePanel, end - row)};
-              const Matrix out = slice(p.out, mine, at);
-              const Matrix partial = !p.in_sums ? out : p.groups.size() == 1 ? fp32(loose, mine.size, at.size, kTilePanel)
-                                                      : fp32(sums + (row - top) * p.cols + col, mine.size, at.size, p.cols);
-              const float* before = static_cast<const float*>(partial.data);
-              TileProduct product = {};
-              product.left = left + (row - block) / kTilePanel * group.left, product.right = packed;
-              product.runs = group.runs.data(), product.runs_count = int(group.runs.size());
-              product.init = g ? before : p.start ? p.start + at.first : nullptr;
-              product.init_row = g ? partial.row_stride : 0;
-              product.c = static_cast<float*>(partial.data), product.c_row = partial.row_stride;
-              product.m = int(mine.size), product.n = int(at.size);
-              tiles.multiply(product);
-              if (p.in_sums && last) kernel.round(before, partial.row_stride, out);
-            }
-          }
+  void run(Range rows, Range cols) {
+    if (!rows.size) return;
+    const int64_t height = p_.in_sums ? kSumRows : rows.size;
+    for (int64_t row = 0; row < rows.size; row += height) {
+      const Range some_rows = {rows.first + row, std::min(height, rows.size - row)};
+      for (int64_t col = 0; col < cols.size; col += p_.cols) {
+        const Range some_cols = {cols.first + col, std::min(p_.cols, cols.size - col)};
+        for (size_t group = 0; group < p_.groups.size(); ++group) add(int(group), some_rows, some_cols);
+      }
+    }
+  }
+
+ private:
+  // Adds a group's part of k to the sums of these rows and columns.
+  void add(int group, Range rows, Range cols) {
+    const Group& packed = p_.groups[group];
+    // Blocks of nearly equal size.
+    const int64_t blocks = (rows.size + p_.rows - 1) / p_.rows;
+    const int64_t height = round_up((rows.size + blocks - 1) / blocks, kTilePanel);
+    for (int64_t top = 0; top < rows.size; top += height) {
+      const Range block = {rows.first + top, std::min(height, rows.size - top)};
+      split<true>(packed, block, left_);
+      for (int64_t strip = 0; strip * kTilePanel < cols.size; ++strip) {
+        const int64_t first = strip * kTilePanel, together = strip % kTogether;
+        const Range at = {cols.first + first, std::min<int64_t>(kTilePanel, cols.size - first)};
+        // NOTE: what no second block of rows will meet is written over while the cache still holds it.
+        uint16_t* right = right_ + (blocks > 1 ? strip : together) * packed.right;
+        if (top == 0 && together == 0) split<false>(packed, {at.first, std::min(kTogether * kTilePanel, cols.size - first)}, right);
+        for (int64_t row = 0; row < block.size; row += kTilePanel) {
+          const Range mine = {block.first + row, std::min<int64_t>(kTilePanel, block.size - row)};
+          const uint16_t* left = left_ + row / kTilePanel * packed.left;
+          multiply(group, left, right, mine, at, sums_ + (top + row) * p_.cols + first);
         }
       }
     }
   }
-}
+
+  // Splits rows of left, or columns of right, into panels of a group.
+  template <bool LEFT>
+  void split(const Group& group, Range at, uint16_t* panels) {
+    for (size_t i = 0; i < group.pieces.size(); ++i) {
+      const Piece& piece = group.pieces[i];
+      const Summand& summand = p_.summands[piece.summand];
+      const int planes = LEFT ? group.runs[i].left_planes : group.runs[i].right_planes;
+      uint32_t& most = LEFT ? seen_[piece.summand].left : seen_[piece.summand].right;
+      for (int64_t k = 0; k < piece.range.size; k += kTileStep, panels += panel_values(planes)) {
+        const Range depth = {piece.range.first + k, std::min<int64_t>(kTileStep, piece.range.size - k)};
+        for (int64_t j = 0; j < at.size; j += kTilePanel) {
+          const Range lines = {at.first + j, std::min<int64_t>(kTilePanel, at.size - j)};
+          const Matrix from = slice(LEFT ? summand.left : summand.right, lines, depth);
+          uint16_t* panel = panels + j / kTilePanel * (LEFT ? group.left : group.right);
+          most = std::max(most, split<LEFT>(from, planes, panel));
+        }
+      }
+    }
+  }
+
+  // One step of one panel.
+  template <bool LEFT>
+  uint32_t split(const Matrix& from, int planes, uint16_t* panel) {
+    const float* values = static_cast<const float*>(from.data);
+    int64_t row = LEFT ? from.row_stride : from.col_stride, size = LEFT ? from.cols : from.rows;
+    if (from.dtype != Dtype::kFloat32 || (LEFT ? from.col_stride : from.row_stride) != 1) {
+      const Matrix source = LEFT ? transposed(from) : from;
+      p_.kernel.pack(source.data, source.dtype, source.row_stride, source.col_stride, source.rows, source.cols, kTilePanel, 0,
+                     loose_);
+      values = loose_, row = size = kTilePanel;
+    }
+    return LEFT ? p_.tiles.split_left(values, row, from.rows, size, planes, panel)
+                : p_.tiles.split_right(values, row, from.cols, size, planes, panel);
+  }
+
+  // A panel of each side.
+  void multiply(int group, const uint16_t* left, const uint16_t* right, Range rows, Range cols, float* sums) {
+    const Group& packed = p_.groups[group];
+    const Matrix out = slice(p_.out, rows, cols);
+    const Matrix elsewhere = p_.sums ? fp32(sums, rows.size, cols.size, p_.cols) : fp32(loose_, rows.size, cols.size, kTilePanel);
+    const Matrix& partial = p_.in_sums ? elsewhere : out;
+    TileProduct product = {};
+    product.left = left, product.right = right;
+    product.runs = packed.runs.data(), product.runs_count = int(packed.runs.size());
+    product.c = static_cast<float*>(partial.data), product.c_row = partial.row_stride;
+    product.init = group ? product.c : p_.start ? p_.start + cols.first : nullptr;
+    product.init_row = group ? partial.row_stride : 0;
+    product.m = int(rows.size), product.n = int(cols.size);
+    p_.tiles.multiply(product);
+    if (p_.in_sums && group + 1 == int(p_.groups.size())) p_.kernel.round(product.c, partial.row_stride, out);
+  }
+
+  const Problem& p_;
+  uint16_t *left_, *right_;
+  float *sums_, *loose_;  // kSumRows rows of p.cols where several groups need them; kTilePanel · kTileStep values
+  Seen* seen_;
+};
 
 }  // namespace
 
 bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
                const Prepare* prepare) {
-  const Kernels& kernel = kernels();
-  const Tiles& tiles = amx_tiles();
-  Problem p = {&summands, groups_of(summands), start, out, 0, 0, out.dtype != Dtype::kFloat32 || out.col_stride != 1, 0, 0, 0};
+  const bool in_sums = out.dtype != Dtype::kFloat32 || out.col_stride != 1;
+  Problem p = {kernels(), amx_tiles(), summands, groups_of(summands), start, out, in_sums, 0, 0, 0, 0, 0};
   int64_t left = 1, right = 1;
   for (const Group& group : p.groups) left = std::max(left, group.left), right = std::max(right, group.right);
-  const int64_t panels = std::max<int64_t>(1, second_level_cache() / 8 * 5 / (2 * left));
-  p.rows = std::min(panels * kTilePanel, round_up(out.rows, kTilePanel));
-  p.cols = std::min(std::max<int64_t>(1, kKept / (2 * right)) * kTilePanel, round_up(out.cols, kTilePanel));
+  const auto panels = [](int64_t bytes, int64_t values, int64_t lines) {
+    return std::min(std::max(bytes / (2 * values), kTogether) * kTilePanel, round_up(lines, kTogether * kTilePanel));
+  };
+  p.rows = panels(second_level_cache() / 8 * 5, left, out.rows), p.cols = panels(kKept, right, out.cols);
   p.left = p.rows / kTilePanel * left / 2, p.right = p.cols / kTilePanel * right / 2;
-  p.sums = p.in_sums && p.groups.size() > 1 ? std::min(kSumRows, out.rows) * p.cols : 0;
-  const int64_t own = p.left + p.right + round_up(p.sums, 16) + kTilePanel * std::max(kTilePanel, kTileStep);
-  p.sums = round_up(p.sums, 16);
+  if (in_sums && p.groups.size() > 1) p.sums = std::min(kSumRows, out.rows) * p.cols;
+  const int64_t own = p.left + p.right + p.sums + kTilePanel * kTileStep;
   Scratch scratch;
   float* all = scratch.take(own * threads);
   std::vector<Seen> seen(threads * summands.size());
   parallel(threads, [&](int index, int count) {
     if (prepare) {
-      (*prepare)(part(out.rows, 2 * kernel.tile_rows, index, count));
+      (*prepare)(part(out.rows, 2 * p.kernel.tile_rows, index, count));
       barrier(count);
     }
     const int by = grid_cols(out, kTilePanel, kTilePanel, kSplitLeft, kSplitRight, count);
@@ -187,9 +210,9 @@ bool tile_gemm(const std::vector<Summand>& summands, const float* start, const M
     const Range cols = part(out.cols, kTilePanel, index % by, by);
     if (index >= count / by * by) return;
     alignas(64) char saved[64];
-    tiles.begin(saved);
-    run(kernel, tiles, p, rows, cols, all + index * own, seen.data() + index * summands.size());
-    tiles.end(saved);
+    p.tiles.begin(saved);
+    Worker(p, all + index * own, seen.data() + index * summands.size()).run(rows, cols);
+    p.tiles.end(saved);
   });
   for (size_t i = 0; i < summands.size(); ++i) {
     Seen most;
