@@ -42,5 +42,7 @@ void gemm(const std::vector<Summand>& summands, const float* start, const Matrix
 // The same by AMX. False where values lie outside what it multiplies as exactly: out is then undefined, left prepared.
 bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
                const Prepare* prepare);
+// out += left·rightᵀ, all fp32 and out with its columns side by side. False, with nothing done, as above.
+bool tile_update(const Matrix& out, const Matrix& left, const Matrix& right, int threads);
 
 }  // namespace nlora::cpu

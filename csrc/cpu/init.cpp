@@ -14,9 +14,12 @@ constexpr int64_t kLeftSize = 1 << 14;
 #if defined(__x86_64__) || defined(__i386__)
 bool add_product(const Matrix& weight, const Matrix& left, const Matrix& right, int threads) {
   const int64_t k = right.rows;
-  // Few columns are bound by memory, where whole rows are read faster; many are not held in the first cache level.
-  if (tier() < Tier::kAvx512 || forked() || k <= 32 || k > 160) return false;
+  // Few columns are bound by memory, where whole rows are read faster.
+  if (tier() < Tier::kAvx512 || forked() || k <= 32) return false;
   if (!weight.rows || !weight.cols) return true;
+  if (tier() == Tier::kAmx && tile_update(weight, left, transposed(right), threads)) return true;
+  // Many are not held in the first cache level.
+  if (k > 160) return false;
   const Kernels& kernel = avx512_kernels();
   const int64_t rows = kernel.tile_rows, cols = kernel.tile_cols, block = kLeftSize / k / rows * rows;
   Scratch scratch;

@@ -12,6 +12,8 @@ constexpr int64_t kGroupSteps = 24;
 // Bytes of packed right that a thread keeps for further blocks of rows. They stream through the second-level cache once
 // per block.
 constexpr int64_t kKept = 8 << 20;
+// Rows of left at a time where out is read too: so few that the pages they lie on stay known from one strip to the next.
+constexpr int64_t kUpdateRows = 128;
 // Panels of right that are split together, so that a row of right that lies across them is read in longer pieces.
 constexpr int64_t kTogether = 2;
 // Rows whose sums are kept in fp32 at a time, where the result is not fp32 and k takes more than one group.
@@ -43,6 +45,7 @@ struct Problem {
   std::vector<Group> groups;
   const float* start;
   Matrix out;
+  bool onto;               // out is added to
   bool in_sums;            // results are rounded or scattered, so they are summed elsewhere
   int64_t rows, cols;      // of a block of left, and of the part of right that may be kept
   int64_t left, right, sums;  // sizes of a thread's buffers, in floats
@@ -169,8 +172,9 @@ class Worker {
     product.left = left, product.right = right;
     product.runs = packed.runs.data(), product.runs_count = int(packed.runs.size());
     product.c = static_cast<float*>(partial.data), product.c_row = partial.row_stride;
-    product.init = group ? product.c : p_.start ? p_.start + cols.first : nullptr;
-    product.init_row = group ? partial.row_stride : 0;
+    const bool adds = group || p_.onto;
+    product.init = adds ? product.c : p_.start ? p_.start + cols.first : nullptr;
+    product.init_row = adds ? partial.row_stride : 0;
     product.m = int(rows.size), product.n = int(cols.size);
     p_.tiles.multiply(product);
     if (p_.in_sums && group + 1 == int(p_.groups.size())) p_.kernel.round(product.c, partial.row_stride, out);
@@ -182,44 +186,71 @@ class Worker {
   Seen* seen_;
 };
 
-}  // namespace
-
-bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
-               const Prepare* prepare) {
+// `block`, whole panels, bounds the rows of left that are multiplied at a time.
+Problem problem_of(const std::vector<Summand>& summands, const float* start, const Matrix& out, bool onto, int64_t block) {
   const bool in_sums = out.dtype != Dtype::kFloat32 || out.col_stride != 1;
-  Problem p = {kernels(), amx_tiles(), summands, groups_of(summands), start, out, in_sums, 0, 0, 0, 0, 0};
+  Problem p = {kernels(), amx_tiles(), summands, groups_of(summands), start, out, onto, in_sums, 0, 0, 0, 0, 0};
   int64_t left = 1, right = 1;
   for (const Group& group : p.groups) left = std::max(left, group.left), right = std::max(right, group.right);
   const auto panels = [](int64_t bytes, int64_t values, int64_t lines) {
     return std::min(std::max(bytes / (2 * values), kTogether) * kTilePanel, round_up(lines, kTogether * kTilePanel));
   };
-  p.rows = panels(second_level_cache() / 8 * 5, left, out.rows), p.cols = panels(kKept, right, out.cols);
+  p.rows = std::min(block, panels(second_level_cache() / 8 * 5, left, out.rows)), p.cols = panels(kKept, right, out.cols);
   p.left = p.rows / kTilePanel * left / 2, p.right = p.cols / kTilePanel * right / 2;
   if (in_sums && p.groups.size() > 1) p.sums = std::min(kSumRows, out.rows) * p.cols;
-  const int64_t own = p.left + p.right + p.sums + kTilePanel * kTileStep;
+  return p;
+}
+
+// What was seen of every summand.
+std::vector<Seen> multiply(const Problem& p, int threads, const Prepare* prepare) {
+  const int64_t own = p.left + p.right + p.sums + kTilePanel * kTileStep, count_summands = int64_t(p.summands.size());
   Scratch scratch;
   float* all = scratch.take(own * threads);
-  std::vector<Seen> seen(threads * summands.size());
+  std::vector<Seen> seen(threads * count_summands);
   parallel(threads, [&](int index, int count) {
     if (prepare) {
-      (*prepare)(part(out.rows, 2 * p.kernel.tile_rows, index, count));
+      (*prepare)(part(p.out.rows, 2 * p.kernel.tile_rows, index, count));
       barrier(count);
     }
-    const int by = grid_cols(out, kTilePanel, kTilePanel, kSplitLeft, kSplitRight, count);
-    const Range rows = part(out.rows, kTilePanel, index / by, count / by);
-    const Range cols = part(out.cols, kTilePanel, index % by, by);
+    const int by = grid_cols(p.out, kTilePanel, kTilePanel, kSplitLeft, kSplitRight, count);
+    const Range rows = part(p.out.rows, kTilePanel, index / by, count / by);
+    const Range cols = part(p.out.cols, kTilePanel, index % by, by);
     if (index >= count / by * by) return;
     alignas(64) char saved[64];
     p.tiles.begin(saved);
-    Worker(p, all + index * own, seen.data() + index * summands.size()).run(rows, cols);
+    Worker(p, all + index * own, seen.data() + index * count_summands).run(rows, cols);
     p.tiles.end(saved);
   });
-  for (size_t i = 0; i < summands.size(); ++i) {
-    Seen most;
-    for (size_t j = i; j < seen.size(); j += summands.size())
-      most = {std::max(most.left, seen[j].left), std::max(most.right, seen[j].right)};
-    if (!in_range(most)) return false;
+  for (size_t i = count_summands; i < seen.size(); ++i) {
+    Seen& most = seen[i % count_summands];
+    most = {std::max(most.left, seen[i].left), std::max(most.right, seen[i].right)};
   }
+  seen.resize(count_summands);
+  return seen;
+}
+
+uint32_t largest(const Matrix& m) {
+  int32_t result = 0;
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const int32_t* row = static_cast<const int32_t*>(m.data) + i * m.row_stride;
+    for (int64_t j = 0; j < m.cols; ++j) result = std::max(result, row[j * m.col_stride] & 0x7fffffff);
+  }
+  return uint32_t(result);
+}
+
+}  // namespace
+
+bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
+               const Prepare* prepare) {
+  const std::vector<Seen> seen = multiply(problem_of(summands, start, out, false, INT64_MAX), threads, prepare);
+  return std::all_of(seen.begin(), seen.end(), in_range);
+}
+
+bool tile_update(const Matrix& out, const Matrix& left, const Matrix& right, int threads) {
+  // NOTE: before anything is added.
+  if (!in_range({largest(left), largest(right)})) return false;
+  const std::vector<Summand> summands = {{left, right}};
+  multiply(problem_of(summands, nullptr, out, true, kUpdateRows), threads, nullptr);
   return true;
 }
 
