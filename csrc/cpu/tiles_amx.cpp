@@ -224,10 +224,9 @@ INLINE void add(const float* from, const float* init, int64_t init_row, float* t
 
 template <int ROWS, int COLS>
 void multiply(const TileProduct& p) {
-  // What is added to may lie in memory: it comes while the unit multiplies.
-  if (p.init == p.c)
-    for (int i = 0; i < p.m; ++i)
-      for (int j = 0; j < p.n; j += kTile) __builtin_prefetch(p.c + i * p.c_row + j, 1);
+  // What is written may lie in memory: it comes while the unit multiplies.
+  for (int i = 0; i < p.m; ++i)
+    for (int j = 0; j < p.n; j += kTile) __builtin_prefetch(p.c + i * p.c_row + j, 1);
   Unit::zero<0>();
   if (COLS == 2) Unit::zero<1>();
   if (ROWS == 2) Unit::zero<2>();
