@@ -39,8 +39,9 @@ def test_plan(benchmark, request, dtype, R, size):
         y, dx = run(plan)
         budgets.check({"y": y, "dx": dx})
     others = {plan: lambda plan=plan: run(plan) for plan in plans if plan != chosen}
-    # Without a plan, because backward may have another than forward.
-    times = interleave(benchmark, lambda: run(None), others, seconds_of(request))
+    # Without a plan, because backward may have another than forward. In turn, it would always follow folding, which
+    # empties the caches.
+    times = interleave(benchmark, lambda: run(None), others, seconds_of(request), shuffled=True)
     benchmark.extra_info.update(chosen=chosen, **{plan: statistics.median(t) for plan, t in times.items()})
     for plan in others:
         # The lower percentile: only a loss that shows in most rounds counts.

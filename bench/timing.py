@@ -20,10 +20,12 @@ def interleave(
     *,
     rounds: int | None = None,
     prepare: Callable = lambda: None,
+    shuffled: bool = False,
 ) -> dict[str, list[float]]:
-    """Times `target` by pytest-benchmark and before each of its rounds the others, so all share the weather.
+    """Times `target` by pytest-benchmark and before each of its rounds the others, in turn, so all share the weather.
 
-    The others come in another order each round: what one leaves in the caches does not always meet the same next one.
+    Each meets the caches as the one before it left them, in every round alike; `shuffled`, for candidates of which one
+    would leave the next much worse caches than the rest do, mixes the order of the others.
 
     Returns the seconds of each round of the others, and those of `target` as "self". About `seconds` in all, or as many
     rounds as are given, after two that are not counted unless they take long. `prepare` runs untimed before each. The
@@ -34,7 +36,8 @@ def interleave(
 
     def before():
         prepare()
-        shuffle(order)
+        if shuffled:
+            shuffle(order)
         for name in order:
             start = CLOCK()
             others[name]()
