@@ -158,6 +158,14 @@ def test_what_tiles_cannot_take_goes_to_the_other_kernels(value):
     for a, b in ((x, p.weight), (p.weight, x)):
         y = product_by("amx", a, b)
         torch.testing.assert_close(y, product_by("avx512", a, b), rtol=0, atol=0, equal_nan=True)
+    # A product that is added in place is refused before anything is added.
+    left, sums = x.T[:, :48].contiguous(), []
+    for tier in ("amx", "avx512"):
+        before = _C.cap_cpu_tier(tier)
+        sums.append(p.x.new_ones(40, 70))
+        assert _C.cpu_add_product(sums[-1], left, torch.ones(48, 70), 2)
+        _C.cap_cpu_tier(before)
+    torch.testing.assert_close(*sums, rtol=0, atol=0, equal_nan=True)
     # Zeros are in range, whatever they are multiplied by.
     assert not product_by("amx", x * 0 if value < 1 else torch.zeros_like(x), p.weight).any()
 
