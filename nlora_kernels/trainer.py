@@ -14,7 +14,10 @@ from .lora2 import RankAllocator, orthogonal_penalty
 try:
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import ExportableState
-except ImportError as error:
+except ModuleNotFoundError as error:
+    # What transformers itself lacks is its own to say.
+    if error.name != "transformers":
+        raise
     raise ImportError("nlora_kernels.trainer needs transformers: pip install 'nlora_kernels[peft]'") from error
 
 _NUMBERS = ("target_rank", "total_steps", "t_init", "t_final", "delta_t", "beta1", "beta2")

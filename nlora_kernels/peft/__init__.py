@@ -6,10 +6,9 @@
 Import this module before loading a saved adapter: it registers the types with PEFT.
 """
 
-try:
-    import peft  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ImportError("nlora_kernels.peft needs the extra 'peft': pip install 'nlora_kernels[peft]'") from error
+# isort: off
+from . import required  # noqa: F401
+# isort: on
 
 from .config import LoRA2Config, NLoraConfig
 from .fuse import fuse, unfuse
