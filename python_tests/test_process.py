@@ -115,3 +115,33 @@ def test_environment_and_folder(tmp_path):
 def test_what_cannot_start_is_an_error():
     with pytest.raises(OSError):
         process.run(["no-such-command"], 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends a process with its parent")
+def test_a_command_ends_when_its_caller_is_killed(tmp_path):
+    hangs = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = f"import sys\nfrom nlora_kernels import process\nprocess.run([sys.executable, '-c', {hangs!r}], 600)"
+    caller = subprocess.Popen(python(code))
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    caller.kill()
+    caller.wait()
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_command_waits_for_what_is_written_to_it(tmp_path):
+    with open(tmp_path / "log", "w+b") as output:
+        output.write(b"of another\n")
+        output.flush()
+        child = process.start(python("print('got', input())"), output, held=True)
+        child.process.stdin.write(b"word\n")
+        child.process.stdin.flush()
+        assert process.wait(child, lambda: child.begun + 60)[::3] == ("ok", ["got word"])
+
+
+def test_a_deadline_may_move(tmp_path):
+    with open(tmp_path / "log", "w+b") as output:
+        child = process.start(python("import time; time.sleep(60)"), output)
+        # Until it has run for a second it is given a tenth more.
+        ended = process.wait(child, lambda: time.monotonic() + 0.1 if time.monotonic() < child.begun + 1 else 0)
+    assert ended.status == "timeout" and 1 <= ended.seconds < 10
