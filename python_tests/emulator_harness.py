@@ -235,8 +235,8 @@ def poisoned(rows, columns, dtype):
     return torch.full((rows, columns + 8), -1, dtype=torch.int16).view(dtype)[:, :columns]
 
 
-def run_gemm(*products, tile=0, blocks=4, library=None, **options):
-    """Launches products one after the other on the same control words.
+def run_gemm(*products, tile=0, blocks=4, epoch=0, flags=0, library=None, **options):
+    """Launches products one after the other on the same control words, which hold that epoch and those flags before.
 
     A product is a dict of the tensors of product.h: a, b and, where there is an adapter, wide and shrink or p; right
     operands come as (n, k), and with mn=True go to the kernel as (k, n). c, p where it is made, and slices of float32
@@ -260,6 +260,6 @@ def run_gemm(*products, tile=0, blocks=4, library=None, **options):
                 tensor = poisoned(*tensor.shape, tensor.dtype).copy_(tensor)
             alive.append(tensor)
             setattr(case, name, Matrix.of(tensor))
-    state = (ctypes.c_uint32 * 2)()
-    result = call((library or emulator()).run_gemm, cases, len(cases), state, **options)
-    return *state, result
+    control = (ctypes.c_uint32 * 3)(0, epoch, flags)
+    result = call((library or emulator()).run_gemm, cases, len(cases), control, **options)
+    return *control[:2], result

@@ -102,14 +102,16 @@ def error_of(launched, bounds):
     return slices_error(launched) if "t" in launched else ""
 
 
-def check(*shapes, seed, tile, mn=False, gradient=None, **options):
+def check(*shapes, seed, tile, mn=False, gradient=None, epoch=0, **options):
     """Launches one after the other; everything but tile, majors and the options follows from the seed."""
     dtype = (torch.bfloat16, torch.float16)[seed // 2 % 2]
     choice = {"with_bias": seed % 3 > 0, "made": seed % 4 < 3}
     launches = [product(shape, dtype, mn=mn, gradient=gradient, **choice) for shape in shapes]
-    ticket, epoch, result = run_gemm(*launches, tile=tile, seed=seed, **options)
+    ticket, last, result = run_gemm(*launches, tile=tile, seed=seed, epoch=epoch, **options)
     assert not result.rule, result.text
-    assert (ticket, epoch) == (0, len(shapes)), "a launch must leave the ticket at 0 and the epoch one higher"
+    # Numbers of launches go round without 0.
+    expected = (epoch + len(shapes) - 1) % (2**32 - 1) + 1
+    assert (ticket, last) == (0, expected), "a launch must leave the ticket at 0 and the epoch one higher"
     for launched, shape in zip(launches, shapes, strict=True):
         problem = error_of(launched, reference(shape, dtype, **choice))
         assert not problem, f"{shape}: {problem}"
@@ -156,6 +158,13 @@ def test_control_words_serve_launches_of_any_size(tile):
     for seed in range(4):
         shapes = [(200, 136, 72, 24, 48), (600, 136, 8, 8, 8), (129, 136, 72, 0, 0), (200, 136, 72, 24, 24)]
         check(*shapes, seed=seed, tile=tile, lanes=seed % 2 == 1, mn=seed > 1)
+
+
+# What flags hold that were last raised long ago, or never: ahead of the epoch where numbers are compared signed.
+@pytest.mark.parametrize(("epoch", "flags"), [(2**31 + 5, 1), (2**31 - 1, 2**32 - 1), (2**32 - 1, 0), (2**32 - 2, 5)])
+def test_flags_of_old_launches_are_not_those_of_this_one(epoch, flags):
+    for seed in range(4):
+        check(*[(200, 136, 72, 24, 48)] * 2, seed=seed, tile=seed % 4, epoch=epoch, flags=flags)
 
 
 def test_k_beyond_many_laps_of_the_ring():

@@ -22,7 +22,7 @@ __device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, 
     do {
         mbarrier_wait_cluster(shared.ticket_empty(), parity);
         ticket = ticket_take(state.ticket());
-        epoch = epoch ? epoch : flag_acquire(state.epoch()) + 1;
+        epoch = epoch ? epoch : next_epoch(flag_acquire(state.epoch()));
         for (uint32_t rank = 0; rank < Tile::kCluster; ++rank) {
             st_cluster(map_to_rank(shared.ticket(), rank), ticket);
             st_cluster(map_to_rank(shared.epoch(), rank), epoch);
@@ -288,6 +288,7 @@ __device__ __forceinline__ void compute_item(const GemmShared<Tile> shared, cons
                         problem.n, place, consumer, storing_thread);
     if (makes_p && storing_thread) {
         bulk_wait<0>();
+        fence_async_global();
         flag_release_store(problem.state.flag(place.m + consumer * 64, place.n / Tile::kBlockN), epoch);
     }
 }

@@ -314,7 +314,8 @@ HOPPER_OP void fence_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Orders what this thread has seen of global memory before its own TMA accesses.
+// Orders what this thread has seen of global memory before its own TMA accesses, and its own TMA stores that it has
+// waited for before what it releases.
 HOPPER_OP void fence_async_global() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
@@ -336,10 +337,10 @@ HOPPER_OP uint32_t flag_acquire(const uint32_t* flag) {
     return value;
 }
 
-// Blocks until the flag has reached `target`, counted modulo 2^32.
+// Blocks until the flag is `target`. No order is made of values: one that is as old as 2^31 launches is not ahead.
 HOPPER_OP void flag_wait(const uint32_t* flag, uint32_t target) {
     [[maybe_unused]] uint32_t spins = 0;
-    while (int32_t(flag_acquire(flag) - target) < 0) {
+    while (flag_acquire(flag) != target) {
         HOPPER_SPIN_GUARD(spins);
     }
 }

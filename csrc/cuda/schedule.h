@@ -54,9 +54,15 @@ HOPPER_FN constexpr uint32_t piece_width(uint32_t w, uint32_t tile_columns) {
     return width < tile_columns ? width : tile_columns;
 }
 
+// The number of the launch after that of number `epoch`. None is 0, which is what flags hold that no launch has raised.
+HOPPER_FN constexpr uint32_t next_epoch(uint32_t epoch) {
+    return epoch + 1 == 0 ? 1 : epoch + 1;
+}
+
 // Control words of a launch, each in 16 bytes of its own. Zero before the first launch; every launch leaves the ticket
-// at 0 and the epoch one higher, so the same words serve launch after launch, of whatever size, and graph replays.
-//   ticket, epoch, then for every 64 rows and every piece of P a flag: the epoch after the launch that wrote them last
+// at 0 and its own number as the epoch, so the same words serve launch after launch, of whatever size, and graph
+// replays.
+//   ticket, epoch, then for every 64 rows and every piece of P a flag: the number of the launch that wrote them last
 struct State {
     static constexpr uint32_t kWord = 4;        // in words of 4 bytes
     static constexpr uint32_t kMaxPieces = 2;   // of P: 256 columns by tiles of 128

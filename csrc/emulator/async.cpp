@@ -309,6 +309,10 @@ void fence_async_global(Site site) {
     }
     Agent& agent = *machine->self->agent;
     agent.fenced_global.join(agent.known.seen);
+    const Groups& stores = machine->self->bulk_write;
+    if (stores.agent) {
+        agent.known.published.raise(stores.agent, stores.known);
+    }
     agent.tick();
 }
 

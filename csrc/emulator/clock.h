@@ -50,7 +50,8 @@ private:
 // What travels along with a release and an acquire.
 struct Knowledge {
     Clock seen;
-    // Writes to shared memory that their writers made visible to the async proxy.
+    // Writes that their writers made visible to the async proxy: ordinary ones to shared memory, and TMA stores, of
+    // which other blocks may read by TMA what has been fenced.
     Clock published;
 
     void join(const Knowledge& other) {

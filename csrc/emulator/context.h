@@ -25,7 +25,8 @@ public:
     void* input(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::Input); }
     void* inout(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::InOut); }
     void* output(size_t bytes) { return add(nullptr, bytes, emulator::Memory::Output); }
-    void* control(size_t bytes) { return add(nullptr, bytes, emulator::Memory::Control); }
+    // Zeroed, or a copy.
+    void* control(size_t bytes, const void* from = nullptr) { return add(from, bytes, emulator::Memory::Control); }
     void fetch(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
     uint32_t processors() const { return 4; }
     std::string name() const { return "emulator"; }

@@ -48,6 +48,10 @@ void check_order(const Region& region, size_t offset, const Access& earlier, boo
         } else if (needs_fence && region.shared && !earlier.known_to(agent->known.published)) {
             rule = "missing proxy fence";
             why = "the writer has no fence_async_shared() between the write and its next release";
+        } else if (needs_fence && across_blocks && earlier.proxy == Proxy::Async &&
+                   !earlier.known_to(agent->known.published)) {
+            rule = "missing proxy fence";
+            why = "the storing thread has no fence_async_global() between its bulk_wait and its release";
         } else if (needs_fence && !region.shared && !earlier.known_to(agent->fenced_global)) {
             rule = "missing proxy fence";
             why = "the thread that issues the TMA access has no fence_async_global() after its acquire";

@@ -379,7 +379,7 @@ void flag_wait(const uint32_t* flag, uint32_t target, Site site) {
         return;
     }
     Flag& state = flag_at(flag);
-    while (int32_t(*flag - target) < 0) {
+    while (*flag != target) {
         machine->block_on(state.waiters, {flag_state, flag, target});
     }
     machine->self->agent->known.join(state.released);

@@ -425,7 +425,7 @@ void exit_before_store(const BugProblem p) {
 
 // ---- Publishing a tile to another block ----
 
-enum class Publish { ReadWait, RelaxedFlag, NoConsumerFence, NoFlagWait };
+enum class Publish { ReadWait, RelaxedFlag, NoWriterFence, NoConsumerFence, NoFlagWait };
 
 template <Publish Fault, bool Broken>
 void publishing(const BugProblem p) {
@@ -439,6 +439,9 @@ void publishing(const BugProblem p) {
             tma_store(&p.to, tile, 0, 0);
             bulk_commit();
             Broken && Fault == Publish::ReadWait ? bulk_wait_read<0>() : bulk_wait<0>();
+            if (!Broken || Fault != Publish::NoWriterFence) {
+                fence_async_global();
+            }
             Broken && Fault == Publish::RelaxedFlag ? void(ticket_take(p.control)) : flag_release_add(p.control, 1);
         }
     } else if (thread_rank() == 0) {
@@ -659,6 +662,8 @@ const Bug kBugs[] = {
      {2, 128, 1, 32 * 1024, 168}},
     {"relaxed_flag", "race", &publishing<Publish::RelaxedFlag, false>, &publishing<Publish::RelaxedFlag, true>,
      {2, 128, 1, 32 * 1024, 168}},
+    {"no_writer_fence", "missing proxy fence", &publishing<Publish::NoWriterFence, false>,
+     &publishing<Publish::NoWriterFence, true>, {2, 128, 1, 32 * 1024, 168}},
     {"no_consumer_fence", "missing proxy fence", &publishing<Publish::NoConsumerFence, false>,
      &publishing<Publish::NoConsumerFence, true>, {2, 128, 1, 32 * 1024, 168}},
     {"no_flag_wait", "race|uninitialised read", &publishing<Publish::NoFlagWait, false>,

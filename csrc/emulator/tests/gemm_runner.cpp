@@ -24,8 +24,9 @@ void run_tile(Context& context, int32_t tile, const Product& product, uint32_t b
     }
 }
 
-// Launches one after the other on the same control words; ticket and epoch go into state_after.
-void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t* state_after) {
+// Launches one after the other on the same control words. `control` holds the ticket, the epoch and what is in
+// every flag, before and, but for the flags, after.
+void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t* control) {
     const auto bytes = [](const Matrix& x) {
         return size_t((x.rows - 1) * x.row_stride + x.cols) * (x.dtype == nlora::Dtype::kFloat32 ? 4 : 2);
     };
@@ -33,7 +34,10 @@ void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t*
     for (const GemmCase* c = cases; c < cases + count; ++c) {
         words = std::max(words, state_words(c->a.rows));
     }
-    auto state = static_cast<uint32_t*>(context.control(words * sizeof(uint32_t)));
+    std::vector<uint32_t> before(words, control[2]);
+    before[0] = control[0];
+    before[State::kWord] = control[1];
+    auto state = static_cast<uint32_t*>(context.control(words * sizeof(uint32_t), before.data()));
     for (const GemmCase* c = cases; c < cases + count; ++c) {
         const auto on_device = [&](Matrix x, bool written) {
             if (x) {
@@ -58,16 +62,16 @@ void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t*
             context.fetch(c->slices.data, product.slices.data, bytes(c->slices));
         }
     }
-    context.fetch(state_after, state, sizeof(uint32_t));
-    context.fetch(state_after + 1, state + State::kWord, sizeof(uint32_t));
+    context.fetch(control, state, sizeof(uint32_t));
+    context.fetch(control + 1, state + State::kWord, sizeof(uint32_t));
 }
 
 }  // namespace
 }  // namespace hopper::tests
 
-extern "C" int run_gemm(const hopper::tests::GemmCase* cases, int32_t count, uint32_t* state_after,
+extern "C" int run_gemm(const hopper::tests::GemmCase* cases, int32_t count, uint32_t* control,
                         const hopper::tests::Options* options, hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) {
-        run_cases(context, cases, count, state_after);
+        run_cases(context, cases, count, control);
     });
 }

@@ -309,6 +309,7 @@ __global__ void publish_kernel(const __grid_constant__ ProbeProblem p) {
         tma_store(&p.a, box, 0, int32_t(tile) * 8);
         bulk_commit();
         bulk_wait<0>();
+        fence_async_global();
         p.options ? flag_release_store(flag, tile + 1) : flag_release_add(flag, 1);
         if (tile + 1 == grid_blocks()) {
             ticket_reset(counter);
