@@ -116,7 +116,7 @@ def test_a_call_that_fails_is_named_with_its_shapes():
     x, weight, A, B = (torch.zeros(s, dtype=torch.bfloat16) for s in ((4, 16), (24, 16), (8, 16), (24, 8)))
     y, T, folded = (torch.zeros(s, dtype=torch.bfloat16) for s in ((4, 24), (4, 8), (24, 8)))
     shapes = r"\(4, 16\), weight \(24, 16\), lora_A \(8, 16\)"
-    with pytest.raises(RuntimeError, match=rf"forward of x {shapes} on cuda:4095: cuda(Get|Set)Device failed: \w+"):
+    with pytest.raises(RuntimeError, match=rf"forward of x {shapes} on cuda:4095: cu\w+ failed: \w+"):
         _C.cuda_forward(queue, x, weight, A, B, None, None, y, T, folded, 1.0)
-    with pytest.raises(RuntimeError, match=r"LoRA² core of u \(8, 16\) on cuda:4095: cuda"):
+    with pytest.raises(RuntimeError, match=r"LoRA² core of u \(8, 16\) on cuda:4095: cu\w+ failed"):
         _C.cuda_lora2_core(queue, A, T, B, None, y)

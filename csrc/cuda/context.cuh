@@ -12,9 +12,14 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "current.h"
+#include "states.h"
 
 namespace hopper {
 
@@ -24,14 +29,87 @@ inline void check_cuda(cudaError_t status, const char* call) {
     }
 }
 
+// The driver, taken at run time so that nothing links against it.
+class Driver {
+public:
+    static const Driver& get() {
+        static const Driver driver;
+        return driver;
+    }
+
+    const decltype(&cuTensorMapEncodeTiled) encode_tiled =
+        found<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+
+    void check(CUresult status, const std::string& call) const {
+        if (status != CUDA_SUCCESS) {
+            const char* text = nullptr;
+            error_string_(status, &text);
+            throw std::runtime_error(call + " failed: " + (text ? text : "status " + std::to_string(int(status))));
+        }
+    }
+
+    CUcontext current() const {
+        CUcontext context = nullptr;
+        check(get_current_(&context), "cuCtxGetCurrent");
+        return context;
+    }
+    void push(CUcontext context) const {
+        check(push_(context), "cuCtxPushCurrent");
+    }
+    void pop() const {
+        CUcontext context;
+        pop_(&context);
+    }
+
+    // The context that the runtime uses on a device. Once used, it is kept.
+    CUcontext primary(int device) const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        CUcontext& context = primary_[device];
+        if (!context) {
+            CUdevice found = 0;
+            check(get_device_(&found, device), "cuDeviceGet");
+            check(retain_(&context, found), "cuDevicePrimaryCtxRetain");
+        }
+        return context;
+    }
+
+private:
+    Driver() {
+        check(found<decltype(&cuInit)>("cuInit")(0), "cuInit");
+    }
+
+    template <class Function>
+    static Function found(const char* name) {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        check_cuda(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &result),
+                   "cudaGetDriverEntryPointByVersion");
+        if (result != cudaDriverEntryPointSuccess) {
+            throw std::runtime_error(std::string("the CUDA driver has no ") + name);
+        }
+        return reinterpret_cast<Function>(function);
+    }
+
+    const decltype(&cuGetErrorString) error_string_ = found<decltype(&cuGetErrorString)>("cuGetErrorString");
+    const decltype(&cuCtxGetCurrent) get_current_ = found<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent");
+    const decltype(&cuCtxPushCurrent) push_ = found<decltype(&cuCtxPushCurrent)>("cuCtxPushCurrent");
+    const decltype(&cuCtxPopCurrent) pop_ = found<decltype(&cuCtxPopCurrent)>("cuCtxPopCurrent");
+    const decltype(&cuDeviceGet) get_device_ = found<decltype(&cuDeviceGet)>("cuDeviceGet");
+    const decltype(&cuDevicePrimaryCtxRetain) retain_ =
+        found<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
+    mutable std::mutex mutex_;
+    mutable std::map<int, CUcontext> primary_;
+};
+
 struct LaunchShape {
     uint32_t grid, block, cluster, shared_bytes, registers;
 };
 
-// Launches on one stream of the current device.
+// Launches on one stream of a device, which is current while this lives.
 class Stream {
 public:
-    explicit Stream(cudaStream_t stream = nullptr) : stream_(stream) {}
+    explicit Stream(int device = 0, cudaStream_t stream = nullptr)
+        : device_(device), stream_(stream), current_(Driver::get(), Driver::get().primary(device)) {}
 
     uint32_t processors() const {
         return uint32_t(attribute(cudaDevAttrMultiProcessorCount));
@@ -63,15 +141,50 @@ public:
         check_cuda(cudaLaunchKernelEx(&config, kernel, parameters), "cudaLaunchKernelEx");
     }
 
+    // What launches here come after one another with.
+    Sequence sequence() const {
+        cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+        unsigned long long graph = 0;
+        check_cuda(cudaStreamGetCaptureInfo(stream_, &status, &graph), "cudaStreamGetCaptureInfo");
+        // That handle is another stream in every thread.
+        const uint64_t thread = stream_ == cudaStreamPerThread ? thread_number() : 0;
+        return {stream_, thread, status == cudaStreamCaptureStatusActive ? graph : 0};
+    }
+
+    // Zeroed memory that is never freed. It is no part of a graph that is being captured, and waits for nothing else.
+    void* allocate_zeroed(size_t bytes) const {
+        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+        check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+        void* data = nullptr;
+        cudaStream_t stream = nullptr;
+        cudaError_t status = cudaMalloc(&data, bytes);
+        if (status == cudaSuccess) {
+            status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+        }
+        if (status == cudaSuccess) {
+            status = cudaMemsetAsync(data, 0, bytes, stream);
+        }
+        if (status == cudaSuccess) {
+            status = cudaStreamSynchronize(stream);
+        }
+        if (stream) {
+            cudaStreamDestroy(stream);
+        }
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        check_cuda(status, "allocation of control words");
+        return data;
+    }
+
 private:
-    static int attribute(cudaDeviceAttr name) {
-        int device = 0, value = 0;
-        check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-        check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    int attribute(cudaDeviceAttr name) const {
+        int value = 0;
+        check_cuda(cudaDeviceGetAttribute(&value, name, device_), "cudaDeviceGetAttribute");
         return value;
     }
 
+    int device_;
     cudaStream_t stream_;
+    Current<Driver, CUcontext> current_;
 };
 
 // The same with memory of its own, for tests.
@@ -103,7 +216,11 @@ public:
         return data;
     }
 
-    void* control(size_t bytes) {
+    // Zeroed, or a copy.
+    void* control(size_t bytes, const void* from = nullptr) {
+        if (from) {
+            return input(from, bytes);
+        }
         void* data = allocate(bytes);
         check_cuda(cudaMemset(data, 0, bytes), "cudaMemset");
         return data;
@@ -134,18 +251,6 @@ private:
 // Map of a row-major matrix of 16-bit elements; reads outside it give 0, writes outside it are dropped.
 inline TensorMap tensor_map(const void* data, uint64_t rows, uint64_t columns, uint64_t row_bytes, uint32_t box_rows,
                             uint32_t box_columns, Swizzle swizzle) {
-    // Taken from the driver at run time, so that nothing links against it.
-    static const auto encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                                    &found),
-                   "cudaGetDriverEntryPointByVersion");
-        if (found != cudaDriverEntryPointSuccess) {
-            throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
-        }
-        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-    }();
     const CUtensorMapSwizzle modes[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                         CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_32B};
     const cuuint64_t sizes[] = {columns, rows};
@@ -154,13 +259,12 @@ inline TensorMap tensor_map(const void* data, uint64_t rows, uint64_t columns, u
     const cuuint32_t steps[] = {1, 1};
     TensorMap map;
     // NOTE: all 16-bit formats move alike; only zero fill is asked for, which is the same bits in each.
-    const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides,
-                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, modes[uint32_t(swizzle)],
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) {
-        throw std::runtime_error("cuTensorMapEncodeTiled failed with status " + std::to_string(int(status)) +
-                                 " for a matrix of " + std::to_string(rows) + " × " + std::to_string(columns));
-    }
+    const Driver& driver = Driver::get();
+    const CUresult status = driver.encode_tiled(
+        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, modes[uint32_t(swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    driver.check(status, "cuTensorMapEncodeTiled");
     return map;
 }
 

@@ -12,30 +12,6 @@
 namespace nlora::cuda {
 namespace {
 
-// Makes the queue's device current while it lives.
-class Device {
-public:
-    explicit Device(int device) {
-        hopper::check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-        if (before_ != device) {
-            hopper::check_cuda(cudaSetDevice(device), "cudaSetDevice");
-            changed_ = true;
-        }
-    }
-    Device(const Device&) = delete;
-    Device& operator=(const Device&) = delete;
-
-    ~Device() {
-        if (changed_) {
-            cudaSetDevice(before_);
-        }
-    }
-
-private:
-    int before_ = 0;
-    bool changed_ = false;
-};
-
 std::string shape(const Matrix& matrix) {
     return "(" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.cols) + ")";
 }
@@ -44,50 +20,22 @@ std::string shape(const Matrix& matrix) {
 template <class Operation, class Body>
 void on(const Queue& queue, Operation operation, Body body) {
     try {
-        const Device device(queue.device);
-        Stream stream(static_cast<cudaStream_t>(queue.stream));
+        Stream stream(queue.device, static_cast<cudaStream_t>(queue.stream));
         body(stream);
     } catch (const std::runtime_error& error) {
         throw std::runtime_error(operation() + " on cuda:" + std::to_string(queue.device) + ": " + error.what());
     }
 }
 
-// Zeroed memory of the current device. It is no part of a graph that is being captured, and waits for nothing else.
-void* allocate_zeroed(size_t bytes) {
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    hopper::check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-    void* data = nullptr;
-    cudaStream_t stream = nullptr;
-    cudaError_t status = cudaMalloc(&data, bytes);
-    if (status == cudaSuccess) {
-        status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    }
-    if (status == cudaSuccess) {
-        status = cudaMemsetAsync(data, 0, bytes, stream);
-    }
-    if (status == cudaSuccess) {
-        status = cudaStreamSynchronize(stream);
-    }
-    if (stream) {
-        cudaStreamDestroy(stream);
-    }
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    hopper::check_cuda(status, "allocation of control words");
-    return data;
-}
-
-// Control words for products of m rows on a queue, whose device is current.
-uint32_t* state(const Queue& queue, int64_t m) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    unsigned long long graph = 0;
-    hopper::check_cuda(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(queue.stream), &status, &graph),
-                       "cudaStreamGetCaptureInfo");
+// Control words for products of m rows on a stream.
+uint32_t* state(const Queue& queue, const Stream& stream, int64_t m) {
     static std::mutex mutex;
     // NOTE: never destroyed, for the driver may be gone before it.
     static auto& states = *new std::map<int, hopper::States>;
+    const hopper::Sequence sequence = stream.sequence();
     const std::lock_guard<std::mutex> lock(mutex);
-    return states[queue.device].words(queue.stream, status == cudaStreamCaptureStatusActive ? graph : 0,
-                                      hopper::state_words(m), &allocate_zeroed);
+    return states[queue.device].words(sequence, hopper::state_words(m),
+                                      [&](size_t bytes) { return stream.allocate_zeroed(bytes); });
 }
 
 // Hopper's kernels hold for compute capability 9.0 alone, Ampere's from 8.0 on.
@@ -127,8 +75,7 @@ std::string sizes(const Matrix& rows, const Matrix& weight, const Matrix& A) {
 }  // namespace
 
 int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
-    const Device current(queue.device);
-    Stream stream;
+    Stream stream(queue.device);
     return hopper::slice_floats(Engine{stream}, m, k, n, r, dA, dB, dcore);
 }
 
@@ -139,7 +86,7 @@ void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Mat
         product.b = weight;
         product.c = y;
         product.bias = bias;
-        product.state = state(queue, x.rows);
+        product.state = state(queue, stream, x.rows);
         Engine{stream}.product(product);
     });
 }
@@ -149,7 +96,7 @@ void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Ma
              float scaling) {
     on(queue, [&] { return "forward of x " + sizes(x, weight, A); }, [&](Stream& stream) {
         hopper::forward(Engine{stream}, {x, weight, A, B, core, bias, y, T, folded, scaling,
-                                         state(queue, x.rows)});
+                                         state(queue, stream, x.rows)});
     });
 }
 
@@ -160,7 +107,7 @@ void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matri
     on(queue, [&] { return "backward of dy " + sizes(dy, weight, A); }, [&](Stream& stream) {
         hopper::backward(Engine{stream},
                          {dy, x, T, weight, A, B, core, dx, dA, dB, dcore, folded, shrunk,
-                          static_cast<float*>(slices.data), scaling, state(queue, dy.rows)});
+                          static_cast<float*>(slices.data), scaling, state(queue, stream, dy.rows)});
     });
 }
 

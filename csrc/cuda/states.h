@@ -5,19 +5,29 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <utility>
+#include <tuple>
 
 namespace hopper {
 
-// Launches on one stream share words, for they run one after another and leave them ready for the next. Those that are
-// captured into a graph have words of that graph and stream alone, for it may be replayed beside anything else. Nothing
-// is ever given back: an owner keeps a few kilobytes.
+// Whose launches run one after another: those of one stream, of one thread where every thread has a stream of that
+// handle, into one graph where they are captured.
+struct Sequence {
+    const void* stream = nullptr;
+    uint64_t thread = 0, capture = 0;   // 0: of any, of none
+
+    bool operator<(const Sequence& other) const {
+        return std::tie(stream, thread, capture) < std::tie(other.stream, other.thread, other.capture);
+    }
+};
+
+// Launches of one sequence share words, for each leaves them ready for the next. Those of a graph are its own, for it
+// may be replayed beside anything else. Nothing is ever given back: an owner keeps a few kilobytes.
 class States {
 public:
-    // At least `count` words of this stream and this capture, 0 for none. allocate(bytes) gives zeroed memory.
+    // At least `count` words of this sequence. allocate(bytes) gives zeroed memory.
     template <class Allocate>
-    uint32_t* words(const void* stream, uint64_t capture, size_t count, Allocate allocate) {
-        Owned& owned = owners_[{stream, capture}];
+    uint32_t* words(const Sequence& sequence, size_t count, Allocate allocate) {
+        Owned& owned = owners_[sequence];
         if (owned.count < count) {
             size_t size = kLeast;
             while (size < count) {
@@ -42,7 +52,7 @@ private:
         uint32_t* words;
         size_t count;
     };
-    std::map<std::pair<const void*, uint64_t>, Owned> owners_;
+    std::map<Sequence, Owned> owners_;
     uint32_t* next_ = nullptr;
     size_t left_ = 0;
 };

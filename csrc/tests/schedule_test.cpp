@@ -8,8 +8,11 @@
 #include <queue>
 #include <random>
 #include <set>
+#include <stdexcept>
+#include <thread>
 #include <vector>
 
+#include "cuda/current.h"
 #include "cuda/plan.h"
 #include "cuda/states.h"
 
@@ -214,15 +217,15 @@ void check_states() {
     return static_cast<void*>(memory.back().data());
   };
   States states;
-  std::map<std::pair<uintptr_t, uint64_t>, std::pair<uint32_t*, size_t>> given;
+  std::map<hopper::Sequence, std::pair<uint32_t*, size_t>> given;
   std::mt19937_64 random(1);
   uint32_t mark = 0;
   for (int call = 0; call < 3000; ++call) {
-    const uintptr_t stream = random() % 20;
-    const uint64_t capture = random() % 4 ? 0 : random() % 300;
+    const hopper::Sequence sequence{reinterpret_cast<void*>(random() % 20), random() % 8 ? 0 : random() % 5,
+                                    random() % 4 ? 0 : random() % 300};
     const size_t count = hopper::State::size(uint32_t(1 + random() % (call % 100 ? 9000 : 200000)));
-    uint32_t* words = states.words(reinterpret_cast<void*>(stream), capture, count, allocate);
-    auto& mine = given[{stream, capture}];
+    uint32_t* words = states.words(sequence, count, allocate);
+    auto& mine = given[sequence];
     if (mine.first == words) {
       EXPECT(std::all_of(words, words + mine.second, [&](uint32_t w) { return w == words[0]; }), "call %d", call);
     } else {
@@ -233,6 +236,42 @@ void check_states() {
     std::fill(words, words + mine.second, ++mark);
   }
   EXPECT(given.size() > 300 && memory.size() < 20, "%zu owners, %zu allocations", given.size(), memory.size());
+}
+
+// The contexts of a thread as a driver keeps them: a stack, which another's push or a failing one leaves as it was.
+struct FakeDriver {
+  mutable std::vector<int> stack;
+  bool fails = false;
+
+  int current() const { return stack.empty() ? 0 : stack.back(); }
+  void push(int context) const {
+    if (fails) throw std::runtime_error("cuCtxPushCurrent failed");
+    stack.push_back(context);
+  }
+  void pop() const { stack.pop_back(); }
+};
+
+void check_current() {
+  for (const std::vector<int>& before : {std::vector<int>{}, {1}, {2}, {1, 2}, {2, 1}, {3, 3}}) {
+    FakeDriver driver{before};
+    {
+      const hopper::Current<FakeDriver, int> outer(driver, 1);
+      EXPECT(driver.current() == 1, "%zu contexts", before.size());
+      const hopper::Current<FakeDriver, int> inner(driver, 2);
+      EXPECT(driver.current() == 2, "%zu contexts", before.size());
+    }
+    EXPECT(driver.stack == before, "%zu contexts before, %zu after", before.size(), driver.stack.size());
+    driver.fails = true;
+    try {
+      const hopper::Current<FakeDriver, int> failing(driver, 4);
+      EXPECT(false, "a failing push is an error");
+    } catch (const std::runtime_error&) {
+    }
+    EXPECT(driver.stack == before, "%zu contexts before a failure, %zu after", before.size(), driver.stack.size());
+  }
+  std::set<uint64_t> numbers = {0, hopper::thread_number()};
+  for (int i = 0; i < 20; ++i) std::thread([&] { numbers.insert(hopper::thread_number()); }).join();
+  EXPECT(numbers.size() == 22 && numbers.count(hopper::thread_number()), "%zu threads", numbers.size());
 }
 
 struct Layer {
@@ -345,6 +384,7 @@ int main(int argc, char** argv) {
   check_refusals();
   check_largest();
   check_states();
+  check_current();
   check_plans();
   print_plans();
   if (failures) std::printf("\n%d failures\n", failures);
