@@ -1,5 +1,6 @@
 """The Triton backend against fp64: on a GPU, or in Triton's interpreter on the CPU where TRITON_INTERPRET=1 is set."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -90,6 +91,50 @@ def test_every_form_of_launch(small_tiles, form, capability, processors, splits,
     for M, K, N, R in [(70, 48, 32, 24), (33, 25, 37, 13), (5, 8, 20, 40)]:
         p = testing.problem(M, K, N, R, dtype=dtype, core=core, device=DEVICE)
         testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="triton"), p)
+
+
+# How a matrix of any shape may lie in memory; a descriptor can describe the first alone.
+LAYOUTS = {
+    "plain": lambda t: t,
+    "one row expanded": lambda t: t[:1].expand(t.shape),
+    "one column expanded": lambda t: t[:, :1].expand(t.shape),
+    "overlapping rows": lambda t: t.flatten().as_strided(t.shape, (8, 1)),
+    "unaligned start": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    "unaligned rows": lambda t: torch.cat([t, t[:, :1]], 1)[:, :-1],
+    "transposed": lambda t: t.T.contiguous().T,
+}
+
+
+@pytest.fixture
+def descriptors(monkeypatch):
+    """Holds the matrices of which descriptors were made, each checked as cuTensorMapEncodeTiled does."""
+    made = []
+
+    class Descriptor(launch.TensorDescriptor):
+        def __post_init__(self):
+            super().__post_init__()
+            (row, col), size = self.strides, self.base.element_size()
+            assert col == 1 and row * size % 16 == 0 and row >= self.shape[1] and self.base.data_ptr() % 16 == 0
+            made.append(self.base)
+
+        from_tensor = classmethod(lambda cls, t, block: cls(t, t.shape, t.stride(), block))
+
+    monkeypatch.setattr(launch, "TensorDescriptor", Descriptor)
+    return made
+
+
+@pytest.mark.parametrize("form", ["two", "single"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operand", ["x", "weight", "lora_A", "lora_B", "lora_N", "bias", "dy"])
+def test_every_layout_of_every_operand(small_tiles, descriptors, form, operand, layout):
+    small_tiles(form, 90)
+    p = testing.problem(70, 48, 32, 16, dtype=torch.float16, device=DEVICE)
+    laid = getattr(p, operand)
+    laid = LAYOUTS[layout](laid.repeat(2, 1))[0] if operand == "bias" else LAYOUTS[layout](laid)
+    p = dataclasses.replace(p, **{operand: laid})
+    testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="triton"), p)
+    found = any(t.data_ptr() == laid.data_ptr() and t.stride() == laid.stride() for t in descriptors)
+    assert found == (layout == "plain" and operand not in ("lora_N", "bias")) and descriptors
 
 
 @pytest.mark.parametrize("form", ["two", "single"])

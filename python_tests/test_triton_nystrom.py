@@ -37,6 +37,15 @@ def test_gather_is_slicing_bitwise(dtype, strided, how):
         assert torch.equal(A, weight[:13]) and torch.equal(N, weight[:13, :13]) and torch.equal(B, weight[:, :13])
 
 
+def test_gather_reads_indices_in_any_strides():
+    weight = normal(40, 30)
+    rows, cols = (torch.arange(20, device=DEVICE)[start::3] for start in (0, 2))
+    cols = torch.stack([cols, cols], 1)[:, 0]
+    rows = rows[: len(cols)]
+    A, N, B = nystrom.gather(weight, rows, cols)
+    assert torch.equal(A, weight[rows]) and torch.equal(N, weight[rows][:, cols]) and torch.equal(B, weight[:, cols])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_squared_norms(dtype):
     weight = normal(150, 290, dtype=dtype)

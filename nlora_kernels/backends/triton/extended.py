@@ -42,6 +42,7 @@ def extended_tile(
     weight_stride_col,
     wide_stride_row,
     wide_stride_col,
+    bias_stride,
     flag,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -89,7 +90,7 @@ def extended_tile(
     # fmt: on
     if BIAS:
         j = n + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias + j, mask=j < N, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + j * bias_stride, mask=j < N, other=0.0).to(tl.float32)[None, :]
     store_tile(y, acc, m, n, M, N, N, BLOCK_M, BLOCK_N)
 
 
@@ -112,6 +113,7 @@ def extended_product(
     weight_stride_col,
     wide_stride_row,
     wide_stride_col,
+    bias_stride,
     threshold,
     scale,
     BLOCK_M: tl.constexpr,
@@ -139,8 +141,8 @@ def extended_product(
     # fmt: off
     extended_tile(x, weight, narrow, wide, bias, y, (first + inside % group) * BLOCK_M, inside // group * BLOCK_N,
                   M, N, K, R, x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
-                  wide_stride_row, wide_stride_col, None, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, CHECK_K, TRANSPOSED,
-                  X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, False, DTYPE, PRECISION,
+                  wide_stride_row, wide_stride_col, bias_stride, None, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+                  CHECK_K, TRANSPOSED, X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, False, DTYPE, PRECISION,
                   seed, threshold, scale, DROPOUT)
     # fmt: on
 
@@ -171,6 +173,7 @@ def single_launch(
     core_stride_col,
     wide_stride_row,
     wide_stride_col,
+    bias_stride,
     alpha,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -223,7 +226,7 @@ def single_launch(
             block = first + (inside - group) % group
             extended_tile(x, weight, narrow, wide, bias, y, block * BLOCK_M, (inside - group) // group * BLOCK_N,
                           M, N, K, R, x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
-                          wide_stride_row, wide_stride_col, state + 1 + block,
+                          wide_stride_row, wide_stride_col, bias_stride, state + 1 + block,
                           BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, CHECK_K, TRANSPOSED,
                           X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, True, DTYPE, PRECISION,
                           None, 0, 1.0, False)
@@ -292,6 +295,7 @@ def widen(
         weight_stride_col=weight.stride(1),
         wide_stride_row=wide.stride(0),
         wide_stride_col=wide.stride(1),
+        bias_stride=0 if bias is None else bias.stride(0),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,

@@ -32,17 +32,25 @@ def options(warps: int, stages: int) -> dict:
 def source(matrix: Tensor, block: tuple[int, int], dtype: torch.dtype, device: tuning.Device):
     """The matrix, or the descriptor of its tiles where the device copies them by itself and the matrix allows it.
 
-    It must have 16-byte rows and start, and be of the dtype of the product: what is cast passes through registers.
+    It must be of the dtype of the product: what is cast passes through registers.
     """
-    if device.capability < 90 or matrix.dtype != dtype or matrix.numel() == 0 or not aligned(matrix):
+    if device.capability < 90 or matrix.dtype != dtype or not aligned(matrix):
         return matrix
     return TensorDescriptor.from_tensor(matrix, list(block))
 
 
 def aligned(*matrices: Tensor) -> bool:
-    """Whether every row of the matrices is contiguous and starts at a multiple of 16 bytes."""
+    """Whether a descriptor (cuTensorMapEncodeTiled) can describe the matrices: their rows are contiguous, start at
+    multiples of 16 bytes and do not overlap, as the rows of an expanded or unfolded tensor do."""
     return all(
-        m.stride(1) == 1 and m.stride(0) * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices
+        m.numel() > 0
+        and m.stride(1) == 1
+        and m.stride(0) >= m.shape[1]
+        and m.stride(0) * m.element_size() % 16 == 0
+        and m.data_ptr() % 16 == 0
+        and max(m.shape) <= 2**32
+        and m.stride(0) * m.element_size() < 2**40
+        for m in matrices
     )
 
 

@@ -21,7 +21,7 @@ from .tiles import load_tile, store_tile
 def gather(weight: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(W[I, :], W[I][:, J], W[:, J]) of W (out, in) for int64 indices I and J of length r, in one launch."""
     out_features, in_features = weight.shape
-    r = rows.numel()
+    rows, cols, r = rows.contiguous(), cols.contiguous(), rows.numel()
     A, N, B = weight.new_empty(r, in_features), weight.new_empty(r, r), weight.new_empty(out_features, r)
     # Wide tiles along the rows of W, which are contiguous.
     height, width = 16, 128
