@@ -14,7 +14,7 @@ from nlora_kernels.lora2 import RankAllocator, allocator, orthogonal_penalty, pe
 if reason := TABLE["triton"].unavailable():
     pytest.skip(f"{reason}; TRITON_INTERPRET=1 pytest {__file__} runs these tests", allow_module_level=True)
 
-from nlora_kernels.backends.triton import interpreted, training  # noqa: E402
+from nlora_kernels.backends.triton import interpreted, launch, training  # noqa: E402
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.float16] + ([] if interpreted() else [torch.bfloat16])
@@ -211,3 +211,33 @@ def test_the_backend_in_the_environment_decides(monkeypatch):
     assert kernels([t]) is training
     monkeypatch.setenv("NLORA_BACKEND", "reference")
     assert kernels([t]) is None
+
+
+def test_in_the_capture_of_a_graph_pytorch_takes_over_and_no_table_leaves_the_host(taken, monkeypatch):
+    model = torch.nn.Sequential(nk.LoRA2Linear.from_linear(torch.nn.Linear(24, 18, device=DEVICE), r=4, k=5))
+    tensors = [t for layer in model for t in (layer.lora_v, layer.lora_u, layer.lora_V, layer.lora_U)]
+    expected = orthogonal_penalty(model)
+    gradients = torch.autograd.grad(expected, tensors)
+    value, saved = training.penalty([t.detach() for t in tensors], True, 1.0)
+    begun_outside = orthogonal_penalty(model)
+    monkeypatch.setattr(launch, "capturing", lambda on: True)
+    taken.clear()
+    captured = orthogonal_penalty(model)
+    assert taken == [False]
+    torch.testing.assert_close(captured, expected)
+    for actual, gradient in zip(torch.autograd.grad(captured, tensors), gradients, strict=True):
+        torch.testing.assert_close(actual, gradient)
+    E, averages = model[0].lora_E.detach(), torch.zeros(2, 4, device=DEVICE)
+    where, kept = torch.zeros(4, 1, dtype=torch.int64, device=DEVICE), torch.zeros(4, dtype=torch.bool, device=DEVICE)
+    flags = {name: torch.zeros((), dtype=torch.int64, device=DEVICE) for name in ("nonfinite", "progress")}
+    u, U, before = model[0].lora_u.detach(), model[0].lora_U.detach(), E.clone()
+    for call in (
+        lambda: torch.autograd.grad(begun_outside, tensors),
+        lambda: training.penalty(tensors, True, 1.0),
+        lambda: training.penalty_backward(tensors, saved, value),
+        lambda: training.smooth([4, 5], [E, u, U], [E, u, U], *averages, 0.9, 0.9, **flags, hold=False),
+        lambda: training.mask([E], [], *averages, where, where.float(), None, kept, 1),
+    ):
+        with pytest.raises(RuntimeError, match="a CUDA graph cannot capture this call"):
+            call()
+    assert torch.equal(E, before)

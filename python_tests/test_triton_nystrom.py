@@ -10,7 +10,7 @@ from nlora_kernels.backends import TABLE
 if reason := TABLE["triton"].unavailable():
     pytest.skip(f"{reason}; TRITON_INTERPRET=1 pytest {__file__} runs these tests", allow_module_level=True)
 
-from nlora_kernels.backends.triton import interpreted, nystrom  # noqa: E402
+from nlora_kernels.backends.triton import interpreted, launch, nystrom  # noqa: E402
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.float16] + ([] if interpreted() else [torch.bfloat16])
@@ -121,3 +121,12 @@ def test_the_named_backend_initialises(monkeypatch, dtype, how, core):
     assert testing.error_norm(weight, expected.double()) <= 4 * eps * expected.norm().item() * (
         1 if core == "sample" else 4
     )
+
+
+def test_a_graph_that_is_being_captured_gets_an_error_and_the_weight_stays(monkeypatch):
+    monkeypatch.setattr(launch, "capturing", lambda on: True)
+    weight, A, B = normal(20, 30), normal(4, 30), normal(20, 4)
+    before = weight.clone()
+    with pytest.raises(RuntimeError, match="a CUDA graph cannot capture this call"):
+        nystrom.subtract_([weight], [A], [None], [B], 0.3)
+    assert torch.equal(weight, before)

@@ -94,9 +94,10 @@ def lora2_training(tensors: Sequence[Tensor], size: int = 1):
         plain = t.is_contiguous() and type(t) in (nn.Parameter, Tensor)
         if not (plain and t.dtype is like.dtype and t.device == like.device):
             return None
-    from . import training
+    from . import launch, training
 
-    return training if size <= training.LARGEST else None
+    # Tables of addresses come from the host, which a CUDA graph cannot capture; PyTorch's operations need none.
+    return training if size <= training.LARGEST and not launch.capturing(like) else None
 
 
 def lora2_core(lora_u, lora_E, lora_U, mask) -> Tensor:

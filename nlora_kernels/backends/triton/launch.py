@@ -29,6 +29,24 @@ def options(warps: int, stages: int) -> dict:
     return chosen
 
 
+def capturing(on: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the current stream of a tensor's device."""
+    return on.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def to_device(table: Tensor, on: Tensor) -> Tensor:
+    """A table that was made on the host, on the device of a tensor, without waiting for the device.
+
+    RuntimeError in the capture of a CUDA graph: each replay would read the host's memory again, which is gone by then.
+    """
+    if capturing(on):
+        raise RuntimeError(
+            "a CUDA graph cannot capture this call, which copies addresses of tensors from the host: "
+            "make it outside of the capture"
+        )
+    return table.to(on.device, non_blocking=True)
+
+
 def source(matrix: Tensor, block: tuple[int, int], dtype: torch.dtype, device: tuning.Device):
     """The matrix, or the descriptor of its tiles where the device copies them by itself and the matrix allows it.
 

@@ -190,7 +190,7 @@ def subtract_(
         on=weight,
         warps=tile.warps,
         stages=tile.stages,
-        addresses=addresses.to(weight.device, non_blocking=True),
+        addresses=launch.to_device(addresses, weight),
         # NOTE: they give the kernel the dtypes behind the addresses.
         weight=weight,
         A=A,

@@ -171,7 +171,7 @@ def mask(
         (1,),
         on=exp_avg,
         warps=8,
-        addresses=torch.stack(addresses).to(exp_avg.device, non_blocking=True),
+        addresses=launch.to_device(torch.stack(addresses), exp_avg),
         like=E[0],
         exp_avg=exp_avg,
         exp_unc=exp_unc,
@@ -423,7 +423,7 @@ def _warps(padded_k: int, padded_r: int) -> int:
 
 
 def _table(rows: list[list[int]], on: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64).to(on.device, non_blocking=True)
+    return launch.to_device(torch.tensor(rows, dtype=torch.int64), on)
 
 
 def _elements(tensors: Sequence[Tensor], sizes: list[int]) -> Tensor:
