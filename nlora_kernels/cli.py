@@ -95,13 +95,13 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _tune_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", help="folder of the table, default: that of the package")
+    parser.add_argument("--out", metavar="DIR", help="folder of the table, default: the user's cache folder")
 
 
 def _tune(args: argparse.Namespace) -> None:
     from . import tuning
 
-    print(f"wrote {tuning.tune(args.out or tuning.TUNED)}")
+    print(f"wrote {tuning.tune(args.out)}")
 
 
 COMMANDS = {

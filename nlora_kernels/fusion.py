@@ -1,5 +1,6 @@
 """When the adapter may be fused into its base layer, and what happens where it may not."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,8 +35,12 @@ def obstacle(linear: nn.Module) -> str | None:
 
 def dropout_obstacle(linear: nn.Module) -> str | None:
     """None if dropout of the adapter's input belongs inside the operation on a layer's device, else why it does not."""
-    device = linear.weight.device.type
-    return None if drops_inside(device) else f"on {device} PyTorch's own dropout is as fast as any backend's"
+    device, dtype = linear.weight.device, linear.weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if drops_inside(device, dtype):
+        return None
+    return f"on {device.type} PyTorch's own dropout is as fast as any backend's"
 
 
 def unfused(model: nn.Module) -> dict[str, str]:

@@ -121,7 +121,7 @@ def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: f
     left, right = B.to(dtype), A.to(dtype)
     left = left * -scaling if N is None else left @ (N.to(dtype) * -scaling)
     if weight.dtype == dtype:
-        add_product_ = getattr(backends.select(None, weight), "add_product_", None)
+        add_product_ = getattr(backends.select(None, weight, operation="initialisation"), "add_product_", None)
         done = add_product_ and add_product_(weight, left, right)
         return weight if done else weight.addmm_(left, right)
     for part, left_part in zip(weight.split(_TILE_ROWS), left.split(_TILE_ROWS), strict=True):
@@ -182,7 +182,7 @@ def lora2(
 
 def _kernel(name: str, weight: Tensor, r: int):
     """A kernel for this weight of a backend named by NLORA_BACKEND or verified on its device; None if there is none."""
-    initialisation = getattr(backends.select(None, weight), "initialisation", None)
+    initialisation = getattr(backends.select(None, weight, operation="initialisation"), "initialisation", None)
     return getattr(initialisation(weight, r), name, None) if initialisation else None
 
 

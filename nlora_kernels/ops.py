@@ -320,7 +320,7 @@ def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
 )
 def _backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
     drop = Dropout(dropout, seed) if dropout else None
-    module = backends.select(backend, dy, (dy, weight, lora_A, lora_B, lora_N, drop))
+    module = backends.select(backend, dy, (dy, weight, lora_A, lora_B, lora_N, drop), "backward")
     grads = module.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, Needs(*needs), drop)
     return [grad for grad in grads if grad is not None]
 
@@ -336,7 +336,7 @@ def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, b
 
 @_register("lora2_core(Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str backend) -> Tensor")
 def _core_forward(lora_u, lora_E, lora_U, mask, backend):
-    return backends.select(backend, lora_E).lora2_core(lora_u, lora_E, lora_U, mask)
+    return backends.select(backend, lora_E, operation="lora2_core").lora2_core(lora_u, lora_E, lora_U, mask)
 
 
 @torch.library.register_fake("nlora_kernels::lora2_core")
@@ -349,7 +349,8 @@ def _(lora_u, lora_E, lora_U, mask, backend):
     "-> (Tensor du, Tensor dE, Tensor dU)"
 )
 def _core_backward(d_core, lora_u, lora_E, lora_U, mask, backend):
-    return backends.select(backend, lora_E).lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
+    module = backends.select(backend, lora_E, operation="lora2_core")
+    return module.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
 
 
 @torch.library.register_fake("nlora_kernels::lora2_core_backward")

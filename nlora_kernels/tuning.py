@@ -1,9 +1,9 @@
 """Which tile a Triton kernel runs with: measured entries where there are some, else a rule.
 
 Letters: M rows, N columns and K summed features of a product, R rank. The rule is a wave model: among the tiles that
-the device can run, take the one whose waves of programs cost least. Measured entries are data in tuned/<device>.json
-and are written by `save`; the nearest entry of the same dtype is used if its shape lies within a factor of two in each
-dimension.
+the device can run, take the one whose waves of programs cost least. Measured entries are data in tuned/<device>.json,
+of the user's cache folder and of the package, and are written by `save`; the nearest entry of the same dtype is used if
+its shape lies within a factor of two in each dimension.
 """
 
 import functools
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from . import cache
 
 TUNED = Path(__file__).parent / "tuned"
 
@@ -172,8 +174,20 @@ def _measured(dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], device: De
 
 @functools.cache
 def _entries(name: str) -> tuple[dict, ...]:
-    file = TUNED / file_name(name)
-    return tuple(json.loads(file.read_text())["entries"]) if file.is_file() else ()
+    return tuple(entry for file in files(name) for entry in json.loads(file.read_text())["entries"])
+
+
+def folders() -> list[Path]:
+    """Where tables lie: what was measured on this machine goes before what came with the package."""
+    try:
+        return [cache.folder() / "tuned", TUNED]
+    except OSError:
+        return [TUNED]
+
+
+def files(device: str) -> list[Path]:
+    """The tables of a device, that whose entries go before the others' first."""
+    return [file for folder in folders() if (file := folder / file_name(device)).is_file()]
 
 
 def file_name(device: str) -> str:
@@ -225,19 +239,22 @@ def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool
     }
 
 
-def tune(folder: Path | str = TUNED, dtype: torch.dtype = torch.bfloat16) -> Path:
+def tune(folder: Path | str | None = None, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Measures SHAPES in both orientations on the current GPU and writes its table; returns the file.
 
-    Raises ValueError where Triton cannot run on one.
+    It goes to the user's cache folder where none is given. Raises ValueError where Triton cannot run on a GPU.
     """
     from .backends import triton
 
     reason = triton.unavailable() or (triton.interpreted() and "TRITON_INTERPRET is set")
     if reason:
         raise ValueError(f"tuning needs a GPU on which Triton runs: {reason}")
+    # Where it cannot be written is found out before minutes are spent.
+    folder = cache.folder() / "tuned" if folder is None else folder
     entries = [measure(*shape, dtype, transposed) for shape in SHAPES for transposed in (True, False)]
+    file = save(entries, folder, device_of(torch.cuda.current_device()))
     _entries.cache_clear()
-    return save(entries, folder, device_of(torch.cuda.current_device()))
+    return file
 
 
 def save(entries: list[dict], folder: Path | str, device: Device) -> Path:
@@ -246,8 +263,5 @@ def save(entries: list[dict], folder: Path | str, device: Device) -> Path:
     for entry in sorted(entries, key=lambda entry: entry["rule_us"] / entry["us"]):
         best[entry["dtype"], entry["tf32"], *entry["shape"]] = entry
     file = Path(folder) / file_name(device.name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({**device._asdict(), "entries": list(best.values())}, indent=1) + "\n")
-    partial.replace(file)
+    cache.write(file, json.dumps({**device._asdict(), "entries": list(best.values())}, indent=1) + "\n")
     return file

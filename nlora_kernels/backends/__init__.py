@@ -25,20 +25,35 @@ where nothing is dropped. `needs` says which gradients to compute; a gradient ha
 stands where none was asked for.
 
 VERIFIED_ON names the device types on which the backend is chosen without being named. Kernels of ours must have passed
-their tests on hardware of that type; library calls are taken to be right wherever PyTorch is. DROPS_INSIDE says whether
-dropout costs it less than a dropped copy of x does.
+their tests on hardware of that type; library calls are taken to be right wherever PyTorch is. On a GPU a backend goes
+before those where the machine's own record says that it passed there and is faster (`verified`). DROPS_INSIDE says
+whether dropout costs it less than a dropped copy of x does.
 """
 
+import functools
 import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from . import cuda, lean, native, reference, triton
+from . import cuda, lean, native, reference, triton, verified
 from .dropout import Dropout
 from .gradients import Grads, Needs
 
-__all__ = ["Dropout", "Grads", "Needs", "available", "drops_inside", "preferred", "select"]
+__all__ = [
+    "ON_GPU",
+    "TABLE",
+    "Dropout",
+    "Grads",
+    "Needs",
+    "available",
+    "drops_inside",
+    "forget",
+    "preferred",
+    "select",
+    "verified",
+]
 
 # In order of preference.
 TABLE: dict[str, ModuleType] = {
@@ -48,6 +63,9 @@ TABLE: dict[str, ModuleType] = {
     "lean": lean,
     "reference": reference,
 }
+
+# Kernels of ours for GPUs, which `verify` proves on the user's own.
+ON_GPU = ("cuda", "triton")
 
 _ENVIRONMENT, _VARIABLE = os.environ._data, os.environ.encodekey("NLORA_BACKEND")
 
@@ -64,12 +82,13 @@ def preferred() -> str | None:
     return value and os.environ.decodevalue(value)
 
 
-def select(name: str | None, first: Tensor, call: tuple | None = None) -> ModuleType:
+def select(name: str | None, first: Tensor, call: tuple | None = None, operation: str = "forward") -> ModuleType:
     """The backend module for a call whose first tensor is `first`; `call` holds the arguments of `unsupported`.
 
     `name`, or NLORA_BACKEND where no name is given, is taken as it stands: ValueError if it is unknown, cannot run here
-    or cannot take this call. Without a name: the first of the table that can take the call and is verified on hardware
-    of the tensors' kind.
+    or cannot take this call. Without a name: on a GPU the fastest that passed `verify` there, can take the call and is
+    faster than "lean" at this `operation` ("forward", "backward", "lora2_core", "initialisation", "lora2_training");
+    else the first of the table that can take the call and is verified on hardware of the tensors' kind.
     """
     name = name or preferred()
     if name:
@@ -80,7 +99,14 @@ def select(name: str | None, first: Tensor, call: tuple | None = None) -> Module
         if reason:
             raise ValueError(f"backend {name!r} cannot take this call: {reason}")
         return module
-    device = "cpu" if first.is_cpu else first.device.type
+    if first.is_cpu:
+        device = "cpu"
+    else:
+        device = first.device.type
+        if device == "cuda":
+            for module in _on_gpu(operation, first, call):
+                if call is None or not module.unsupported(*call):
+                    return module
     for module in TABLE.values():
         if device in module.VERIFIED_ON and not module.unavailable():
             if call is None or not module.unsupported(*call):
@@ -88,17 +114,55 @@ def select(name: str | None, first: Tensor, call: tuple | None = None) -> Module
     return reference
 
 
-def drops_inside(device_type: str) -> bool:
-    """Whether dropout belongs inside the operation on devices of a type, because the backend there gains by it."""
+def drops_inside(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether dropout belongs inside the operation for a dtype on a device, because the backend there gains by it."""
     name = preferred()
     if name:
         return name not in TABLE or TABLE[name].DROPS_INSIDE
+    if device.type == "cuda" and _proven("dropout", device.index, dtype, torch.float32, None, False):
+        return True
     return any(
-        module.DROPS_INSIDE and device_type in module.VERIFIED_ON and not module.unavailable()
+        module.DROPS_INSIDE and device.type in module.VERIFIED_ON and not module.unavailable()
         for module in TABLE.values()
     )
 
 
-# NOTE: compiled code takes the answer for a constant, for neither the table nor the environment can be traced. This is
+# NOTE: compiled code takes the answer for a constant, for neither table, environment nor files can be traced. This is
 # what torch.compiler.assume_constant_result does after it has imported the compiler.
 drops_inside._dynamo_marked_constant = True
+
+
+def _on_gpu(operation: str, first: Tensor, call: tuple | None) -> tuple[ModuleType, ...]:
+    """The backends that go before those of the table for a call on a GPU, the best first."""
+    dtype = first.dtype
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        # Those kernels are others than were verified.
+        return ()
+    if call is None:
+        return _proven(operation, first.device.index, dtype, dtype, None, False)
+    _, weight, lora_A, _, _, dropout = call
+    shape = first.shape[0], weight.shape[1], weight.shape[0], lora_A.shape[0]
+    return _proven(operation, first.device.index, dtype, lora_A.dtype, shape, dropout is not None)
+
+
+# NOTE: as many shapes as batches of every length bring.
+@functools.lru_cache(maxsize=4096)
+def _proven(
+    operation: str, index: int, dtype: torch.dtype, adapter: torch.dtype, shape: tuple | None, dropout: bool
+) -> tuple[ModuleType, ...]:
+    able = {name: TABLE[name] for name in ON_GPU if not TABLE[name].unavailable()}
+    record = verified.record(index)
+    if record is None:
+        if able:
+            verified.warn_once(index)
+        return ()
+    if dropout:
+        # Where the mask is a tensor it costs more than the layer.
+        return tuple(m for name, m in able.items() if m.DROPS_INSIDE and record.passed(name, dtype))
+    return tuple(able[name] for name in record.faster(operation, dtype, adapter, shape) if name in able)
+
+
+def forget() -> None:
+    """Has what was verified on this machine read anew."""
+    verified.record.cache_clear()
+    _proven.cache_clear()
