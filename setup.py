@@ -3,7 +3,8 @@
 NLORA_BUILD=none|cpu|cuda says what to build, and a build that fails then is an error. Without it: what this machine
 can build, and a message on stderr for what it cannot; the package then installs without its native part.
 
-    python setup.py build_ext --inplace     the extension, beside the sources
+    python setup.py build_ext --inplace     the extension, beside the sources; with --bound-spins, for tests on a device,
+                                            CUDA kernels trap and say where when a wait lasts 2 s
     python setup.py sanitize [--long]       the C++ tests under AddressSanitizer and UBSan
 """
 
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Command, Extension, setup
@@ -45,6 +47,13 @@ OLDEST_NVCC = 13
 class NinjaBuild(build_ext):
     """Builds each extension by one build.ninja in its temporary folder."""
 
+    user_options = [*build_ext.user_options, ("bound-spins", None, "trap when a wait of a CUDA kernel lasts 2 s")]
+    boolean_options = [*build_ext.boolean_options, "bound-spins"]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.bound_spins = False
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         includes = [f"-I{path}" for path in (sysconfig.get_paths()["include"], *ext.include_dirs)]
@@ -54,7 +63,10 @@ class NinjaBuild(build_ext):
         libraries = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if "NLORA_CUDA" in dict(ext.define_macros) else []
         links = [*(f"-L{path}" for path in ext.library_dirs), *libraries]
         try:
-            build(Path(self.build_temp) / ext.name, sources, output, flags, ["-shared", "-fopenmp", *undefined, *links])
+            links = ["-shared", "-fopenmp", *undefined, *links]
+            # A folder of its own, so that neither kind of build undoes the other's objects.
+            folder = Path(self.build_temp) / (f"{ext.name}-bound-spins" if self.bound_spins else ext.name)
+            build(folder, sources, output, flags, links, ["-DNLORA_BOUND_SPINS"] if self.bound_spins else [])
         except CompileError:
             if not (ext.optional and libraries):
                 raise
@@ -90,7 +102,9 @@ class Sanitize(Command):
                 raise CompileError(f"{test.name} failed under the sanitizers")
 
 
-def build(folder: Path, sources: list[Path], output: Path, flags: list[str], links: list[str]) -> None:
+def build(
+    folder: Path, sources: list[Path], output: Path, flags: list[str], links: list[str], nvcc_flags: Sequence[str] = ()
+) -> None:
     """Compiles `sources` to one object each and links them to `output`, doing only what changed since the last time."""
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +126,7 @@ def build(folder: Path, sources: list[Path], output: Path, flags: list[str], lin
     for source in sources:
         stem = source.resolve().relative_to(ROOT).with_suffix("")
         cuda = source.suffix == ".cu"
-        own = [*NVCC_FLAGS, *architecture_flags(stem.name)] if cuda else [*flags, *tier_flags(stem.name)]
+        own = [*NVCC_FLAGS, *nvcc_flags, *architecture_flags(stem.name)] if cuda else [*flags, *tier_flags(stem.name)]
         objects.append(f"{stem}.o")
         lines += [
             f"build {stem}.o: {'compile_cuda' if cuda else 'compile'} {path(source)}",

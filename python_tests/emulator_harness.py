@@ -84,20 +84,22 @@ def target(arch):
 def cubin_lines(arch):
     lines = [
         "rule cubin",
-        f"  command = {nvcc()} -x cu {target('$arch')} {NVCC_FLAGS} -Xptxas -v -MD -MF $out.d -cubin -o $out $in"
+        f"  command = {nvcc()} -x cu {target('$arch')} {NVCC_FLAGS} $bound -Xptxas -v -MD -MF $out.d -cubin -o $out $in"
         " > $out.log 2>&1"
         " || (cat $out.log; false)",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
     for runner in RUNNERS:
-        lines += [f"build {runner}_{arch}.cubin: cubin {EMULATOR / 'tests' / runner}.cpp", f"  arch = {arch}"]
+        for suffix, bound in (("", ""), ("_bounded", "-DNLORA_BOUND_SPINS")):
+            source = EMULATOR / "tests" / f"{runner}.cpp"
+            lines += [f"build {runner}_{arch}{suffix}.cubin: cubin {source}", f"  arch = {arch}", f"  bound = {bound}"]
     return lines
 
 
-def cubin(runner, arch="90a"):
-    """(cubin, what ptxas said) of one runner's kernels."""
-    path = ninja(cubin_lines(arch), f"{runner}_{arch}.cubin")
+def cubin(runner, arch="90a", bounded=False):
+    """(cubin, what ptxas said) of one runner's kernels; with `bounded`, as in a build with --bound-spins."""
+    path = ninja(cubin_lines(arch), f"{runner}_{arch}{'_bounded' if bounded else ''}.cubin")
     return path, Path(f"{path}.log").read_text()
 
 
@@ -105,8 +107,8 @@ def cubin(runner, arch="90a"):
 def device():
     """The same entry points for a CUDA device."""
     sources = " ".join(str(EMULATOR / "tests" / f"{runner}.cpp") for runner in RUNNERS)
-    # Without NDEBUG every spin is bounded: a hang becomes an error.
-    flags = target("90a") + NVCC_FLAGS.replace("-DNDEBUG", "") + " -cudart static -Xcompiler -fPIC -shared"
+    # A hang becomes an error.
+    flags = f"{target('90a')} {NVCC_FLAGS} -DNLORA_BOUND_SPINS -cudart static -Xcompiler -fPIC -shared"
     lines = [
         "rule device",
         f"  command = {nvcc()} -x cu {flags} -o $out $in",
@@ -122,6 +124,7 @@ class Options(ctypes.Structure):
         ("lanes", ctypes.c_int32),
         ("resident", ctypes.c_int32),
         ("skipped_line", ctypes.c_int32),
+        ("bounded", ctypes.c_int32),
         ("source", ctypes.c_char_p),
     ]
 
@@ -179,10 +182,10 @@ class Result:
     lines: list  # of the synchronisation calls that ran
 
 
-def call(function, *arguments, seed=0, lanes=False, resident=0, skipped_line=0, source=None):
+def call(function, *arguments, seed=0, lanes=False, resident=0, skipped_line=0, bounded=False, source=None):
     """`source` is the name of the file that `skipped_line` and the lines of the result belong to."""
     outcome = Outcome()
-    options = Options(seed, lanes, resident, skipped_line, source and source.encode())
+    options = Options(seed, lanes, resident, skipped_line, bounded, source and source.encode())
     status = function(*arguments, ctypes.byref(options), ctypes.byref(outcome))
     text = outcome.text.decode()
     if status == 2:

@@ -58,6 +58,25 @@ def test_seed_reproduces_a_report_exactly():
     assert len({run("restaging", seed=seed).text.split(" [seed")[0] for seed in SEEDS}) > 1
 
 
+@pytest.mark.parametrize("lanes", [False, True], ids=["warps", "lanes"])
+def test_a_wait_without_end_traps_with_its_name_where_spins_are_bounded(lanes):
+    lines = {n: text for n, text in enumerate((EMULATOR / "tests" / "bugs.cpp").read_text().splitlines(), 1)}
+    waits = {
+        "circular": r"mbarrier_wait at bugs\.cpp:(\d+) by block 0 thread (?:0|32) has lasted 2 s: "
+        r"the phase of parity 0 of the mbarrier at 0x(?:0|10) is not over",
+        "static_order": r"flag_wait at bugs\.cpp:(\d+) by block [01] thread 0 has lasted 2 s: "
+        r"the flag at 0x[0-9a-f]+ is 0 and must be [23]",
+    }
+    for name, text in waits.items():
+        for seed in SEEDS:
+            assert not run(name, broken=False, seed=seed, lanes=lanes, bounded=True).rule
+            report = run(name, seed=seed, lanes=lanes, bounded=True)
+            (line,) = re.fullmatch(rf"trap: {text} \[seed.*\]", report.text).groups()
+            assert report.rule == "trap" and report.text.split(" ")[1] in lines[int(line)]
+    # What does not spin hangs as ever.
+    assert run("register_shortage", bounded=True).rule == "deadlock"
+
+
 def test_deadlock_lists_who_waits_where():
     report = run("circular")
     waits = re.findall(r"block 0 warp (\d): mbarrier_wait at bugs\.cpp:\d+ \(mbarrier \w+ parity 0", report.text)

@@ -178,6 +178,26 @@ def test_rows_beyond_one_band_of_the_schedule(tile, resident):
     check((9 * rows + 8, 136, 8, 8, 136), seed=1, tile=tile, resident=resident)
 
 
+def test_a_flag_that_never_comes_traps_with_its_name():
+    lines = {name: line for line, name in CALLS.items() if name.startswith("flag_")}
+    launches = [product((300, 136, 72, 24, 24), torch.bfloat16)]
+    # The last store of a flag in the source is that of P's.
+    skipped = max(line for line, name in CALLS.items() if name == "flag_release_store")
+    for seed in range(3):
+        options = {"seed": seed, "source": "gemm.cuh", "skipped_line": skipped, "epoch": 6, "flags": 5}
+        result = run_gemm(*launches, tile=seed, bounded=True, **options)[2]
+        assert result.rule == "trap", result.text
+        # Whoever waits for the flag, or for what its reader loads.
+        where, said = re.fullmatch(
+            r"trap: \w+ at gemm\.cuh:(\d+) by block \d+ thread \d+ (.*) \[.*\]", result.text
+        ).groups()
+        if int(where) == lines["flag_wait"]:
+            assert re.fullmatch(r"has lasted 2 s: the flag at 0x[0-9a-f]+ is 5 and must be 7", said)
+        else:
+            assert re.search(r"the phase of parity [01] of the mbarrier at 0x[0-9a-f]+ is not over", said)
+            assert CALLS[int(where)].startswith("mbarrier_wait")
+
+
 # Calls that may go without harm to the result, and why.
 REDUNDANT = {
     "setmaxnreg_increase": "gives registers to a warp, orders nothing: without it the kernel is right and may spill",

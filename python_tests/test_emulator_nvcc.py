@@ -17,11 +17,11 @@ def resources(log):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def disassembly(runner, arch):
+def disassembly(runner, arch, **options):
     """mangled name -> SASS of that kernel"""
     if cuobjdump() is None:
         pytest.skip("cuobjdump not found: comes with the CUDA toolkit and with Triton")
-    path, _ = cubin(runner, arch)
+    path, _ = cubin(runner, arch, **options)
     tools = Path(cuobjdump()).parent
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
     sass = subprocess.run([cuobjdump(), "-sass", path], capture_output=True, text=True, check=True, env=environment)
@@ -61,6 +61,17 @@ def test_ptxas_is_content(runner, arch):
     for name, text in kernels.items():
         if runner != "probe_runner" or "wgmma" in name:
             assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, name
+
+
+@needs_nvcc
+@pytest.mark.parametrize("runner", ["gemm_runner", "gradient_runner"])
+def test_bounded_waits_trap_and_cost_no_more_than_a_few_registers(runner):
+    _, log = cubin(runner, bounded=True)
+    assert not re.search(r"\(C7\d\d\d\)|serializ", log), log
+    for bounded in (False, True):
+        for name, code in disassembly(runner, "90a", bounded=bounded).items():
+            waits = code.count("SYNCS.PHASECHK") > 0
+            assert waits and ("GLOBALTIMER" in code) == ("BPT.TRAP" in code) == bounded, name
 
 
 # Every tile for bf16 and fp16, and for right operands stored either way.

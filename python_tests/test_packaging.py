@@ -55,6 +55,32 @@ def test_an_nvcc_that_cannot_build_is_passed_over_or_named(tmp_path):
     assert done.returncode == 1 and "cannot build the native kernels: nvcc 13 or newer is needed" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["", "--bound-spins"])
+def test_waits_are_bounded_where_the_build_asks_for_it(tmp_path, option):
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(f"""#!/bin/sh
+echo "$@" >> {tmp_path}/calls
+case "$1" in --version) echo release 13.0;; --dryrun) echo '#$ TOP={tmp_path}' >&2;; esac
+while [ $# -gt 1 ]; do [ "$1" = -o ] && touch "$2"; shift; done
+""")
+    compiler.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "CXX": str(compiler)}
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        *option.split(),
+        "-t",
+        tmp_path / "t",
+        "-b",
+        tmp_path / "b",
+    ]
+    run(*command, cwd=ROOT, env=environment | {"NLORA_BUILD": "cuda"})
+    compiled = [call for call in (tmp_path / "calls").read_text().splitlines() if re.search(r"-c \S+\.cu ", call)]
+    assert compiled and all(("-DNLORA_BOUND_SPINS" in call) == bool(option) for call in compiled)
+
+
 def test_the_source_distribution_has_everything_that_the_extension_is_built_from(tmp_path):
     run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=ROOT)
     (archive,) = tmp_path.glob("nlora_kernels-*.tar.gz")

@@ -12,8 +12,11 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -23,10 +26,55 @@
 
 namespace hopper {
 
+#ifdef NLORA_BOUND_SPINS
+
+// What the waits that gave up noted: memory of the host, which outlives the trap. The process ends with saying it,
+// whoever met the error.
+inline std::vector<SpinRecord>& spin_records() {
+    static auto& records = *new std::vector<SpinRecord>(kSpinRecords);
+    return records;
+}
+
+inline std::string spin_report() {
+    std::string text;
+    for (const SpinRecord& record : spin_records()) {
+        text += record.kind ? "\n  " + record.text() : "";
+    }
+    return text;
+}
+
+#else
+
+inline std::string spin_report() {
+    return "";
+}
+
+#endif
+
 inline void check_cuda(cudaError_t status, const char* call) {
     if (status != cudaSuccess) {
-        throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(status));
+        throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(status) + spin_report());
     }
+}
+
+// Runs body(a stream of its own), which no capture notices and which waits for nothing else, to its end.
+template <class Body>
+void aside(const char* what, Body body) {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    cudaStream_t stream = nullptr;
+    cudaError_t status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (status == cudaSuccess) {
+        status = body(stream);
+    }
+    if (status == cudaSuccess) {
+        status = cudaStreamSynchronize(stream);
+    }
+    if (stream) {
+        cudaStreamDestroy(stream);
+    }
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    check_cuda(status, what);
 }
 
 // The driver, taken at run time so that nothing links against it.
@@ -59,6 +107,20 @@ public:
     void pop() const {
         CUcontext context;
         pop_(&context);
+    }
+
+    // Address of a variable in the code that a kernel is part of, null if it has none of that name.
+    void* variable(const void* kernel, const char* name) const {
+        cudaFunction_t function = nullptr;
+        check_cuda(cudaGetFuncBySymbol(&function, kernel), "cudaGetFuncBySymbol");
+        CUmodule module = nullptr;
+        check(get_module_(&module, function), "cuFuncGetModule");
+        CUdeviceptr address = 0;
+        const CUresult status = get_global_(&address, nullptr, module, name);
+        if (status != CUDA_ERROR_NOT_FOUND) {
+            check(status, "cuModuleGetGlobal");
+        }
+        return reinterpret_cast<void*>(address);
     }
 
     // The context that the runtime uses on a device. Once used, it is kept.
@@ -97,9 +159,51 @@ private:
     const decltype(&cuDeviceGet) get_device_ = found<decltype(&cuDeviceGet)>("cuDeviceGet");
     const decltype(&cuDevicePrimaryCtxRetain) retain_ =
         found<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
+    const decltype(&cuFuncGetModule) get_module_ = found<decltype(&cuFuncGetModule)>("cuFuncGetModule");
+    const decltype(&cuModuleGetGlobal) get_global_ = found<decltype(&cuModuleGetGlobal)>("cuModuleGetGlobal");
     mutable std::mutex mutex_;
     mutable std::map<int, CUcontext> primary_;
 };
+
+#ifdef NLORA_BOUND_SPINS
+
+// Tells the code of a kernel, once on each device, where its waits may note that they gave up. A failure costs their
+// words alone: they trap all the same.
+inline void prepare_spin_records(int device, const void* kernel) {
+    static std::mutex mutex;
+    static auto& told = *new std::set<std::pair<int, const void*>>;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!told.insert({device, kernel}).second) {
+        return;
+    }
+    try {
+        std::vector<SpinRecord>& records = spin_records();
+        if (told.size() == 1) {
+            const unsigned flags = cudaHostRegisterPortable | cudaHostRegisterMapped;
+            check_cuda(cudaHostRegister(records.data(), kSpinRecords * sizeof(SpinRecord), flags), "cudaHostRegister");
+            std::atexit([] {
+                if (const std::string report = spin_report(); !report.empty()) {
+                    std::fprintf(stderr, "nlora_kernels:%s\n", report.c_str());
+                }
+            });
+        }
+        void* mapped = nullptr;
+        check_cuda(cudaHostGetDevicePointer(&mapped, records.data(), 0), "cudaHostGetDevicePointer");
+        if (void* variable = Driver::get().variable(kernel, "hopper_spin_records")) {
+            aside("hopper_spin_records", [&](cudaStream_t stream) {
+                return cudaMemcpyAsync(variable, &mapped, sizeof(mapped), cudaMemcpyHostToDevice, stream);
+            });
+        }
+    } catch (const std::runtime_error& error) {
+        std::fprintf(stderr, "nlora_kernels: waits that give up will not say which they are: %s\n", error.what());
+    }
+}
+
+#else
+
+inline void prepare_spin_records(int, const void*) {}
+
+#endif
 
 struct LaunchShape {
     uint32_t grid, block, cluster, shared_bytes, registers;
@@ -124,6 +228,7 @@ public:
     void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
         // The layer rounds the start of shared memory up to its alignment.
         const uint32_t shared_bytes = shape.shared_bytes + kSharedAlignment;
+        prepare_spin_records(device_, reinterpret_cast<const void*>(kernel));
         check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
                    "cudaFuncSetAttribute");
@@ -153,25 +258,11 @@ public:
 
     // Zeroed memory that is never freed. It is no part of a graph that is being captured, and waits for nothing else.
     void* allocate_zeroed(size_t bytes) const {
-        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-        check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
         void* data = nullptr;
-        cudaStream_t stream = nullptr;
-        cudaError_t status = cudaMalloc(&data, bytes);
-        if (status == cudaSuccess) {
-            status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-        }
-        if (status == cudaSuccess) {
-            status = cudaMemsetAsync(data, 0, bytes, stream);
-        }
-        if (status == cudaSuccess) {
-            status = cudaStreamSynchronize(stream);
-        }
-        if (stream) {
-            cudaStreamDestroy(stream);
-        }
-        cudaThreadExchangeStreamCaptureMode(&mode);
-        check_cuda(status, "allocation of control words");
+        aside("allocation of control words", [&](cudaStream_t stream) {
+            const cudaError_t status = cudaMalloc(&data, bytes);
+            return status == cudaSuccess ? cudaMemsetAsync(data, 0, bytes, stream) : status;
+        });
         return data;
     }
 

@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "layout.cuh"
+#include "spin.h"
 
 namespace hopper {
 
@@ -200,6 +201,86 @@ HOPPER_OP void cluster_sync() {
     cluster_wait();
 }
 
+// ---- Waits: endless, or in builds with NLORA_BOUND_SPINS a trap after kSpinSeconds ----
+
+#ifdef NLORA_BOUND_SPINS
+
+struct Site {
+    const char* file;
+    uint32_t line;
+
+    HOPPER_OP static Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, uint32_t(line)};
+    }
+    // Four of the last characters of the file's name: a constant.
+    HOPPER_OP uint32_t end(uint32_t word) const {
+        uint32_t length = 0, four = 0;
+        while (file[length]) {
+            ++length;
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) {
+            const uint32_t at = length + 4 * word + i;
+            four |= uint32_t(at < kSpinName ? ' ' : file[at - kSpinName]) << 8 * i;
+        }
+        return four;
+    }
+};
+
+// Memory of the host, which outlives a trap; null until it is told of it (context.cuh). NOTE: printf and assertions are
+// calls, for which ptxas gives up setmaxnreg and serialises wgmma.
+extern "C" {
+static __device__ volatile SpinRecord* hopper_spin_records;
+}
+
+#define HOPPER_SPIN_SITE , Site site = Site::here()
+#define HOPPER_SPIN_CHECK(bound, ...) bound.check(site, __VA_ARGS__)
+
+struct SpinBound {
+    uint32_t start = 0;
+
+    // Modulo 4 s.
+    HOPPER_OP static uint32_t nanoseconds() {
+        uint32_t now;
+        asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
+        return now;
+    }
+
+    HOPPER_OP void check(Site site, SpinRecord::Kind kind, uint64_t place, uint32_t wanted, uint32_t seen) {
+        const uint32_t now = nanoseconds();
+        start = start ? start : now;
+        if (now - start <= kSpinSeconds * 1000000000u) {
+            return;
+        }
+        if (volatile SpinRecord* record = hopper_spin_records) {
+            record += (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) % kSpinRecords;
+            record->line = site.line;
+            record->block = blockIdx.x;
+            record->thread = threadIdx.x;
+            record->wanted = wanted;
+            record->seen = seen;
+            record->place = place;
+#pragma unroll
+            for (uint32_t word = 0; word < kSpinName / 4; ++word) {
+                record->file[word] = site.end(word);
+            }
+            __threadfence_system();
+            record->kind = kind;
+            __threadfence_system();
+        }
+        __trap();
+    }
+};
+
+#else
+
+#define HOPPER_SPIN_SITE
+#define HOPPER_SPIN_CHECK(bound, ...) (void)bound
+
+struct SpinBound {};
+
+#endif
+
 // ---- mbarriers: a phase ends when all arrivals are in and all expected bytes have landed ----
 
 HOPPER_OP void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -225,40 +306,39 @@ HOPPER_OP void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
                  : "memory");
 }
 
-#ifdef NDEBUG
-#define HOPPER_SPIN_GUARD(spins)
-#else
-// Debug builds turn a hang into a trap.
-#define HOPPER_SPIN_GUARD(spins) \
-    if (++(spins) == (1u << 28)) __trap()
-#endif
+HOPPER_OP bool mbarrier_passed(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done;
+}
+
+HOPPER_OP bool mbarrier_passed_cluster(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done;
+}
 
 // Blocks until the phase of this parity is over. A fresh barrier passes parity 1: producers start there.
-HOPPER_OP void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-    uint32_t done = 0;
-    [[maybe_unused]] uint32_t spins = 0;
-    while (!done) {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-        HOPPER_SPIN_GUARD(spins);
+HOPPER_OP void mbarrier_wait(uint32_t barrier, uint32_t parity HOPPER_SPIN_SITE) {
+    SpinBound bound;
+    while (!mbarrier_passed(barrier, parity)) {
+        HOPPER_SPIN_CHECK(bound, SpinRecord::kBarrier, barrier - shared_base(), parity, parity);
     }
 }
 
 // The same for barriers at which other blocks of the cluster arrive.
-HOPPER_OP void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-    uint32_t done = 0;
-    [[maybe_unused]] uint32_t spins = 0;
-    while (!done) {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
-            "selp.u32 %0, 1, 0, p; }"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-        HOPPER_SPIN_GUARD(spins);
+HOPPER_OP void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity HOPPER_SPIN_SITE) {
+    SpinBound bound;
+    while (!mbarrier_passed_cluster(barrier, parity)) {
+        HOPPER_SPIN_CHECK(bound, SpinRecord::kBarrier, barrier - shared_base(), parity, parity);
     }
 }
 
@@ -338,10 +418,10 @@ HOPPER_OP uint32_t flag_acquire(const uint32_t* flag) {
 }
 
 // Blocks until the flag is `target`. No order is made of values: one that is as old as 2^31 launches is not ahead.
-HOPPER_OP void flag_wait(const uint32_t* flag, uint32_t target) {
-    [[maybe_unused]] uint32_t spins = 0;
+HOPPER_OP void flag_wait(const uint32_t* flag, uint32_t target HOPPER_SPIN_SITE) {
+    SpinBound bound;
     while (flag_acquire(flag) != target) {
-        HOPPER_SPIN_GUARD(spins);
+        HOPPER_SPIN_CHECK(bound, SpinRecord::kFlag, reinterpret_cast<uint64_t>(flag), target, flag_acquire(flag));
     }
 }
 

@@ -263,7 +263,38 @@ void Machine::finish_thread() {
     thread.fiber.suspend();
 }
 
+// Nothing will happen any more, so the bound of some wait is the next event.
+void Machine::trap_spin() {
+    std::vector<const Thread*> spinning;
+    for (const auto& cluster : clusters) {
+        for (const auto& block : cluster->blocks) {
+            for (const auto& thread : block->threads) {
+                if (!thread->finished && thread->waiting.spin != SpinRecord::kNothing) {
+                    spinning.push_back(thread.get());
+                }
+            }
+        }
+    }
+    if (spinning.empty()) {
+        return;
+    }
+    const Thread& thread = *spinning[draw(spinning.size())];
+    const Waiting& waiting = thread.waiting;
+    SpinRecord record{waiting.spin, uint32_t(thread.site.line), thread.block->rank, thread.rank, waiting.argument,
+                      waiting.argument, waiting.place, {}};
+    if (waiting.spin == SpinRecord::kFlag) {
+        record.seen = *static_cast<const uint32_t*>(waiting.object);
+    }
+    const std::string name = std::string(kSpinName, ' ') + thread.site.file;
+    std::memcpy(record.file, name.data() + name.size() - kSpinName, kSpinName);
+    self = nullptr;
+    fail("trap", record.text());
+}
+
 void Machine::deadlock() {
+    if (setup.bounded) {
+        trap_spin();
+    }
     std::map<std::string, std::vector<uint32_t>> groups;
     std::string rule = "deadlock";
     self = nullptr;

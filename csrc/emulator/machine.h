@@ -8,6 +8,7 @@
 #include <random>
 #include <unordered_map>
 
+#include "../cuda/spin.h"
 #include "clock.h"
 #include "fiber.h"
 #include "report.h"
@@ -33,6 +34,8 @@ struct Waiting {
     std::string (*text)(const void* object, uint32_t argument) = nullptr;
     const void* object = nullptr;
     uint32_t argument = 0;
+    SpinRecord::Kind spin = SpinRecord::kNothing;   // a wait that spins on a device, for what is at `place`
+    uint64_t place = 0;
 };
 
 // Threads blocked on one object; they become ready together.
@@ -232,6 +235,7 @@ private:
     void finish_thread();
     void check_block_exit(Block& block);
     [[noreturn]] void deadlock();
+    void trap_spin();
     bool slow(const Thread& thread) const;
     static void thread_main();
 };

@@ -18,6 +18,7 @@ struct Run {
     uint32_t registers = 168;   // a thread's at the start of the kernel
     uint32_t resident = 0;      // blocks that run at the same time; 0 means all
     uint64_t seed = 0;
+    bool bounded = false;       // waits that never end trap, as in builds with NLORA_BOUND_SPINS
     bool lanes = false;         // a clock for each lane rather than for each warp
     int skipped_line = 0;       // synchronisation calls of this line do nothing (mutation test)
     std::string source;         // file whose lines are meant, here and in the report; empty: any file

@@ -45,7 +45,7 @@ std::string barrier_state(const void* object, uint32_t parity) {
 void wait(uint32_t address, uint32_t parity, bool cluster_scope) {
     MBarrier& barrier = barrier_at(address);
     while ((barrier.phase & 1) == (parity & 1)) {
-        machine->block_on(barrier.waiters, {barrier_state, &barrier, parity});
+        machine->block_on(barrier.waiters, {barrier_state, &barrier, parity, SpinRecord::kBarrier, barrier.offset - kSharedStart});
     }
     if (barrier.remote_arrivals && !cluster_scope) {
         machine->fail("scope", where() + ": other blocks arrive at this mbarrier, so the wait needs cluster scope");
@@ -380,7 +380,7 @@ void flag_wait(const uint32_t* flag, uint32_t target, Site site) {
     }
     Flag& state = flag_at(flag);
     while (*flag != target) {
-        machine->block_on(state.waiters, {flag_state, flag, target});
+        machine->block_on(state.waiters, {flag_state, flag, target, SpinRecord::kFlag, reinterpret_cast<uintptr_t>(flag)});
     }
     machine->self->agent->known.join(state.released);
 }

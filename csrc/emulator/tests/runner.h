@@ -74,7 +74,7 @@ inline std::vector<Gradient> gradients_of(const Case& c, Matrices& matrices) {
 // Ignored on a device.
 struct Options {
     uint64_t seed;
-    int32_t lanes, resident, skipped_line;
+    int32_t lanes, resident, skipped_line, bounded;
     const char* source;   // whose lines are meant, or null: any file's
 };
 
@@ -98,6 +98,7 @@ int guarded(const Options& options, Outcome& outcome, Body body) {
         context.setup.lanes = options.lanes != 0;
         context.setup.resident = uint32_t(options.resident);
         context.setup.skipped_line = options.skipped_line;
+        context.setup.bounded = options.bounded != 0;
         context.setup.source = options.source ? options.source : "";
         body(context);
         for (int line : context.report.synchronisation_lines) {
