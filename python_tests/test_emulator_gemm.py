@@ -186,10 +186,10 @@ def test_a_flag_that_never_comes_traps_with_its_name():
     for seed in range(3):
         options = {"seed": seed, "source": "gemm.cuh", "skipped_line": skipped, "epoch": 6, "flags": 5}
         result = run_gemm(*launches, tile=seed, bounded=True, **options)[2]
-        assert result.rule == "trap", result.text
+        assert result.rule == "deadlock", result.text
         # Whoever waits for the flag, or for what its reader loads.
         where, said = re.fullmatch(
-            r"trap: \w+ at gemm\.cuh:(\d+) by block \d+ thread \d+ (.*) \[.*\]", result.text
+            r"deadlock: \w+ at gemm\.cuh:(\d+) by block \d+ thread \d+ (.*) \[.*\]", result.text
         ).groups()
         if int(where) == lines["flag_wait"]:
             assert re.fullmatch(r"has lasted 2 s: the flag at 0x[0-9a-f]+ is 5 and must be 7", said)

@@ -288,7 +288,7 @@ void Machine::trap_spin() {
     const std::string name = std::string(kSpinName, ' ') + thread.site.file;
     std::memcpy(record.file, name.data() + name.size() - kSpinName, kSpinName);
     self = nullptr;
-    fail("trap", record.text());
+    fail("deadlock", record.text());
 }
 
 void Machine::deadlock() {
