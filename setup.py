@@ -3,8 +3,8 @@
 NLORA_BUILD=none|cpu|cuda says what to build, and a build that fails then is an error. Without it: what this machine
 can build, and a message on stderr for what it cannot; the package then installs without its native part.
 
-    python setup.py build_ext --inplace     the extension, beside the sources; for tests on a device, with --bound-spins,
-                                            CUDA kernels trap and say where when a wait lasts 2 s
+    python setup.py build_ext --inplace     the extension, beside the sources; with --bound-spins, for tests on
+                                            a device, CUDA kernels trap and say where when a wait lasts 2 s
     python setup.py sanitize [--long]       the C++ tests under AddressSanitizer and UBSan
 """
 
