@@ -7,11 +7,11 @@ PYTHON = .venv/bin/python
 READY = .venv/ready extension
 endif
 
-# Where the GPU targets put their results.
-OUT = gpu-results
+# Where gpu-proof puts its results, unless the environment says.
+OUT ?= gpu-results
 GATES = $(wildcard python_tests/test_emulator*.py python_tests/test_cuda*.py) python_tests/test_schedule.py python_tests/test_aot.py
 
-.PHONY: demo test gates bench smoke lint aot sanitize gpu-check gpu-stress gpu-bench gpu-tune extension constraints newest clean
+.PHONY: demo test gates bench smoke lint aot sanitize gpu-proof extension constraints newest clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare" and the like.
 demo: $(READY)
@@ -49,20 +49,10 @@ aot: $(READY)
 sanitize: $(READY)
 	$(PYTHON) setup.py sanitize --long
 
-# On a machine with a GPU, each under 9 minutes; run again, a target goes on where it stopped.
-gpu-check: $(READY)
-	$(PYTHON) bench/gpu/probes.py
-	$(PYTHON) bench/gpu/correctness.py --out $(OUT)
-	$(PYTHON) bench/gpu/sanitize.py --out $(OUT)
-
-gpu-stress: $(READY)
-	$(PYTHON) bench/gpu/stress.py --out $(OUT)
-
-gpu-bench: $(READY)
-	$(PYTHON) bench/gpu/bench.py --out $(OUT)
-
-gpu-tune: $(READY)
-	$(PYTHON) bench/gpu/tune.py --out $(OUT)
+# Everything that a GPU can show, in one call of under ten minutes; the results go to $OUT. FLAGS="--only bench", --resume,
+# or --rehearse without a GPU. It builds what it needs by itself, under PYTHON=python3 as well.
+gpu-proof: $(filter .venv/%,$(READY))
+	$(PYTHON) bench/gpu/proof.py --out $(OUT) $(FLAGS)
 
 extension: $(filter .venv/%,$(READY))
 	$(PYTHON) setup.py -q build_ext --inplace

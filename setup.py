@@ -221,4 +221,5 @@ def extensions() -> list[Extension]:
     # fmt: on
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild, "sanitize": Sanitize})
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild, "sanitize": Sanitize})

@@ -47,11 +47,12 @@ def _runs(name: str, reason: str | None) -> bool:
 def tensors_of(cell: Cell) -> tuple[dict[str, Tensor], Tensor, float]:
     """The tensors of a cell by name, dy, and the scaling."""
     dtype, bias = getattr(torch, cell.dtype), cell.model in WITH_BIAS
-    p = testing.problem(*cell.size, dtype=dtype, adapter_dtype=torch.float32, bias=bias)
+    p = testing.problem(*cell.size, dtype=dtype, adapter_dtype=torch.float32, bias=bias, device=cell.device)
     tensors = {n: t for n in testing.TENSORS if (t := getattr(p, n)) is not None}
     if cell.method == "lora2":
-        generator = torch.Generator().manual_seed(1)
-        u, E, U = (torch.randn(s, generator=generator) for s in ((cell.r, cell.r), (cell.r,), (cell.r, cell.r)))
+        generator = torch.Generator(cell.device).manual_seed(1)
+        sizes = (cell.r, cell.r), (cell.r,), (cell.r, cell.r)
+        u, E, U = (torch.randn(s, generator=generator, device=cell.device) for s in sizes)
         inner = {"lora_u": u, "lora_E": E, "lora_U": U / cell.r}
         outer = {"lora_v": tensors.pop("lora_A"), "lora_V": tensors.pop("lora_B")}
         del tensors["lora_N"]
@@ -59,13 +60,16 @@ def tensors_of(cell: Cell) -> tuple[dict[str, Tensor], Tensor, float]:
     return tensors, p.dy, p.scaling
 
 
-def layer(name: str, cell: Cell) -> Layer:
+def layer(name: str, cell: Cell, fresh: bool = False) -> Layer:
+    """`fresh`: with copies of the cell's tensors."""
     tensors, dy, scaling = tensors_of(cell)
+    if fresh:
+        tensors = {n: t.clone() for n, t in tensors.items()}
     if name == "floor":
         tensors = {n: tensors[n] for n in ("x", "weight", "bias") if n in tensors}
         return Layer(_base, tensors, ["x"], _budget("floor", cell))
     if name in PEFT:
-        tensors = _lora_tensors(cell, name == "peft_base_dtype")
+        tensors = _lora_tensors(tensors, name == "peft_base_dtype")
         wrt = ["x", "lora_A", "lora_B"]
         return Layer(_peft(tensors, scaling, name), tensors, wrt, _budget(name, cell))
     if name == "eager3":
@@ -132,7 +136,7 @@ def _budget(kind: str, cell: Cell) -> testing.Budget:
         tensors = {n: tensors[n] for n in ("x", "weight", "bias") if n in tensors}
         return testing.Budget(_base, _base, tensors, dy, ["x"])
     if kind in PEFT:
-        plain, tensors, wrt = testing.plain_linear, _lora_tensors(cell, kind == "peft_base_dtype"), None
+        plain, tensors, wrt = testing.plain_linear, _lora_tensors(tensors, kind == "peft_base_dtype"), None
         wrt = ["x", "lora_A", "lora_B"]
     else:
         plain, wrt = _plain(cell.method), _trained(cell, tensors)
@@ -159,9 +163,9 @@ def _trained(cell: Cell, tensors: dict[str, Tensor]) -> list[str]:
     return ["x", *(n for n in tensors if n.startswith("lora_") and (cell.method != "inttune" or n == "lora_N"))]
 
 
-def _lora_tensors(cell: Cell, base_dtype: bool) -> dict[str, Tensor]:
-    """The cell's tensors for plain LoRA: no core, and for LoRA² its outer matrices."""
-    tensors = {n.replace("lora_v", "lora_A").replace("lora_V", "lora_B"): t for n, t in tensors_of(cell)[0].items()}
+def _lora_tensors(tensors: dict[str, Tensor], base_dtype: bool) -> dict[str, Tensor]:
+    """A cell's tensors for plain LoRA: no core, and for LoRA² its outer matrices."""
+    tensors = {n.replace("lora_v", "lora_A").replace("lora_V", "lora_B"): t for n, t in tensors.items()}
     kept = {n: t for n, t in tensors.items() if n in ("x", "weight", "bias", "lora_A", "lora_B")}
     return {n: t.to(kept["x"].dtype) for n, t in kept.items()} if base_dtype else kept
 

@@ -49,6 +49,7 @@ class Cell(NamedTuple):
     op: str = "both"  # forward (that of training), backward, both
     dtype: str = "float32"
     smoke: bool = False
+    device: str = "cpu"
 
     @property
     def size(self) -> tuple[int, int, int, int]:

@@ -1,20 +1,15 @@
-"""Single launches under load: 10⁵ steps beside competing streams, each with the same bits as the first.
+"""Launches beside competing streams: 10⁴ steps, each with the same bits as the first.
 
-For Triton a step is a forward, for CUDA forward and backward.
+For Triton a step is a forward in one launch, for CUDA forward and backward.
 """
 
-import os
-import sys
-import threading
+import functools
 
-import record
 import torch
 
 from nlora_kernels import testing
 
-LAUNCHES = 100_000
-# Seconds without progress after which a wait is taken for a hang.
-PATIENCE = 120
+ROUND = 200
 
 
 def triton_step(p):
@@ -38,74 +33,60 @@ def cuda_step(p):
     return step
 
 
-STEPS = {"triton": triton_step, "cuda": cuda_step}
+STEPS = {"cuda": cuda_step, "triton": triton_step}
 
 
-def launches(backend, M, K, N, R, dtype, streams, graph=False) -> dict:
+def launches(machine, backend, shape, dtype, streams, graph=False) -> dict:
     """`streams` streams launch at once while another keeps the processors busy with products of varying size."""
-    step = STEPS[backend](testing.problem(M, K, N, R, dtype=dtype, device="cuda"))
-    progress = threading.Event()
-    ended = threading.Event()
+    step = STEPS[backend](testing.problem(*shape, dtype=dtype, device=machine.name))
+    count, per_round = machine.pick((10_000, ROUND), (2 * streams, 1))
+    expected = [t.clone() for t in step()]
+    sides = [machine.stream() for _ in range(streams)]
+    noise = [
+        torch.randn(n, n, device=machine.name, dtype=torch.bfloat16) for n in machine.pick((512, 2048, 3072), (8,) * 3)
+    ]
+    run = step
+    if graph:
+        replay, outputs = machine.capture(step)
 
-    def watch():
-        while not ended.is_set():
-            if not progress.wait(PATIENCE):
-                print(f"no progress for {PATIENCE} seconds: the single launch hangs", flush=True)
-                os._exit(1)
-            progress.clear()
+        def run():
+            replay()
+            return outputs
 
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        expected = [t.clone() for t in step()]
-        busy, sides = torch.cuda.Stream(), [torch.cuda.Stream() for _ in range(streams)]
-        noise = [torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for n in (512, 2048, 3072)]
-        run = step
-        if graph:
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                outputs = step()
-
-            def run():
-                captured.replay()
-                return outputs
-
-        torch.cuda.synchronize()
-        per_round = 200
-        for round_ in range(LAUNCHES // (per_round * streams)):
-            with torch.cuda.stream(busy):
-                for _ in range(4):
-                    noise[round_ % 3] @ noise[round_ % 3]
-            differing = []
-            # One launch of each stream in turn, so that they overlap.
-            for _ in range(per_round):
-                for side in sides:
-                    with torch.cuda.stream(side):
-                        results = run()
-                        differing += [(a != b).sum() for a, b in zip(results, expected, strict=True)]
-            torch.cuda.synchronize()
-            wrong = torch.stack(differing).sum().item()
-            assert wrong == 0, f"{wrong} elements differ in round {round_}"
-            progress.set()
-        return {"launches": LAUNCHES}
-    finally:
-        ended.set()
-        progress.set()
+    busy = machine.stream()
+    machine.synchronize()
+    for round_ in range(count // (per_round * streams)):
+        with machine.on(busy):
+            for _ in range(4):
+                noise[round_ % 3] @ noise[round_ % 3]
+        differing = []
+        # One launch of each stream in turn, so that they overlap.
+        for _ in range(per_round):
+            for side in sides:
+                with machine.on(side):
+                    differing += [(a != b).sum() for a, b in zip(run(), expected, strict=True)]
+        machine.synchronize()
+        wrong = torch.stack(differing).sum().item()
+        assert wrong == 0, f"{wrong} elements differ in round {round_}"
+    return {"launches": count}
 
 
-def cells():
+def cells(machine) -> dict:
+    from layers import emulate
+
+    emulate(machine)
     bf16, fp16 = torch.bfloat16, torch.float16
+    wide, narrow, ragged = machine.pick(
+        ((2048, 768, 768, 16), (2048, 768, 768, 64), (1000, 520, 392, 24)),
+        ((37, 72, 136, 16), (37, 72, 136, 16), (70, 64, 40, 8)),
+    )
     found = {}
     for backend in STEPS:
-        found |= {
-            f"{backend} bf16 2048x768x768 r16, one stream": lambda b=backend: launches(b, 2048, 768, 768, 16, bf16, 1),
-            f"{backend} bf16 2048x768x768 r64, three streams": lambda b=backend: launches(
-                b, 2048, 768, 768, 64, bf16, 3
-            ),
-            f"{backend} fp16 1000x520x392 r24, one stream": lambda b=backend: launches(b, 1000, 520, 392, 24, fp16, 1),
-            f"{backend} bf16 2048x768x768 r16, graph": lambda b=backend: launches(b, 2048, 768, 768, 16, bf16, 1, True),
-        }
+        # Triton's interpreter knows no bf16.
+        dtype = machine.pick(bf16, fp16)
+        one = functools.partial(launches, machine, backend)
+        found[f"{backend} one stream"] = functools.partial(one, wide, dtype, 1)
+        found[f"{backend} three streams"] = functools.partial(one, narrow, dtype, 3)
+        found[f"{backend} ragged"] = functools.partial(one, ragged, fp16, 1)
+        found[f"{backend} graph"] = functools.partial(one, wide, dtype, 1, True)
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(record.run("stress", cells, seconds_per_cell=100))

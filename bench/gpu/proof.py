@@ -1,0 +1,375 @@
+"""Everything that a GPU can show of this package in one call of under ten minutes: `make gpu-proof`.
+
+    make gpu-proof                           all stages; results in $OUT, or gpu-results
+    make gpu-proof FLAGS="--only bench"      the stages whose names contain a word
+    make gpu-proof FLAGS=--resume            what has not passed yet
+    make gpu-proof FLAGS=--rehearse          every stage without a GPU, and two that hang and crash
+
+A stage is a process of its own (stage.py) with a time limit, and after it a fresh process multiplies two small
+matrices: whatever hangs, crashes or spoils its context costs itself alone. Every cell of a stage is a line of
+cells.jsonl when it begins and when it ends, and proof.json is written anew after every stage, so a cut at any moment
+keeps what was done. This process never starts CUDA. Exit status: 0 if every stage ended as it should.
+"""
+
+import argparse
+import collections
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from stage import UNFINISHED, lines_of
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
+
+# NOTE: by its file, for the package imports torch.
+_spec = importlib.util.spec_from_file_location("process", ROOT / "nlora_kernels" / "process.py")
+process = importlib.util.module_from_spec(_spec)
+sys.modules["process"] = process
+_spec.loader.exec_module(process)
+
+SKIPPED = "skipped"
+LINES = 12
+# Seconds that are kept for the record at the end, and that a stage must have left to begin.
+RESERVE, LEAST = 5, 8
+# Seconds of the check that follows a stage, and how often a device that does not answer is asked again.
+ALIVE, ATTEMPTS = 20, 2
+# Seconds until the first cell begins: of imports, and of the start of CUDA.
+STARTUP = 30
+# How much longer a stage and a cell may take in a rehearsal.
+SLACK = 3
+# How often a stage that hung or crashed goes on behind the cell that did it.
+RESTARTS = 6
+
+
+class Stage(NamedTuple):
+    """cells: module:function of this folder, which returns {name: cell}. seconds: of the whole stage; patience: of one
+    cell. needs: builds it waits for. environment: of its process, and in a rehearsal."""
+
+    name: str
+    cells: str
+    seconds: float = 40
+    patience: float = 15
+    needs: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+    rehearsed_in: dict[str, str] = {}
+    # What stands before the command, on a GPU.
+    under: tuple[str, ...] = ()
+    ends: str = "ok"
+
+
+class Build(NamedTuple):
+    """What is built or compiled while stages run."""
+
+    name: str
+    seconds: float
+
+
+# Of build.py. Kernels are checked in a build in which every wait ends after two seconds, and timed in that of users.
+BUILDS = [Build("device", 200), Build("bounded", 200), Build("extension", 200), Build("triton", 300)]
+
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+LIBRARY, BOUNDED, EXTENSION, TRITON = ("device",), ("bounded",), ("extension",), ("triton",)
+SANITIZER = ("compute-sanitizer", "--kernel-name", "kns=hopper", "--error-exitcode", "9", "--tool")
+# The order is that of what the later stages rest on.
+STAGES = [
+    Stage("facts", "facts:cells", 25),
+    Stage("probes", "kernels:probes", 20, needs=LIBRARY),
+    Stage("gemm", "kernels:gemm", 40, needs=LIBRARY),
+    Stage("kernels", "kernels:others", 30, needs=LIBRARY),
+    Stage("cuda layers", "layers:cuda", 40, needs=BOUNDED),
+    Stage("triton layers", "layers:triton", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
+    Stage("triton dropout", "layers:dropout", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
+    Stage("triton training", "layers:training", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
+    Stage("graphs", "layers:graphs", 25, needs=BOUNDED, rehearsed_in=INTERPRETED),
+    Stage("memcheck", "layers:sanitized", 40, 40, EXTENSION, under=(*SANITIZER, "memcheck")),
+    Stage("racecheck", "layers:sanitized", 40, 40, EXTENSION, under=(*SANITIZER, "racecheck")),
+    Stage("stress", "stress:cells", 40, 20, BOUNDED, rehearsed_in=INTERPRETED),
+    Stage("bench forward", "bench:forward", 40, needs=EXTENSION),
+    Stage("bench backward", "bench:backward", 40, needs=EXTENSION),
+    Stage("bench layers", "bench:layers", 40, needs=EXTENSION),
+    Stage("bench compiled", "bench:compiled", 40, patience=40),
+    Stage("bench initialisation", "bench:initialisation", 30, needs=EXTENSION),
+    Stage("tune", "tune:cells", 40),
+    Stage("train", "train:cells", 40, patience=40, needs=EXTENSION),
+]
+# What a rehearsal adds: the runner itself is what they test.
+FAULTS = [
+    Stage("hang", "faults:hang", patience=2, ends="timeout"),
+    Stage("crash", "faults:crash", ends="crashed"),
+]
+
+
+class Proof:
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.begun = options, time.monotonic()
+        self.out = options.out.resolve()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.cells = self.out / "cells.jsonl"
+        done = [line for line in lines_of(self.cells) if line.get("status") == "ok"] if options.resume else []
+        replace(self.cells, "".join(json.dumps(line) + "\n" for line in done))
+        self.log = open(self.out / "proof.log", "ab" if options.resume else "wb")
+        self.builds: dict[str, process.Child | process.Ended] = {}
+        self.record = {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "commit": output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
+            "rehearsal": options.rehearse,
+            "seconds": 0.0,
+            "builds": {},
+            "stages": self.earlier(),
+        }
+
+    def earlier(self) -> dict:
+        try:
+            return json.loads((self.out / "proof.json").read_text())["stages"] if self.options.resume else {}
+        except (OSError, ValueError, KeyError):
+            return {}
+
+    def left(self) -> float:
+        return self.options.limit - RESERVE - (time.monotonic() - self.begun)
+
+    def run(self, stages: list[Stage]) -> int:
+        for name in dict.fromkeys(need for stage in stages for need in stage.needs):
+            self.builds[name] = self.start(f"build {name}", ["build.py", name, *self.rehearse()], held=False)
+        self.write()
+        alive, following = True, None
+        for number, stage in enumerate(stages):
+            child, following = following, None
+            if not alive:
+                result = {"status": SKIPPED, "why": "the device no longer answers"}
+            elif missing := self.missing(stage):
+                result = {"status": SKIPPED, "why": missing}
+            elif self.left() < LEAST + ALIVE / 2:
+                result = {"status": SKIPPED, "why": "no time was left"}
+            else:
+                child = child or self.start(stage.name, self.command(stage), stage)
+                check = self.start("alive", ["stage.py", "alive", *self.rehearse()])
+                # It imports what it needs while this one runs, and then waits.
+                if number + 1 < len(stages):
+                    following = self.start(
+                        stages[number + 1].name, self.command(stages[number + 1]), stages[number + 1]
+                    )
+                result = self.stage(stage, child)
+                child = None
+                alive = self.alive(check)
+                result["alive"] = alive
+            if child:
+                self.drop(child)
+            self.write(stage, result)
+        if following:
+            self.drop(following)
+        for build in self.builds:
+            self.built(build, wait=False)
+        self.write()
+        print(table(self.record), flush=True)
+        self.log.write(table(self.record).encode())
+        return 0 if all(self.record["stages"][s.name]["status"] == s.ends for s in stages) else 1
+
+    def command(self, stage: Stage) -> list:
+        under = () if self.options.rehearse else stage.under
+        bounded = ["--bounded"] if "bounded" in stage.needs else []
+        return [*under, "stage.py", stage.cells, "--name", stage.name, "--out", self.out, *bounded, *self.rehearse()]
+
+    def rehearse(self) -> list[str]:
+        return ["--rehearse"] if self.options.rehearse else []
+
+    def start(self, name: str, command: list, stage: Stage | None = None, held: bool = True) -> process.Child:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        if stage:
+            environment |= stage.environment | (stage.rehearsed_in if self.options.rehearse else {})
+        at = next(i for i, word in enumerate(command) if str(word).endswith(".py"))
+        command = [*command[:at], sys.executable, FOLDER / command[at], *command[at + 1 :]]
+        file = open(self.out / f"{name.replace(' ', '-')}.log", "w+b")
+        return process.start(command, file, env=environment, cwd=ROOT, held=held)
+
+    def stage(self, stage: Stage, child: process.Child) -> dict:
+        """Runs a stage to its end, again and again behind a cell that hung or crashed while its time lasts."""
+        begun, slack = time.monotonic(), SLACK if self.options.rehearse else 1
+        end = begun + min(slack * stage.seconds, self.left() - ALIVE / 4)
+        worst, said = "ok", []
+        for _ in range(1 + RESTARTS):
+            before = self.cells.stat().st_size
+            ended = self.go(child, end, slack * stage.patience)
+            said += ended.lines[-LINES:]
+            # Cells that were left because time ran out.
+            status = "timeout" if ended.code == UNFINISHED else ended.status
+            worst = max(worst, status, key=process.STATUSES.index)
+            hit = self.blame(stage, ended)
+            stuck = self.cells.stat().st_size == before
+            if ended.status in ("ok", "failed") or not hit or stuck or end - time.monotonic() < LEAST:
+                break
+            child = self.start(stage.name, self.command(stage), stage)
+        return {"status": worst, "seconds": round(time.monotonic() - begun, 2), "last": said[-LINES:]}
+
+    def go(self, child: process.Child, end: float, patience: float) -> process.Ended:
+        size, late = self.cells.stat().st_size, time.monotonic() + max(patience, STARTUP)
+
+        def until() -> float:
+            nonlocal size, late
+            if self.cells.stat().st_size != size:
+                size, late = self.cells.stat().st_size, time.monotonic() + patience
+            return min(end, late)
+
+        try:
+            child.process.stdin.write(f"{max(1.0, end - time.monotonic() - 1):.1f}\n".encode())
+            child.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        return self.close(child, process.wait(child, until, keep=LINES))
+
+    def blame(self, stage: Stage, ended: process.Ended) -> bool:
+        """Writes down which cell a stage hung or crashed in; whether there was one."""
+        text = self.cells.read_text()
+        if text and not text.endswith("\n"):
+            # Cut short.
+            with open(self.cells, "a") as file:
+                file.write("\n")
+        begun = {}
+        for line in lines_of(self.cells):
+            if line["stage"] == stage.name:
+                begun[line["cell"]] = "status" in line
+        unfinished = [cell for cell, complete in begun.items() if not complete]
+        with open(self.cells, "a") as file:
+            for cell in unfinished:
+                end = {"stage": stage.name, "cell": cell, "status": ended.status, "error": " | ".join(ended.lines[-3:])}
+                file.write(json.dumps(end) + "\n")
+        return bool(unfinished)
+
+    def alive(self, check: process.Child) -> bool:
+        """Whether a fresh process can still multiply on the device."""
+        for attempt in range(ATTEMPTS):
+            check = check if attempt == 0 else self.start("alive", ["stage.py", "alive", *self.rehearse()])
+            ended = self.go(check, time.monotonic() + min(ALIVE, max(LEAST, self.left())), ALIVE)
+            if ended.status == "ok":
+                return True
+        return False
+
+    def missing(self, stage: Stage) -> str | None:
+        """What a stage needs and could not be built."""
+        for need in stage.needs:
+            ended = self.built(need)
+            # Triton compiles beforehand only to save time.
+            if need != "triton" and ended.status != "ok":
+                return f"{need}: {ended.status}"
+        return None
+
+    def built(self, name: str, wait: bool = True) -> process.Ended:
+        child = self.builds[name]
+        if isinstance(child, process.Ended):
+            return child
+        seconds = next(build.seconds for build in BUILDS if build.name == name)
+        if name == "triton" and wait:
+            # What is not compiled by now a stage compiles by itself.
+            return process.Ended("ok", 0.0, 0, [])
+        end = min(child.begun + seconds, time.monotonic() + self.left() / 2) if wait else 0
+        ended = self.close(child, process.wait(child, lambda: end))
+        self.builds[name] = ended
+        self.record["builds"][name] = {"status": ended.status, "seconds": ended.seconds, "last": ended.lines[-LINES:]}
+        return ended
+
+    def drop(self, child: process.Child) -> None:
+        process.end(child)
+        self.close(child)
+
+    def close(self, child: process.Child, ended: process.Ended | None = None) -> process.Ended | None:
+        """Puts the output of a process that has ended behind that of the others."""
+        child.output.seek(0)
+        said = child.output.read()
+        name = Path(child.output.name)
+        if said:
+            self.log.write(f"\n=== {name.stem}\n".encode() + said)
+            self.log.flush()
+        child.output.close()
+        name.unlink(missing_ok=True)
+        return ended
+
+    def write(self, stage: Stage | None = None, result: dict | None = None) -> None:
+        if stage:
+            cells = {}
+            for line in lines_of(self.cells):
+                if line["stage"] == stage.name and "status" in line:
+                    cells[line["cell"]] = {k: v for k, v in line.items() if k not in ("stage", "cell")}
+            self.record["stages"][stage.name] = {**result, "cells": cells}
+            why = f" ({result['why']})" if "why" in result else ""
+            print(f"{stage.name}: {result['status']}{why}, {passed(cells)} cells", flush=True)
+        self.record["seconds"] = round(time.monotonic() - self.begun, 2)
+        replace(self.out / "proof.json", json.dumps(self.record, indent=1) + "\n")
+
+
+def replace(file: Path, text: str) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+def table(record: dict) -> str:
+    """One line for each stage, and under it the figures of its cells or what went wrong."""
+    lines = ["", f"{'stage':22} {'status':8} {'seconds':>7}  cells"]
+    for name, stage in record["stages"].items():
+        cells = stage.get("cells", {})
+        row = f"{name:22} {stage['status']:8} {stage.get('seconds', 0):7.1f}  {passed(cells)} {stage.get('why', '')}"
+        lines.append(row.rstrip())
+        for cell, result in cells.items():
+            figures = {k: v for k, v in result.items() if k not in ("status", "seconds", "error")}
+            if result["status"] != "ok":
+                lines.append(f"    {cell}: {result['status']}: {str(result.get('error', ''))[:160]}")
+            if figures:
+                lines.append(f"    {cell}: " + "  ".join(f"{k} {figure(v)}" for k, v in figures.items()))
+    counts = collections.Counter(stage["status"] for stage in record["stages"].values())
+    total = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return "\n".join([*lines, f"{total}; {record['seconds']:.0f} s"]) + "\n"
+
+
+def figure(value) -> str:
+    """A contender's ratio to the base with its range, and its times; else the value."""
+    if not isinstance(value, dict):
+        return str(value)
+    low, high = value["p20_p80"]
+    return f"{value['ratio']} ({low}–{high}; {value['us']} us, eager {value['eager_us']})"
+
+
+def passed(cells: dict) -> str:
+    return f"{sum(cell['status'] == 'ok' for cell in cells.values())} of {len(cells)}"
+
+
+def output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
+    parser.add_argument("--limit", type=float, default=560, help="seconds of the whole")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="stages whose names contain one of these, by commas"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what has not passed in the same folder")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="without a GPU, with a stage that hangs and one that crashes"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the stages")
+    return parser.parse_args(given)
+
+
+def main() -> int:
+    options = arguments()
+    stages = STAGES[:2] + FAULTS + STAGES[2:] if options.rehearse else STAGES
+    stages = [stage for stage in stages if any(word in stage.name for word in options.only.split(","))]
+    if not stages:
+        sys.exit(f"--only must name stages among {', '.join(s.name for s in STAGES)}, got {options.only!r}")
+    if options.list:
+        print("\n".join(stage.name for stage in stages))
+        return 0
+    return Proof(options).run(stages)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""One step of fine-tuning a model of a billion parameters, random weights, with NLoRA in every linear layer."""
+
+import functools
+import os
+import statistics
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import nlora_kernels.peft as nlora
+
+# Hidden size, size of the feed-forward part, layers, heads, their keys and values, vocabulary: as Llama-3.2-1B.
+SHAPE = (2048, 8192, 16, 32, 8, 32_000)
+SMALL = (64, 128, 2, 4, 2, 100)
+
+
+def cells(machine) -> dict:
+    found = {}
+    for method in ("peft", "lean", "cuda", "triton"):
+        found[method] = functools.partial(step, machine, method)
+    return found
+
+
+def step(machine, method) -> dict:
+    """Forward, backward and AdamW's step: tokens in a second, the memory it takes, and the loss, which must fall."""
+    hidden, inner, layers, heads, keys, words = machine.pick(SHAPE, SMALL)
+    batch, length = machine.pick((4, 1024), (1, 16))
+    dtype = machine.pick(torch.bfloat16, torch.float32)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        vocab_size=words,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(machine.name):
+        model = LlamaForCausalLM(config).to(dtype)
+    options = dict(r=machine.pick(64, 8), lora_alpha=machine.pick(64, 8), target_modules="all-linear")
+    if method == "peft":
+        model = get_peft_model(model, LoraConfig(**options, init_lora_weights=True))
+    else:
+        os.environ["NLORA_BACKEND"] = "lean" if machine.rehearsal else method
+        model = get_peft_model(model, nlora.NLoraConfig(**options, init_lora_weights="slora"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    generator = torch.Generator(machine.name).manual_seed(0)
+    tokens = torch.randint(0, words, (batch, length), generator=generator, device=machine.name)
+    losses = []
+
+    def run():
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+
+    peak = machine.peak(run)
+    times = machine.by_turns({"step": run}, rounds=8, warm_ms=500)["step"]
+    first, last = losses[0].item(), losses[-1].item()
+    assert last < first, f"the loss went from {first} to {last}"
+    milliseconds = statistics.median(times)
+    return {
+        "ms": round(milliseconds, 1),
+        "tokens_per_s": round(1000 * batch * length / milliseconds),
+        "peak_gib": round(peak / 2**30, 2),
+        "loss": [round(first, 4), round(last, 4)],
+    }
