@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from ..patterns import exact
 from .layers import Layer, layers
 
 
@@ -22,10 +23,8 @@ def compress(model: nn.Module) -> dict[str, int]:
     found = layers(model)
     ranks = {layer.name: _shrink(layer) for layer in found}
     for config, names in _configurations(model, found):
-        # NOTE: PEFT takes the first pattern that matches the end of a name, so a name that ends another comes after it.
-        names = dict(sorted(names.items(), key=lambda item: -len(item[0])))
-        config.rank_pattern = {name: layer.module.r[layer.adapter] for name, layer in names.items()}
-        config.alpha_pattern = {name: layer.module.lora_alpha[layer.adapter] for name, layer in names.items()}
+        config.rank_pattern = {exact(name): la.module.r[la.adapter] for name, la in names.items()}
+        config.alpha_pattern = {exact(name): la.module.lora_alpha[la.adapter] for name, la in names.items()}
     return ranks
 
 
@@ -55,11 +54,16 @@ def _shrink(layer: Layer) -> int:
 
 
 def _configurations(model: nn.Module, found: list[Layer]):
-    """(configuration, {name within the base model: layer}) of every PEFT adapter among the layers."""
-    for adapter in {layer.adapter for layer in found} - {None}:
-        tuner = getattr(model, "base_model", model)
-        prefix = "" if tuner is model else "base_model."
-        prefix += "model."
-        names = {la.name.removeprefix(prefix): la for la in found if la.adapter == adapter}
-        if hasattr(tuner, "peft_config"):
-            yield tuner.peft_config[adapter], names
+    """(configuration, {name within the model that was adapted: layer}) of every PEFT adapter among the layers."""
+    # PEFT leaves its configurations on the model it adapts, and transformers too; a tuner around it has the same.
+    held = {name: vars(module).get("peft_config") for name, module in model.named_modules()}
+    configs = {name: config for name, config in held.items() if isinstance(config, dict)}
+    by_owner: dict[tuple[str, str], dict[str, Layer]] = {}
+    for layer in found:
+        owners = [name for name, config in configs.items() if layer.adapter in config]
+        owners = [name for name in owners if not name or layer.name.startswith(f"{name}.")]
+        if owners:
+            by_owner.setdefault((max(owners, key=len), layer.adapter), {})[layer.name] = layer
+    for (owner, adapter), named in by_owner.items():
+        prefix = f"{owner}." if owner else ""
+        yield configs[owner][adapter], {name.removeprefix(prefix): la for name, la in named.items()}
