@@ -1,14 +1,10 @@
-"""Saved adapters: export to plain LoRA, import from the published code, and writing that never leaves a half."""
+"""Saved adapters: export to plain LoRA, import from the published code, and saving that never leaves a half."""
 
 import contextlib
-import ctypes
 import json
-import math
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -16,57 +12,76 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+from . import patterns, saved
+from .atomic import replacing
+from .saved import CONFIG, WEIGHTS
 
-_TENSOR = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>A0|N0|B0|A|N|B|v|u|E|U|V|mask)(\.weight)?")
+_CARD = "README.md"
+
 _PUBLISHED = {"n_lora": "nystrom", "s_lora": "slora"}
-_CORE_METHODS = ("nystrom", "slora", "slora_gaussian")
-_SAFETENSORS_ABSENT = "nlora_kernels.checkpoint needs the extra 'peft': pip install 'nlora_kernels[peft]'"
+# What vLLM and llama.cpp serve no adapter with, and what other servers read past.
+_MOST_SERVED = 512
+_NOT_SERVED = (
+    "alora_invocation_tokens",
+    "bias",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+# The other initialisations of PEFT that have a name change the base weight.
+_BASE_STAYS = ("eva", "gaussian", "orthogonal")
 
 
-def to_lora(src_dir: str | os.PathLike, dst_dir: str | os.PathLike) -> None:
-    """(A, N, B) ↦ (A, B·N) or (N·A, B): a saved adapter as plain LoRA, which stock PEFT reads.
+def to_lora(src_dir: str | os.PathLike, dst_dir: str | os.PathLike, *, keep_patterns: bool = False) -> None:
+    """(A, N, B, s) ↦ (A, s·B·N) or (s·N·A, B): a saved adapter as plain LoRA of one rank r with lora_alpha = r.
 
-    Exact: the same function on the same base model. N goes into the smaller of the two outer matrices. What the base
+    So it is right for every reader: stock PEFT, and servers that know r and lora_alpha alone. N and the scaling s go
+    into the smaller of the two outer matrices, and layers of a lower rank are filled up with zeros. What the base
     weight gave up with residual=True becomes part of the adapter,
 
-        A' = [A; A₀],  B' = [B·N, −B₀·N₀],  rank 2r,  lora_alpha twice (with rslora √2 times) as large,
+        A' = [A; A₀],  B' = [s·B·N, −s·B₀·N₀],  rank 2r,
 
-    and LoRA² becomes rank k, with A' = v, B' = V·U·diag(E ⊙ mask)·u and lora_alpha·k/r (rslora: √(k/r)). Products are
-    taken in fp64 and saved in fp32. Tensors of other modules are passed on.
+    and LoRA² becomes rank k, with A' = v and B' = s·V·U·diag(E ⊙ mask)·u. Products are taken in fp64 and rounded once,
+    to fp32: every element of the matrix that N and s went into is off by 2⁻²⁴ of itself at most. Tensors of other
+    modules are passed on. A warning says what servers refuse or leave out.
 
     Args:
         src_dir: folder of an adapter saved by save_pretrained with NLoraConfig or LoRA2Config.
-        dst_dir: folder to write; what it held is replaced at once when all is written.
+        dst_dir: folder to write; files of other names stay.
+        keep_patterns: keep rank_pattern, alpha_pattern, use_rslora and each layer's own rank, for PEFT alone. A
+            residual adapter then has twice the lora_alpha (with rslora √2 times), and LoRA² lora_alpha·k/r (rslora:
+            √(k/r)).
 
     Raises:
-        ValueError: src_dir holds no such adapter, or a file is damaged; the message names the file and the reason.
+        ValueError: src_dir holds no such adapter, or a file is damaged; the message names the file and the reason. Or
+            dst_dir is or holds src_dir.
     """
-    config, tensors = _read(src_dir)
-    kind = config.get("peft_type")
-    if kind not in ("NLORA", "LORA2"):
-        raise ValueError(f"{Path(src_dir, CONFIG)} must have peft_type NLORA or LORA2, got {kind!r}")
-    absent = [name for name in ("r", "lora_alpha", *(("k",) if kind == "LORA2" else ())) if name not in config]
-    if absent:
-        raise ValueError(f"{Path(src_dir, CONFIG)} lacks {', '.join(absent)}")
-    layers, others = _by_layer(tensors)
-    exported = {}
-    for name, layer in layers.items():
-        layer = {part: tensor.double() for part, tensor in layer.items()}
-        try:
-            A, B = _lora2_as_lora(layer) if kind == "LORA2" else _nlora_as_lora(layer, config)
-            if A.shape[0] != B.shape[1]:
-                raise RuntimeError(f"A is {tuple(A.shape)}, B is {tuple(B.shape)}")
-            exported[name] = A, B
-        except (KeyError, RuntimeError) as error:
-            reason = f"lacks lora_{error.args[0]}" if isinstance(error, KeyError) else f"does not fit together: {error}"
-            raise ValueError(f"{Path(src_dir, WEIGHTS)}: {name} {reason}") from error
-    config = _lora2_config_as_lora(config, exported) if kind == "LORA2" else _nlora_config_as_lora(config)
-    for name, (A, B) in exported.items():
-        others[f"{name}.lora_A.weight"] = A.float().contiguous()
-        others[f"{name}.lora_B.weight"] = B.float().contiguous()
-    _write(dst_dir, _plain(config), others)
+    _check_folders(src_dir, dst_dir)
+    config, tensors = saved.read(src_dir)
+    saved.check_config(Path(src_dir, CONFIG), config)
+    weights = Path(src_dir, WEIGHTS)
+    layers, others = saved.by_layer(weights, tensors)
+    saved.check_layers(weights, layers, config)
+    if keep_patterns:
+        exported = {name: _as_lora(layer, config, 1.0) for name, layer in layers.items()}
+        config = _with_patterns(config, exported)
+    else:
+        exported = {name: _as_lora(layer, config, saved.scaling(config, name)) for name, layer in layers.items()}
+        config, exported = _of_one_rank(src_dir, config, exported)
+    for name, layer in exported.items():
+        for kind, tensor in layer.tensors.items():
+            key, tensor = f"{name}.lora_{kind}", tensor.float().contiguous()
+            saved.check_values(weights, key, tensor, " in fp32")
+            others[key] = tensor
+    config = _plain(config)
+    _write(dst_dir, config, others)
+    if not keep_patterns:
+        _warn_of_servers(dst_dir, config, others)
 
 
 def from_published(src_dir: str | os.PathLike, dst_dir: str | os.PathLike) -> None:
@@ -79,125 +94,115 @@ def from_published(src_dir: str | os.PathLike, dst_dir: str | os.PathLike) -> No
         src_dir, dst_dir: as for `to_lora`.
 
     Raises:
-        ValueError: src_dir holds no such adapter, or a file is damaged; the message names the file and the reason.
+        ValueError: as for `to_lora`.
     """
-    config, tensors = _read(src_dir)
+    _check_folders(src_dir, dst_dir)
+    config, tensors = saved.read(src_dir)
+    file, weights = Path(src_dir, CONFIG), Path(src_dir, WEIGHTS)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{Path(src_dir, CONFIG)} must have peft_type LORA, got {config.get('peft_type')!r}")
+        raise ValueError(f"{file} must have peft_type LORA, got {config.get('peft_type')!r}")
     published = config.get("init_lora_weights")
-    if published not in _PUBLISHED:
-        names = " or ".join(_PUBLISHED)
-        raise ValueError(f"{Path(src_dir, CONFIG)} must have init_lora_weights {names}, got {published!r}")
-    method = _PUBLISHED[published]
-    layers, _ = _by_layer(tensors)
-    if any("N" in layer for layer in layers.values()):
-        for name, layer in layers.items():
-            absent = [f"lora_{part}" for part in "ANB" if part not in layer]
-            if absent:
-                raise ValueError(f"{Path(src_dir, WEIGHTS)}: {name} lacks {', '.join(absent)}")
-    else:
-        # The published code gives no N to a second adapter, which then is plain LoRA.
-        method = True
-    _write(dst_dir, config | {"peft_type": "NLORA", "init_lora_weights": method}, tensors)
+    if published not in tuple(_PUBLISHED):
+        raise ValueError(f"{file} must have init_lora_weights {' or '.join(_PUBLISHED)}, got {published!r}")
+    layers, _ = saved.by_layer(weights, tensors)
+    # The published code gives no N to a second adapter, which then is plain LoRA.
+    method = _PUBLISHED[published] if any("N" in layer for layer in layers.values()) else True
+    config |= {"peft_type": "NLORA", "init_lora_weights": method}
+    saved.check_config(file, config)
+    saved.check_layers(weights, layers, config)
+    _write(dst_dir, config, tensors)
 
 
 def save(model, dst_dir: str | os.PathLike, **options) -> None:
     """`model.save_pretrained(dst_dir, **options)` in one step: dst_dir holds the old adapter or the new, never a half.
 
-    Not for several processes that each write a part.
+    Files of other names stay and links are followed, as by save_pretrained. Not for several processes that each write
+    a part.
+
+    Raises:
+        ValueError: dst_dir is "" or a file. OSError: something cannot be written.
     """
-    with _replacing(dst_dir) as folder:
+    # Where there are both, PEFT reads those of this name.
+    with replacing(dst_dir, superseded={WEIGHTS: "adapter_model.bin"}) as folder, _as_os_error(dst_dir):
+        # save_pretrained goes on with the model card that is there.
+        card, new_card = Path(dst_dir, _CARD), folder / _CARD
+        before = card.read_bytes() if card.is_file() else None
+        if before is not None:
+            new_card.write_bytes(before)
         model.save_pretrained(folder, **options)
-
-
-# Reading
-
-
-def check_readable(src_dir: str | os.PathLike) -> None:
-    """ValueError that names file and reason if the weights in src_dir are damaged. Only their header is read."""
-    file = Path(src_dir, WEIGHTS)
-    if file.is_file():
-        with _naming(file) as safetensors, safetensors.safe_open(file, "pt"):
-            pass
-
-
-class _Read(NamedTuple):
-    config: dict
-    tensors: dict[str, Tensor]
-
-
-def _read(src_dir) -> _Read:
-    src = Path(src_dir)
-    config_file, weights_file = src / CONFIG, src / WEIGHTS
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise ValueError(f"{src} is no saved adapter: it has no {file.name}")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config_file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_file} must hold a JSON object, got {type(config).__name__}")
-    with _naming(weights_file) as safetensors:
-        tensors = safetensors.torch.load_file(weights_file)
-    return _Read(config, tensors)
-
-
-@contextlib.contextmanager
-def _naming(file: Path) -> Iterator:
-    """safetensors, whose complaints then name the file."""
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise ImportError(_SAFETENSORS_ABSENT) from error
-    try:
-        yield safetensors
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def _by_layer(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Adapter matrices by layer and kind, and the other tensors."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for key, tensor in tensors.items():
-        match = _TENSOR.fullmatch(key)
-        if match:
-            layers.setdefault(match["layer"], {})[match["kind"]] = tensor
-        else:
-            others[key] = tensor
-    return layers, others
+        if before is not None and new_card.read_bytes() == before:
+            new_card.unlink()
 
 
 # Conversion to (A, B)
 
 
-def _nlora_as_lora(layer: dict[str, Tensor], config: dict) -> tuple[Tensor, Tensor]:
+class _Lora(NamedTuple):
+    """A and B by their names, and a bias, which has no rank."""
+
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, A: Tensor, B: Tensor) -> "_Lora":
+        return cls({"A.weight": A, "B.weight": B})
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def of_rank(self, r: int) -> "_Lora":
+        (A_name, A), (B_name, B), *bias = self.tensors.items()
+        A = torch.cat([A, A.new_zeros(r - A.shape[0], *A.shape[1:])])
+        B = torch.cat([B, B.new_zeros(B.shape[0], r - B.shape[1], *B.shape[2:])], dim=1)
+        return _Lora({A_name: A, B_name: B, **dict(bias)})
+
+
+def _as_lora(layer: dict[str, Tensor], config: dict, scaling: float) -> _Lora:
+    layer = {kind: tensor.double() for kind, tensor in layer.items()}
+    if config["peft_type"] == "LORA2":
+        core = (layer["U"] * (layer["E"] * layer["mask"])) @ layer["u"]
+        return _Lora.of(*_folded(layer["v"], scaling * core, layer["V"]))
+    if "embedding_A" in layer:
+        return _Lora({"embedding_A": layer["embedding_A"], "embedding_B": scaling * layer["embedding_B"]})
     A, B = layer["A"], layer["B"]
-    if config.get("init_lora_weights") not in _CORE_METHODS:
-        return A, B
-    N = layer["N"]
-    if not config.get("residual"):
-        return _folded(A, N, B)
-    if config.get("train") == "core":
-        return _folded(A, N - layer["N0"], B)
-    (A, B), (A0, B0) = _folded(A, N, B), _folded(layer["A0"], layer["N0"], layer["B0"])
-    return torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
-
-
-def _lora2_as_lora(layer: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    v, u, E, U, V, mask = (layer[kind] for kind in ("v", "u", "E", "U", "V", "mask"))
-    return _folded(v, (U * (E * mask)) @ u, V)
+    if "N" not in layer:
+        bias = {"B.bias": scaling * layer["B.bias"]} if "B.bias" in layer else {}
+        return _Lora({"A.weight": A, "B.weight": scaling * B, **bias})
+    if "A0" in layer:
+        (A, B), (A0, B0) = (_folded(layer[f"A{n}"], scaling * layer[f"N{n}"], layer[f"B{n}"]) for n in ("", "0"))
+        return _Lora.of(torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
+    N = layer["N"] - layer["N0"] if "N0" in layer else layer["N"]
+    return _Lora.of(*_folded(A, scaling * N, B))
 
 
 def _folded(A: Tensor, N: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return (A, B @ N) if B.shape[0] <= A.shape[1] else (N @ A, B)
 
 
-def _nlora_config_as_lora(config: dict) -> dict:
+def _of_one_rank(src_dir, config: dict, exported: dict[str, _Lora]) -> tuple[dict, dict[str, _Lora]]:
+    if not config.get("target_parameters"):
+        r = max(layer.rank for layer in exported.values())
+        exported = {name: layer.of_rank(r) for name, layer in exported.items()}
+    elif config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise ValueError(f"{Path(src_dir, CONFIG)} has patterns for target_parameters, which need keep_patterns")
+    else:
+        # The ranks of several experts lie side by side.
+        r = config["r"]
+    one = {"r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    return config | one, exported
+
+
+def _with_patterns(config: dict, layers: Iterable[str]) -> dict:
+    """Ranks and lora_alpha of the exported layers such that every scaling, alpha / r, stays."""
+    if config["peft_type"] == "LORA2":
+        k = config["k"]
+        default = config["lora_alpha"] * saved.root(config, k / config["r"])
+        alphas = {name: saved.alpha(config, name) * saved.root(config, k / saved.rank(config, name)) for name in layers}
+        alphas = {patterns.exact(saved.name_in_base(name)): alpha for name, alpha in alphas.items() if alpha != default}
+        return config | {"r": k, "lora_alpha": default, "rank_pattern": {}, "alpha_pattern": alphas}
     if not config.get("residual") or config.get("train") == "core":
         return config
-    factor = math.sqrt(2) if config.get("use_rslora") else 2
+    factor = saved.root(config, 2)
     return config | {
         "r": 2 * config["r"],
         "lora_alpha": factor * config["lora_alpha"],
@@ -206,35 +211,36 @@ def _nlora_config_as_lora(config: dict) -> dict:
     }
 
 
-def _lora2_config_as_lora(config: dict, exported: dict[str, tuple[Tensor, Tensor]]) -> dict:
-    """alpha/r of the initial rank stays the scaling, for every layer by its name where patterns make them differ."""
-    from peft.utils.other import get_pattern_key
-
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-
-    def alpha_for(r: float, alpha: float) -> float:
-        return alpha * (math.sqrt(config["k"] / r) if config.get("use_rslora") else config["k"] / r)
-
-    default = alpha_for(config["r"], config["lora_alpha"])
-    patterns = {}
-    for layer in exported:
-        name = layer.removeprefix("base_model.model.")
-        r = ranks.get(get_pattern_key(ranks.keys(), name), config["r"])
-        alpha = alpha_for(r, alphas.get(get_pattern_key(alphas.keys(), name), config["lora_alpha"]))
-        if alpha != default:
-            patterns[name] = alpha
-    return config | {"r": config["k"], "lora_alpha": default, "rank_pattern": {}, "alpha_pattern": patterns}
+# Reading and writing
 
 
-# Writing
+def _check_folders(src_dir, dst_dir) -> None:
+    for name, folder in (("src_dir", src_dir), ("dst_dir", dst_dir)):
+        if not os.fspath(folder):
+            raise ValueError(f"{name} must name a folder, got ''")
+    src, dst = (Path(os.path.realpath(folder)) for folder in (src_dir, dst_dir))
+    holds = dst.exists() and any(path.exists() and path.samefile(dst) for path in (src, *src.parents))
+    if holds or any(os.path.realpath(dst / name) == os.path.realpath(src / name) for name in (CONFIG, WEIGHTS)):
+        raise ValueError(f"dst_dir must not be or hold the source {src_dir}, got {dst_dir}")
 
 
 def _write(dst_dir, config: dict, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    with _replacing(dst_dir) as folder:
+    with replacing(dst_dir) as folder, _as_os_error(dst_dir):
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _as_os_error(dst_dir) -> Iterator[None]:
+    """A full disk is an OSError, of safetensors too."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{dst_dir} cannot be written: {error}") from error
 
 
 def _plain(config: dict) -> dict:
@@ -243,51 +249,23 @@ def _plain(config: dict) -> dict:
 
     known = {field.name for field in fields(LoraConfig)}
     kept = {key: value for key, value in config.items() if key in known}
-    if config["peft_type"] == "LORA2" or config.get("init_lora_weights") in _CORE_METHODS:
+    if config["peft_type"] == "LORA2" or config["init_lora_weights"] in saved.CORE_METHODS:
         kept["init_lora_weights"] = True
     return kept | {"peft_type": "LORA"}
 
 
-@contextlib.contextmanager
-def _replacing(dst_dir) -> Iterator[Path]:
-    """A new folder beside dst_dir, which takes its place if all goes well and leaves no trace if not."""
-    dst = Path(dst_dir).absolute()
-    if dst.exists() and not dst.is_dir():
-        raise ValueError(f"dst_dir must be a folder, got the file {dst}")
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}."))
-    try:
-        # As mkdir would make it; mkdtemp's are for the owner alone.
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        yield folder
-        for path in [*folder.rglob("*"), folder]:
-            _flush(path)
-        if dst.exists():
-            _exchange(folder, dst)
-        else:
-            folder.rename(dst)
-        _flush(dst.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swaps two folders, in one step where the system can."""
-    renameat2: Callable | None = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_cwd, exchange = -100, 2
-    if renameat2 and renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0:
-        return
-    aside = new.with_name(new.name + ".old")
-    old.rename(aside)
-    new.rename(old)
-    aside.rename(new)
+def _warn_of_servers(dst_dir, config: dict, tensors: dict[str, Tensor]) -> None:
+    refused = [f"rank {config['r']}, more than {_MOST_SERVED}"] if config["r"] > _MOST_SERVED else []
+    for name in _NOT_SERVED:
+        if config.get(name) not in (None, False, [], {}, "none"):
+            refused.append(f"{name}={config[name]!r}")
+    if config.get("init_lora_weights") not in (None, True, False, *_BASE_STAYS):
+        refused.append(f"the base weight that init_lora_weights={config['init_lora_weights']!r} changes")
+    foreign = [key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        refused.append(f"tensors beside lora_A and lora_B (embeddings or whole modules): {foreign[0]}{more}")
+    if refused:
+        warnings.warn(
+            f"{dst_dir} is right for PEFT, but servers refuse or leave out {'; '.join(refused)}", stacklevel=3
+        )

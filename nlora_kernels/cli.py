@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,13 +24,27 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="read an adapter saved by the published NLoRA code and write it for NLoraConfig; "
         "without it, an adapter of NLoraConfig or LoRA2Config becomes plain LoRA",
     )
+    parser.add_argument(
+        "--keep-patterns",
+        action="store_true",
+        help="plain LoRA with rank_pattern, alpha_pattern and use_rslora as they are, smaller and for PEFT alone; "
+        "without it, one rank and lora_alpha hold for all layers, as servers need",
+    )
 
 
 def _convert(args: argparse.Namespace) -> None:
     from . import checkpoint
 
-    convert = checkpoint.from_published if args.from_published else checkpoint.to_lora
-    convert(args.src_dir, args.dst_dir)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if not args.from_published:
+            checkpoint.to_lora(args.src_dir, args.dst_dir, keep_patterns=args.keep_patterns)
+        elif args.keep_patterns:
+            raise ValueError("--keep-patterns is for plain LoRA, which --from-published does not write")
+        else:
+            checkpoint.from_published(args.src_dir, args.dst_dir)
+    for warning in caught:
+        print(f"note: {warning.message}", file=sys.stderr)
     print(f"wrote {args.dst_dir}")
 
 

@@ -6,6 +6,7 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--real-data", metavar="DIR", type=Path, help="folder of real models and data for the tests")
+    parser.addoption("--kills", type=int, default=16, help="writers of adapters that are killed, 100 for a release")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from peft import LoraConfig
 
-from .. import checkpoint, init
+from .. import init, patterns, saved
 from ..modules import TRAIN, check_method
 
 
@@ -46,8 +46,14 @@ class _Checked:
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
         # On a hub nothing is there to look at yet.
         if os.path.isdir(pretrained_model_name_or_path):
-            checkpoint.check_readable(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+            saved.check_readable(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def to_dict(self) -> dict:
+        # What PEFT saves, sorted.
+        options = super().to_dict()
+        named = ("rank_pattern", "alpha_pattern")
+        return options | {name: patterns.in_any_order(options[name]) for name in named if options[name]}
 
 
 @dataclass
