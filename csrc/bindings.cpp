@@ -43,9 +43,13 @@ struct type_caster<Matrix> {
     value.cols = number(shape, dims - 1), value.col_stride = number(strides, dims - 1);
     value.rows = dims == 2 ? number(shape, 0) : 1;
     value.row_stride = dims == 2 ? number(strides, 0) : value.cols * value.col_stride;
-    // NOTE: an empty tensor has no address, but it is there.
-    if (!value.data) value.data = &value;
     if (PyErr_Occurred()) throw error_already_set();
+    if (!value.data) {
+      // NOTE: freed storage, and tensors that hold none of their own, have no address either.
+      if (value.rows && value.cols) throw value_error("a tensor has no memory: its storage was freed, or is held elsewhere");
+      // An empty tensor has no address, but it is there.
+      value.data = &value;
+    }
     return true;
   }
 

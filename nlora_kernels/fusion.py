@@ -3,9 +3,18 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from .backends import drops_inside
-from .checks import DTYPES
+from .ops.checks import DTYPES
+
+# The hooks that every module of the process runs.
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
 
 # Packages whose patched attention and MLP compute LoRA by themselves.
 READ_ONLY_A_AND_B = ("unsloth", "axolotl")
@@ -26,6 +35,8 @@ def obstacle(linear: nn.Module) -> str | None:
         return "its forward is replaced on the instance, as offloading and tensor parallelism do"
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "it has hooks"
+    if _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1] or _GLOBAL_HOOKS[2] or _GLOBAL_HOOKS[3]:
+        return "hooks are registered for all modules"
     if own.get("_hf_tp_plan") is not None:
         return "it has a tensor-parallel plan"
     if not is_dense(linear.weight):

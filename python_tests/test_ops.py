@@ -277,16 +277,6 @@ def test_compile_with_inductor_and_autocast():
     torch.testing.assert_close(y_compiled, y)
 
 
-def test_functions_transforms_and_second_derivatives_are_refused():
-    p = testing.problem(3, 4, 5, 2)
-    with pytest.raises(RuntimeError, match="torch.func"):
-        torch.func.vmap(lambda x: nk.lora_linear(x, p.weight, p.lora_A, p.lora_B))(p.x)
-    x = p.x.requires_grad_()
-    (dx,) = torch.autograd.grad(nk.lora_linear(x, p.weight, p.lora_A, p.lora_B).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 # Bad calls: what is passed instead, the error, and words of its message.
 BAD_CALLS = {
     "x_columns": ({"x": torch.randn(5, 11)}, ValueError, r"x must have shape \(\.\.\., 12\), got \(5, 11\)"),

@@ -191,7 +191,7 @@ def test_lora2_core(dtype, r, k, mask_dtype):
     d_core = torch.randn(k, k, device=DEVICE, dtype=dtype)
 
     def results(u, E, U, d_core, mask, backend):
-        core = nk.ops._core(u, E, U, mask, backend)
+        core = nk.ops.autograd.core(u, E, U, mask, backend)
         return core, *torch.autograd.grad(core, (u, E, U), d_core)
 
     actual = results(u, E, U, d_core, None if kept is None else kept.to(mask_dtype), "triton")
@@ -277,7 +277,7 @@ def test_what_cannot_run_says_why(monkeypatch):
         testing.results(p, nk.lora_linear, backend="triton")
     u, E, U = (torch.randn(s, device=DEVICE, dtype=torch.float64) for s in ((4, 3), (4,), (3, 4)))
     with pytest.raises(ValueError, match="lora_u must be float32, bfloat16 or float16"):
-        nk.ops._core(u, E, U, None, "triton")
+        nk.ops.autograd.core(u, E, U, None, "triton")
     if interpreted():
         with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
             testing.results(testing.problem(3, 4, 5, 2, dtype=torch.bfloat16), nk.lora_linear, backend="triton")
@@ -289,7 +289,7 @@ def test_what_cannot_run_says_why(monkeypatch):
     with pytest.raises(ValueError, match="x must be on a GPU, got cpu"):
         testing.results(testing.problem(3, 4, 5, 2), nk.lora_linear, backend="triton")
     with pytest.raises(ValueError, match="lora_u must be on a GPU, got cpu"):
-        nk.ops._core(torch.randn(4, 3), torch.randn(4), torch.randn(3, 4), None, "triton")
+        nk.ops.autograd.core(torch.randn(4, 3), torch.randn(4), torch.randn(3, 4), None, "triton")
 
 
 def test_without_gpu_and_interpreter_the_reason_is_given():

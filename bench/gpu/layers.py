@@ -264,7 +264,7 @@ def core(machine, backend, dtype, r, k) -> None:
 
     def results(backend, **tensors):
         leaves = [t.detach().requires_grad_() for t in tensors.values()]
-        made = nk.ops._core(*leaves, mask, backend)
+        made = nk.ops.autograd.core(*leaves, mask, backend)
         return [made, *torch.autograd.grad(made, leaves, d_core.to(made.dtype))]
 
     ours = results(backend, **tensors)

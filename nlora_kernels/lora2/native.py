@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..ops.checks import plain
 
 try:
     from .. import _C
@@ -19,7 +21,7 @@ def takes(tensors: Iterable[Tensor], k: int = 1) -> bool:
     if _C is None or k > MAX_K:
         return False
     for t in tensors:
-        if not (t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() and type(t) in (nn.Parameter, Tensor)):
+        if not (t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() and plain(t)):
             return False
     return True
 
@@ -46,7 +48,7 @@ def allocate(
     return _C.cpu_lora2_allocate(
         sizes,
         _addresses(scored),
-        [0 if t is None else t.data_ptr() for t in grads],
+        [0 if t is None else _address(t) for t in grads],
         _addresses(masks),
         *_addresses((exp_avg, exp_unc, kept)),
         beta1,
@@ -91,4 +93,11 @@ def _sizes(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
+    return [_address(t) for t in tensors]
+
+
+def _address(t: Tensor) -> int:
+    address = t.data_ptr()
+    if not address:
+        raise ValueError(f"a tensor of shape {tuple(t.shape)} of the LoRA² layers has no memory: its storage was freed")
+    return address

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ..ops.autograd import composing
 from .kernels import kernels
 from .layers import layers
 
@@ -24,7 +24,8 @@ def orthogonal_penalty(model: nn.Module, form: str = "paper") -> Tensor:
 
     Returns a scalar in fp32 (fp64 for fp64 adapters), unweighted; published weights are 0.1, and 0.3 on RTE and STS-B.
     Its gradients are in closed form: the large tensors enter by their k×k Grams alone, all layers of one shape go
-    through one batched product, and autocast does not apply. Differentiable once.
+    through one batched product, and autocast does not apply. Where a graph of the backward is asked for, under
+    torch.func and in forward mode it is a composition of PyTorch's own operations.
 
     Raises ValueError for an unknown form, or a model without LoRA² layers.
     """
@@ -33,8 +34,8 @@ def orthogonal_penalty(model: nn.Module, form: str = "paper") -> Tensor:
     found = layers(model)
     # NOTE: the right pair is the left one transposed: with w = Vᵀ and t = Uᵀ its three terms read as those of v and u.
     tensors = [t for layer in found for t in (layer.lora_v, layer.lora_u, layer.lora_V, layer.lora_U)]
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("orthogonal_penalty does not support torch.func transforms (vmap, grad, jvp, ...)")
+    if composing():
+        return _value(form, tensors)
     return _penalty(form, *tensors)
 
 
@@ -44,24 +45,19 @@ class _OrthogonalPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, *tensors):
         ctx.form = form
-        # "reference" is a mean over the tensors.
-        ctx.weight = 1.0 if form == "paper" else 1 / len(tensors)
-        ctx.kernels = kernels(tensors, max(max(u.shape) for u in tensors[1::4]))
-        if ctx.kernels:
-            value, ctx.saved = ctx.kernels.penalty(tensors, form == "paper", ctx.weight)
-        else:
-            value = 0
-            with torch.autocast(tensors[0].device.type, enabled=False):
-                for _, w, t in _pairs(tensors):
-                    value = value + ctx.weight * _pair_penalty(w, t, form)[0].sum()
         ctx.save_for_backward(*tensors)
+        ctx.kernels = kernels(tensors, max(max(u.shape) for u in tensors[1::4]))
+        if not ctx.kernels:
+            return _value(form, tensors)
+        value, ctx.saved = ctx.kernels.penalty(tensors, form == "paper", _weight(form, tensors))
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_value):
-        tensors, weight = ctx.saved_tensors, ctx.weight * d_value
-        if ctx.kernels:
+        tensors = ctx.saved_tensors
+        weight = _weight(ctx.form, tensors) * d_value
+        # NOTE: the equations below can be differentiated again; they are in closed form, not a graph of the value.
+        if ctx.kernels and not torch.is_grad_enabled():
             return None, *ctx.kernels.penalty_backward(tensors, ctx.saved, weight)
         grads: list[Tensor | None] = [None] * len(tensors)
         with torch.autocast(d_value.device.type, enabled=False):
@@ -79,6 +75,17 @@ class _OrthogonalPenalty(torch.autograd.Function):
 
 # NOTE: Function.apply itself first looks through all arguments for what torch.func may have left behind.
 _penalty = super(torch.autograd.Function, _OrthogonalPenalty).apply
+
+
+def _weight(form: str, tensors: Sequence[Tensor]) -> float:
+    # "reference" is a mean over the tensors.
+    return 1.0 if form == "paper" else 1 / len(tensors)
+
+
+def _value(form: str, tensors: Sequence[Tensor]) -> Tensor:
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        values = [_pair_penalty(w, t, form)[0].sum() for _, w, t in _pairs(tensors)]
+    return _weight(form, tensors) * sum(values)
 
 
 def _pairs(tensors: Sequence[Tensor]):

@@ -9,6 +9,38 @@ REAL = (numbers.Real, torch.SymFloat, torch.SymInt)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether kernels may read these tensors where they lie: PyTorch's own, strided, without a sign kept as a flag.
+
+    This is the one rule for reading memory; that the storage is there is seen when its address is asked for.
+    """
+    compiling = torch.compiler.is_compiling()
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN or t.layout is not torch.strided or not (compiling or not t.is_neg()):
+            return False
+    return True
+
+
+def foreign(**tensors: Tensor | None) -> str:
+    """Names the tensors of types that only PyTorch's own operations can know: all subclasses but its fakes."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    known = (*_PLAIN, FakeTensor, FunctionalTensor)
+    found = {name: type(t) for name, t in tensors.items() if t is not None and type(t) not in known}
+    return " and ".join(f"{name} is a {kind.__qualname__}" for name, kind in found.items())
+
+
+def resolved(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors with the sign of negative views in memory."""
+    return [t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors]
+
+
 def fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
     """Whether a call is plainly right. Where it is not, `check_lora_linear` says what is wrong, if anything is."""
     try:
@@ -28,7 +60,7 @@ def fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
             and (lora_N is None or (lora_N.shape == (r, r) and lora_N.dtype in DTYPES and lora_N.device == device))
             and (bias is None or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device))
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
 
@@ -49,7 +81,7 @@ def fits_core(lora_v, lora_u, lora_E, lora_U, mask) -> bool:
             and lora_U.device == device
             and (mask is None or (mask.shape == (r,) and mask.device == device))
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
 
@@ -111,6 +143,8 @@ def _check_tensors(tensors: dict[str, Tensor | None], optional: tuple[str, ...] 
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if t.layout is not torch.strided or t.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
         if t.dtype not in DTYPES:
             allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
             raise TypeError(f"{name} must be one of {allowed}, got {t.dtype}")

@@ -1,0 +1,183 @@
+"""The public functions."""
+
+import numbers
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..backends import reference
+from . import autograd
+from .checks import check_lora2_core, check_lora_linear, fits, fits_core, foreign, plain, resolved
+
+_NAMES = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
+_LORA2_NAMES = ("x", "weight", "lora_v", "lora_u", "lora_E", "lora_U", "lora_V", "mask", "bias")
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_N: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ
+
+    A linear layer and its low-rank adapter as one operation: the forward of SLoRA and NLoRA (arXiv 2502.14482); without
+    lora_N, of LoRA (arXiv 2106.09685). All matrices are in the layout of nn.Linear.
+
+    Args:
+        x: (..., in), fp32, bf16, fp16 or fp64; any strides.
+        weight: (out, in) in x's dtype.
+        lora_A: (r, in). The three adapter matrices may be of any floating dtype and are used in x's dtype.
+        lora_B: (out, r).
+        lora_N: (r, r), or None for plain LoRA.
+        bias: (out,) in x's dtype, or None.
+        scaling: s, alpha / r in the papers.
+        dropout: p, the probability with which an element of x is zeroed for the adapter alone, as PEFT does in
+            training; what is kept is multiplied by 1/(1 − p).
+        seed: of the dropout's mask, an int64 or a tensor that holds one on x's device; a mask follows from it alone,
+            on every device. By default drawn from torch's generator of that device, without waiting for it. Rows of
+            x count in the order of their leading dimensions.
+        backend: a name from `backends.available()`, which is then used or raises; None for the best one.
+
+    Returns:
+        y (..., out) in x's dtype, accumulated in fp32; x·Aᵀ and its product with Nᵀ are rounded to x's dtype. Under
+        autocast x, weight and bias are cast to its dtype first, as F.linear does.
+
+    Every tensor argument that requires a gradient gets one, in its own dtype. For backward the op keeps x·Aᵀ, and x
+    only if lora_A or weight trains. Second derivatives, torch.func and forward mode take PyTorch's own operations; with
+    lora_A frozen, the second derivative through x raises, because x is not kept.
+
+    Raises:
+        TypeError: an argument is no tensor or number, or dtypes do not fit together.
+        ValueError: shapes or devices do not fit, dropout is not within [0, 1], or the named backend is unknown or
+            cannot take the call.
+    """
+    composed = False
+    if not (plain(x, weight, lora_A, lora_B, lora_N, bias) and fits(x, weight, lora_A, lora_B, lora_N, bias, scaling)):
+        tensors = (x, weight, lora_A, lora_B, lora_N, bias)
+        if has_torch_function(tensors):
+            options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
+            return handle_torch_function(lora_linear, tensors, *tensors, **options)
+        check_lora_linear(*tensors, scaling)
+        composed = foreign(**dict(zip(_NAMES, tensors, strict=True)))
+        x, weight, lora_A, lora_B, lora_N, bias = resolved(*tensors)
+    seed = _drawn_seed(x, dropout, seed) if dropout else None
+    call = x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed
+    return _composed(composed, call) if composed else autograd.linear(*call, backend or "")
+
+
+def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None = None) -> Tensor:
+    """core = U·diag(E ⊙ mask)·u
+
+    The (k, k) matrix to which the inner chain of LoRA² collapses (arXiv 2408.06854, sec. 3: u·Λ·𝒰 between v and 𝒱); it
+    takes the place of N in `lora_linear`.
+
+    Args:
+        lora_u: (r, k), lora_E: (r,), lora_U: (k, r), one floating dtype, which is the result's too.
+        mask: (r,) of 0 and 1, floating or bool, or None for all ones. It gets no gradient.
+
+    Gradients: dU = dC·uᵀ·diag(E ⊙ mask), du = diag(E ⊙ mask)·Uᵀ·dC, dE = mask ⊙ diag(Uᵀ·dC·uᵀ).
+
+    Raises:
+        TypeError: an argument is no tensor, or the dtypes differ.
+        ValueError: shapes or devices do not fit.
+    """
+    parts = lora_u, lora_E, lora_U, mask
+    if not plain(*parts):
+        if has_torch_function(parts):
+            return handle_torch_function(lora2_core, parts, *parts)
+        check_lora2_core(*parts)
+        if foreign(lora_u=lora_u, lora_E=lora_E, lora_U=lora_U, mask=mask):
+            return reference.lora2_core(*parts)
+        parts = resolved(*parts)
+    check_lora2_core(*parts)
+    return autograd.core(*parts)
+
+
+def lora2_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_v: Tensor,
+    lora_u: Tensor,
+    lora_E: Tensor,
+    lora_U: Tensor,
+    lora_V: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x·Wᵀ + bias + s·((x·vᵀ)·Cᵀ)·Vᵀ  with  C = U·diag(E ⊙ mask)·u
+
+    LoRA² (arXiv 2408.06854, sec. 3) without ever forming its update: `lora_linear` with lora_A = v, lora_B = V and
+    lora_N = `lora2_core(u, E, U, mask)`, so its rank is k whatever r is.
+
+    Args:
+        lora_v: (k, in), lora_u: (r, k), lora_E: (r,), lora_U: (k, r), lora_V: (out, k), one floating dtype.
+        mask: (r,) of 0 and 1, or None.
+        x, weight, bias, scaling, dropout, seed, backend: as for `lora_linear`.
+
+    Returns, gradients and errors are those of `lora_linear` and `lora2_core`.
+    """
+    parts = lora_u, lora_E, lora_U, mask
+    composed = False
+    if not (
+        plain(x, weight, lora_v, lora_V, bias)
+        and plain(*parts)
+        and fits(x, weight, lora_v, lora_V, None, bias, scaling)
+        and fits_core(lora_v, *parts)
+    ):
+        tensors = (x, weight, lora_v, lora_u, lora_E, lora_U, lora_V, mask, bias)
+        if has_torch_function(tensors):
+            options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
+            return handle_torch_function(lora2_linear, tensors, *tensors, **options)
+        check_lora2_core(*parts)
+        # Stands for the core, which has yet to be made.
+        core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
+        names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
+        check_lora_linear(x, weight, lora_v, lora_V, core, bias, scaling, names)
+        composed = foreign(**dict(zip(_LORA2_NAMES, tensors, strict=True)))
+        x, weight, lora_v, lora_u, lora_E, lora_U, lora_V, mask, bias = resolved(*tensors)
+        parts = lora_u, lora_E, lora_U, mask
+    seed = _drawn_seed(x, dropout, seed) if dropout else None
+    call = x, weight, lora_v, lora_V, parts, bias, scaling, dropout, seed
+    return _composed(composed, call) if composed else autograd.linear(*call, backend or "")
+
+
+def _composed(foreign: str, call: tuple) -> Tensor:
+    """A call with tensors of types that PyTorch's own operations may know, but no kernel."""
+    try:
+        return autograd.composed(*call)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise TypeError(f"{foreign}, which PyTorch cannot compute with here: {error}") from error
+
+
+def _drawn_seed(x: Tensor, dropout: float, seed: int | Tensor | None) -> Tensor:
+    """The seed as an int64 scalar on x's device, drawn there if none is given, so that nothing waits for a device."""
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
+        raise TypeError(f"dropout must be a real number, got {type(dropout).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be within [0, 1], got {dropout}")
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+            got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            raise ValueError(f"seed must hold one int64 on {x.device}, got {got}")
+        return seed.view(())
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, a Tensor or None, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    return torch.full((), seed, dtype=torch.int64, device=x.device)

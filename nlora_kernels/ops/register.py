@@ -1,0 +1,155 @@
+"""The registered operators, which every tracer, mode and counter sees. Tensors are flat: x (M, in), dy (M, out)."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import Dropout, Needs
+from ..imports import when_imported
+
+# What PyTorch itself keeps active while nothing but plain eager mode is.
+_ORDINARY = torch._C._dispatch_tls_local_include_set().raw_repr()
+
+
+def watched() -> bool:
+    """Whether anything beyond plain eager mode is active that wants to see operators.
+
+    Dispatch modes, tracing, functionalization and torch.func are dispatch keys of the thread and are asked for as one,
+    not by name; modes for functions and the profiler have their own place.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() | _ORDINARY != _ORDINARY
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _register(schema: str):
+    """Registers an implementation under `schema` for every device; gives the function to call in its place.
+
+    It runs with autocast off, its operands being cast already.
+    """
+    name = f"nlora_kernels::{schema.partition('(')[0]}"
+    torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.nlora_kernels, name.partition("::")[2]).default
+
+    def decorate(implementation):
+        def without_autocast(first: Tensor, *args):
+            if not torch.is_autocast_enabled(first.device.type):
+                return implementation(first, *args)
+            with torch.autocast(first.device.type, enabled=False):
+                return implementation(first, *args)
+
+        @functools.wraps(implementation)
+        def call(first: Tensor, *args):
+            # Plain tensors in plain eager mode need no dispatcher, which costs as much as a small layer's checks. The
+            # first may be a gradient, whose sign may be a flag; the other tensors were looked at in forward.
+            if watched() or type(first) not in (Tensor, torch.nn.Parameter) or first.is_neg():
+                return operator(first, *args)
+            return (without_autocast if torch._C._is_any_autocast_enabled() else implementation)(first, *args)
+
+        torch.library.impl(name, "default")(without_autocast)
+        return call
+
+    return decorate
+
+
+@_register(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? lora_N, Tensor? bias, "
+    "float scaling, float dropout, Tensor? seed, str backend) -> (Tensor y, Tensor T)"
+)
+def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
+    drop = Dropout(dropout, seed) if dropout else None
+    module = backends.select(backend, x, (x, weight, lora_A, lora_B, lora_N, drop))
+    return module.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop)
+
+
+@torch.library.register_fake("nlora_kernels::lora_linear")
+def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+
+
+@_register(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? T, Tensor weight, Tensor lora_A, Tensor lora_B, "
+    "Tensor? lora_N, float scaling, float dropout, Tensor? seed, bool[6] needs, str backend) -> Tensor[]"
+)
+def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
+    drop = Dropout(dropout, seed) if dropout else None
+    module = backends.select(backend, dy, (dy, weight, lora_A, lora_B, lora_N, drop), "backward")
+    grads = module.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, Needs(*needs), drop)
+    return [grad for grad in grads if grad is not None]
+
+
+@torch.library.register_fake("nlora_kernels::lora_linear_backward")
+def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
+    needs = Needs(*needs)
+    grads = [dy.new_empty(dy.shape[0], weight.shape[1])] if needs.x else []
+    like = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}
+    grads += [t.new_empty(t.shape) for name, t in like.items() if getattr(needs, name)]
+    return grads + ([dy.new_empty(dy.shape[1])] if needs.bias else [])
+
+
+@_register("lora2_core(Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str backend) -> Tensor")
+def core_forward(lora_u, lora_E, lora_U, mask, backend):
+    return backends.select(backend, lora_E, operation="lora2_core").lora2_core(lora_u, lora_E, lora_U, mask)
+
+
+@torch.library.register_fake("nlora_kernels::lora2_core")
+def _(lora_u, lora_E, lora_U, mask, backend):
+    return lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
+
+
+@_register(
+    "lora2_core_backward(Tensor d_core, Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str backend) "
+    "-> (Tensor du, Tensor dE, Tensor dU)"
+)
+def core_backward(d_core, lora_u, lora_E, lora_U, mask, backend):
+    module = backends.select(backend, lora_E, operation="lora2_core")
+    return module.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
+
+
+@torch.library.register_fake("nlora_kernels::lora2_core_backward")
+def _(d_core, lora_u, lora_E, lora_U, mask, backend):
+    return tuple(t.new_empty(t.shape) for t in (lora_u, lora_E, lora_U))
+
+
+@when_imported("torch.utils.flop_counter")
+def _count_flops(flop_counter) -> None:
+    """Tells FlopCounterMode the multiplications of each operator, two operations apiece, as it counts those of mm."""
+    operators = torch.ops.nlora_kernels
+
+    # Shapes stand for tensors.
+    @flop_counter.register_flop_formula(operators.lora_linear)
+    def _(x, weight, lora_A, lora_B, lora_N, *args, **kwargs):
+        (M, K), N, R = x, weight[0], lora_A[0]
+        return 2 * M * (K * N + R * (K + N + (R if lora_N is not None else 0)))
+
+    @flop_counter.register_flop_formula(operators.lora_linear_backward)
+    def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, *args, **kwargs):
+        needs = Needs(*needs)
+        (M, N), K, R = dy, weight[1], lora_A[0]
+        core = R * R if lora_N is not None else 0
+        adapter = needs.x or needs.lora_A
+        products = (
+            (needs.x, N * K + R * K),  # dy·W, H·A
+            (adapter or needs.lora_N, N * R),  # G
+            (adapter, core),  # H
+            (needs.lora_A, R * K),
+            (needs.lora_N, R * R),
+            (needs.lora_B, N * R + core),  # dB, P
+            (needs.weight, N * K),
+        )
+        return 2 * M * sum(size for needed, size in products if needed)
+
+    @flop_counter.register_flop_formula(operators.lora2_core)
+    def _(lora_u, *args, **kwargs):
+        r, k = lora_u
+        return 2 * k * k * r
+
+    @flop_counter.register_flop_formula(operators.lora2_core_backward)
+    def _(d_core, lora_u, *args, **kwargs):
+        r, k = lora_u
+        return 4 * k * k * r
