@@ -119,12 +119,35 @@ def _tune(args: argparse.Namespace) -> None:
     print(f"wrote {tuning.tune(args.out)}")
 
 
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", type=int, default=0, metavar="INDEX", help="as torch counts, default %(default)s")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="end after so long, default 115")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="go through all of it without a GPU, with processes that hang, crash and lie; no record is kept",
+    )
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from . import verify
+
+    file, results = verify.verify(args.gpu, rehearse=args.rehearse, limit=args.limit)
+    print(f"wrote {file}")
+    return 0 if all(result.well for result in results) else 1
+
+
 COMMANDS = {
     "doctor": Command(
         "say what this machine can run and what is wrong, with exit status 1 if anything is", _doctor_arguments, _doctor
     ),
     "convert": Command("convert a saved adapter", _convert_arguments, _convert),
     "plot": Command("draw what was trained", _plot_arguments, _plot),
+    "verify": Command(
+        "prove the fused kernels on this GPU and have them chosen where they are faster; exit status 1 if one fails",
+        _verify_arguments,
+        _verify,
+    ),
     "tune": Command("measure the tiles of the Triton kernels on this GPU and keep the best", _tune_arguments, _tune),
 }
 

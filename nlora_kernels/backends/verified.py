@@ -70,10 +70,13 @@ class Record(NamedTuple):
 
 def identity(index: int) -> dict[str, Any]:
     """Everything that what is found on a GPU depends on."""
+    return identity_of(torch.cuda.get_device_properties(index))
+
+
+def identity_of(properties) -> dict[str, Any]:
     from .. import __version__
     from .native import _C
 
-    properties = torch.cuda.get_device_properties(index)
     sources = [*sorted(PACKAGE.glob("backends/**/*.py")), PACKAGE / "tuning.py", *tuning.files(properties.name)]
     return {
         "gpu": properties.name,

@@ -1,0 +1,151 @@
+"""What a backend must show before it is chosen on a GPU, for one dtype: data that the parent and the child share.
+
+Sizes are M, K, N, R: rows of x, in, out, rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .. import backends
+
+# What trains, by method. LoRA² has its own five; "dropout" is SLoRA with the mask inside the operation.
+METHODS = {
+    "lora": ("x", "lora_A", "lora_B"),
+    "slora": ("x", "weight", "lora_A", "lora_B", "lora_N", "bias"),
+    "nlora": ("x", "lora_A", "lora_B", "lora_N"),
+    "inttune": ("x", "lora_N"),
+    "lora2": ("x", "lora_v", "lora_u", "lora_E", "lora_U", "lora_V"),
+    "dropout": ("x", "lora_A", "lora_B", "lora_N"),
+}
+# Results that the parent computes again.
+WITNESS = 37, 96, 80, 16
+
+
+class Sizes(NamedTuple):
+    """What is run on: a GPU, or on the CPU in rehearsal.
+
+    checked: shapes of the error budget. repeated, replayed: of bitwise repeats and of CUDA graphs. timed, dropped: of
+    times, the latter with dropout. cores: r and k of the core of LoRA². runs: repeats of a shape. rounds: of timing.
+    """
+
+    checked: tuple[tuple[int, int, int, int], ...]
+    repeated: tuple[tuple[int, int, int, int], ...]
+    replayed: tuple[tuple[int, int, int, int], ...]
+    timed: tuple[tuple[int, int, int, int], ...]
+    dropped: tuple[tuple[int, int, int, int], ...]
+    cores: tuple[tuple[int, int], ...]
+    runs: int
+    rounds: int
+
+
+# Ragged, decode, the edges of ranks and tiles, and layers of LLaMA-2-7B and BERT that take every form of launch.
+REAL = Sizes(
+    checked=(
+        (1, 33, 17, 5),
+        (7, 65, 31, 13),
+        (1, 4096, 4096, 16),
+        (16, 4096, 11008, 64),
+        (64, 768, 768, 8),
+        (100, 768, 768, 100),
+        (333, 1000, 520, 256),
+        (70, 512, 640, 300),
+        (257, 768, 3072, 32),
+        (2048, 768, 768, 16),
+        (2500, 3072, 768, 64),
+        (2100, 4096, 4096, 128),
+    ),
+    repeated=((1000, 520, 392, 24), (2048, 768, 768, 16), (2048, 4096, 4096, 64)),
+    replayed=((16, 4096, 4096, 64), (2048, 4096, 4096, 64)),
+    timed=(
+        (1, 4096, 4096, 16),
+        (16, 4096, 4096, 64),
+        (128, 4096, 4096, 16),
+        (512, 768, 768, 8),
+        (4096, 768, 768, 64),
+        (4096, 768, 3072, 16),
+        (2048, 4096, 4096, 16),
+        (2048, 4096, 4096, 128),
+        (8192, 4096, 4096, 64),
+        (8192, 4096, 4096, 256),
+        (4096, 4096, 11008, 64),
+        (4096, 11008, 4096, 64),
+    ),
+    dropped=((2048, 768, 768, 16), (2048, 4096, 4096, 16), (8192, 4096, 4096, 64)),
+    cores=((8, 8), (64, 32)),
+    runs=200,
+    rounds=15,
+)
+REHEARSED = Sizes(
+    checked=((1, 33, 17, 5), (23, 64, 48, 8)),
+    repeated=((23, 64, 48, 8),),
+    replayed=((23, 64, 48, 8),),
+    timed=((16, 64, 64, 8),),
+    dropped=((16, 64, 64, 8),),
+    cores=((8, 8),),
+    runs=2,
+    rounds=2,
+)
+
+
+class Case(NamedTuple):
+    """One thing to show.
+
+    kind: "witness", "budget", "repeats", "replay" or "time". detail: of METHODS, or the operation that is timed.
+    optional: a backend may refuse it, for its sizes are such as kernels for matrix units need not take.
+    """
+
+    kind: str
+    detail: str
+    shape: tuple[int, int, int, int]
+    adapter: str
+    optional: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.detail} {'x'.join(map(str, self.shape))} {self.adapter} adapter"
+
+    @property
+    def results(self) -> frozenset[str]:
+        """The names of what has an error."""
+        if self.kind in ("witness", "budget"):
+            return frozenset(["y", *(f"d{name}" for name in METHODS[self.detail])])
+        if self.kind == "time":
+            return frozenset(RESULTS_OF[self.detail])
+        return frozenset()
+
+
+RESULTS_OF = {
+    "forward": ("y",),
+    "backward": ("dx", "dlora_A", "dlora_B", "dlora_N"),
+    "dropout": (),
+    "lora2_core": ("core", "du", "dE", "dU"),
+}
+
+
+def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
+    """Everything that a backend must show for a dtype of x, in the order in which it is done."""
+    drops = backends.TABLE[backend].DROPS_INSIDE
+    # PEFT keeps adapters in fp32 on a 16-bit base by default.
+    adapters = list(dict.fromkeys(("float32", dtype)))
+    found = [Case("witness", "slora", WITNESS, adapter) for adapter in adapters]
+    methods = [method for method in METHODS if drops or method != "dropout"]
+    for i, shape in enumerate(sizes.checked):
+        optional = any(size % 8 for size in shape[1:]) or shape[3] > 256
+        # Every method with either adapter, in turn over the shapes.
+        found += [
+            Case("budget", method, shape, adapters[(i + j) % len(adapters)], optional)
+            for j, method in enumerate(methods)
+        ]
+    found += [Case("repeats", "nlora", shape, adapters[0]) for shape in sizes.repeated]
+    found += [Case("replay", "nlora", shape, adapter) for shape in sizes.replayed for adapter in adapters]
+    for adapter in adapters:
+        found += [Case("time", op, shape, adapter) for shape in sizes.timed for op in ("forward", "backward")]
+    if drops:
+        found += [Case("time", "dropout", shape, "float32") for shape in sizes.dropped]
+    found += [Case("time", "lora2_core", (r, k, 1, 1), dtype) for r, k in sizes.cores]
+    return found
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return getattr(torch, name)
