@@ -26,8 +26,9 @@ _NUMBERS = ("target_rank", "total_steps", "t_init", "t_final", "delta_t", "beta1
 class RankAllocatorCallback(TrainerCallback, ExportableState):
     """Steps a `RankAllocator` after every optimizer step of a transformers.Trainer.
 
-    Its averages are saved in trainer_state.json, and a run that is resumed from a checkpoint goes on with them. Every
-    log entry that has a loss gets the current budget as "rank_budget". Steps with non-finite gradients, as a gradient
+    Its averages are saved in trainer_state.json, and a run that is resumed from a checkpoint goes on with them. Where
+    the Trainer restores callbacks from it, this object stays in place and takes the checkpoint's numbers. Every log
+    entry that has a loss gets the current budget as "rank_budget". Steps with non-finite gradients, as a gradient
     scaler makes them now and then, are skipped and counted in `allocator.skipped`. Where torch.distributed runs, the
     first rank decides for all.
 
@@ -42,6 +43,17 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
         ValueError: as `RankAllocator` does; or a number is nowhere given; or total_steps is below the length of the
             run; or the checkpoint resumed from has no averages, or those of another step.
     """
+
+    def __new__(cls, *args, **kwargs):
+        # With restore_callback_states_from_checkpoint the Trainer puts type(callback)(**saved) in the callback's place.
+        # Of a class that knows of this one object that is the object itself, which the user holds.
+        callback = super().__new__(cls)
+        callback.__class__ = type(cls.__name__, (cls,), {"__new__": lambda *args, **kwargs: callback})
+        return callback
+
+    def __reduce__(self):
+        made = type(self).__bases__[0]
+        return made.__new__, (made,), vars(self)
 
     def __init__(
         self,

@@ -1,8 +1,10 @@
 """RankAllocatorCallback and add_orthogonal_penalty in transformers.Trainer."""
 
+import copy
 import json
 import math
 import os
+import pickle
 import socket
 
 import pytest
@@ -142,9 +144,11 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(kind, at, restore, tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": at, "restore_callback_states_from_checkpoint": restore}
     trainer, callback = trainer_of(kind, tmp_path, **arguments)
     trainer.train()
-    resumed, _ = trainer_of(kind, tmp_path, **arguments)
+    resumed, resumed_callback = trainer_of(kind, tmp_path, **arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
     assert history(resumed) == history(trainer)
+    # The one that the user holds, whether the Trainer restores callbacks or not.
+    assert resumed_callback.allocator.ranks() == callback.allocator.ranks()
     assert history(resumed, "rank_budget") == history(trainer, "rank_budget")
     expected = parameters(trainer)
     for name, p in parameters(resumed).items():
@@ -154,6 +158,36 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(kind, at, restore, tmp_path):
     [again] = [c for c in resumed.callback_handler.callbacks if isinstance(c, RankAllocatorCallback)]
     assert again.allocator.ranks() == callback.allocator.ranks()
     assert torch.equal(again.allocator.exp_avg, callback.allocator.exp_avg)
+
+
+def test_restored_callbacks_are_those_that_were_added(tmp_path):
+    class Another(RankAllocatorCallback):
+        pass
+
+    arguments = {"save_strategy": "steps", "save_steps": 7, "restore_callback_states_from_checkpoint": True}
+    first, _ = trainer_of("plain", tmp_path, callbacks=[Another(**NUMBERS)], **arguments)
+    first.train()
+    # Of several runs in one process, each has its own.
+    runs = []
+    for _ in range(2):
+        another = Another()
+        run, callback = trainer_of("plain", tmp_path, numbers={}, callbacks=[another], **arguments)
+        runs.append((run, callback, another))
+    for run, callback, another in reversed(runs):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+        kept = [c for c in run.callback_handler.callbacks if isinstance(c, RankAllocatorCallback)]
+        assert len(kept) == 2 and {id(c) for c in kept} == {id(callback), id(another)}
+        # Numbers that were not given came from the checkpoint.
+        assert callback.numbers["target_rank"] == another.numbers["target_rank"] == NUMBERS["target_rank"]
+        assert callback.allocator is not None and another.allocator is not None
+        assert type(another).__name__ == "Another" and isinstance(another, Another)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_a_copy_of_a_callback_is_another(copied):
+    callback = RankAllocatorCallback(**NUMBERS)
+    other = copied(callback)
+    assert other is not callback and other.numbers == callback.numbers and type(other)() is other
 
 
 def test_mixed_precision(kind, tmp_path):
