@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plotting import _figure
+from .plotting import _figure, made_folder
 
 # Everything that is compared, in the order of the tables, with its label and colour: ours in blue and green.
 LABELS = {
@@ -121,11 +121,11 @@ def insert(text: str, table: str, marker: str = "bench:cpu") -> str:
 def plot(path: str | Path, out: str | Path | None = None) -> None:
     """Prints the tables of a file and writes them, the bar charts and the roofline beside it or into the folder `out`.
 
-    Without matplotlib there is text alone, and a word of it on stderr. Raises ValueError as `load` does, OSError for a
-    file or folder that is not there.
+    `out` is made if it is not there. Without matplotlib there is text alone, and a word of it on stderr. Raises
+    ValueError as `load` does and for an `out` that is a file, OSError for a file that is not there.
     """
     results = load(path)
-    stem = Path(out, Path(path).stem) if out else Path(path).with_suffix("")
+    stem = made_folder(out) / Path(path).stem if out else Path(path).with_suffix("")
     report = markdown(results)
     print(report)
     written = [stem.with_suffix(".md")]

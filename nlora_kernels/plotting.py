@@ -126,14 +126,13 @@ def draw_training(log: list[dict], path: str | Path) -> None:
 def plot_ranks(checkpoint: str | Path, out: str | Path | None = None) -> None:
     """Prints the kept ranks and the training log of a checkpoint, and draws both into the folder `out`.
 
-    Without `out` they are drawn into the checkpoint's folder. Without matplotlib there is text alone, and a word of it
-    on stderr.
+    `out` is made if it is not there; without it they are drawn into the checkpoint's folder. Without matplotlib there
+    is text alone, and a word of it on stderr.
 
-    Raises FileNotFoundError and ValueError as `rank_map` does, or for a folder that does not exist.
+    Raises FileNotFoundError and ValueError as `rank_map` does, and ValueError for an `out` that is a file.
     """
     checkpoint = Path(checkpoint)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    out = Path(out) if out else folder
     ranks, log = rank_map(checkpoint), training_log(folder)
     print(ranks)
     if log:
@@ -141,8 +140,7 @@ def plot_ranks(checkpoint: str | Path, out: str | Path | None = None) -> None:
         some = log[:: -max(1, len(log) // 20)][::-1]
         cells = [[str(e["step"]), f"{e['loss']:.4f}", str(e.get("rank_budget", ""))] for e in some]
         print("", table(["step", "loss", "budget"], cells), sep="\n")
-    if not out.is_dir():
-        raise FileNotFoundError(f"out must be a folder, got {out}")
+    out = made_folder(out) if out else folder
     try:
         draw_ranks(ranks, out / "ranks.png")
         if log:
@@ -153,6 +151,15 @@ def plot_ranks(checkpoint: str | Path, out: str | Path | None = None) -> None:
         print("no PNG without matplotlib: pip install 'nlora_kernels[plot]'", file=sys.stderr)
         return
     print(f"\nwrote {out / 'ranks.png'}" + (f" and {out / 'training.png'}" if log else ""))
+
+
+def made_folder(out: str | Path) -> Path:
+    """The folder `out`, made if it is not there; ValueError if it is a file."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, got the file {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def _figure(width: float, height: float):

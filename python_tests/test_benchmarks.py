@@ -88,13 +88,13 @@ def test_the_tables_hold_every_row_and_where_it_comes_from(run):
 
 
 def test_the_command_writes_markdown_and_pngs(run, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    assert cli.main(["plot", "bench", str(run), "--out", str(tmp_path / "out")]) == 0
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    out = tmp_path / "new" / "out"
+    assert cli.main(["plot", "bench", str(run), "--out", str(out)]) == 0
+    names = {path.name for path in out.iterdir()}
     assert names == {"run.md", "run-nlora-both.png", "run-inttune-both.png", "run-roofline.png"}
-    assert (tmp_path / "out" / "run.md").read_text() in capsys.readouterr().out
+    assert (out / "run.md").read_text() in capsys.readouterr().out
     for name in names - {"run.md"}:
-        header = (tmp_path / "out" / name).read_bytes()[:24]
+        header = (out / name).read_bytes()[:24]
         assert header[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", header[16:])) > 200
 
 
@@ -151,7 +151,10 @@ def test_the_readme_gets_the_table_between_its_markers(run, tmp_path):
         benchmarks.insert("nothing", "table")
 
 
-def test_bad_files(tmp_path, capsys):
+def test_bad_files(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["plot", "bench", str(run), "--out", str(tmp_path / "file")]) == 1
+    assert f"out must be a folder, got the file {tmp_path / 'file'}" in capsys.readouterr().err
     for content, message in (("{", "must be a JSON file"), ("[]", "must hold an object"), ("{}", "must hold rows")):
         (tmp_path / "x.json").write_text(content)
         assert cli.main(["plot", "bench", str(tmp_path / "x.json")]) == 1

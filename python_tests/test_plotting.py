@@ -55,7 +55,6 @@ def test_the_command_prints_and_draws(checkpoint, tmp_path, capsys):
     assert rows[-2] == ["100", "1.0000", "16"] and 15 < len(rows) < 30
     for name in ("ranks.png", "training.png"):
         assert min(png_size(checkpoint / name)) > 300
-    (tmp_path / "elsewhere").mkdir()
     (checkpoint / plotting.LOG).unlink()
     assert cli.main(["plot", "ranks", str(checkpoint), "--out", str(tmp_path / "elsewhere")]) == 0
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["ranks.png"]
@@ -96,8 +95,9 @@ def test_bad_checkpoints(checkpoint, tmp_path, capsys):
     save_file({"weight": torch.ones(2)}, tmp_path / "other" / "model.safetensors")
     assert cli.main(["plot", "ranks", str(tmp_path / "other")]) == 1
     assert "must hold a LoRA² adapter" in capsys.readouterr().err
-    assert cli.main(["plot", "ranks", str(checkpoint), "--out", str(tmp_path / "nowhere")]) == 1
-    assert "out must be a folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert cli.main(["plot", "ranks", str(checkpoint), "--out", str(tmp_path / "file")]) == 1
+    assert f"out must be a folder, got the file {tmp_path / 'file'}" in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_is_text(checkpoint):
