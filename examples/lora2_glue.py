@@ -124,7 +124,7 @@ def adapter_parameters(model) -> tuple[int, int]:
     pruned = 0
     for module in model.modules():
         if hasattr(module, "lora_mask"):
-            gone = int((module.lora_mask["default"] == 0).sum())
+            gone = int((module.lora_mask["default"].weight == 0).sum())
             pruned += gone * (1 + 2 * module.k["default"])
         elif hasattr(module, "ranknum"):
             gone = int((module.lora_E["default"] == 0).sum())

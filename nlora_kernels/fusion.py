@@ -20,15 +20,17 @@ _GLOBAL_HOOKS = (
 READ_ONLY_A_AND_B = ("unsloth", "axolotl")
 
 
-def obstacle(linear: nn.Module) -> str | None:
+def obstacle(linear: nn.Module, other: type | None = None) -> str | None:
     """None if calling `linear` is exactly x·Wᵀ + bias with a dense weight, else why it is not.
 
-    This one rule decides for the base layer and for every adapter matrix that is a module. It looks at the layer as it
-    is now, so a layer that FSDP gathers for its forward is taken then.
+    This one rule decides for the base layer and for every adapter matrix that is a module, where `other` is a type that
+    is known as well as nn.Linear. It looks at the layer as it is now, so a layer that FSDP gathers for its forward is
+    taken then.
     """
     # A subclass (quantised, FSDP2's own, parametrized) is another type.
-    if type(linear) is not nn.Linear and not is_conv1d(linear):
-        return f"its type is {type(linear).__qualname__}, not nn.Linear or Conv1D"
+    kind = type(linear)
+    if kind is not nn.Linear and kind is not other and not is_conv1d(linear):
+        return f"its type is {kind.__qualname__}, not nn.Linear or Conv1D"
     # This runs in every forward: a look into the dictionary costs a tenth of an attribute that a module lacks.
     own = linear.__dict__
     if "forward" in own:
@@ -74,6 +76,13 @@ def is_conv1d(linear: nn.Module) -> bool:
 def weight_of(linear: nn.Module) -> Tensor:
     """W as (out, in): the weight, or for Conv1D a transposed view of it."""
     return linear.weight.T if is_conv1d(linear) else linear.weight
+
+
+def resized(x: Tensor, linear: nn.Module) -> Tensor:
+    """x as wide as linear takes it, cut or padded by zeros: PEFT pads some of an adapter's matrices for hot swaps."""
+    # The attribute is not renewed where the tensor is swapped, and the tensor is flat where FSDP1 has taken it apart.
+    size = linear.weight.shape[1] if linear.weight.dim() == 2 else linear.in_features
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 def branch(

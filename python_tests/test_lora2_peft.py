@@ -80,7 +80,7 @@ def test_a_compressed_model_saves_loads_and_exports(use_rslora, patterns, tmp_pa
 
     model.save_pretrained(tmp_path / "small")
     shapes = {name: t.shape for name, t in load_file(tmp_path / "small" / "adapter_model.safetensors").items()}
-    assert {name: shapes[f"{name}.lora_E"][0] for name in ranks} == ranks
+    assert {name: shapes[f"{name}.lora_E.weight"][0] for name in ranks} == ranks
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "small")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
     for layer in nk.lora2.layers(loaded):

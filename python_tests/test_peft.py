@@ -19,7 +19,7 @@ METHODS = {
     "nlora_residual": lambda **kw: NLoraConfig(residual=True, **kw),
     "inttune": lambda **kw: NLoraConfig(train="core", **kw),
     "inttune_residual": lambda **kw: NLoraConfig(train="core", residual=True, **kw),
-    "lora2": lambda **kw: LoRA2Config(k=2, **kw),
+    "lora2": lambda **kw: LoRA2Config(**{"k": 2} | kw),
 }
 STARTS_EXACT = {"lora", "slora", "slora_gaussian", "nlora_residual", "inttune_residual", "lora2"}
 
@@ -53,8 +53,8 @@ def reference_logits(base, model, ids, adapters=("default",)):
 def reference_delta(layer, adapter):
     s = layer.lora_alpha[adapter] / layer.r[adapter]
     if hasattr(layer, "lora_E"):
-        v, u, E, U, V = (getattr(layer, f"lora_{kind}")[adapter] for kind in "vuEUV")
-        return s * V @ U @ torch.diag(E * layer.lora_mask[adapter]) @ u @ v
+        v, u, E, U, V, mask = (getattr(layer, f"lora_{kind}")[adapter].weight for kind in [*"vuEUV", "mask"])
+        return s * V @ U @ torch.diag(E * mask) @ u @ v
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     N = layer.lora_N[adapter].weight if adapter in layer.lora_N else torch.eye(len(A))
     if adapter not in layer.lora_N0:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 from test_peft import METHODS, config, reference_delta, reference_logits
 from tiny import counted_fusions, gpt2, llama, perturb, tokens
@@ -205,7 +205,7 @@ def test_checkpoint_keys(method, tmp_path):
             "nlora": {"lora_A.weight", "lora_N.weight", "lora_B.weight"},
             "nlora_residual": {f"lora_{kind}.weight" for kind in ("A", "N", "B", "A0", "N0", "B0")},
             "inttune_residual": {"lora_A.weight", "lora_N.weight", "lora_B.weight", "lora_N0.weight"},
-            "lora2": {"lora_v", "lora_u", "lora_E", "lora_U", "lora_V", "lora_mask"},
+            "lora2": {f"lora_{kind}.weight" for kind in ("v", "u", "E", "U", "V", "mask")},
         }[method]
     )
 
@@ -223,7 +223,7 @@ def test_merge_is_repeatable_and_safe_merge_refuses_nan(base, method):
         close(tensor, expected[name], atol=1e-6)
     last = adapter_layers(model)[-1]
     broken = last.lora_U if method == "lora2" else last.lora_N
-    (broken["default"] if method == "lora2" else broken["default"].weight).data[0, 0] = torch.nan
+    broken["default"].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected"):
         last.merge(safe_merge=True)
     close(last.get_base_layer().weight, expected[name_of(model, last) + ".base_layer.weight"])
@@ -536,17 +536,47 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(method,
     with pytest.raises(ValueError, match=r"1\.mlp\.up_proj\.lora_.* must have shape \(48, .*, got \(7, "):
         model.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)
     target = model.base_model.model.model.layers[0].mlp.up_proj
-    loaded = target.lora_E["default"] if method == "lora2" else target.lora_N["default"].weight
+    loaded = (target.lora_E if method == "lora2" else target.lora_N)["default"].weight
     key = name.replace("layers.1", "layers.0").replace("lora_V", "lora_E").replace("lora_B", "lora_N")
     assert loaded.is_meta or not torch.equal(loaded, tensors[key])
 
 
-def test_hot_swap(tmp_path):
-    first, second = adapted(llama(), "nlora"), peft.get_peft_model(llama(), config("nlora", lora_alpha=9))
+@pytest.mark.parametrize("padded", [None, 8], ids=["", "padded"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("nlora", {}),
+        ("lora2", {}),
+        ("lora2", {"k": 1}),
+        ("lora2", {"k": 4}),
+        ("lora", {"r": 2}),
+        ("lora", {"r": 8}),
+        ("lora", {"r": 9}),
+    ],
+    ids=[
+        "nlora",
+        "lora2",
+        "lora2-smaller-k",
+        "lora2-larger-k",
+        "lora-smaller-r",
+        "lora-larger-r",
+        "lora-much-larger-r",
+    ],
+)
+def test_hot_swap(method, options, padded, tmp_path):
+    first, second = adapted(llama(), method), peft.get_peft_model(llama(), config(method, lora_alpha=9, **options))
     perturb(second, 0.3)
+    if method == "lora2":
+        for name, mask in second.named_buffers():
+            if "lora_mask" in name:
+                mask[1] = 0
     second.save_pretrained(tmp_path)
+    if padded:
+        before = logits(first)
+        prepare_model_for_compiled_hotswap(first, target_rank=padded)
+        close(logits(first), before)
     hotswap_adapter(first, str(tmp_path), adapter_name="default")
-    close(logits(first), logits(second))
+    close(logits(first), logits(second), atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +585,7 @@ def test_hot_swap(tmp_path):
         ("nlora_residual", "nlora_residual", {}, RuntimeError),
         ("nlora", "lora", {}, ValueError),
         ("nlora", "nlora", {"r": 2}, ValueError),
-        ("lora2", "lora2", {}, ValueError),
+        ("lora2", "lora2", {"r": 2}, ValueError),
     ],
 )
 def test_hot_swap_that_cannot_be_right_is_refused(ours, other, options, error, tmp_path):

@@ -48,8 +48,11 @@ def _shrink(layer: Layer) -> int:
     for name, tensor in new.items():
         if adapter is None:
             setattr(module, name, tensor)
-        else:
-            getattr(module, name)[adapter] = tensor
+            continue
+        holder = getattr(module, name)[adapter]
+        holder.weight = tensor
+        if isinstance(holder, nn.Linear):
+            holder.out_features, holder.in_features = tensor.shape
     return r
 
 

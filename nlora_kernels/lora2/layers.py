@@ -39,7 +39,7 @@ class Layer(NamedTuple):
         if adapter is None:
             held = module._parameters | module._buffers
             return cls(name, module, None, *[held[attribute] for attribute in _TENSORS])
-        return cls(name, module, adapter, *[module._modules[attribute][adapter] for attribute in _TENSORS])
+        return cls(name, module, adapter, *[module._modules[kind][adapter].weight for kind in _TENSORS])
 
     def again(self) -> "Layer":
         """The same with the tensors that the module holds now: moving a model replaces its buffers."""
@@ -50,7 +50,8 @@ def layers(model: nn.Module) -> list[Layer]:
     """The LoRA² adapters of a model in the order of its modules.
 
     A layer is a module with parameters lora_E, lora_u, lora_U, lora_v and lora_V and the buffer lora_mask, or with
-    modules of these names that map adapters to such; of a mapping it is the one active adapter that counts.
+    modules of these names that map adapters to modules whose weight is such; of a mapping it is the one active adapter
+    that counts.
 
     Raises ValueError if the model has none, or a layer more than one active.
     """

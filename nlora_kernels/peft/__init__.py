@@ -3,13 +3,14 @@
     from nlora_kernels.peft import NLoraConfig
     model = peft.get_peft_model(model, NLoraConfig(r=16, target_modules="all-linear"))
 
-Import this module before loading a saved adapter: it registers the types with PEFT.
+Import this module before loading a saved adapter, and before PEFT's optimizers: it registers the types with PEFT.
 """
 
 # isort: off
 from . import required  # noqa: F401
 # isort: on
 
+from . import optimizers  # noqa: F401
 from .config import LoRA2Config, NLoraConfig
 from .fuse import fuse, unfuse
 from .lora2 import LoRA2Linear

@@ -5,18 +5,40 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from peft import LoraConfig
+from peft.utils import PeftType
 
 from .. import init, patterns, saved
 from ..modules import TRAIN, check_method
 
 
 class _PeftType(str):
-    """The name of an adapter type; PEFT's own names are members of an enumeration and have a value."""
+    """The name of an adapter type, with what PEFT's own, the members of an enumeration, have beside it."""
 
     value = property(str.__str__)
 
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
 
-NLORA = _PeftType("NLORA")
+
+class _NLoraType(_PeftType):
+    """The type of an adapter of NLoraConfig: "LORA" wherever PEFT asks whether it is LoRA, or "NLORA".
+
+    The two differ as strings, and yet neither is unlike the other: before PEFT lets an adapter stand beside those of a
+    model it asks whether the types differ.
+    """
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _NLoraType) or str.__eq__(self, other)
+
+    def __ne__(self, other) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+# Plain LoRA is LoRA to everything that asks for the type; an adapter with a core is what nothing takes for LoRA.
+PLAIN = _NLoraType(PeftType.LORA.value)
+NLORA = _NLoraType("NLORA")
 LORA2 = _PeftType("LORA2")
 
 # Variants of LoRA that replace its product B·A, and options that tie or spread A and B: none knows of a core between.
@@ -86,26 +108,25 @@ class NLoraConfig(_Checked, LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = NLORA
+        self.peft_type = NLORA if self.has_core else PLAIN
         for name, choices in (("train", TRAIN), ("core", init.CORES), ("select", init.SELECTIONS)):
             init.check_choice(name, getattr(self, name), choices)
         check_method(self.init_lora_weights if self.has_core else "lora", self.core, self.residual)
         if self.train == "core" and not self.has_core:
             raise ValueError(f"train='core' needs a lora_N, which init_lora_weights={self.init_lora_weights!r} has not")
-        if self.has_core and self.variant:
-            raise ValueError(f"{self.variant} is not supported with init_lora_weights={self.init_lora_weights!r}")
+        if self.has_core and (other := variant(self)):
+            raise ValueError(f"{other} is not supported with {method(self)}")
         if self.residual and self.layer_replication:
             raise ValueError("layer_replication shares base weights and is not supported with residual=True")
+
+    def to_dict(self) -> dict:
+        # What is saved is read as an NLoraConfig again.
+        return super().to_dict() | {"peft_type": NLORA.value}
 
     @property
     def has_core(self) -> bool:
         """Whether the adapter has a lora_N."""
         return self.init_lora_weights in ("nystrom", "slora", "slora_gaussian")
-
-    @property
-    def variant(self) -> str | None:
-        """The option that makes it another method than plain LoRA or one with a core, as name=value."""
-        return _variant(self)
 
 
 @dataclass
@@ -141,12 +162,17 @@ class LoRA2Config(_Checked, LoraConfig):
         init.check_rank(self.k, name="k")
         if not isinstance(self.init_lora_weights, bool):
             raise ValueError(f"init_lora_weights must be True or False for LoRA², got {self.init_lora_weights!r}")
-        variant = _variant(self)
-        if variant:
-            raise ValueError(f"{variant} is not supported with LoRA²")
+        if other := variant(self):
+            raise ValueError(f"{other} is not supported with {method(self)}")
 
 
-def _variant(config: LoraConfig) -> str | None:
+def method(config: LoraConfig) -> str:
+    """What a configuration trains, for a message."""
+    return "LoRA²" if isinstance(config, LoRA2Config) else f"init_lora_weights={config.init_lora_weights!r}"
+
+
+def variant(config: LoraConfig) -> str | None:
+    """The option that makes it another method than plain LoRA or one of those here, as name=value."""
     present = {f.name for f in fields(config)}
     for name in _VARIANTS:
         if name in present and getattr(config, name):

@@ -27,6 +27,9 @@ class FusedLinear(Linear):
     the base layer's own call and a branch per adapter, as in PEFT.
     """
 
+    # The type of a module among the factors beside nn.Linear.
+    other_factor: type[nn.Module] | None = None
+
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
         """(A (r, in), N (r, r) or None, B (out, r)) of an adapter."""
         return self.lora_A[name].weight, None, self.lora_B[name].weight
@@ -59,7 +62,7 @@ class FusedLinear(Linear):
         if reason or name is None:
             return reason
         for factor in self.factors(name):
-            reason = fusion.obstacle(factor)
+            reason = fusion.obstacle(factor, self.other_factor)
             if reason:
                 return f"a matrix of adapter {name!r} cannot be fused: {reason}"
         dropout = self._modules["lora_dropout"]._modules[name]
@@ -103,6 +106,9 @@ class FusedLinear(Linear):
 
     def _fuses(self, name: str, x: Tensor) -> bool:
         if type(x) not in (Tensor, nn.Parameter) or self.obstacle(name):
+            return False
+        # The base layer's own bits, as from PEFT, where the adapter weighs nothing.
+        if not self.scaling_of(name):
             return False
         # Where casting is switched off, the branch takes x as it is.
         return self.cast_input_dtype_enabled or x.dtype == self.dtype_of(name)

@@ -1,9 +1,9 @@
 """The adapter layer of LoRA²."""
 
 import math
+import re
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from .. import fusion, init
@@ -13,22 +13,46 @@ from .config import LoRA2Config
 from .layer import FusedLinear, check_whole
 
 
+class Diagonal(nn.Module):
+    """y = x ⊙ weight"""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Mask(nn.Module):
+    """y = x ⊙ weight, of ones and zeros that are saved and not trained"""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class LoRA2Linear(FusedLinear):
     """y = x·Wᵀ + bias + s·((x·vᵀ)·Cᵀ)·Vᵀ  with  C = U·diag(E ⊙ mask)·u,  s = alpha / r, per adapter
 
-    lora_v (k, in), lora_u (r, k), lora_E (r), lora_U (k, r), lora_V (out, k) hold parameters and lora_mask (r) a
-    persistent buffer, by adapter name. To PEFT, which asks for lora_A and lora_B, these are v and V.
+    lora_v (k, in), lora_u (r, k), lora_E (r), lora_U (k, r), lora_V (out, k) hold modules with a `weight` by adapter
+    name, and so does lora_mask (r), whose weight is a persistent buffer. To PEFT, which asks for lora_A and lora_B,
+    these are v and V.
     """
 
     adapter_layer_names = ("lora_v", "lora_u", "lora_E", "lora_U", "lora_V")
+    other_factor = Diagonal
     other_param_names = ("r", "k", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
 
     @property
-    def lora_A(self) -> nn.ParameterDict:
+    def lora_A(self) -> nn.ModuleDict:
         return self.lora_v
 
     @property
-    def lora_B(self) -> nn.ParameterDict:
+    def lora_B(self) -> nn.ModuleDict:
         return self.lora_V
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoRA2Config, **kwargs) -> None:
@@ -37,9 +61,8 @@ class LoRA2Linear(FusedLinear):
         check_whole(self.get_base_layer(), "LoRA²")
         # NOTE: not in __init__, because PEFT's __init__ adds the first adapter.
         if "lora_v" not in self._modules:
-            for name in self.adapter_layer_names:
-                setattr(self, name, nn.ParameterDict())
-            self.lora_mask = BufferDict(persistent=True)
+            for name in (*self.adapter_layer_names, "lora_mask"):
+                setattr(self, name, nn.ModuleDict())
             self.k: dict[str, int] = {}
             # PEFT's empty containers, which the properties stand in for.
             del self._modules["lora_A"], self._modules["lora_B"]
@@ -54,56 +77,84 @@ class LoRA2Linear(FusedLinear):
         # Only shape, dtype and device of the weight count.
         like = torch.empty(()).expand(self.out_features, self.in_features)
         for name, tensor in zip(self.adapter_layer_names, init.lora2(like, r, config.k), strict=True):
-            getattr(self, name)[adapter_name] = nn.Parameter(
-                tensor if config.init_lora_weights else torch.randn(tensor.shape)
-            )
-        self.lora_mask[adapter_name] = torch.ones(r)
+            tensor = tensor if config.init_lora_weights else torch.randn(tensor.shape)
+            getattr(self, name)[adapter_name] = Diagonal(tensor) if name == "lora_E" else _linear(tensor)
+        self.lora_mask[adapter_name] = Mask(torch.ones(r))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def copy_mask(self, source: str, target: str) -> None:
+        """Lets the mask of one adapter be that of another."""
+        if source in self.lora_mask and target in self.lora_mask:
+            self.lora_mask[target].weight.copy_(self.lora_mask[source].weight)
+
+    # Forward
+
+    def _weights(self, name: str) -> tuple[Tensor, ...]:
+        """v, u, E, U, V of an adapter."""
+        modules = self._modules
+        held = [modules[kind]._modules[name] for kind in self.adapter_layer_names]
+        # As in `fusion.obstacle`: in every forward, so by the dictionaries, where FSDP has not put something else.
+        v, u, E, U, V = [m._parameters["weight"] if "weight" in m._parameters else m.weight for m in held]
+        k = u.shape[1]
+        # Padded for compiled hot swaps, v and V alone have grown.
+        return (v, u, E, U, V) if v.shape[0] == k else (v[:k], u, E, U, V[:, :k])
+
     def matrices(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        core = lora2_core(self.lora_u[name], self.lora_E[name], self.lora_U[name], self.lora_mask[name])
-        return self.lora_v[name], core, self.lora_V[name]
+        v, u, E, U, V = self._weights(name)
+        return v, lora2_core(u, E, U, self.lora_mask[name].weight), V
 
     def fused(self, name: str, x: Tensor) -> Tensor:
         base = self.base_layer
-        v, u, E, U, V = (self._tensor(kind, name) for kind in self.adapter_layer_names)
+        mask = self._modules["lora_mask"]._modules[name]._buffers["weight"]
         options = {"scaling": self.scaling[name], "dropout": self.dropped(name)}
-        return lora2_linear(x, fusion.weight_of(base), v, u, E, U, V, self.lora_mask[name], base.bias, **options)
-
-    def _tensor(self, kind: str, name: str) -> Tensor:
-        """One of the adapter's matrices, for every forward: ParameterDict takes three times as long to give it."""
-        found = self._modules[kind]._parameters.get(name)
-        return getattr(self, kind)[name] if found is None else found
+        return lora2_linear(x, fusion.weight_of(base), *self._weights(name), mask, base.bias, **options)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self._tensor("lora_v", name).dtype
+        return self._modules["lora_v"]._modules[name].weight.dtype
 
     def branch(self, name: str, x: Tensor) -> Tensor:
-        x = self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name)))
-        v, core, V = self.matrices(name)
-        return fusion.branch(x, v, V, core, self.scaling[name])
-
-    def obstacle(self, name: str | None = None) -> str | None:
-        reason = super().obstacle(name)
-        if reason or name is None:
-            return reason
-        for kind in self.adapter_layer_names:
-            tensor = self._tensor(kind, name)
-            if type(tensor) not in (nn.Parameter, Tensor):
-                return f"{kind} of adapter {name!r} is a {type(tensor).__qualname__}"
-        return None
+        v, u, E, U, V = self.factors(name)
+        T = v(self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name))))
+        P = U(self.lora_mask[name](E(u(fusion.resized(T, u)))))
+        return V(fusion.resized(P, V)) * self.scaling[name]
 
     def factors(self, name: str) -> tuple[nn.Module, ...]:
-        return ()
+        return tuple([self._modules[kind]._modules[name] for kind in self.adapter_layer_names])
+
+    # Life cycle
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self.place_mask(adapter_name)
+
+    def place_mask(self, adapter_name: str) -> None:
+        """Moves the mask of an adapter to where its parameters are, in their dtype."""
         # Parameters on the meta device are loaded later, and the mask, which is not there, must not follow them.
-        if adapter_name in self.lora_E and not self.lora_E[adapter_name].is_meta:
-            self.lora_mask[adapter_name] = self.lora_mask[adapter_name].to(self.lora_E[adapter_name])
+        if adapter_name in self.lora_E and not self.lora_E[adapter_name].weight.is_meta:
+            E = self.lora_E[adapter_name].weight
+            self.lora_mask[adapter_name].to(E.device, E.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.lora_mask:
             del self.lora_mask[adapter_name]
         super().delete_adapter(adapter_name)
+
+    @staticmethod
+    def renamed(key: str) -> str:
+        """The key of a checkpoint as it is called now: the tensors were once not held by modules."""
+        return re.sub(r"\.(lora_[vuEUV]|lora_mask)$", r".\1.weight", key)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for kind in (*self.adapter_layer_names, "lora_mask"):
+            for name in self._modules[kind]:
+                if (key := f"{prefix}{kind}.{name}") in state_dict:
+                    state_dict[f"{key}.weight"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """The layer with this weight, without drawing another one first."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear

@@ -47,7 +47,7 @@ class NLoraLinear(FusedLinear):
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             # The adapter whose initial product is out of the base weight now.
             self.held_out: str | None = None
-        if not config.has_core:
+        if not getattr(config, "has_core", False):
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
             return
         self._check_core(r, lora_alpha, config)
@@ -103,10 +103,14 @@ class NLoraLinear(FusedLinear):
         if name == _INITIAL:
             return self._initial(self.held_out)
         A, _, B = super().matrices(name)
-        N = self.lora_N[name].weight if name in self.lora_N else None
+        if name not in self.lora_N:
+            return A, None, B
+        N = self.lora_N[name].weight
         if self._core_moves(name):
             N = N - self.lora_N0[name].kept
-        return A, N, B
+        # Padded for compiled hot swaps, A and B alone have grown.
+        r = N.shape[0]
+        return (A, N, B) if A.shape[0] == r else (A[:r], N, B[:, :r])
 
     def _initial(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         return self.lora_A0[name].kept, self.lora_N0[name].kept, self.lora_B0[name].kept
@@ -132,11 +136,13 @@ class NLoraLinear(FusedLinear):
             return fusion.branch(x, A, B, N, self.scaling_of(name))
         if name not in self.lora_N:
             return super().branch(name, x)
-        T = self.lora_A[name](self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name))))
-        P = self.lora_N[name](T)
+        A, B, N = self.factors(name)
+        T = A(self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name))))
+        T = fusion.resized(T, N)
+        P = N(T)
         if self._core_moves(name):
             P = P - F.linear(T, self.lora_N0[name].kept)
-        return self.lora_B[name](P) * self.scaling[name]
+        return B(fusion.resized(P, B)) * self.scaling[name]
 
     def _core_moves(self, name: str) -> bool:
         return name in self.lora_N0 and name not in self.lora_A0

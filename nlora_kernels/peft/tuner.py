@@ -3,8 +3,10 @@
 import copy
 import sys
 import warnings
+from collections.abc import Iterable
 
 import torch
+from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import (
@@ -13,13 +15,16 @@ from peft.tuners.tuners_utils import (
     _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
+    is_transformers_ge_v5,
 )
 from peft.utils import PeftType, _get_submodules
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from peft.utils.warning import PeftWarning
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import fusion
-from .config import LORA2, NLORA, LoRA2Config, NLoraConfig
+from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
 from .layer import FusedLinear
 from .lora2 import LoRA2Linear
 from .nlora import NLoraLinear
@@ -31,6 +36,7 @@ class _FusedModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         before = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         try:
+            _refuse_experts(model, self.peft_config[adapter_name])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             _withdraw(model, adapter_name, before)
@@ -40,9 +46,28 @@ class _FusedModel(LoraModel):
                 module.settle()
         _advise(model, self.peft_config[adapter_name])
 
+    def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
+        super()._check_target_module_compatiblity(_as_lora(peft_config), model, target_name)
+
+    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if isinstance(parent, nn.MultiheadAttention):
+            unheard = (
+                f"nn.MultiheadAttention reads the weight of {current_key!r} and never calls it, so that an adapter "
+                "there has no effect: leave it out, by exclude_modules where a pattern takes it in"
+            )
+            if not _is_lora(lora_config):
+                raise ValueError(unheard)
+            warnings.warn(unheard, stacklevel=2)
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+        layer = getattr(parent, target_name)
+        if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
+            layer.register_forward_pre_hook(_called)
+
     def add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs) -> None:
         for name in adapters:
-            if name in self.peft_config and getattr(self.peft_config[name], "has_core", True):
+            if name in self.peft_config and not _is_lora(self.peft_config[name]):
                 raise ValueError(
                     f"add_weighted_adapter combines lora_A and lora_B alone, and adapter {name!r} has a core between "
                     "them: convert it with nlora_kernels.checkpoint.to_lora first"
@@ -50,7 +75,18 @@ class _FusedModel(LoraModel):
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
 
     @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if not _is_lora(config):
+            _warn_of_shards(tensors, adapter_name)
+        return tensors
+
+    @classmethod
     def _convert_state_dict_for_initial_model(cls, peft_model, peft_config, path, output_state_dict, kwargs):
+        if _is_lora(peft_config):
+            return super()._convert_state_dict_for_initial_model(
+                peft_model, peft_config, path, output_state_dict, kwargs
+            )
         raise ValueError(
             "path_initial_model_for_weight_conversion is not supported: save the adapter, then convert it with "
             "nlora_kernels.checkpoint.to_lora"
@@ -59,6 +95,8 @@ class _FusedModel(LoraModel):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if not isinstance(config, NLoraConfig | LoRA2Config):
+            return remapped
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
         missing = sorted(expected.keys() - remapped.keys())
@@ -78,17 +116,35 @@ class _FusedModel(LoraModel):
 
 
 class NLoraModel(_FusedModel):
-    """The tuner of NLoraConfig."""
+    """The tuner of NLoraConfig, and of LoraConfig beside it.
 
-    def _check_new_adapter_config(self, config: NLoraConfig) -> None:
+    It stands for "LORA" in PEFT's table, because plain LoRA of NLoraConfig has this type; a model whose adapters are of
+    LoraConfig alone still gets PEFT's own tuner.
+    """
+
+    def __new__(cls, model: nn.Module | None = None, config=None, *args, **kwargs):
+        configs = config.values() if isinstance(config, dict) else [config]
+        if config is None or any(isinstance(each, NLoraConfig) for each in configs):
+            return super().__new__(cls)
+        return LoraModel(model, config, *args, **kwargs)
+
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
         super()._check_new_adapter_config(config)
-        configs = self.peft_config.values()
-        for other in configs:
-            if other.variant and any(c.has_core for c in configs):
-                raise ValueError(f"{other.variant} is not supported beside an adapter that has a lora_N")
+        configs = list(self.peft_config.values())
+        for each in configs:
+            if (other := variant(each)) and not all(map(_is_lora, configs)):
+                raise ValueError(f"{other} is not supported beside an adapter that has a lora_N")
+        # NOTE: reduce_intruder_dimension adds an adapter with the configuration of another to write lora_A and lora_B
+        # into it. It asks for the type of the first adapter alone, so a core behind plain LoRA must be kept from it.
+        again = sum(each is config for each in configs) > 1
+        if again and not _is_lora(config) and _is_lora(configs[0]):
+            raise ValueError(
+                f"an adapter of {method(config)} behind one of plain LoRA must have a configuration of its own, got "
+                "that of another adapter: pass a copy"
+            )
 
-    def _prepare_model(self, peft_config: NLoraConfig, model: nn.Module) -> None:
-        if peft_config.residual:
+    def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
+        if getattr(peft_config, "residual", False):
             _refuse_shared_weights(model, peft_config)
         super()._prepare_model(peft_config, model)
 
@@ -100,7 +156,7 @@ class NLoraModel(_FusedModel):
         return f"{key.removesuffix('kept')}weight" if key.endswith("0.kept") else key
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if lora_config.has_core and isinstance(target, LoraLayer) and not isinstance(target, NLoraLinear):
+        if not _is_lora(lora_config) and isinstance(target, LoraLayer) and not isinstance(target, NLoraLinear):
             raise _unsupported(lora_config, target.get_base_layer(), current_key)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
@@ -109,10 +165,14 @@ class NLoraModel(_FusedModel):
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        linear = isinstance(base, nn.Linear) or fusion.is_conv1d(base)
-        if linear and (lora_config.has_core or fusion.is_dense(base.weight)) and not kwargs.get("parameter_name"):
+        has_core = not _is_lora(lora_config)
+        # The output of nn.MultiheadAttention, which is never called, is left to PEFT.
+        linear = fusion.is_conv1d(base) or (
+            isinstance(base, nn.Linear) and not isinstance(base, NonDynamicallyQuantizableLinear)
+        )
+        if linear and (has_core or fusion.is_dense(base.weight)) and not kwargs.get("parameter_name"):
             return NLoraLinear(target, adapter_name, config=lora_config, **kwargs)
-        if lora_config.has_core:
+        if has_core:
             raise _unsupported(lora_config, base, kwargs.get("target_name"))
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
@@ -120,11 +180,89 @@ class NLoraModel(_FusedModel):
 class LoRA2Model(_FusedModel):
     """The tuner of LoRA2Config."""
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        twin = next((name for name, each in self.peft_config.items() if each is config and name != adapter_name), None)
+        if twin is None:
+            return
+        # Trainers make their reference so, and then copy the parameters: a mask is none.
+        for module in model.modules():
+            if isinstance(module, LoRA2Linear):
+                module.copy_mask(twin, adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        # PEFT casts parameters alone.
+        for module in self.modules():
+            if isinstance(module, LoRA2Linear):
+                module.place_mask(adapter_name)
+
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
         if not isinstance(target, nn.Linear) and not fusion.is_conv1d(target):
             raise _unsupported(lora_config, target, kwargs.get("target_name"))
         return LoRA2Linear(target, adapter_name, config=lora_config, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        renamed = {LoRA2Linear.renamed(key): tensor for key, tensor in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+
+
+def _is_lora(config: LoraConfig) -> bool:
+    """Whether its adapter is LoRA to PEFT: nothing between lora_A and lora_B."""
+    return config.peft_type == PeftType.LORA
+
+
+def _called(module: nn.Module, args: tuple) -> None:
+    """Does nothing: nn.TransformerEncoderLayer calls its layers in eval mode, and does not read their weights past the
+    adapter, where one of them has a hook."""
+
+
+def _as_lora(config: LoraConfig) -> LoraConfig:
+    """The same with the type that PEFT's rules for LoRA ask for."""
+    config = copy.copy(config)
+    config.peft_type = PeftType.LORA
+    return config
+
+
+def _refuse_experts(model: nn.Module, config: LoraConfig) -> None:
+    """What PEFT turns into parameters of fused experts must not be left out of a method that cannot adapt them."""
+    if _is_lora(config) or not is_transformers_ge_v5 or not hasattr(getattr(model, "config", None), "model_type"):
+        return
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    converted = copy.deepcopy(_as_lora(config))
+    convert_peft_config_for_transformers(converted, model=model, conversions=None)
+    if converted.target_parameters:
+        raise ValueError(
+            f"target_modules must be linear for {method(config)}, got {_listed(config.target_modules)}, of which "
+            f"{type(model).__name__} keeps as parameters {_listed(converted.target_parameters)}, and as linear layers "
+            f"{_listed(converted.target_modules) or 'none'}"
+        )
+
+
+def _listed(names: str | Iterable[str]) -> str:
+    return names if isinstance(names, str) else ", ".join(sorted(names))
+
+
+def _warn_of_shards(tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """PEFT's warning for lora_A and lora_B that were not gathered, for all that these methods save."""
+    vectors = (".lora_E.", ".lora_mask.")
+    bad = [
+        f"{name}: {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if ".lora_" in name and (not tensor.numel() or tensor.dim() < 1 + (not any(v in name for v in vectors)))
+    ]
+    if bad:
+        warnings.warn(
+            f"{len(bad)} tensors of adapter {adapter_name!r} have an invalid shape, {_some(bad)}: shards of DeepSpeed "
+            "ZeRO-3 or FSDP were not gathered before they were saved. Save within deepspeed.zero.GatheredParameters or "
+            "FullyShardedDataParallel.summon_full_params",
+            PeftWarning,
+            stacklevel=2,
+        )
 
 
 def _advise(model: nn.Module, config) -> None:
@@ -138,7 +276,7 @@ def _advise(model: nn.Module, config) -> None:
             stacklevel=2,
         )
     patched = [name for name in fusion.READ_ONLY_A_AND_B if name in sys.modules]
-    if patched and (config.peft_type == LORA2 or config.has_core):
+    if patched and not _is_lora(config):
         warnings.warn(
             f"{patched[0]} is loaded: its own LoRA kernels read lora_A and lora_B alone and would leave the core out. "
             "Switch them off",
@@ -159,13 +297,16 @@ def _refuse_shared_weights(model: nn.Module, config: NLoraConfig) -> None:
 
 
 def _unsupported(config, base: nn.Module, key: str) -> ValueError:
-    method = getattr(config, "init_lora_weights", None) if isinstance(config, NLoraConfig) else "LoRA²"
-    return ValueError(f"target_modules must be linear layers for {method!r}, got {type(base).__qualname__} at {key!r}")
+    return ValueError(
+        f"target_modules must be linear layers for {method(config)}, got {type(base).__qualname__} at {key!r}"
+    )
 
 
 def _withdraw(model: nn.Module, adapter_name: str, before: set[str]) -> None:
+    removed: list[str] = []
     for key, module in list(model.named_modules()):
-        if not isinstance(module, BaseTunerLayer):
+        # Layers on parameters of one module stand within each other.
+        if not isinstance(module, BaseTunerLayer) or any(key.startswith(f"{name}.") for name in removed):
             continue
         if key in before:
             module.delete_adapter(adapter_name)
@@ -174,6 +315,7 @@ def _withdraw(model: nn.Module, adapter_name: str, before: set[str]) -> None:
         if isinstance(module, FusedLinear):
             module.delete_adapter(adapter_name)
         setattr(parent, name, module.get_base_layer())
+        removed.append(key)
 
 
 def _some(names: list[str], limit: int = 3) -> str:
@@ -181,16 +323,13 @@ def _some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
-# What must be equal before the weights of one adapter may be swapped for another's.
-CONFIG_KEYS_TO_CHECK[NLORA] = [
-    *CONFIG_KEYS_TO_CHECK[PeftType.LORA],
-    "init_lora_weights",
-    "r",
-    "rank_pattern",
-    "residual",
-    "train",
-]
+# What must be equal before the weights of one adapter may be swapped for another's: of a core, ranks too, because PEFT
+# fills what is larger in one dimension only.
+_FIXED = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], "init_lora_weights", "r", "rank_pattern"]
+CONFIG_KEYS_TO_CHECK[NLORA] = [*_FIXED, "residual", "train"]
+CONFIG_KEYS_TO_CHECK[LORA2] = _FIXED
 for _type, _config, _tuner in ((NLORA, NLoraConfig, NLoraModel), (LORA2, LoRA2Config, LoRA2Model)):
     PEFT_TYPE_TO_CONFIG_MAPPING[_type] = _config
     PEFT_TYPE_TO_TUNER_MAPPING[_type] = _tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[_type] = LoraModel.prefix
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = NLoraModel
