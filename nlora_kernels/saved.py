@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from . import patterns
-from .checks import DTYPES
+from .ops.checks import DTYPES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
