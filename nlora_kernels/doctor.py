@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, backends, fusion, ops, testing, tuning
-from .backends import native
+from .backends import native, verified
 
 # Oldest versions that work, as in pyproject.toml, and what each optional package is for.
 OLDEST = {"torch": "2.11", "triton": "3.6", "peft": "0.21", "transformers": "5"}
@@ -43,6 +43,7 @@ PLANS = {
 }
 # The instruction sets that decide between kernels, as Linux names them.
 INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
+UNPROVEN = "it has not passed its tests on such hardware"
 SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
@@ -58,7 +59,8 @@ def report(
             configuration is read.
 
     Returns:
-        {"versions", "build", "cpu", "gpus", "backends", "tuned", "layer" (with shape), "notes", "problems"}.
+        {"versions", "build", "cpu", "gpus", "backends", "verified", "tuned", "layer", "notes", "problems"}; "layer"
+        only with a shape.
 
     Raises:
         ValueError: a size below 1, or an unknown dtype. FileNotFoundError: the folder has no config.json.
@@ -71,7 +73,8 @@ def report(
         "cpu": _cpu(notes),
         "gpus": _gpus(),
         "backends": _backends(problems),
-        "tuned": _tuned(notes),
+        "verified": _verified(notes),
+        "tuned": _tuned(notes, problems),
     }
     _traps(notes, problems)
     if model is not None:
@@ -105,11 +108,22 @@ def text(found: dict[str, Any]) -> str:
             continue
         for device, entry in backend["devices"].items():
             ready = [dtype for dtype, reason in entry["dtypes"].items() if reason is None]
-            chosen = "" if entry["by_default"] else ", by name only: it has not passed its tests on such hardware"
+            chosen = ""
+            if not entry["by_default"]:
+                passed = [dtype for dtype in ready if dtype in entry["verified"]]
+                chosen = f", chosen where faster: {', '.join(passed)}" if passed else f", by name only: {UNPROVEN}"
             if ready:
                 lines += [f"  {name:<17}ready on {device}: {', '.join(ready)}{chosen}"]
             refused = {dtype: reason for dtype, reason in entry["dtypes"].items() if reason}
             lines += [f"  {'' if ready else name:<17}{device}, {dtype}: {why}" for dtype, why in refused.items()]
+    if found["verified"]:
+        lines += ["", "verified GPUs"]
+        for record in found["verified"]:
+            stale = "" if record["holds"] else ", of another driver or package: not in force"
+            lines += [f"  {record['gpu']}, {record['written']}{stale}"]
+            for result in record["results"]:
+                why = f", {result['reason']}" if result["reason"] else ""
+                lines += [f"    {result['backend']} {result['dtype']}: {result['status']}{why}"]
     lines += ["", "tuned tables"]
     lines += [f"  {t['device']}: {t['entries']} entries{', in use' if t['in_use'] else ''}" for t in found["tuned"]]
     lines += [] if found["tuned"] else ["  none: tiles are chosen by rule"]
@@ -221,9 +235,40 @@ def _backends(problems: list[str]) -> dict[str, Any]:
             problems += [f"backend {name!r} on {device}, {dtype}: {fault}" for dtype, fault in faults.items()]
             # A backend that takes nothing on a device is none for that device.
             if len(set(refusals.values())) > 1 or None in refusals.values():
-                by_default = device in backends.TABLE[name].VERIFIED_ON
-                found[name]["devices"][device] = {"dtypes": {**refusals, **faults}, "by_default": by_default}
+                found[name]["devices"][device] = {
+                    "dtypes": {**refusals, **faults},
+                    "by_default": device in backends.TABLE[name].VERIFIED_ON,
+                    "verified": _passed(name, device),
+                }
     return found
+
+
+def _passed(name: str, device: str) -> list[str]:
+    """The dtypes for which a backend passed `verify` on the GPU at hand."""
+    record = verified.record(torch.cuda.current_device()) if device == "cuda" else None
+    return [dtype for dtype in DTYPES if record and record.passed(name, DTYPES[dtype])]
+
+
+def _verified(notes: list[str]) -> list[dict[str, Any]]:
+    gpus, found = range(torch.cuda.device_count()), verified.records()
+    holding = [record for index in gpus if (record := verified.record(index))]
+    if any(backends.TABLE[name].unavailable() is None for name in backends.ON_GPU):
+        # Several GPUs of one model have one record.
+        notes += dict.fromkeys(verified.awaits(index) for index in gpus if not verified.record(index))
+    notes += [f"{file} is no record of `verify`, and is passed over" for file in verified.files() if file not in found]
+    return [
+        {
+            "gpu": record.identity.get("gpu"),
+            "written": record.written,
+            "holds": record in holding,
+            "results": [
+                {"backend": backend, "dtype": dtype, "status": status, "reason": reason}
+                for (backend, dtype), (status, reason) in record.results.items()
+            ],
+            "file": str(file),
+        }
+        for file, record in found.items()
+    ]
 
 
 def _try(name: str, device: str, dtype: torch.dtype) -> tuple[str | None, str | None]:
@@ -241,12 +286,16 @@ def _try(name: str, device: str, dtype: torch.dtype) -> tuple[str | None, str | 
     return None, None
 
 
-def _tuned(notes: list[str]) -> list[dict[str, Any]]:
+def _tuned(notes: list[str], problems: list[str]) -> list[dict[str, Any]]:
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     files = {tuning.file_name(name): name for name in names}
     found = []
-    for file in sorted(Path(str(tuning.TUNED)).glob("*.json")):
-        table = json.loads(file.read_text())
+    for file in (file for folder in tuning.folders() for file in sorted(folder.glob("*.json"))):
+        try:
+            table = tuning.read(file)
+        except (OSError, ValueError) as error:
+            problems.append(f"{file} is no table of tiles, and is passed over: {error}")
+            continue
         entries, in_use = len(table["entries"]), file.name in files
         found.append(
             {"device": table.get("device", file.stem), "entries": entries, "in_use": in_use, "file": str(file)}
@@ -307,7 +356,7 @@ def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) ->
     def empty(rows: int, cols: int, to: str) -> Tensor:
         return torch.empty(rows, cols, dtype=DTYPES[to], device=device)
 
-    call = empty(M, K, dtype), empty(N, K, dtype), *(empty(*s, adapter) for s in ((R, K), (N, R), (R, R)))
+    call = empty(M, K, dtype), empty(N, K, dtype), *(empty(*s, adapter) for s in ((R, K), (N, R), (R, R))), None
     chosen, path = None, None
     try:
         module = backends.select(None, call[0], call)
@@ -320,8 +369,9 @@ def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) ->
         if name == chosen:
             break
         reason = module.unavailable() or module.unsupported(*call)
-        if not reason and device not in module.VERIFIED_ON:
-            reason = f"by name only: it has not passed its tests on {device} hardware"
+        if not reason and not backends.preferred() and device not in module.VERIFIED_ON:
+            slower = dtype in _passed(name, device)
+            reason = "what is chosen was faster in `verify`" if slower else f"by name only: {UNPROVEN}"
         passed_over[name] = reason or f"NLORA_BACKEND={backends.preferred()}"
     return {
         "shape": list(shape),

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,7 +175,21 @@ def _measured(dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], device: De
 
 @functools.cache
 def _entries(name: str) -> tuple[dict, ...]:
-    return tuple(entry for file in files(name) for entry in json.loads(file.read_text())["entries"])
+    found = []
+    for file in files(name):
+        try:
+            found += read(file)["entries"]
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{file} is no table of tiles, and is passed over: {error}", stacklevel=2)
+    return tuple(found)
+
+
+def read(file: Path) -> dict:
+    """The table of a file. ValueError if it holds none."""
+    table = json.loads(file.read_text())
+    if not isinstance(table, dict) or not isinstance(table.get("entries"), list):
+        raise ValueError("it has no list of entries")
+    return table
 
 
 def folders() -> list[Path]:

@@ -91,3 +91,22 @@ def test_the_nearest_measured_entry_goes_before_the_rule(table):
     assert rule not in (Tile(*near), Tile(*far))
     assert tuning.wide_tile(8192, 4096, 4096, 64, torch.float16, False, True, HOPPER) == rule
     assert tuning.wide_tile(8192, 4096, 4096, 500, BF16, False, True, HOPPER) == rule
+
+
+def test_what_is_tuned_here_goes_to_the_users_cache_and_before_the_packages(table, tmp_path, monkeypatch):
+    from nlora_kernels.backends import triton
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning, "device_of", lambda index: HOPPER)
+    monkeypatch.setattr(tuning, "SHAPES", ((8192, 4096, 4096, 64),))
+    shape, mine, theirs = [8192, 4096, 4096, 64], [64, 128, 64, 4, 4], [128, 128, 64, 8, 4]
+    monkeypatch.setattr(tuning, "measure", lambda *call: entry(shape, mine, 95.0))
+    tuning.save([entry(shape, theirs, 90.0)], table, HOPPER)
+    assert tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*theirs)
+    file = tuning.tune()
+    assert file == tmp_path / "cache" / "nlora_kernels" / "tuned" / "nvidia-h200.json"
+    assert tuning.files(HOPPER.name) == [file, table / "nvidia-h200.json"]
+    assert tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*mine)

@@ -116,12 +116,16 @@ def file_of(identity: dict[str, Any]) -> Path:
 
 def records() -> dict[Path, Record]:
     """All that can be read, of whatever identity; the newest last."""
-    try:
-        found = {file: read(file) for file in _folder().glob("*.json")}
-    except OSError:
-        return {}
-    readable = ((file, record) for file, record in found.items() if record)
+    readable = ((file, record) for file in files() if (record := read(file)))
     return dict(sorted(readable, key=lambda item: item[1].written))
+
+
+def files() -> list[Path]:
+    """Where records lie, readable or not."""
+    try:
+        return sorted(_folder().glob("*.json"))
+    except OSError:
+        return []
 
 
 def read(file: Path) -> Record | None:
@@ -156,7 +160,7 @@ def record(index: int) -> Record | None:
     """That of a GPU as everything is now; None where there is none."""
     try:
         # Without any record there is nothing that files would have to be hashed for.
-        if not any(_folder().glob("*.json")):
+        if not files():
             return None
         current = identity(index)
         found = read(file_of(current))
