@@ -19,54 +19,95 @@ trains every method, and PEFT's own LoRA, on the same batches and prints one tab
 
 is the run of the NLoRA paper (arXiv 2502.14482) with the settings its authors published; --method slora and inttune
 are its other two.
+
+Ctrl-C ends the training after the step it is in and saves the adapter and a checkpoint; the same command with --resume
+goes on from there, to the same end as a run that was never stopped. --save-steps writes checkpoints on the way.
 """
 
 import argparse
 import ast
+import importlib
 import importlib.util
 import json
 import math
+import os
 import random
+import re
 import resource
+import shutil
+import signal
 import sys
 import sysconfig
 import time
 import tokenize
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    import torch
-    import transformers
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from tqdm.auto import tqdm
-
-    import nlora_kernels.peft as nlora
-    from nlora_kernels.checkpoint import to_lora
-    from nlora_kernels.trainer import RankAllocatorCallback, add_orthogonal_penalty
-except ImportError as error:
-    raise SystemExit(f"{error}; this example needs: pip install 'nlora_kernels[examples]'") from error
-
+# NOTE: torch and all that imports it take seconds, and are imported where they are used: wrong arguments are refused
+# before.
+NEEDS = "pip install 'nlora_kernels[examples]'"
 HELDOUT_SHARE = 0.1
+# Those that need no further arguments.
+SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "cosine",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+    "linear",
+    "polynomial",
+)
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class Method(NamedTuple):
-    config: type
+    config: str
     own: dict  # its own arguments
     lr: float  # these two suit the default model at rank 8 and 80 steps
     scaling: float = 1.0
 
 
+NLORA = "nlora_kernels.peft.NLoraConfig"
 # At scaling 1 the published Nyström matrices, which nothing is subtracted for, take the default model's loss from 4 to
 # 10 before the first step: a quarter of them is repaired in a few.
 METHODS = {
-    "peft-lora": Method(LoraConfig, {}, 2e-3),
-    "lora": Method(nlora.NLoraConfig, {"init_lora_weights": True}, 2e-3),
-    "slora": Method(nlora.NLoraConfig, {"init_lora_weights": "slora"}, 3e-3),
-    "nlora": Method(nlora.NLoraConfig, {"init_lora_weights": "nystrom"}, 3e-3, 0.25),
-    "inttune": Method(nlora.NLoraConfig, {"init_lora_weights": "nystrom", "train": "core"}, 3e-2, 0.25),
-    "lora2": Method(nlora.LoRA2Config, {}, 3e-2),
+    "peft-lora": Method("peft.LoraConfig", {}, 2e-3),
+    "lora": Method(NLORA, {"init_lora_weights": True}, 2e-3),
+    "slora": Method(NLORA, {"init_lora_weights": "slora"}, 3e-3),
+    "nlora": Method(NLORA, {"init_lora_weights": "nystrom"}, 3e-3, 0.25),
+    "inttune": Method(NLORA, {"init_lora_weights": "nystrom", "train": "core"}, 3e-2, 0.25),
+    "lora2": Method("nlora_kernels.peft.LoRA2Config", {}, 3e-2),
 }
+
+
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """Reads an integer from low to high."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text.strip()) or not low <= int(text) <= high:
+            bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be an integer {bounds}, got {text}")
+        return int(text)
+
+    return read
+
+
+def real(low: float, high: float = math.inf, *, and_low: bool = False) -> Callable[[str], float]:
+    """Reads a number above low, or from it, and below high."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value < high or (and_low and value == low)):
+            bounds = f"{'of at least' if and_low else 'above'} {low:g}"
+            bounds += "" if high == math.inf else f" and below {high:g}"
+            raise argparse.ArgumentTypeError(f"must be a number {bounds}, got {text}")
+        return value
+
+    return read
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -79,30 +120,140 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", default="stdlib", help="a JSONL file or a hub dataset with query and response, or text")
     add("--columns", nargs=2, default=["query", "response"], metavar=("QUERY", "RESPONSE"))
     add("--prompt", help="such as 'Q: {query}\\nA: ' (default: the chat template; the bare query for stdlib)")
-    add("--train-size", type=int, help="at most this many training examples")
-    add("--heldout-size", type=int, default=64, help="at most this many held-out examples")
-    add("--rank", type=int, default=8)
-    add("--alpha", type=float, help="the adapter is scaled by alpha/rank (default: by method, rank or rank/4)")
+    add("--train-size", type=whole(1), help="at most this many training examples")
+    add("--heldout-size", type=whole(1), default=64, help="at most this many held-out examples")
+    add("--rank", type=whole(1), default=8)
+    add("--alpha", type=real(0), help="the adapter is scaled by alpha/rank (default: by method, rank or rank/4)")
     add("--residual", action="store_true", help="nlora and inttune: leave the function unchanged at step 0")
-    add("--k", type=int, default=8, help="rank of the outer pair of lora2, whose --rank counts singular values")
-    add("--target-rank", type=int, help="prune lora2 to this many singular values a layer, on average")
-    add("--penalty", type=float, default=0.0, help="weight of lora2's orthogonality penalty (0.1 in its paper)")
+    add("--k", type=whole(1), default=8, help="rank of the outer pair of lora2, whose --rank counts singular values")
+    add("--target-rank", type=whole(1), help="prune lora2 to this many singular values a layer, on average")
+    add("--penalty", type=real(0, and_low=True), default=0.0, help="weight of lora2's orthogonality penalty")
     add("--target-modules", nargs="+", default=["all-linear"])
-    add("--lr", type=float, help="(default: by method, " + ", ".join(f"{m} {METHODS[m].lr:g}" for m in methods) + ")")
-    add("--scheduler", default="cosine")
-    add("--warmup", type=float, default=0.03, help="share of the steps")
-    add("--steps", type=int, default=80)
-    add("--epochs", type=float, help="takes the place of --steps")
-    add("--batch-size", type=int, default=8)
-    add("--accumulation", type=int, default=1, help="batches per step")
-    add("--max-length", type=int, default=160, help="tokens, prompt and response together")
+    add("--lr", type=real(0), help="(default: by method, " + ", ".join(f"{m} {METHODS[m].lr:g}" for m in methods) + ")")
+    add("--scheduler", choices=SCHEDULERS, default="cosine")
+    add("--warmup", type=real(0, 1, and_low=True), default=0.03, help="share of the steps")
+    add("--steps", type=whole(1), default=80)
+    add("--epochs", type=real(0), help="takes the place of --steps")
+    add("--batch-size", type=whole(1), default=8)
+    add("--accumulation", type=whole(1), default=1, help="batches per step")
+    add("--max-length", type=whole(2), default=160, help="tokens, prompt and response together")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole(0, 2**32 - 1), default=0)
     add("--output", type=Path, default=Path("runs"), help="folder for the adapters")
+    add("--save-steps", type=whole(1), metavar="N", help="write a checkpoint for --resume every N steps")
+    add("--resume", action="store_true", help="go on from the checkpoints of a run that was stopped")
     args = parser.parse_args(argv)
+    args.method = list(dict.fromkeys(args.method))
     if args.data == "stdlib" and args.prompt is None:
         args.prompt = "{query}\n"
+    if args.prompt and "{query}" not in args.prompt:
+        parser.error(f"argument --prompt: must have {{query}} in it, got {args.prompt!r}")
+    if args.target_rank and args.target_rank > args.rank:
+        parser.error(f"argument --target-rank: must be at most --rank, {args.rank}, got {args.target_rank}")
     return args
+
+
+# Refusals, before anything that takes long
+
+
+def check_output(args) -> None:
+    existing = next(path for path in (args.output.absolute(), *args.output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise SystemExit(f"--output {args.output}: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise SystemExit(f"--output {args.output}: {existing} cannot be written to")
+    methods = methods_of(args)
+    found = {method: last_checkpoint(args.output / method) for method in methods}
+    if not args.resume:
+        for method, checkpoint in found.items():
+            if checkpoint:
+                raise SystemExit(
+                    f"{checkpoint} is of a {method} run that was stopped: --resume goes on with it, another --output "
+                    "leaves it, and without it a new run can begin"
+                )
+    elif not any(found.values()):
+        places = " or ".join(str(args.output / method) for method in methods)
+        raise SystemExit(f"--resume needs a checkpoint in {places}, found none")
+    else:
+        for checkpoint in filter(None, found.values()):
+            check_checkpoint(checkpoint, args)
+
+
+def check_checkpoint(checkpoint: Path, args) -> None:
+    """It must be of a run with these arguments, as far as it says."""
+    config, state = (read_object(checkpoint / name) for name in ("adapter_config.json", "trainer_state.json"))
+    was = {"--rank": config.get("r"), "--batch-size": state.get("train_batch_size")}
+    if not args.epochs:
+        was["--steps"] = state.get("max_steps")
+    for option, value in was.items():
+        given = getattr(args, option[2:].replace("-", "_"))
+        if value != given:
+            raise SystemExit(f"--resume: {checkpoint} is of a run with {option} {value}, not {given}")
+
+
+def check_model(model: str | None) -> None:
+    source = model_source(model)
+    path = Path(source["pretrained_model_name_or_path"], source.get("gguf_file", ""))
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.is_file():
+            what = "an adapter" if (path / "adapter_config.json").is_file() else "no model"
+            raise SystemExit(f"--model {model} is {what}: it has no config.json")
+        read_object(config)
+        for kind, patterns in (("weights", ("*.safetensors", "*.bin")), ("tokenizer", ("tokenizer*", "vocab*"))):
+            if not any(found for pattern in patterns for found in path.glob(pattern)):
+                raise SystemExit(f"--model {model} has no {kind}: no {' or '.join(patterns)}")
+    elif path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise SystemExit(
+                    f"--model {model} must be a folder, a GGUF file or a name on the hub, got another file"
+                )
+    else:
+        check_on_hub("--model", model, "model")
+
+
+def check_on_hub(option: str, name: str, kind: str) -> None:
+    """Refuses what is neither in the cache nor on the hub. An answer that does not come in time is no answer."""
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or name.endswith((".gguf", ".json", ".jsonl")):
+        raise SystemExit(f"{option} {name}: no such file or folder")
+    try:
+        import huggingface_hub as hub
+    except ImportError as error:
+        raise SystemExit(f"{option} {name} needs: {NEEDS}") from error
+    if Path(hub.constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir():
+        return
+    try:
+        getattr(hub, f"{kind}_info")(name, timeout=1)
+    except Exception as error:
+        if "Timeout" not in type(error).__name__:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SystemExit(f"{option} {name}: no such file or folder, and not on the hub: {reason}") from error
+
+
+def read_object(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise SystemExit(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def methods_of(args) -> list[str]:
+    return [*args.method, *(["peft-lora"] if args.compare else [])]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """What the Trainer wrote last for a run that has not ended."""
+    found = {
+        int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()
+    }
+    return found[max(found)] if found else None
+
+
+# Data
 
 
 class Example(NamedTuple):
@@ -153,24 +304,43 @@ def split_by_module(modules: dict[str, list[Example]], per_module: int = 40) -> 
     return train, [e for e in heldout if e.response not in known]
 
 
+def read_line(source: str, number: int, line: str):
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise SystemExit(f"--data {source}, line {number} is not JSON: {error}") from error
+
+
 def read_rows(source: str) -> list[dict]:
     """The rows of a JSONL file, or of the train split of a hub dataset."""
     if source.endswith((".json", ".jsonl")) or Path(source).is_file():
-        with open(source, encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        try:
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--data {source} cannot be read: {error}") from error
+        return [read_line(source, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not Path(source).is_dir():
+        check_on_hub("--data", source, "dataset")
     try:
         import datasets
     except ImportError as error:
-        raise SystemExit(f"--data {source} needs: pip install 'nlora_kernels[examples]'") from error
-    return list(datasets.load_dataset(source, split="train"))
+        raise SystemExit(f"--data {source} needs: {NEEDS}") from error
+    try:
+        return list(datasets.load_dataset(source, split="train"))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise SystemExit(f"--data {source} cannot be loaded: {error}") from error
 
 
-def row_example(row: dict, query: str, response: str) -> Example:
-    if query in row and response in row:
-        return Example(row[query], row[response])
-    if "text" in row:
-        return Example("", row["text"])
-    raise SystemExit(f"data must have columns {query} and {response}, or text, got {', '.join(row)}")
+def row_example(number: int, row: dict, query: str, response: str) -> Example:
+    columns = (query, response) if isinstance(row, dict) and {query, response} <= row.keys() else ("text",)
+    if not isinstance(row, dict) or columns[0] not in row:
+        got = ", ".join(row) if isinstance(row, dict) else json.dumps(row)[:40]
+        raise SystemExit(f"--data: example {number} must have {query} and {response}, or text, got {got}")
+    for column in columns:
+        if not isinstance(row[column], str):
+            kind = type(row[column]).__name__
+            raise SystemExit(f"--data: {column} of example {number} must be a string, got {kind}")
+    return Example(row[query], row[response]) if len(columns) == 2 else Example("", row["text"])
 
 
 def load_examples(args) -> tuple[list[Example], list[Example]]:
@@ -178,7 +348,8 @@ def load_examples(args) -> tuple[list[Example], list[Example]]:
     if args.data == "stdlib":
         train, heldout = split_by_module(stdlib_examples(Path(sysconfig.get_path("stdlib"))))
     else:
-        examples = [row_example(row, *args.columns) for row in read_rows(args.data)]
+        rows = read_rows(args.data)
+        examples = [row_example(number, row, *args.columns) for number, row in enumerate(rows, 1)]
         random.Random(0).shuffle(examples)
         count = min(args.heldout_size, math.ceil(HELDOUT_SHARE * len(examples)))
         train, heldout = examples[count:], examples[:count]
@@ -209,14 +380,16 @@ def encode(tokenizer, example: Example, prompt: str | None, max_length: int) -> 
 
 
 class Task(NamedTuple):
-    collate: transformers.DataCollatorForSeq2Seq
+    collate: Callable
     train: list[dict]
     heldout: list[dict]  # padded batches
     prompt: list[int]  # of the held-out example that is answered before and after
 
 
 def make_task(train: list[Example], heldout: list[Example], tokenizer, device, args) -> Task:
-    collate = transformers.DataCollatorForSeq2Seq(tokenizer)
+    from transformers import DataCollatorForSeq2Seq
+
+    collate = DataCollatorForSeq2Seq(tokenizer)
     train_rows, rows = ([encode(tokenizer, e, args.prompt, args.max_length) for e in part] for part in (train, heldout))
     length = rows[0]["labels"].count(-100) if heldout[0].query else 8
     prompt = rows[0]["input_ids"][:length]
@@ -238,53 +411,77 @@ def model_source(model: str | None) -> dict:
     if not model.endswith(".gguf"):
         return {"pretrained_model_name_or_path": model}
     if importlib.util.find_spec("gguf") is None:
-        raise SystemExit(f"{model} needs: pip install 'nlora_kernels[examples]'")
+        raise SystemExit(f"--model {model} needs: {NEEDS}")
     return {"pretrained_model_name_or_path": str(Path(model).parent), "gguf_file": Path(model).name}
 
 
 def load_model(args):
     """(model, tokenizer), the model on the accelerator if there is one."""
+    import torch
+    import transformers
+
     source = model_source(args.model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        if "gguf_file" in source:
+            # Trainer refuses a model whose weights are still in GGUF blocks, or are marked so.
+            source["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=getattr(torch, args.dtype))
+    except Exception as error:
+        # Of whatever kind: these are the errors of many formats.
+        raise SystemExit(f"--model {args.model} cannot be loaded: {type(error).__name__}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if "gguf_file" in source:
-        # Trainer refuses a model whose weights are still in GGUF blocks, or are marked so.
-        source["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=getattr(torch, args.dtype))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
 
 
-@torch.inference_mode()
 def heldout_loss(model, heldout: list[dict], name: str) -> float:
     """Mean negative log-likelihood of the response tokens, in nats."""
+    import torch
+    from tqdm.auto import tqdm
+
     total, count = 0.0, 0
-    for batch in tqdm(heldout, desc=f"held-out loss, {name}", leave=False):
-        tokens = int((batch["labels"][:, 1:] != -100).sum())
-        total += float(model(**batch).loss) * tokens
-        count += tokens
+    with torch.inference_mode():
+        for batch in tqdm(heldout, desc=f"held-out loss, {name}", leave=False):
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(model(**batch).loss) * tokens
+            count += tokens
     return total / count
 
 
-@torch.inference_mode()
-def logits(model, batch: dict) -> torch.Tensor:
-    return model(**batch).logits.float()
+def logits(model, batch: dict):
+    import torch
+
+    with torch.inference_mode():
+        return model(**batch).logits.float()
 
 
-@torch.inference_mode()
 def sample(model, tokenizer, prompt: list[int]) -> str:
     """Forty tokens of greedy decoding, on one line."""
+    import torch
+
     ids = torch.tensor([prompt], device=model.device)
     mask = torch.ones_like(ids)
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=40, pad_token_id=tokenizer.pad_token_id
-    )
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=40, pad_token_id=tokenizer.pad_token_id
+        )
     return " ".join(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).split())
 
 
+def adapted_model(model, method: str, args):
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, adapter_config(method, args))
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--method {method} with these arguments: {error}") from error
+
+
 def adapter_config(method: str, args):
-    config, own = METHODS[method].config, dict(METHODS[method].own)
+    module, _, name = METHODS[method].config.rpartition(".")
+    config, own = getattr(importlib.import_module(module), name), dict(METHODS[method].own)
     if method == "lora2":
         own["k"] = args.k
     if own.get("init_lora_weights") == "nystrom":
@@ -294,12 +491,35 @@ def adapter_config(method: str, args):
     return config(r=args.rank, lora_alpha=alpha, target_modules=target, task_type="CAUSAL_LM", **own)
 
 
-def train(model, task: Task, method: str, lr: float, args) -> float:
-    """Trains the adapter in place; returns tokens per second, padding not counted."""
+class Trained(NamedTuple):
+    speed: float  # tokens per second, padding not counted
+    step: int
+    steps: int
+
+
+def train(model, task: Task, method: str, lr: float, args) -> Trained:
+    """Trains the adapter in place, to the end or to the step at which Ctrl-C comes."""
+    import torch
+    import transformers
+
+    from nlora_kernels.trainer import RankAllocatorCallback, add_orthogonal_penalty
+
+    class StopWhenAsked(transformers.TrainerCallback):
+        asked = False
+
+        def ask(self, *_):
+            self.asked = True
+            print("\nstopping after this step; Ctrl-C again stops at once", flush=True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.asked:
+                control.should_save = control.should_training_stop = True
+
     epoch = len(task.train) / (args.batch_size * args.accumulation)
     steps = math.ceil(args.epochs * epoch) if args.epochs else args.steps
     settings = transformers.TrainingArguments(
-        output_dir=args.output,
+        output_dir=args.output / method,
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulation,
@@ -312,7 +532,9 @@ def train(model, task: Task, method: str, lr: float, args) -> float:
         remove_unused_columns=False,
         include_num_input_tokens_seen="non_padding",
         logging_steps=10,
-        save_strategy="no",
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or steps,
+        save_total_limit=1,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -322,13 +544,32 @@ def train(model, task: Task, method: str, lr: float, args) -> float:
         trainer.add_callback(RankAllocatorCallback(target_rank=args.target_rank, **schedule))
     if method == "lora2" and args.penalty:
         add_orthogonal_penalty(trainer, args.penalty)
-    seconds = trainer.train().metrics["train_runtime"]
+    stop = StopWhenAsked()
+    trainer.add_callback(stop)
+    checkpoint = last_checkpoint(args.output / method)
+    seen = read_object(checkpoint / "trainer_state.json").get("num_input_tokens_seen", 0) if checkpoint else 0
+    start = time.perf_counter()
+    previous = signal.signal(signal.SIGINT, stop.ask)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        stop.asked = True
+    except (OSError, RuntimeError, ValueError) as error:
+        if not checkpoint:
+            raise
+        raise SystemExit(f"--resume: {checkpoint} does not fit: {error}") from error
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    seconds = time.perf_counter() - start
     model.eval()
-    return trainer.state.num_input_tokens_seen / seconds
+    return Trained((trainer.state.num_input_tokens_seen - seen) / seconds, trainer.state.global_step, steps)
 
 
-def check(what: str, model, folder: Path, batch: dict, trained: torch.Tensor, plain: torch.Tensor) -> bool:
+def check(what: str, model, folder: Path, batch: dict, trained, plain) -> bool:
     """Loads the adapter in folder onto the base model and compares its logits with those it was saved at."""
+    import torch
+    from peft import PeftModel
+
     loaded = PeftModel.from_pretrained(model, folder).eval()
     error, change = (float(t.norm()) for t in (logits(loaded, batch) - trained, trained - plain))
     loaded.unload()
@@ -343,40 +584,59 @@ def check(what: str, model, folder: Path, batch: dict, trained: torch.Tensor, pl
 
 def run(method: str, model, tokenizer, task: Task, base_loss: float, args) -> tuple[str, bool]:
     """Trains, saves, reloads and checks one adapter: (row of the table, passed). The model is as before at the end."""
+    import transformers
+
+    from nlora_kernels import checkpoint
+
     start = time.perf_counter()
     transformers.set_seed(args.seed)
     batch = task.heldout[0]
     plain = logits(model, batch)
-    adapted = get_peft_model(model, adapter_config(method, args))
+    adapted = adapted_model(model, method, args)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     lr = args.lr or METHODS[method].lr
     print(f"\n== {method}: {trainable:,} trainable parameters, learning rate {lr:g}")
 
     first = heldout_loss(adapted, task.heldout, "step 0")
     print(f"held-out loss at step 0 {first:.4f}")
-    speed = train(adapted, task, method, lr, args)
+    trained = train(adapted, task, method, lr, args)
+    folder = args.output / method
+    checkpoint.save(adapted, folder, save_embedding_layers=False)
+    if trained.step < trained.steps:
+        last = last_checkpoint(folder)
+        on = (
+            f"--resume goes on from step {last.name.rpartition('-')[2]}" if last else "there is no checkpoint to resume"
+        )
+        print(f"interrupted at step {trained.step} of {trained.steps}: the adapter is saved in {folder}; {on}")
+        raise SystemExit(INTERRUPTED)
+    while last := last_checkpoint(folder):
+        shutil.rmtree(last)
+
     last = heldout_loss(adapted, task.heldout, "end")
     # A loss that is not a number has not fallen either.
     improved = last < base_loss
     print(f"held-out loss at the end {last:.4f}, {'' if improved else 'NOT '}below the base model's {base_loss:.4f}")
     print(f"after:  {sample(adapted, tokenizer, task.prompt)}")
 
-    folder = args.output / method
-    adapted.save_pretrained(folder, save_embedding_layers=False)
-    trained = logits(adapted, batch)
+    expected = logits(adapted, batch)
     # The base model without a second load: an adapter leaves no trace in it.
     adapted.unload()
-    agrees = check("reloaded adapter", model, folder, batch, trained, plain)
+    agrees = check("reloaded adapter", model, folder, batch, expected, plain)
     if method != "peft-lora":
         exported = args.output / f"{method}-as-lora"
-        to_lora(folder, exported)
-        agrees &= check("vanilla export", model, exported, batch, trained, plain)
+        checkpoint.to_lora(folder, exported)
+        agrees &= check("vanilla export", model, exported, batch, expected, plain)
     minutes = (time.perf_counter() - start) / 60
     losses = " | ".join(f"{loss:.4f}" for loss in (base_loss, first, last))
-    return f"| {method} | {lr:g} | {trainable:,} | {losses} | {speed:.0f} | {minutes:.1f} |", improved and agrees
+    return (
+        f"| {method} | {lr:g} | {trainable:,} | {losses} | {trained.speed:.0f} | {minutes:.1f} |",
+        improved and agrees,
+    )
 
 
 def peak_memory() -> str:
+    import torch
+
     unit = 1 if sys.platform == "darwin" else 1024
     text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB resident"
     if torch.cuda.is_available():
@@ -384,10 +644,30 @@ def peak_memory() -> str:
     return text
 
 
+def import_all() -> None:
+    """What is missing is said before anything is read or loaded."""
+    try:
+        for name in ("torch", "transformers", "tqdm", "nlora_kernels.peft", "nlora_kernels.trainer"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise SystemExit(f"{error}; this example needs: {NEEDS}") from error
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
+    try:
+        return finetune(args)
+    except KeyboardInterrupt:
+        print("interrupted while no adapter was in training")
+        return INTERRUPTED
+
+
+def finetune(args) -> int:
     start = time.perf_counter()
+    check_output(args)
+    check_model(args.model)
     train_examples, heldout_examples = load_examples(args)
+    import_all()
     model, tokenizer = load_model(args)
     task = make_task(train_examples, heldout_examples, tokenizer, model.device, args)
     base_loss = heldout_loss(model, task.heldout, "base")
@@ -395,8 +675,9 @@ def main(argv=None) -> int:
     print(f"query:  {heldout_examples[0].query}\nwanted: {heldout_examples[0].response}")
     print(f"before: {sample(model, tokenizer, task.prompt)}")
 
-    methods = [*args.method, *(["peft-lora"] if args.compare else [])]
-    rows, passed = zip(*(run(method, model, tokenizer, task, base_loss, args) for method in methods), strict=True)
+    rows, passed = zip(
+        *(run(method, model, tokenizer, task, base_loss, args) for method in methods_of(args)), strict=True
+    )
     print("\n| method | lr | trainable | held-out loss: base | step 0 | end | tokens/s | minutes |\n|" + "---|" * 8)
     print("\n".join(rows))
     print(f"peak memory {peak_memory()}; {(time.perf_counter() - start) / 60:.1f} minutes with loading")

