@@ -219,9 +219,10 @@ def check_on_hub(option: str, name: str, kind: str) -> None:
         raise SystemExit(f"{option} {name}: no such file or folder")
     try:
         import huggingface_hub as hub
+        from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError as error:
         raise SystemExit(f"{option} {name} needs: {NEEDS}") from error
-    if Path(hub.constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir():
+    if Path(HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir():
         return
     try:
         getattr(hub, f"{kind}_info")(name, timeout=1)

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import signal
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -347,6 +349,20 @@ def test_wrong_models(finetune, model_dir, data, tmp_path, without_torch, monkey
     monkeypatch.setattr(huggingface_hub, "model_info", unknown)
     message = refusal("no/such")
     assert message == "--model no/such: no such file or folder, and not on the hub: 404 Client Error"
+
+
+@pytest.mark.parametrize("option", ["--model", "--data"])
+def test_a_hub_that_cannot_be_reached(option, model_dir, data, tmp_path):
+    argv = {"--model": str(model_dir), "--data": data} | {option: "no/such"}
+    # Nobody listens there.
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    code = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]\n"
+    code += "runpy.run_path(sys.argv[0], None, '__main__')"
+    command = [sys.executable, "-c", code, str(SCRIPT), *(part for pair in argv.items() for part in pair)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{option} no/such: no such file or folder, and not on the hub: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_model_that_cannot_be_loaded(run, model_dir, tmp_path):
