@@ -1,13 +1,16 @@
 """`python -m nlora_kernels verify`: its verdict over children that are right, wrong, silent, dead or lie."""
 
 import base64
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,6 +223,118 @@ def test_kernels_that_do_not_repeat_are_found(monkeypatch):
         assert figures["differing"] > 0
         with pytest.raises(ValueError, match="elements differ"):
             verify._judge_case(case, figures, sizes, {})
+
+
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1000 * (end.at - self.at)
+
+
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    """`child.Gpu` over the CPU: torch.cuda records what it is asked. A replayed graph does nothing."""
+    asked = []
+
+    @contextlib.contextmanager
+    def entered(what):
+        asked.append(type(what).__name__)
+        yield
+
+    class CUDAGraph:
+        def replay(self):
+            asked.append("replay")
+
+    properties = SimpleNamespace(name="NVIDIA X", major=9, minor=0, multi_processor_count=1, L2_cache_size=2**15)
+    for name, stub in {
+        "set_device": lambda index: asked.append(index),
+        "get_device_properties": lambda index: properties,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_stream": Stream,
+        "Stream": Stream,
+        "stream": entered,
+        "graph": entered,
+        "CUDAGraph": CUDAGraph,
+        "Event": Event,
+    }.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, stub)
+    right = torch.device
+    with monkeypatch.context() as inside:
+        inside.setattr(torch, "device", lambda kind, index: right("cpu"))
+        gpu = child.Gpu(0)
+    monkeypatch.setattr(child, "Gpu", lambda index: gpu)
+    monkeypatch.setattr(child, "REAL", cases.REHEARSED)
+    return asked
+
+
+def test_the_cases_of_a_gpu_run_beside_load_and_in_graphs(stubbed):
+    gpu = child.Gpu(0)
+    ran = {}
+    for case in cases.cases_of("lean", "float32", cases.REHEARSED):
+        stubbed.clear()
+        figures = child.run(case, "lean", "float32", gpu, cases.REHEARSED, 0)
+        assert set(figures) in ({"outputs"}, {"errors"}, {"runs", "differing"}, {"us", "lean_us", "errors"})
+        ran[case.kind] = figures
+        if case.kind == "repeats":
+            assert stubbed.count("Stream") == cases.REHEARSED.runs and figures["differing"] == 0
+        if case.kind == "replay":
+            assert stubbed.count("CUDAGraph") == 1 and stubbed.count("replay") == child.REPLAYS
+            # A graph that does not run leaves the old results.
+            assert figures["differing"] > 0
+    assert set(ran) == {"witness", "budget", "repeats", "replay", "time"}
+    # The weight lies in memory more often than the cache can hold it.
+    timed = next(case for case in cases.cases_of("lean", "float32", cases.REHEARSED) if case.kind == "time")
+    p, weights = child._large(timed, "float32", gpu)
+    assert sum(weight.nbytes for weight in weights) > 3 * gpu.cache_bytes
+    assert len({weight.data_ptr() for weight in weights}) == len(weights)
+
+
+def test_kernels_are_compiled_by_each_process_in_part(stubbed, monkeypatch):
+    lines, compiled = [], []
+    monkeypatch.setattr(
+        child, "_compile", lambda case, backend, dtype, machine: compiled.append((case, backend, dtype))
+    )
+    monkeypatch.setattr(child.Gpu(0), "identity", dict)
+    pairs = [["triton", "float32"], ["triton", "float16"]]
+    for i in range(3):
+        task = {"nonce": "0" * 32, "gpu": 0, "rehearse": False, "compile": pairs, "slice": [i, 3]}
+        child.main(task, lines.append)
+    every = [(case, *pair) for pair in pairs for case in cases.cases_of(*pair, cases.REHEARSED)]
+    assert sorted(compiled) == sorted(every) and lines == []
+
+
+def test_what_does_not_fit_is_not_timed_and_nothing_else(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    for kind in ("time", "budget"):
+        case = next(case for case in cases.cases_of("lean", "float32", cases.REHEARSED) if case.kind == kind)
+        monkeypatch.setitem(child.KINDS, kind, full)
+        figures = child.run(case, "lean", "float32", child.Host(), cases.REHEARSED, 0)
+        assert figures == {"refused": "memory: tried to allocate 2 GiB"}
+
+
+@pytest.mark.parametrize("gpu, available, said", [(3, True, "sees 1, numbered from 0, got 3"), (0, False, "torch")])
+def test_a_gpu_that_is_not_there_is_named(stubbed, monkeypatch, gpu, available, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    lines = []
+    child.main({"nonce": "0" * 32, "gpu": gpu, "rehearse": False}, lines.append)
+    assert said in lines[0]["missing"] and len(lines) == 1
 
 
 # Children in place of the package's own, over a GPU that is not there.

@@ -168,11 +168,11 @@ class _Run:
             return
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = min(COMPILERS, cores)
-        tasks = [{"backend": b, "dtype": dtype, "slice": [i, count]} for b, dtype in todo for i in range(count)]
+        tasks = [{"compile": todo, "slice": [i, count]} for i in range(count)]
         # Half the time that is left: what is not ready by then is compiled when it is needed.
-        until = time.monotonic() + (self.deadline - time.monotonic()) / 2
+        patience = (self.deadline - time.monotonic()) / 2
         with ThreadPoolExecutor(count) as pool:
-            for _ in pool.map(lambda task: self.start(task, max(0.0, until - time.monotonic())), tasks):
+            for _ in pool.map(lambda task: self.start(task, patience), tasks):
                 pass
 
     def prove(

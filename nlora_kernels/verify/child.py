@@ -1,9 +1,9 @@
 """What runs on the device, in a process that may hang or crash: `start(TASK, REPORT)`.
 
 TASK is JSON: {"nonce", "gpu", "rehearse"} asks what the machine is; with "backend" and "dtype" the cases are run; with
-"slice" [i, n] every n-th of them is, once and without a look at the results, so that its kernels are compiled. REPORT
-gets one line of JSON at a time: the nonce and the machine, then each case when it is done. What the figures mean is
-the parent's to decide.
+"compile", pairs of those, and "slice" [i, n] every n-th of their cases is, once and without a look at the results, so
+that its kernels are compiled. REPORT gets one line of JSON at a time: the nonce and the machine, then each case when it
+is done. What the figures mean is the parent's to decide.
 """
 
 import base64
@@ -454,18 +454,20 @@ def main(task: dict, report: Callable[[dict], None]) -> None:
         return
     machine = Host() if task["rehearse"] else Gpu(task["gpu"])
     greeting |= {"identity": machine.identity()}
+    sizes = REHEARSED if task["rehearse"] else REAL
+    if "compile" in task:
+        begin, step = task["slice"]
+        every = [(case, *pair) for pair in task["compile"] for case in cases_of(*pair, sizes)]
+        for case, backend, dtype in every[begin::step]:
+            _compile(case, backend, dtype, machine)
+        return
     if "backend" not in task:
         few = torch.arange(64.0, device=machine.device).view(8, 8)
         report(greeting | {"backends": backends.available(), "alive": (few @ few).sum().item()})
         return
     report(greeting)
-    backend, dtype, sizes = task["backend"], task["dtype"], REHEARSED if task["rehearse"] else REAL
+    backend, dtype = task["backend"], task["dtype"]
     todo = cases_of(backend, dtype, sizes)
-    if "slice" in task:
-        begin, step = task["slice"]
-        for case in todo[begin::step]:
-            _compile(case, backend, dtype, machine)
-        return
     fault, before = FAULTS.get(task.get("fault"), (None, None))
     for turn, case in enumerate(todo):
         if turn == before:
