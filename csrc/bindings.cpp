@@ -26,6 +26,11 @@ struct type_caster<Matrix> {
       value.dtype = nlora::Dtype(PyLong_AsLong(item(1).ptr()));
     } else {
       static const Names& names = *new Names;
+      if (checked(PyObject_CallMethodNoArgs(source.ptr(), names.is_neg.ptr())).ptr() == Py_True) {
+        // The sign is a flag of the view: read a copy that has it in memory, for as long as the call lasts.
+        resolved = checked(PyObject_CallMethodNoArgs(source.ptr(), names.resolve_neg.ptr()));
+        source = resolved;
+      }
       address = checked(PyObject_CallMethodNoArgs(source.ptr(), names.data_ptr.ptr()));
       shape = checked(PyObject_GetAttr(source.ptr(), names.shape.ptr()));
       strides = checked(PyObject_CallMethodNoArgs(source.ptr(), names.stride.ptr()));
@@ -54,8 +59,10 @@ struct type_caster<Matrix> {
   }
 
  private:
+  object resolved;
+
   struct Names {
-    str data_ptr{"data_ptr"}, shape{"shape"}, stride{"stride"}, dtype{"dtype"};
+    str is_neg{"is_neg"}, resolve_neg{"resolve_neg"}, data_ptr{"data_ptr"}, shape{"shape"}, stride{"stride"}, dtype{"dtype"};
     // In the order of Dtype.
     object dtypes[3];
 

@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends import reference
 from . import autograd
-from .checks import check_lora2_core, check_lora_linear, fits, fits_core, foreign, plain, resolved
+from .checks import check_memory, check_lora2_core, check_lora_linear, fits, fits_core, foreign
 
 _NAMES = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
 _LORA2_NAMES = ("x", "weight", "lora_v", "lora_u", "lora_E", "lora_U", "lora_V", "mask", "bias")
@@ -61,17 +61,21 @@ def lora_linear(
             cannot take the call.
     """
     composed = False
-    if not (plain(x, weight, lora_A, lora_B, lora_N, bias) and fits(x, weight, lora_A, lora_B, lora_N, bias, scaling)):
-        tensors = (x, weight, lora_A, lora_B, lora_N, bias)
+    tensors = x, weight, lora_A, lora_B, lora_N, bias
+    if not fits(*tensors, scaling):
         if has_torch_function(tensors):
             options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
             return handle_torch_function(lora_linear, tensors, *tensors, **options)
         check_lora_linear(*tensors, scaling)
         composed = foreign(**dict(zip(_NAMES, tensors, strict=True)))
-        x, weight, lora_A, lora_B, lora_N, bias = resolved(*tensors)
     seed = _drawn_seed(x, dropout, seed) if dropout else None
-    call = x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed
-    return _composed(composed, call) if composed else autograd.linear(*call, backend or "")
+    if composed:
+        return _composed(composed, (*tensors, scaling, dropout, seed))
+    try:
+        return autograd.linear(*tensors, scaling, dropout, seed, backend or "")
+    except (RuntimeError, ValueError):
+        check_memory(**dict(zip(_NAMES, tensors, strict=True)))
+        raise
 
 
 def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,14 +95,11 @@ def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | No
         ValueError: shapes or devices do not fit.
     """
     parts = lora_u, lora_E, lora_U, mask
-    if not plain(*parts):
-        if has_torch_function(parts):
-            return handle_torch_function(lora2_core, parts, *parts)
-        check_lora2_core(*parts)
-        if foreign(lora_u=lora_u, lora_E=lora_E, lora_U=lora_U, mask=mask):
-            return reference.lora2_core(*parts)
-        parts = resolved(*parts)
+    if has_torch_function(parts):
+        return handle_torch_function(lora2_core, parts, *parts)
     check_lora2_core(*parts)
+    if foreign(lora_u=lora_u, lora_E=lora_E, lora_U=lora_U, mask=mask):
+        return reference.lora2_core(*parts)
     return autograd.core(*parts)
 
 
@@ -131,14 +132,9 @@ def lora2_linear(
     Returns, gradients and errors are those of `lora_linear` and `lora2_core`.
     """
     parts = lora_u, lora_E, lora_U, mask
+    tensors = x, weight, lora_v, lora_u, lora_E, lora_U, lora_V, mask, bias
     composed = False
-    if not (
-        plain(x, weight, lora_v, lora_V, bias)
-        and plain(*parts)
-        and fits(x, weight, lora_v, lora_V, None, bias, scaling)
-        and fits_core(lora_v, *parts)
-    ):
-        tensors = (x, weight, lora_v, lora_u, lora_E, lora_U, lora_V, mask, bias)
+    if not (fits(x, weight, lora_v, lora_V, None, bias, scaling) and fits_core(lora_v, *parts)):
         if has_torch_function(tensors):
             options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
             return handle_torch_function(lora2_linear, tensors, *tensors, **options)
@@ -148,11 +144,15 @@ def lora2_linear(
         names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
         check_lora_linear(x, weight, lora_v, lora_V, core, bias, scaling, names)
         composed = foreign(**dict(zip(_LORA2_NAMES, tensors, strict=True)))
-        x, weight, lora_v, lora_u, lora_E, lora_U, lora_V, mask, bias = resolved(*tensors)
-        parts = lora_u, lora_E, lora_U, mask
     seed = _drawn_seed(x, dropout, seed) if dropout else None
     call = x, weight, lora_v, lora_V, parts, bias, scaling, dropout, seed
-    return _composed(composed, call) if composed else autograd.linear(*call, backend or "")
+    if composed:
+        return _composed(composed, call)
+    try:
+        return autograd.linear(*call, backend or "")
+    except (RuntimeError, ValueError):
+        check_memory(**dict(zip(_LORA2_NAMES, tensors, strict=True)))
+        raise
 
 
 def _composed(foreign: str, call: tuple) -> Tensor:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from ..backends import Dropout, Needs, reference
 from . import register
+from .checks import resolved
 from .register import watched
 
 
@@ -34,35 +35,40 @@ def linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, back
             else lora_N is not None and lora_N.requires_grad
         )
     )
-    compiling = torch.compiler.is_compiling()
+    # Whether anything but plain eager mode is active that the operators or their parts must be shown to.
+    shown = watched()
     traced = False
-    if not compiling:
+    if shown or forward_ad._current_level >= 0:
         if composing():
             return composed(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed)
-        traced = torch._C._get_tracing_state() is not None
+        traced = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    elif not x.is_cpu:
+        # NOTE: on a CPU the extension, which reads every tensor itself, does it.
+        weight, lora_A, lora_B, bias = resolved(weight, lora_A, lora_B, bias)
+        lora_N, parts = (None, tuple(resolved(*parts))) if parts else (*resolved(lora_N), None)
     if torch._C._is_any_autocast_enabled():
         # Outside of the Function, so that what it keeps is what it got.
         x = x.to(_operand_dtype(x))
     if trains and not traced:
         function = _Lora2Linear if parts else _LoraLinear
-        apply = function.apply if compiling else function.apply_plainly
-        return apply(x, weight, lora_A, lora_B, *(parts or (lora_N,)), bias, scaling, dropout, seed, backend)
+        apply = function.apply if shown else function.apply_plainly
+        return apply(x, weight, lora_A, lora_B, *(parts or (lora_N,)), bias, scaling, dropout, seed, backend, shown)
     if parts:
         lora_N = register.core_forward(*parts, backend)
     if weight.dtype is not x.dtype:
         weight, bias = _cast(weight, bias, x.dtype)
-    y, _ = register.forward(_rows(x), weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
+    forward = register.forward if shown else register.forward.plainly
+    y, _ = forward(_rows(x), weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
     return _unflatten(y, x)
 
 
 def core(lora_u, lora_E, lora_U, mask, backend="") -> Tensor:
     """U·diag(E ⊙ mask)·u"""
     tensors = (lora_u, lora_E, lora_U)
-    if not torch.compiler.is_compiling():
-        if composing():
-            return reference.lora2_core(*tensors, mask)
-        if torch._C._get_tracing_state() is not None:
-            return register.core_forward(*tensors, mask, backend)
+    if composing():
+        return reference.lora2_core(*tensors, mask)
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        return register.core_forward(*tensors, mask, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Lora2Core.apply(*tensors, mask, backend)
     return register.core_forward(*tensors, mask, backend)
@@ -70,12 +76,12 @@ def core(lora_u, lora_E, lora_U, mask, backend="") -> Tensor:
 
 def composing() -> bool:
     """Whether a transform of torch.func, forward mode or the export to ONNX wants PyTorch's own operations."""
-    return forward_ad._current_level >= 0 or (
-        watched()
-        and (
-            torch._C._are_functorch_transforms_active()
-            or (torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export())
-        )
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or (torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export())
     )
 
 
@@ -94,24 +100,26 @@ def composed(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed) ->
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
-        needs = ctx.needs_input_grad[:6]
-        return _linear_forward(ctx, needs, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
+    def forward(ctx, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, shown):
+        needs, options = ctx.needs_input_grad[:6], (scaling, dropout, seed, backend)
+        return _linear_forward(ctx, needs, shown, x, weight, lora_A, lora_B, lora_N, bias, *options)
 
     @staticmethod
     def backward(ctx, dy):
-        return *_linear_backward(ctx, ctx.saved_tensors, dy), None, None, None, None
+        return *_linear_backward(ctx, ctx.saved_tensors, dy), None, None, None, None, None
 
 
 class _Lora2Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_v, lora_V, lora_u, lora_E, lora_U, mask, bias, scaling, dropout, seed, backend):
+    def forward(
+        ctx, x, weight, lora_v, lora_V, lora_u, lora_E, lora_U, mask, bias, scaling, dropout, seed, backend, shown
+    ):
         dx, dweight, dv, dV, du, dE, dU, _, dbias = ctx.needs_input_grad[:9]
         needs = dx, dweight, dv, dV, du or dE or dU, dbias
         parts = lora_u, lora_E, lora_U, mask
         core = register.core_forward(*parts, backend)
         options = scaling, dropout, seed, backend
-        return _linear_forward(ctx, needs, x, weight, lora_v, lora_V, core, bias, *options, parts=parts)
+        return _linear_forward(ctx, needs, shown, x, weight, lora_v, lora_V, core, bias, *options, parts=parts)
 
     @staticmethod
     def backward(ctx, dy):
@@ -125,7 +133,7 @@ class _Lora2Linear(torch.autograd.Function):
         du = dE = dU = None
         if dcore is not None:
             du, dE, dU = _core_backward(dcore, *parts, ctx.call[3])
-        return dx, dweight, dv, dV, du, dE, dU, None, dbias, None, None, None, None
+        return dx, dweight, dv, dV, du, dE, dU, None, dbias, None, None, None, None, None
 
 
 class _Lora2Core(torch.autograd.Function):
@@ -148,10 +156,11 @@ for _function in (_LoraLinear, _Lora2Linear):
 
 
 def _linear_forward(
-    ctx, needs, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, parts=()
+    ctx, needs, shown, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, parts=()
 ) -> Tensor:
     w, b = (weight, bias) if weight.dtype is x.dtype else _cast(weight, bias, x.dtype)
-    y, T = register.forward(_rows(x), w, lora_A, lora_B, lora_N, b, scaling, dropout, seed, backend)
+    forward = register.forward if shown else register.forward.plainly
+    y, T = forward(_rows(x), w, lora_A, lora_B, lora_N, b, scaling, dropout, seed, backend)
     _keep(ctx, needs, x, T, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, parts)
     return _unflatten(y, x)
 

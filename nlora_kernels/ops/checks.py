@@ -1,5 +1,6 @@
 """Checks of the operations' arguments. Every message names the argument, what was expected and what came."""
 
+import contextlib
 import numbers
 
 import torch
@@ -12,18 +13,30 @@ DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether kernels may read these tensors where they lie: PyTorch's own, strided, without a sign kept as a flag.
+def plain(t: Tensor) -> bool:
+    """Whether a kernel may read a tensor where it lies: PyTorch's own, strided, without a sign kept as a flag.
 
-    This is the one rule for reading memory; that the storage is there is seen when its address is asked for.
+    That its storage is there is seen when its address is asked for.
     """
-    compiling = torch.compiler.is_compiling()
-    for t in tensors:
-        if t is None:
-            continue
-        if type(t) not in _PLAIN or t.layout is not torch.strided or not (compiling or not t.is_neg()):
-            return False
-    return True
+    return type(t) in _PLAIN and t.layout is torch.strided and not t.is_neg()
+
+
+def check_dense(**tensors: Tensor | None) -> None:
+    """TypeError, by name, for a layout that no operation here reads."""
+    for name, t in tensors.items():
+        if t is not None and (t.layout is not torch.strided or t.is_nested):
+            raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
+
+
+def check_memory(**tensors: Tensor | None) -> None:
+    """TypeError or ValueError, by name, for what cannot be read: asked where a call has failed."""
+    check_dense(**tensors)
+    for name, t in tensors.items():
+        if t is not None and type(t) in _PLAIN and t.device.type != "meta" and t.numel():
+            # Tensors of a transform have none to ask.
+            with contextlib.suppress(RuntimeError):
+                if not t.data_ptr():
+                    raise ValueError(f"{name} has no memory: its storage was freed, or is held elsewhere")
 
 
 def foreign(**tensors: Tensor | None) -> str:
@@ -44,9 +57,17 @@ def resolved(*tensors: Tensor | None) -> list[Tensor | None]:
 def fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
     """Whether a call is plainly right. Where it is not, `check_lora_linear` says what is wrong, if anything is."""
     try:
-        dtype, device, (out_features, in_features), (r, A_in) = x.dtype, x.device, weight.shape, lora_A.shape
+        dtype, cpu, (out_features, in_features), (r, A_in) = x.dtype, x.is_cpu, weight.shape, lora_A.shape
+        # NOTE: to ask for a device costs twice as much as to ask whether it is the CPU.
+        device = None if cpu else x.device
         return (
             type(scaling) is float
+            and type(x) in _PLAIN
+            and type(weight) in _PLAIN
+            and type(lora_A) in _PLAIN
+            and type(lora_B) in _PLAIN
+            and (lora_N is None or type(lora_N) in _PLAIN)
+            and (bias is None or type(bias) in _PLAIN)
             and x.shape[-1] == A_in == in_features
             and r > 0
             and lora_B.shape == (out_features, r)
@@ -54,11 +75,25 @@ def fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
             and weight.dtype is dtype
             and lora_A.dtype in DTYPES
             and lora_B.dtype in DTYPES
-            and weight.device == device
-            and lora_A.device == device
-            and lora_B.device == device
-            and (lora_N is None or (lora_N.shape == (r, r) and lora_N.dtype in DTYPES and lora_N.device == device))
-            and (bias is None or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device))
+            and (weight.is_cpu if cpu else weight.device == device)
+            and (lora_A.is_cpu if cpu else lora_A.device == device)
+            and (lora_B.is_cpu if cpu else lora_B.device == device)
+            and (
+                lora_N is None
+                or (
+                    lora_N.shape == (r, r)
+                    and lora_N.dtype in DTYPES
+                    and (lora_N.is_cpu if cpu else lora_N.device == device)
+                )
+            )
+            and (
+                bias is None
+                or (
+                    bias.shape == (out_features,)
+                    and bias.dtype is dtype
+                    and (bias.is_cpu if cpu else bias.device == device)
+                )
+            )
         )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
@@ -67,19 +102,25 @@ def fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
 def fits_core(lora_v, lora_u, lora_E, lora_U, mask) -> bool:
     """The same of `check_lora2_core`, and of the core beside lora_v."""
     try:
-        dtype, device, (r, k) = lora_u.dtype, lora_u.device, lora_u.shape
+        dtype, cpu, (r, k) = lora_u.dtype, lora_u.is_cpu, lora_u.shape
+        device = None if cpu else lora_u.device
         return (
-            k == lora_v.shape[0]
+            type(lora_v) in _PLAIN
+            and type(lora_u) in _PLAIN
+            and type(lora_E) in _PLAIN
+            and type(lora_U) in _PLAIN
+            and (mask is None or type(mask) in _PLAIN)
+            and k == lora_v.shape[0]
             and r > 0
             and lora_E.shape == (r,)
             and lora_U.shape == (k, r)
             and dtype in DTYPES
             and lora_E.dtype is dtype
             and lora_U.dtype is dtype
-            and lora_v.device == device
-            and lora_E.device == device
-            and lora_U.device == device
-            and (mask is None or (mask.shape == (r,) and mask.device == device))
+            and (lora_v.is_cpu if cpu else lora_v.device == device)
+            and (lora_E.is_cpu if cpu else lora_E.device == device)
+            and (lora_U.is_cpu if cpu else lora_U.device == device)
+            and (mask is None or (mask.shape == (r,) and (mask.is_cpu if cpu else mask.device == device)))
         )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
@@ -143,8 +184,7 @@ def _check_tensors(tensors: dict[str, Tensor | None], optional: tuple[str, ...] 
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        if t.layout is not torch.strided or t.is_nested:
-            raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
+        check_dense(**{name: t})
         if t.dtype not in DTYPES:
             allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
             raise TypeError(f"{name} must be one of {allowed}, got {t.dtype}")

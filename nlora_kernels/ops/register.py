@@ -30,7 +30,8 @@ def watched() -> bool:
 def _register(schema: str):
     """Registers an implementation under `schema` for every device; gives the function to call in its place.
 
-    It runs with autocast off, its operands being cast already.
+    It runs with autocast off, its operands being cast already. `plainly` of that function goes past the dispatcher,
+    which costs as much as a small layer's checks; the function itself does where nothing is `watched`.
     """
     name = f"nlora_kernels::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
@@ -43,15 +44,18 @@ def _register(schema: str):
             with torch.autocast(first.device.type, enabled=False):
                 return implementation(first, *args)
 
-        @functools.wraps(implementation)
-        def call(first: Tensor, *args):
-            # Plain tensors in plain eager mode need no dispatcher, which costs as much as a small layer's checks. The
-            # first may be a gradient, whose sign may be a flag; the other tensors were looked at in forward.
-            if watched() or type(first) not in (Tensor, torch.nn.Parameter) or first.is_neg():
-                return operator(first, *args)
+        def plainly(first: Tensor, *args):
             return (without_autocast if torch._C._is_any_autocast_enabled() else implementation)(first, *args)
 
+        @functools.wraps(implementation)
+        def call(first: Tensor, *args):
+            # The first may be a gradient, whose sign may be a flag; the other tensors were looked at in forward.
+            if watched() or type(first) not in (Tensor, torch.nn.Parameter) or first.is_neg():
+                return operator(first, *args)
+            return plainly(first, *args)
+
         torch.library.impl(name, "default")(without_autocast)
+        call.plainly = plainly
         return call
 
     return decorate
