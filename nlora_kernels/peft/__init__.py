@@ -3,7 +3,7 @@
     from nlora_kernels.peft import NLoraConfig
     model = peft.get_peft_model(model, NLoraConfig(r=16, target_modules="all-linear"))
 
-Import this module before loading a saved adapter, and before PEFT's optimizers: it registers the types with PEFT.
+Import this module before loading a saved adapter: it registers the types with PEFT.
 """
 
 # isort: off
