@@ -397,7 +397,8 @@ def _path(name: str, x: Tensor, weight: Tensor, R: int) -> str | None:
     if name == "triton":
         from .backends.triton import launch
 
-        device, tf32, aligned = launch.target(x), launch.tf32(), launch.aligned(x, weight)
+        tf32, aligned = launch.tf32(x.dtype), launch.aligned(*(launch.Layout(*launch.layout(t)) for t in (x, weight)))
+        device = launch.target(x.get_device())
         tile = tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, device)
         single = tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, device)
         launches = "one launch" if single else "two launches"

@@ -87,11 +87,20 @@ def wide_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, al
 
 
 def narrow_tile(
-    M: int, N: int, K: int, columns: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device
+    M: int,
+    N: int,
+    K: int,
+    columns: int,
+    dtype: torch.dtype,
+    tf32: bool,
+    aligned: bool,
+    device: Device,
+    right: torch.dtype | None = None,
 ) -> tuple[Tile, int]:
     """The tile of a product that has a short side, and into how many parts its sum over K is split.
 
-    `columns` is the least width of the tile: all of N where a core follows. The tile is as large as registers allow,
+    `columns` is the least width of the tile: all of N where a core follows. `right` is the dtype in which the right
+    operand is stored where it is not `dtype`. The tile is as large as registers allow,
     for these products read more than they compute, and the sum is split until every processor has a program.
     """
     width = max(columns, min(128, padded(N)))
@@ -106,7 +115,7 @@ def narrow_tile(
         height, depth = 64 if width > 64 else 128, 32 if dtype == torch.float32 else 64
         warps = 4 if asynchronous and width <= 128 else 8
         tile = Tile(min(padded(M), height), width, depth, warps, 3 if asynchronous else 2)
-    while tile.stages > 1 and _shared_bytes(tile, dtype) > device.shared:
+    while tile.stages > 1 and shared_bytes(tile, dtype, right) > device.shared:
         tile = tile._replace(stages=tile.stages - 1)
     tiles = math.ceil(M / tile.m) * math.ceil(N / tile.n)
     splits = 1
@@ -147,13 +156,14 @@ def _candidates(M: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: D
     fitting = {
         tile: share
         for tile, share in tiles.items()
-        if _shared_bytes(tile, dtype) <= device.shared and (device.capability >= 90 or tile.m * tile.n <= 128 * 128)
+        if shared_bytes(tile, dtype) <= device.shared and (device.capability >= 90 or tile.m * tile.n <= 128 * 128)
     }
     return fitting or {Tile(32, 32, 32, 4, 2): 1.0}
 
 
-def _shared_bytes(tile: Tile, dtype: torch.dtype) -> int:
-    return tile.stages * (tile.m + tile.n) * tile.k * dtype.itemsize + RESERVED
+def shared_bytes(tile: Tile, dtype: torch.dtype, right: torch.dtype | None = None) -> int:
+    """What a product takes of shared memory whose operands, or the left one alone, are of `dtype`."""
+    return tile.stages * tile.k * (tile.m * dtype.itemsize + tile.n * (right or dtype).itemsize) + RESERVED
 
 
 def _cost(M: int, N: int, tile: Tile, share: float, device: Device) -> tuple[float, int]:
@@ -225,7 +235,7 @@ def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool
     from .backends.triton import extended, launch
 
     p = testing.problem(M, K, N, R, dtype=dtype, device="cuda")
-    tf32, device = launch.tf32(), launch.target(p.x)
+    tf32, device = launch.tf32(dtype), launch.target(p.x.get_device())
     operands = (p.x, p.weight, p.lora_A, p.lora_N, p.lora_B)
     if not transposed:
         operands = (p.x, p.weight.T.contiguous(), p.lora_A.T.contiguous(), p.lora_N, p.lora_B.T.contiguous())
@@ -264,11 +274,14 @@ def tune(folder: Path | str | None = None, dtype: torch.dtype = torch.bfloat16) 
     reason = triton.unavailable() or (triton.interpreted() and "TRITON_INTERPRET is set")
     if reason:
         raise ValueError(f"tuning needs a GPU on which Triton runs: {reason}")
+    from .backends.triton import launch
+
     # Where it cannot be written is found out before minutes are spent.
     folder = cache.folder() / "tuned" if folder is None else folder
     entries = [measure(*shape, dtype, transposed) for shape in SHAPES for transposed in (True, False)]
     file = save(entries, folder, device_of(torch.cuda.current_device()))
     _entries.cache_clear()
+    launch.forget_plans()
     return file
 
 

@@ -212,6 +212,8 @@ def protocol_faults(ptx: str) -> list[str]:
     raised, awaited = re.search(r"atom\.\S*release", ptx), re.search(r"\.acquire\.", ptx)
     if not (raised and awaited):
         return ["the flag must be raised with release and awaited with acquire"]
+    if not re.search(r"atom\.\S*acq_rel", ptx):
+        return ["the programs that have ended must be counted with acquire and release"]
     before = ptx[: raised.start()]
     if before.rfind("bar.sync") < before.rfind("st.global"):
         return ["a barrier must stand between the last store and the raising of the flag"]
@@ -241,7 +243,8 @@ def matrix(everything: bool) -> list[tuple]:
         (80, "bf16+fp32 dropout", [64], [8192]),
         (100, "bf16 dropout", [64], [8192]),
         (90, "bf16", [16, 64, 128, 256], [16, 8192]),
-        (90, "bf16+fp32", [64], [16, 8192]),
+        (90, "bf16+fp32", [64], [16, 512, 8192]),
+        (80, "bf16+fp32", [256], [512]),
         (90, "fp32", [64], [8192]),
         (80, "bf16", [64, 256], [16, 8192]),
         (100, "bf16", [64, 128, 256], [16, 8192]),

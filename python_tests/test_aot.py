@@ -54,10 +54,12 @@ def test_too_much_shared_memory_and_a_stack_are_faults():
 
 def test_a_flag_raised_without_release_or_before_its_stores_is_a_fault():
     sound = "st.global a; bar.sync 0; atom.global.gpu.release.exch f; ld.global.gpu.acquire.b32 f;"
+    sound += "atom.global.gpu.acq_rel.add e; st.global f;"
     assert aot.protocol_faults(sound) == []
     assert aot.protocol_faults(sound.replace("release", "relaxed"))
     assert aot.protocol_faults(sound.replace("acquire", "relaxed"))
     assert aot.protocol_faults(sound.replace("bar.sync 0; ", ""))
+    assert aot.protocol_faults(sound.replace("acq_rel", "relaxed"))
 
 
 def test_ampere_reads_by_pointers_in_two_launches():

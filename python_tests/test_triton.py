@@ -46,12 +46,20 @@ def time_limit():
     """A fault in the protocol of the single launch waits for ever."""
 
     def expire(*_):
-        raise TimeoutError("the kernel did not end within 60 seconds")
+        raise TimeoutError("the kernel did not end within 60 seconds of this process's own time")
 
-    signal.signal(signal.SIGALRM, expire)
-    signal.alarm(60)
+    signal.signal(signal.SIGPROF, expire)
+    signal.setitimer(signal.ITIMER_PROF, 60)
     yield
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+@pytest.fixture(autouse=True)
+def own_plans():
+    """What a test changes of the device or of the rule holds for its own plans alone."""
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
 
 
 @pytest.fixture
@@ -61,7 +69,8 @@ def small_tiles(monkeypatch):
     def configure(form="two", capability=80, processors=4, splits=3):
         device = tuning.Device("small", capability, processors, 232_448)
         tile = tuning.Tile(16, 16, 16, 4, 2)
-        monkeypatch.setattr(launch, "target", lambda x: device)
+        launch.forget_plans()
+        monkeypatch.setattr(launch, "target", lambda index: device)
         monkeypatch.setattr(tuning, "wide_tile", lambda *_: tile)
         monkeypatch.setattr(tuning, "narrow_tile", lambda M, N, K, columns, *_: (tile._replace(n=columns), splits))
         monkeypatch.setattr(tuning, "single_launch", lambda *_: form == "single")
@@ -208,6 +217,9 @@ def test_launches_follow_one_another(small_tiles):
     many, few = testing.problem(120, 32, 48, 8, device=DEVICE), testing.problem(20, 16, 16, 4, device=DEVICE, seed=1)
     for p in (few, many, few, many):
         testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="triton"), p)
+        # They share counters, which each leaves as it found them.
+        counters = launch.counters(p.x, 1)
+        assert counters is launch.counters(p.x, 1) and not counters.any()
 
 
 @pytest.mark.parametrize("form", ["two", "single"])
@@ -265,8 +277,8 @@ def test_fp32_takes_tf32_only_where_the_user_allowed_it():
     for allowed, precision in (("ieee", "ieee"), ("tf32", "tf32")):
         torch.backends.cuda.matmul.fp32_precision = allowed
         try:
-            assert launch.precision(torch.float32) == precision
-            assert launch.precision(torch.float16) == "ieee"
+            for dtype, expected in ((torch.float32, precision), (torch.float16, "ieee")):
+                assert launch.precision(dtype, launch.tf32(dtype)) == expected
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
 
@@ -281,15 +293,18 @@ def test_what_cannot_run_says_why(monkeypatch):
     if interpreted():
         with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
             testing.results(testing.problem(3, 4, 5, 2, dtype=torch.bfloat16), nk.lora_linear, backend="triton")
+    TABLE["triton"].unavailable.cache_clear()
     monkeypatch.setattr(TABLE["triton"], "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert nk.backends.available()["triton"] == "compute capability 8.0 or newer is needed, got 7.5"
+    TABLE["triton"].unavailable.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     with pytest.raises(ValueError, match="x must be on a GPU, got cpu"):
         testing.results(testing.problem(3, 4, 5, 2), nk.lora_linear, backend="triton")
     with pytest.raises(ValueError, match="lora_u must be on a GPU, got cpu"):
         nk.ops.autograd.core(torch.randn(4, 3), torch.randn(4), torch.randn(3, 4), None, "triton")
+    TABLE["triton"].unavailable.cache_clear()
 
 
 def test_without_gpu_and_interpreter_the_reason_is_given():

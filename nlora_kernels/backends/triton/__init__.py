@@ -3,6 +3,7 @@
 Triton itself is imported when the backend is first used.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ DROPS_INSIDE = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache
 def unavailable() -> str | None:
     reasons = []
     try:
@@ -48,11 +50,17 @@ def misplaced(name: str, t: Tensor) -> str | None:
         return None
     if t.device.type != "cuda":
         return f"{name} must be on a GPU, got {t.device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(t.device) < (8, 0):
+    if torch.version.hip is None and capability(t.device) < (8, 0):
         return f"{t.device} must have compute capability 8.0 or newer"
     return None
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, which takes CPU tensors."""
     from triton import knobs

@@ -4,6 +4,7 @@ C = U·diag(Λ)·u         Λ = E ⊙ mask          u (r, k), E (r), U (k, r), C
 dU = dC·uᵀ·diag(Λ),  du = diag(Λ)·Uᵀ·dC,  dE = mask ⊙ diag(Uᵀ·dC·uᵀ)
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,51 +16,50 @@ BLOCK = 16
 
 
 def forward(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None) -> Tensor:
-    r, k = lora_u.shape
-    core = lora_u.new_empty(k, k)
-    blocks = triton.cdiv(k, BLOCK)
-    launch.run(core_forward, (blocks, blocks), core=core, **_arguments(lora_u, lora_E, lora_U, mask))
+    k = lora_u.shape[1]
+    core = torch.empty((k, k), dtype=lora_u.dtype, device=lora_u.device)
+    operands = dict(u=lora_u, E=lora_E, U=lora_U, mask=mask)
+    planned(core_forward, *map(launch.layout, (lora_u, lora_E, lora_U, mask, None)), lora_u.get_device())(
+        lora_u, core=core, **operands
+    )
     return core
 
 
 def backward(
     d_core: Tensor, lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r, k = lora_u.shape
-    du, dE, dU = (t.new_empty(t.shape) for t in (lora_u, lora_E, lora_U))
-    launch.run(
-        core_backward,
-        (triton.cdiv(r, BLOCK),),
-        d_core=d_core,
-        du=du,
-        dE=dE,
-        dU=dU,
-        d_core_stride_row=d_core.stride(0),
-        d_core_stride_col=d_core.stride(1),
-        **_arguments(lora_u, lora_E, lora_U, mask),
+    du, dE, dU = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (lora_u, lora_E, lora_U))
+    operands = dict(u=lora_u, E=lora_E, U=lora_U, mask=mask)
+    planned(core_backward, *map(launch.layout, (lora_u, lora_E, lora_U, mask, d_core)), lora_u.get_device())(
+        lora_u, d_core=d_core, du=du, dE=dE, dU=dU, **operands
     )
     return du, dE, dU
 
 
-def _arguments(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None) -> dict:
-    r, k = lora_u.shape
-    return dict(
-        on=lora_u,
+@launch.planned
+def planned(kernel, u, E, U, mask, d_core, index) -> launch.Launch:
+    """The launch of a kernel; d_core is None where it is the forward's."""
+    u, E, U = launch.Layout(*u), launch.Layout(*E), launch.Layout(*U)
+    r, k = u.shape
+    blocks = triton.cdiv(k, BLOCK)
+    of_d_core = {}
+    if d_core:
+        of_d_core = dict(zip(("d_core_stride_row", "d_core_stride_col"), launch.Layout(*d_core).strides, strict=True))
+    return launch.Launch(
+        kernel,
+        (triton.cdiv(r, BLOCK),) if d_core else (blocks, blocks),
         warps=4,
-        u=lora_u,
-        E=lora_E,
-        U=lora_U,
-        mask=mask,
         r=r,
         k=k,
-        u_stride_row=lora_u.stride(0),
-        u_stride_col=lora_u.stride(1),
-        E_stride=lora_E.stride(0),
-        U_stride_row=lora_U.stride(0),
-        U_stride_col=lora_U.stride(1),
-        mask_stride=0 if mask is None else mask.stride(0),
+        u_stride_row=u.strides[0],
+        u_stride_col=u.strides[1],
+        E_stride=E.strides[0],
+        U_stride_row=U.strides[0],
+        U_stride_col=U.strides[1],
+        mask_stride=launch.Layout(*mask).strides[0] if mask else 0,
         MASK=mask is not None,
         BLOCK=BLOCK,
+        **of_d_core,
     )
 
 

@@ -4,6 +4,8 @@ Letters: M tokens, K features that are summed over, N features that come out, R 
 are the same kernels; they differ in the orientation in which they read the weight and the adapter.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,14 +14,13 @@ from torch import Tensor
 from ... import tuning
 from ..dropout import Dropout
 from . import launch
+from .cast import cast
 from .dropout import drop
 from .narrow import narrow
 from .tiles import multiply, store_product, store_tile
 
 # Row blocks that share columns of the weight in L2.
 GROUP_M = 8
-# Up to here the weight is read once or twice and bounds the time.
-FEW_ROWS = 64
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def extended_tile(
     store_tile(y, acc, m, n, M, N, N, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed"])
 def extended_product(
     x,
     weight,
@@ -198,7 +199,7 @@ def single_launch(
     raise the flag of their block; the tiles that need it wait for it only after their sum over K. An item waits for
     smaller tickets alone, so the launch advances whichever programs are resident.
 
-    state: int32, all zero: the ticket, then one flag for each row block.
+    state: int32, all zero before and after: the ticket, how many programs have ended, then one flag for each row block.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -221,17 +222,33 @@ def single_launch(
                           BLOCK_M, PADDED_R, True, CORE, TRANSPOSED, DTYPE, PRECISION)
             # NOTE: one thread raises the flag; the barrier puts the stores of all the others before it.
             tl.debug_barrier()
-            tl.atomic_xchg(state + 1 + block, 1, sem="release")
+            tl.atomic_xchg(state + 2 + block, 1, sem="release")
         else:
             block = first + (inside - group) % group
             extended_tile(x, weight, narrow, wide, bias, y, block * BLOCK_M, (inside - group) // group * BLOCK_N,
                           M, N, K, R, x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
-                          wide_stride_row, wide_stride_col, bias_stride, state + 1 + block,
+                          wide_stride_row, wide_stride_col, bias_stride, state + 2 + block,
                           BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, CHECK_K, TRANSPOSED,
                           X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, True, DTYPE, PRECISION,
                           None, 0, 1.0, False)
         # fmt: on
         item = tl.atomic_add(state, 1, sem="relaxed")
+    if tl.atomic_add(state + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        # No other program will draw a ticket or look at a flag.
+        for start in range(0, 2 + tiles_m, BLOCK_M):
+            i = start + tl.arange(0, BLOCK_M)
+            tl.store(state + i, 0, mask=i < 2 + tiles_m)
+
+
+class Plan(NamedTuple):
+    """How the extended product is computed: the tile, whether the adapter is cast before, whether `launch` holds the
+    narrow product too, and if so how many counters it has."""
+
+    tile: tuning.Tile
+    cast: bool
+    single: bool
+    launch: launch.Launch
+    counters: int
 
 
 def widen(
@@ -254,48 +271,86 @@ def widen(
     dropout: of the adapter's input, which is x if transposed, else of what the adapter adds to y.
     tile, single: tile and number of launches in place of those that `tuning` chooses.
     """
+    M, dtype, device = x.shape[0], x.dtype, x.device
+    R, N = shrink.shape[0 if transposed else 1], weight.shape[0 if transposed else 1]
+    y = torch.empty((M, N), dtype=dtype, device=device)
+    orientation = dict(b_transposed=transposed, core_transposed=transposed)
+    if M == 0 or N == 0:
+        return *narrow(x, shrink, core, alpha=alpha, raw=True, **orientation), y
+    plan = planned(
+        launch.layout(x),
+        launch.layout(weight),
+        launch.layout(shrink),
+        launch.layout(core),
+        launch.layout(wide),
+        launch.layout(bias),
+        x.get_device(),
+        launch.tf32(dtype),
+        transposed,
+        tile,
+        single,
+        dropout is not None,
+    )
+    if plan.cast:
+        shrink, core, wide = cast(dtype, shrink, core, wide)
+    operands = dict(x=x, weight=weight, wide=wide, bias=bias, y=y)
+    if not plan.single:
+        inside, after = (dict(dropout=dropout, drops="a"), None) if transposed else ({}, dropout)
+        raw, out = narrow(x, shrink, core, alpha=alpha, raw=True, **orientation, **inside)
+        plan.launch(x, narrow=out, **operands, **launch.mask(after))
+        return raw, out, y
+    raw, out = (torch.empty((M, R), dtype=dtype, device=device) for _ in range(2))
+    state = launch.counters(x, plan.counters)
+    plan.launch(x, shrink=shrink, core=core, raw=raw, narrow=out, state=state, alpha=float(alpha), **operands)
+    return raw, out, y
+
+
+@launch.planned
+def planned(x, weight, shrink, core, wide, bias, index, tf32, transposed, tile, single, dropout) -> Plan:
+    x, weight, shrink, wide = (launch.Layout(*operand) for operand in (x, weight, shrink, wide))
+    core, bias = core and launch.Layout(*core), bias and launch.Layout(*bias)
     (M, K), R = x.shape, shrink.shape[0 if transposed else 1]
     N = weight.shape[0 if transposed else 1]
-    y = x.new_empty(M, N)
-    if M > FEW_ROWS:
-        # Many tiles read the adapter, so it is cast once; for a few rows it is cast in registers, without a launch.
-        shrink, wide = shrink.to(x.dtype), wide.to(x.dtype)
-        core = None if core is None else core.to(x.dtype)
-    device, tf32, aligned = launch.target(x), launch.tf32(), launch.aligned(x, weight)
+    device, aligned = launch.target(index), launch.aligned(x, weight)
     tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, device)
     if single is None:
         # What a mask costs in registers leaves none for two kinds of tile in one program.
-        single = dropout is None and tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, device)
-    if single:
-        raw, out = x.new_empty(M, R), x.new_empty(M, R)
-    else:
-        orientation = dict(b_transposed=transposed, core_transposed=transposed)
-        mask = dict(dropout=dropout, drops="a") if transposed else {}
-        raw, out = narrow(x, shrink, core, alpha=alpha, raw=True, **orientation, **mask)
-    if M == 0 or N == 0:
-        return raw, out, y
-    rank_block = min(tuning.padded(R), tile.k)
-    x_source = launch.source(x, (tile.m, tile.k), x.dtype, device)
-    weight_source = launch.source(weight, (tile.n, tile.k) if transposed else (tile.k, tile.n), x.dtype, device)
-    wide_source = launch.source(wide, (tile.n, rank_block) if transposed else (rank_block, tile.n), x.dtype, device)
+        single = not dropout and tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, device)
+    width = tuning.padded(R)
+    rank_block = min(width, tile.k)
+    # Where the adapter is of another dtype it is cast in registers, without a launch of its own. A program that holds
+    # both kinds of tile, or a tile that fills its registers, has none left for that; and it must fit as it is stored.
+    # NOTE: before Hopper a pipeline holds one stage less than it has.
+    held = tile._replace(k=rank_block, stages=tile.stages - (device.capability < 90))
+    fits = tuning.shared_bytes(held, x.dtype, wide.dtype) <= device.shared
+    room = fits and not (single or tile.m * tile.n > 128 * 128 or x.dtype == torch.float32)
+    first = not room and any(o is not None and o.dtype != x.dtype for o in (shrink, core, wide))
+    if first:
+        shrink, wide = (launch.Layout(o.shape, (o.shape[1], 1), x.dtype, True) for o in (shrink, wide))
+        core = core and launch.Layout(core.shape, (core.shape[1], 1), x.dtype, True)
+    blocks = {"x": (tile.m, tile.k), "weight": (tile.k, tile.n), "wide": (rank_block, tile.n)}
+    blocks |= {"shrink": (tile.k, width)} if single else {}
+    layouts = {"x": x, "weight": weight, "wide": wide, "shrink": shrink}
+    blocks = {
+        name: block[::-1] if transposed and name != "x" else block
+        for name, block in blocks.items()
+        if launch.described(layouts[name], x.dtype, device)
+    }
     arguments = dict(
-        x=x_source,
-        weight=weight_source,
-        narrow=out,
-        wide=wide_source,
-        bias=bias,
-        y=y,
+        blocks=blocks,
+        warps=tile.warps,
+        stages=tile.stages,
         M=M,
         N=N,
         K=K,
         R=R,
-        x_stride_row=x.stride(0),
-        x_stride_col=x.stride(1),
-        weight_stride_row=weight.stride(0),
-        weight_stride_col=weight.stride(1),
-        wide_stride_row=wide.stride(0),
-        wide_stride_col=wide.stride(1),
-        bias_stride=0 if bias is None else bias.stride(0),
+        x_stride_row=x.strides[0],
+        x_stride_col=x.strides[1],
+        weight_stride_row=weight.strides[0],
+        weight_stride_col=weight.strides[1],
+        wide_stride_row=wide.strides[0],
+        wide_stride_col=wide.strides[1],
+        bias_stride=bias.strides[0] if bias else 0,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
@@ -303,40 +358,28 @@ def widen(
         GROUP_M=GROUP_M,
         CHECK_K=K % tile.k != 0,
         TRANSPOSED=transposed,
-        X_DESCRIPTOR=x_source is not x,
-        WEIGHT_DESCRIPTOR=weight_source is not weight,
-        WIDE_DESCRIPTOR=wide_source is not wide,
+        X_DESCRIPTOR="x" in blocks,
+        WEIGHT_DESCRIPTOR="weight" in blocks,
+        WIDE_DESCRIPTOR="wide" in blocks,
         BIAS=bias is not None,
         DTYPE=launch.DTYPES[x.dtype],
-        PRECISION=launch.precision(x.dtype),
+        PRECISION=launch.precision(x.dtype, tf32),
     )
-    blocks, tiles = triton.cdiv(M, tile.m), triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
+    rows = triton.cdiv(M, tile.m)
+    tiles = rows * triton.cdiv(N, tile.n)
     if not single:
-        mask = None if transposed else dropout
-        arguments |= dict(DROPOUT=mask is not None, **launch.mask(mask))
-        launch.run(extended_product, (tiles,), on=x, warps=tile.warps, stages=tile.stages, **arguments)
-        return raw, out, y
-    width = tuning.padded(R)
-    shrink_source = launch.source(shrink, (width, tile.k) if transposed else (tile.k, width), x.dtype, device)
-    launch.run(
+        masked = dropout and not transposed
+        return Plan(tile, first, False, launch.Launch(extended_product, (tiles,), DROPOUT=masked, **arguments), 0)
+    both = launch.Launch(
         single_launch,
-        (min(device.processors, blocks + tiles),),
-        on=x,
-        warps=tile.warps,
-        stages=tile.stages,
-        shrink=shrink_source,
-        core=core,
-        raw=raw,
-        # NOTE: new and cleared at every call, so launches may overlap, and be captured and replayed on any stream.
-        state=torch.zeros(1 + blocks, dtype=torch.int32, device=x.device),
-        shrink_stride_row=shrink.stride(0),
-        shrink_stride_col=shrink.stride(1),
-        core_stride_row=core.stride(0) if core is not None else 0,
-        core_stride_col=core.stride(1) if core is not None else 0,
-        alpha=alpha,
+        (min(device.processors, rows + tiles),),
+        shrink_stride_row=shrink.strides[0],
+        shrink_stride_col=shrink.strides[1],
+        core_stride_row=core.strides[0] if core else 0,
+        core_stride_col=core.strides[1] if core else 0,
         PADDED_R=width,
-        SHRINK_DESCRIPTOR=shrink_source is not shrink,
+        SHRINK_DESCRIPTOR="shrink" in blocks,
         CORE=core is not None,
         **arguments,
     )
-    return raw, out, y
+    return Plan(tile, first, True, both, 2 + rows)

@@ -1,8 +1,19 @@
-"""What every launch needs to know: the device, the precision of fp32, and how an operand is read."""
+"""Launches: what they are prepared from, how they are made again, and what they need to know of the device.
+
+A kernel is launched by `run`, or by a `Launch`, which is prepared once for operands of one layout and then costs the
+host little more than Triton's own launcher. What prepares launches is a plan: a function of layouts and options alone,
+marked `planned`, whose results are remembered. No plan holds a tensor or an address.
+"""
+
+import contextlib
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import tuning
@@ -12,12 +23,93 @@ from . import interpreted
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # What the interpreter takes the CPU for.
 INTERPRETED = tuning.Device("interpreter", 80, 4, 232_448)
+# How many results of each plan are remembered: those of the layers of a model at the numbers of rows that it meets.
+PLANS = 2048
+# Streams whose counters are kept.
+STREAMS = 64
 
 
-def run(kernel, grid: tuple[int, ...], on: Tensor, *, warps: int, stages: int = 1, **arguments) -> None:
-    """Launches a kernel on the device of a tensor and on its current stream."""
+class Layout(NamedTuple):
+    """All that a launch depends on of an operand. `aligned`: its address is a multiple of 16."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    aligned: bool
+
+
+def layout(t: Tensor | None) -> tuple | None:
+    """The fields of a `Layout`."""
+    # NOTE: a plain tuple, which is made and compared at every call.
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0)
+
+
+_PLANNED = []
+
+
+def planned(plan):
+    """Remembers what a plan returned for its arguments."""
+    remembered = functools.lru_cache(PLANS)(plan)
+    _PLANNED.append(remembered)
+    return remembered
+
+
+def forget_plans() -> None:
+    """To be called where the rule that chose tiles, or the device, is another from now on."""
+    for plan in _PLANNED:
+        plan.cache_clear()
+
+
+class Launch:
+    """A kernel and its grid with all arguments that follow from the layouts of its operands.
+
+    Args:
+        blocks: the blocks of those operands that are read by descriptors.
+        arguments: what is the same at every call.
+    """
+
+    def __init__(self, kernel, grid, *, warps: int, stages: int = 1, blocks: dict | None = None, **arguments):
+        self.kernel, self.grid, self.warps, self.stages = kernel, grid, warps, stages
+        self.blocks, self.arguments = blocks or {}, dict.fromkeys(kernel.arg_names) | arguments
+        self._again, self._descriptors = None, {}
+
+    def __call__(self, on: Tensor, **changing) -> None:
+        """Launches on the device of a tensor and on its current stream."""
+        index = on.get_device()
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self._launch(on, changing)
+        self._launch(on, changing)
+
+    def _launch(self, on: Tensor, changing: dict) -> None:
+        if self._again is None:
+            return self._first(on, changing)
+        arguments = self.arguments.copy()
+        for name, value in changing.items():
+            if isinstance(value, Tensor):
+                if name in self._descriptors:
+                    descriptor = object.__new__(TensorDescriptor)
+                    descriptor.__dict__.update(self._descriptors[name], base=value)
+                    value = descriptor
+                else:
+                    value = value.data_ptr()
+            arguments[name] = value
+        self._again(*arguments.values())
+
+    def _first(self, on: Tensor, changing: dict) -> None:
+        """By Triton's own way, which compiles the kernel where it has not been, and looks at all arguments."""
+        made = {name: TensorDescriptor.from_tensor(changing[name], list(block)) for name, block in self.blocks.items()}
+        arguments = self.arguments | changing | made
+        compiled = run(self.kernel, self.grid, on, warps=self.warps, stages=self.stages, **arguments)
+        if compiled is not None:
+            self._descriptors = {name: vars(descriptor) | {"base": None} for name, descriptor in made.items()}
+            self._again = compiled[(*self.grid, 1, 1)[:3]]
+
+
+def run(kernel, grid: tuple[int, ...], on: Tensor, *, warps: int, stages: int = 1, **arguments):
+    """Launches a kernel on the device of a tensor and on its current stream; what was compiled, if anything was."""
     with torch.cuda.device_of(on):
-        kernel[grid](**arguments, **options(warps, stages))
+        return kernel[grid](**arguments, **options(warps, stages))
 
 
 def options(warps: int, stages: int) -> dict:
@@ -47,42 +139,75 @@ def to_device(table: Tensor, on: Tensor) -> Tensor:
     return table.to(on.device, non_blocking=True)
 
 
-def source(matrix: Tensor, block: tuple[int, int], dtype: torch.dtype, device: tuning.Device):
-    """The matrix, or the descriptor of its tiles where the device copies them by itself and the matrix allows it.
+_COUNTERS: dict[tuple[int, int], Tensor] = {}
+
+
+def counters(on: Tensor, count: int) -> Tensor:
+    """`count` int32 zeros at least, for a launch on the current stream that leaves them zero.
+
+    Launches on one stream follow one another, so they share them. A CUDA graph is replayed on any stream: what it
+    captures has zeros of its own.
+    """
+    if capturing(on):
+        return torch.zeros(count, dtype=torch.int32, device=on.device)
+    key = (on.get_device(), driver.active.get_current_stream(on.get_device()) if on.is_cuda else 0)
+    kept = _COUNTERS.get(key)
+    if kept is None or kept.numel() < count:
+        kept = _COUNTERS[key] = _outlasting(max(1024, 2 * count), on)
+        while len(_COUNTERS) > STREAMS:
+            _COUNTERS.pop(next(iter(_COUNTERS)), None)
+    return kept
+
+
+def _outlasting(count: int, on: Tensor) -> Tensor:
+    """Zeros that belong to no memory pool: that of a CUDA graph that is being warmed up must not outlast its step."""
+    stream = torch.cuda.current_stream(on.device) if on.is_cuda else None
+
+    def zeros():
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            return torch.zeros(count, dtype=torch.int32, device=on.device)
+
+    # NOTE: a pool takes what its own thread allocates.
+    with ThreadPoolExecutor(1) as another:
+        return another.submit(zeros).result()
+
+
+def described(operand: Layout, dtype: torch.dtype, device: tuning.Device) -> bool:
+    """Whether an operand is read by descriptors of its tiles: the device copies them by itself.
 
     It must be of the dtype of the product: what is cast passes through registers.
     """
-    if device.capability < 90 or matrix.dtype != dtype or not aligned(matrix):
-        return matrix
-    return TensorDescriptor.from_tensor(matrix, list(block))
+    return device.capability >= 90 and operand.dtype == dtype and aligned(operand)
 
 
-def aligned(*matrices: Tensor) -> bool:
-    """Whether a descriptor (cuTensorMapEncodeTiled) can describe the matrices: their rows are contiguous, start at
+def aligned(*operands: Layout) -> bool:
+    """Whether a descriptor (cuTensorMapEncodeTiled) can describe matrices: their rows are contiguous, start at
     multiples of 16 bytes and do not overlap, as the rows of an expanded or unfolded tensor do."""
     return all(
-        m.numel() > 0
-        and m.stride(1) == 1
-        and m.stride(0) >= m.shape[1]
-        and m.stride(0) * m.element_size() % 16 == 0
-        and m.data_ptr() % 16 == 0
-        and max(m.shape) <= 2**32
-        and m.stride(0) * m.element_size() < 2**40
-        for m in matrices
+        o.aligned
+        and 0 not in o.shape
+        and o.strides[1] == 1
+        and o.strides[0] >= o.shape[1]
+        and o.strides[0] * o.dtype.itemsize % 16 == 0
+        and max(o.shape) <= 2**32
+        and o.strides[0] * o.dtype.itemsize < 2**40
+        for o in operands
     )
 
 
-def target(x: Tensor) -> tuning.Device:
-    return INTERPRETED if interpreted() else tuning.device_of(x.device.index)
+def target(index: int) -> tuning.Device:
+    """The device of an index; -1 stands for the CPU."""
+    return INTERPRETED if interpreted() else tuning.device_of(index)
 
 
-def tf32() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether products of a dtype may be computed in TF32."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, tf32: bool) -> str:
     # NOTE: Triton's own default for fp32 is TF32.
-    return "tf32" if dtype == torch.float32 and tf32() else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32 else "ieee"
 
 
 def mask(dropout: Dropout | None) -> dict:

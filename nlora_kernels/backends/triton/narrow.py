@@ -3,6 +3,8 @@
 Letters: M rows, N columns, K features or tokens that are summed over.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from .tiles import multiply, store_product, store_tile
 WIDEST_CORE = 256
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed"])
 def narrow_product(
     a,
     b,
@@ -122,6 +124,14 @@ def sum_slices(
     # fmt: on
 
 
+class Plan(NamedTuple):
+    """How a product is computed: the parts of its sum, and the launches."""
+
+    splits: int
+    product: launch.Launch
+    finish: launch.Launch | None
+
+
 def narrow(
     a: Tensor,
     b: Tensor,
@@ -142,55 +152,79 @@ def narrow(
     on request, is in that dtype; out in `dtype`, a's by default. Where out alone is wanted, a·b meets the core in fp32.
     `drops` names the operand, not transposed, to which dropout applies.
     """
-    M, K = a.T.shape if a_transposed else a.shape
-    N = b.shape[0] if b_transposed else b.shape[1]
-    out = a.new_empty(M, N, dtype=dtype or a.dtype)
-    raw_out = a.new_empty(M, N) if raw else None
+    M, N, device = a.shape[1 if a_transposed else 0], b.shape[0 if b_transposed else 1], a.device
+    # NOTE: Triton takes the integer 1 for a constant.
+    dtype, alpha = dtype or a.dtype, float(alpha)
     if core is not None and N > WIDEST_CORE:
         same = dict(a_transposed=a_transposed, b_transposed=b_transposed, dropout=dropout, drops=drops)
         product = narrow(a, b, **same)[1]
         return product, narrow(product, core, alpha=alpha, b_transposed=core_transposed, dtype=dtype)[1]
+    # NOTE: torch.empty costs the host less than new_empty.
+    out = torch.empty((M, N), dtype=dtype, device=device)
+    raw_out = torch.empty((M, N), dtype=a.dtype, device=device) if raw else None
     if M == 0 or N == 0:
         return raw_out, out
-    device, tf32 = launch.target(a), launch.tf32()
-    columns = tuning.padded(N) if core is not None else 16
-    tile, splits = tuning.narrow_tile(M, N, K, columns, a.dtype, tf32, launch.aligned(a, b), device)
+    plan = planned(
+        launch.layout(a),
+        launch.layout(b),
+        launch.layout(core),
+        a.get_device(),
+        launch.tf32(a.dtype),
+        a_transposed,
+        b_transposed,
+        core_transposed,
+        raw,
+        dtype,
+        drops if dropout else "",
+    )
+    finish = dict(core=core, raw=raw_out, out=out, alpha=alpha)
+    if not plan.finish:
+        plan.product(a, a=a, b=b, **finish, **launch.mask(dropout))
+        return raw_out, out
+    slices = torch.empty((plan.splits, M, N), dtype=torch.float32, device=device)
+    plan.product(a, a=a, b=b, slices=slices, alpha=alpha, **launch.mask(dropout))
+    plan.finish(a, slices=slices, **finish)
+    return raw_out, out
+
+
+@launch.planned
+def planned(a, b, core, index, tf32, a_transposed, b_transposed, core_transposed, raw, dtype, drops) -> Plan:
+    """`dtype`: out's, for which the launches are compiled."""
+    a, b, core = launch.Layout(*a), launch.Layout(*b), core and launch.Layout(*core)
+    M, K = reversed(a.shape) if a_transposed else a.shape
+    N = b.shape[0] if b_transposed else b.shape[1]
+    device, precision = launch.target(index), launch.precision(a.dtype, tf32)
+    columns = tuning.padded(N) if core else 16
+    tile, splits = tuning.narrow_tile(M, N, K, columns, a.dtype, tf32, launch.aligned(a, b), device, b.dtype)
     # NOTE: the fp32 product with a core follows the sum in a kernel of its own; behind a sum it would spill registers.
     split = splits > 1 or (core is not None and not raw)
-    slices = a.new_empty(splits, M, N, dtype=torch.float32) if split else None
-    a_block = (tile.k, tile.m) if a_transposed else (tile.m, tile.k)
-    b_block = (tile.n, tile.k) if b_transposed else (tile.k, tile.n)
-    a_source, b_source = launch.source(a, a_block, a.dtype, device), launch.source(b, b_block, a.dtype, device)
-    precision = launch.precision(a.dtype)
+    blocks = {
+        "a": (tile.k, tile.m) if a_transposed else (tile.m, tile.k),
+        "b": (tile.n, tile.k) if b_transposed else (tile.k, tile.n),
+    }
+    blocks = {name: blocks[name] for name, o in (("a", a), ("b", b)) if launch.described(o, a.dtype, device)}
     finish = dict(
-        core=core,
-        raw=raw_out,
-        out=out,
         M=M,
         N=N,
-        core_stride_row=core.stride(0) if core is not None else 0,
-        core_stride_col=core.stride(1) if core is not None else 0,
-        alpha=alpha,
+        core_stride_row=core.strides[0] if core else 0,
+        core_stride_col=core.strides[1] if core else 0,
         STORE_RAW=raw,
         CORE=core is not None,
         CORE_TRANSPOSED=core_transposed,
         CORE_DTYPE=launch.DTYPES[a.dtype if raw else torch.float32],
         CORE_PRECISION=precision if raw or a.dtype == torch.float32 else "tf32x3",
     )
-    launch.run(
+    product = launch.Launch(
         narrow_product,
         (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n), splits),
-        on=a,
         warps=tile.warps,
         stages=tile.stages,
-        a=a_source,
-        b=b_source,
-        slices=slices,
+        blocks=blocks,
         K=K,
-        a_stride_row=a.stride(0),
-        a_stride_col=a.stride(1),
-        b_stride_row=b.stride(0),
-        b_stride_col=b.stride(1),
+        a_stride_row=a.strides[0],
+        a_stride_col=a.strides[1],
+        b_stride_row=b.strides[0],
+        b_stride_col=b.strides[1],
         SPLIT=split,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
@@ -198,27 +232,25 @@ def narrow(
         CHECK_K=K % tile.k != 0,
         A_TRANSPOSED=a_transposed,
         B_TRANSPOSED=b_transposed,
-        A_DESCRIPTOR=a_source is not a,
-        B_DESCRIPTOR=b_source is not b,
-        DROPS=drops if dropout else "",
+        A_DESCRIPTOR="a" in blocks,
+        B_DESCRIPTOR="b" in blocks,
+        DROPS=drops,
         DTYPE=launch.DTYPES[a.dtype],
         PRECISION=precision,
-        **launch.mask(dropout),
         **finish,
     )
-    if split:
-        width = columns if core is not None else min(tuning.padded(N), 128)
-        height = max(16, 2048 // width)
-        launch.run(
-            sum_slices,
-            (triton.cdiv(M, height) * triton.cdiv(N, width),),
-            on=a,
-            warps=8 if width > 128 else 4,
-            slices=slices,
-            splits=splits,
-            slice_stride=M * N,
-            BLOCK_M=height,
-            BLOCK_N=width,
-            **finish,
-        )
-    return raw_out, out
+    if not split:
+        return Plan(splits, product, None)
+    width = columns if core else min(tuning.padded(N), 128)
+    height = max(16, 2048 // width)
+    total = launch.Launch(
+        sum_slices,
+        (triton.cdiv(M, height) * triton.cdiv(N, width),),
+        warps=8 if width > 128 else 4,
+        splits=splits,
+        slice_stride=M * N,
+        BLOCK_M=height,
+        BLOCK_N=width,
+        **finish,
+    )
+    return Plan(splits, product, total)
