@@ -82,6 +82,15 @@ def test_every_method_shape_and_kind_is_asked_for():
     assert cases.REAL.runs == 200
 
 
+def test_what_a_backend_can_initialise_is_asked_for():
+    for backend in backends.ON_GPU:
+        nystrom = ROOT / "nlora_kernels" / "backends" / backend / "nystrom.py"
+        more = {"rows": "squared_norms", "cols": "squared_norms", "solution": "solve_triangular"}
+        there = {result for result, function in more.items() if f"def {function}(" in nystrom.read_text()}
+        asked = [c for c in cases.cases_of(backend, "float16", cases.REAL) if c.detail == "initialisation"]
+        assert asked and all(case.results == {"A", "N", "B", "weight"} | there for case in asked)
+
+
 def test_what_is_optional_is_what_the_backends_refuse():
     """By shape alone: a backend that refuses what it should take does not pass."""
     for case in cases.cases_of("cuda", "bfloat16", cases.REAL):

@@ -200,7 +200,8 @@ class _Run:
     def start(self, task: dict[str, Any], patience: float) -> Trial:
         task = {"nonce": secrets.token_hex(16), "gpu": self.gpu, "rehearse": self.rehearse} | task
         report = self.scratch / task["nonce"]
-        environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NLORA_BACKEND")}
+        # What names no backend there is what the named one is compared with.
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"NLORA_BACKEND": "lean"}
         if self.rehearse:
             environment["TRITON_INTERPRET"] = "1"
         patience = min(patience, max(0.0, self.deadline - time.monotonic()))

@@ -26,7 +26,8 @@ class Sizes(NamedTuple):
     """What is run on: a GPU, or on the CPU in rehearsal.
 
     checked: shapes of the error budget. repeated, replayed: of bitwise repeats and of CUDA graphs. timed, dropped: of
-    times, the latter with dropout. cores: r and k of the core of LoRA². runs: repeats of a shape. rounds: of timing.
+    times, the latter with dropout. initialised: in, out and r of Nyström initialisation. cores: r and k of the core of
+    LoRA². runs: repeats of a shape. rounds: of timing.
     """
 
     checked: tuple[tuple[int, int, int, int], ...]
@@ -34,6 +35,7 @@ class Sizes(NamedTuple):
     replayed: tuple[tuple[int, int, int, int], ...]
     timed: tuple[tuple[int, int, int, int], ...]
     dropped: tuple[tuple[int, int, int, int], ...]
+    initialised: tuple[tuple[int, int, int], ...]
     cores: tuple[tuple[int, int], ...]
     runs: int
     rounds: int
@@ -72,6 +74,7 @@ REAL = Sizes(
         (4096, 11008, 4096, 64),
     ),
     dropped=((2048, 768, 768, 16), (2048, 4096, 4096, 16), (8192, 4096, 4096, 64)),
+    initialised=((768, 768, 8), (4096, 4096, 128), (4096, 11008, 64)),
     cores=((8, 8), (64, 32)),
     runs=200,
     rounds=15,
@@ -82,6 +85,7 @@ REHEARSED = Sizes(
     replayed=((23, 64, 48, 8),),
     timed=((16, 64, 64, 8),),
     dropped=((16, 64, 64, 8),),
+    initialised=((40, 48, 8),),
     cores=((8, 8),),
     runs=2,
     rounds=2,
@@ -92,7 +96,8 @@ class Case(NamedTuple):
     """One thing to show.
 
     kind: "witness", "budget", "repeats", "replay" or "time". detail: of METHODS, or the operation that is timed.
-    optional: a backend may refuse it, for its sizes are such as kernels for matrix units need not take.
+    optional: a backend may refuse it, for its sizes are such as kernels for matrix units need not take. more: results
+    that only some backends give.
     """
 
     kind: str
@@ -100,6 +105,7 @@ class Case(NamedTuple):
     shape: tuple[int, int, int, int]
     adapter: str
     optional: bool = False
+    more: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -111,7 +117,7 @@ class Case(NamedTuple):
         if self.kind in ("witness", "budget"):
             return frozenset(["y", *(f"d{name}" for name in METHODS[self.detail])])
         if self.kind == "time":
-            return frozenset(RESULTS_OF[self.detail])
+            return frozenset(RESULTS_OF[self.detail] + self.more)
         return frozenset()
 
 
@@ -119,8 +125,11 @@ RESULTS_OF = {
     "forward": ("y",),
     "backward": ("dx", "dlora_A", "dlora_B", "dlora_N"),
     "dropout": (),
+    "initialisation": ("A", "N", "B", "weight"),
     "lora2_core": ("core", "du", "dE", "dU"),
 }
+# Of initialisation, where a backend has norms of rows and columns, and triangular solves, too.
+NORMS_AND_SOLVES = {"triton": ("rows", "cols", "solution")}
 
 
 def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
@@ -143,6 +152,10 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
         found += [Case("time", op, shape, adapter) for shape in sizes.timed for op in ("forward", "backward")]
     if drops:
         found += [Case("time", "dropout", shape, "float32") for shape in sizes.dropped]
+    if hasattr(backends.TABLE[backend], "initialisation"):
+        more = NORMS_AND_SOLVES.get(backend, ())
+        shapes = [(1, *shape) for shape in sizes.initialised]
+        found += [Case("time", "initialisation", shape, dtype, more=more) for shape in shapes]
     found += [Case("time", "lora2_core", (r, k, 1, 1), dtype) for r, k in sizes.cores]
     return found
 

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, fusion, ops, testing
+from .. import backends, fusion, init, ops, testing
 from ..backends import Dropout, Needs, verified
-from .cases import METHODS, REAL, REHEARSED, Case, Sizes, cases_of, dtype_of
+from .cases import METHODS, NORMS_AND_SOLVES, REAL, REHEARSED, Case, Sizes, cases_of, dtype_of
 
 SCALING, P_DROPPED, SEED = 0.7, 0.3, 2**40 + 7
 # Milliseconds that a timed batch of calls takes about, and how many calls it has at the most.
@@ -299,6 +299,42 @@ def _dropout_calls(case, module, backend, dtype, machine):
     return ([inside], [outside]), {}
 
 
+def _initialisation_calls(case, module, backend, dtype, machine):
+    """W − s·B·N·A in place; and what else initialises an adapter on the device, checked along with it."""
+    _, K, N, r = case.shape
+    generator = torch.Generator(machine.device).manual_seed(r)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=machine.device)
+
+    weight = normal(N, K).mul_(K**-0.5).to(dtype_of(dtype))
+    kernels = module.initialisation(weight, r)
+    rows, cols = (torch.randperm(size, generator=generator, device=machine.device)[:r] for size in (N, K))
+    A, core, B = kernels.gather(weight, rows, cols)
+    right = {"A": (A, weight[rows]), "N": (core, weight[rows][:, cols]), "B": (B, weight[:, cols])}
+    errors = {
+        (name, norm): (float((got != true).sum()), 0.0) for name, (got, true) in right.items() for norm in (math.inf, 2)
+    }
+    exact = weight.double() - SCALING * B.double() @ core.double() @ A.double()
+    ours, lean = weight.clone(), weight.clone()
+    kernels.subtract_([ours], [A], [core], [B], SCALING)
+    init.subtract_(lean, A, core, B, SCALING)
+    compared = {"weight": (ours, lean, exact)}
+    if backend in NORMS_AND_SOLVES:
+        triangle, many = torch.linalg.qr(normal(2 * r, r)).R, normal(r, 300)
+        solution = torch.linalg.solve_triangular(triangle.double(), many.double(), upper=True)
+        norms = [[w.square().sum(dim) for dim in (1, 0)] for w in (weight.float(), weight.double())]
+        for name, got, plain, true in zip(("rows", "cols"), kernels.squared_norms(weight), *norms, strict=True):
+            compared[name] = (got, plain.to(got.dtype), true)
+        plain = torch.linalg.solve_triangular(triangle, many, upper=True)
+        compared["solution"] = (kernels.solve_triangular(triangle, many), plain, solution)
+
+    def subtract():
+        kernels.subtract_([ours], [A], [core], [B], 1e-4)
+
+    return ([subtract], [lambda: init.subtract_(lean, A, core, B, 1e-4)]), errors | _against(torch.float32, compared)
+
+
 def _core_calls(case, module, backend, dtype, machine):
     r, k = case.shape[:2]
     generator = torch.Generator(machine.device).manual_seed(r)
@@ -323,6 +359,7 @@ CALLS = {
     "forward": _forward_calls,
     "backward": _backward_calls,
     "dropout": _dropout_calls,
+    "initialisation": _initialisation_calls,
     "lora2_core": _core_calls,
 }
 KINDS = {"witness": witness, "budget": budget, "repeats": repeats, "replay": replay, "time": timed}
@@ -391,6 +428,9 @@ def _refusal(case: Case, backend: str, dtype: str, device: torch.device) -> str 
     if case.detail == "lora2_core":
         return None
     M, K, N, R = case.shape
+    if case.detail == "initialisation":
+        weight = torch.empty(N, K, dtype=dtype_of(dtype), device=device)
+        return None if backends.TABLE[backend].initialisation(weight, R) else "it has no kernels for this weight"
 
     def empty(rows, cols, to):
         return torch.empty(rows, cols, dtype=dtype_of(to), device=device)
