@@ -5,12 +5,16 @@ generator where none is given, so a seed means the same on every device.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .commit import commit
 
 METHODS = ("lora", "slora", "slora_gaussian", "nystrom")
 CORES = ("sample", "optimal", "pinv")
@@ -94,12 +98,11 @@ def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None =
     return _select(weight, r, how, generator)
 
 
-@torch.no_grad()
 def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: float) -> Tensor:
     """W ← W − s·B·N·A, in place; returns W.
 
     The product is accumulated in fp32 and W rounded once. 16-bit weights pass through fp32 in tiles of rows, so nothing
-    of W's size is allocated.
+    of W's size is allocated. An interrupt comes before or after, never between two tiles.
 
     Args:
         weight: W (out, in), any strides.
@@ -108,6 +111,15 @@ def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: f
     Raises:
         TypeError: weight is no floating tensor. ValueError: shapes do not fit.
     """
+    subtract_with(weight, A, N, B, scaling)
+    return weight
+
+
+@torch.no_grad()
+def subtract_with(
+    weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: float, *steps: Callable[[], object]
+) -> None:
+    """`subtract_` and the steps in one `commit`."""
     _check_weight(weight)
     out_features, in_features = weight.shape
     r = A.shape[0]
@@ -115,18 +127,27 @@ def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: f
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
     if subtract := _kernel("subtract_", weight, r):
-        subtract([weight], [A], [N], [B], scaling)
-        return weight
+        # Between a launch and what follows it an interrupt could come: then the launch is made on a copy.
+        target = weight.detach().clone() if steps else weight
+        subtract([target], [A], [N], [B], scaling)
+        if steps:
+            commit(partial(Tensor.copy_, weight, target), *steps)
+        return
     dtype = _accumulator(weight.dtype)
     left, right = B.to(dtype), A.to(dtype)
     left = left * -scaling if N is None else left @ (N.to(dtype) * -scaling)
     if weight.dtype == dtype:
-        add_product_ = getattr(backends.select(None, weight, operation="initialisation"), "add_product_", None)
-        done = add_product_ and add_product_(weight, left, right)
-        return weight if done else weight.addmm_(left, right)
-    for part, left_part in zip(weight.split(_TILE_ROWS), left.split(_TILE_ROWS), strict=True):
-        part.copy_(part.to(dtype).addmm_(left_part, right))
-    return weight
+        product_adder = getattr(backends.select(None, weight, operation="initialisation"), "product_adder", None)
+        add = product_adder and product_adder(weight, left, right)
+        if add and commit(*steps, given=add):
+            torch.autograd.graph.increment_version(weight)
+        else:
+            commit(partial(Tensor.addmm_, weight, left, right), *steps)
+        return
+    tiles = weight.split(_TILE_ROWS)
+    # Lazily: one tile is in fp32 at a time.
+    sums = map(Tensor.addmm_, map(Tensor.to, tiles, repeat(dtype)), left.split(_TILE_ROWS), repeat(right))
+    commit(partial(deque, map(Tensor.copy_, tiles, sums), 0), *steps)
 
 
 def adapter(

@@ -1,11 +1,14 @@
 """Adapter layers as plain nn.Modules: a frozen linear layer and its trainable matrices. No PEFT needed."""
 
 import numbers
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from . import fusion
+from .commit import attributes, commit
 from .init import METHODS, subtract_
 from .init import adapter as initial_adapter
 from .init import lora2 as initial_lora2
@@ -46,24 +49,31 @@ class _AdapterLinear(nn.Module):
         """The probability of dropout that is in effect: none in eval mode."""
         return self.dropout if self.training else 0.0
 
-    def delta_weight(self) -> Tensor:
-        """s·B·N·A, (out, in), in the adapter's dtype."""
-        A, N, B = self.matrices()
+    def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """s·B·N·A, (out, in), what `merge` adds to the base weight; computed in `dtype`, by default the adapter's."""
+        A, N, B = (None if t is None else t.to(dtype or t.dtype) for t in self.matrices())
         return self.scaling * ((B if N is None else B @ N) @ A)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W ← W + s·B·N·A in place; forward is then the base layer alone. Nothing happens if merged already."""
+        """W ← W + s·B·N·A in place; forward is then the base layer alone. Nothing happens if merged already.
+
+        The product is made first, in memory of W's size, and added at once: an interrupt leaves weight and `merged` as
+        they were or both changed.
+        """
         if not self.merged:
-            subtract_(self.base.weight, *self.matrices(), -self.scaling)
-            self.merged = True
+            self._shift(Tensor.add_, merged=True)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """W ← W − s·B·N·A in place: undoes `merge`, up to one rounding of W."""
+        """W ← W − s·B·N·A in place: undoes `merge`, up to one rounding of W that doing both again does not repeat."""
         if self.merged:
-            subtract_(self.base.weight, *self.matrices(), self.scaling)
-            self.merged = False
+            self._shift(Tensor.sub_, merged=False)
+
+    def _shift(self, change: Callable[[Tensor, Tensor], Tensor], merged: bool) -> None:
+        # Rounded on its own, so that what is taken away is bitwise what was added.
+        delta = self.delta_weight(torch.promote_types(self.base.weight.dtype, torch.float32))
+        commit(partial(change, self.base.weight, delta), attributes(self, merged=merged))
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}"
@@ -107,6 +117,7 @@ class NLoraLinear(_AdapterLinear):
         if outer:
             self.register_buffer("lora_A0", lora_A.detach().clone())
             self.register_buffer("lora_B0", lora_B.detach().clone())
+            self.initial_scaling = self.scaling
             subtract_(base.weight, self.lora_A0, self.lora_N0, self.lora_B0, self.scaling)
 
     @classmethod
@@ -133,7 +144,8 @@ class NLoraLinear(_AdapterLinear):
                 are for "nystrom". At step 0 all but "nystrom" leave the layer's function unchanged.
             train: "all", or "core" for lora_N alone (IntTune, with init="nystrom").
             residual: make step 0 exact for "nystrom" too, by W ← W − s·B·N·A (in place), or, with train="core", by
-                using lora_N − lora_N0 and leaving W alone.
+                using lora_N − lora_N0 and leaving W alone. Setting `scaling` scales the whole effect: 0 is the linear
+                layer as it came.
             dropout: of the adapter's input in training, from 0 to 1.
             generator: for the random initialisations.
             dtype: of the adapter; default fp32 on a 16-bit base, else the base's.
@@ -154,13 +166,33 @@ class NLoraLinear(_AdapterLinear):
         core_moves = self.residual and self.train_matrices == "core"
         return self.lora_A, self.lora_N - self.lora_N0 if core_moves else self.lora_N, self.lora_B
 
+    def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        delta = super().delta_weight(dtype)
+        if self._excess:
+            A0, N0, B0 = (t.to(delta.dtype) for t in self._initial())
+            delta = delta + self._excess * (B0 @ N0 @ A0)
+        return delta
+
+    def _initial(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.lora_A0, self.lora_N0, self.lora_B0
+
+    @property
+    def _excess(self) -> float:
+        """What of B₀·N₀·A₀ is out of the base weight too much since `scaling` was changed."""
+        return self.initial_scaling - self.scaling if "lora_A0" in self._buffers else 0.0
+
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base(x)
         A, N, B = self.matrices()
-        if self.obstacle():
-            return self.base(x) + fusion.branch(x, A, B, N, self.scaling, self.dropped).to(x.dtype)
-        return lora_linear(x, self.base.weight, A, B, N, self.base.bias, scaling=self.scaling, dropout=self.dropped)
+        excess = self._excess
+        if not excess and not self.obstacle():
+            return lora_linear(x, self.base.weight, A, B, N, self.base.bias, scaling=self.scaling, dropout=self.dropped)
+        y = self.base(x) + fusion.branch(x, A, B, N, self.scaling, self.dropped).to(x.dtype)
+        if excess:
+            A0, N0, B0 = self._initial()
+            y = y + fusion.branch(x, A0, B0, N0, excess).to(x.dtype)
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, train={self.train_matrices!r}, residual={self.residual}"

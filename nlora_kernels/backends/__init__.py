@@ -13,8 +13,9 @@ A backend is a module with these plain functions; it knows nothing of autograd, 
     initialisation(weight, r) -> module | None                       (optional)
         for `init`, if it can take this weight: its own gather, squared_norms, subtract_ and solve_triangular, or
         those of them that it has
-    add_product_(weight, left, right) -> bool                        (optional)
-        weight += left·right in place, if it is faster at that than PyTorch
+    product_adder(weight, left, right) -> callable | None            (optional)
+        C that adds left·right to weight in place and returns True, or does nothing and returns False where PyTorch is
+        faster; None where it cannot
     lora2_training(tensors, size) -> module | None                   (optional)
         smooth, mask, penalty and penalty_backward of its own for `lora2`, if it can take adapters of these tensors
 

@@ -9,6 +9,9 @@ On a CPU a call is computed in one of four ways (`Cpu.plan`), which differ in wh
               for a half-precision weight would round small updates away
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -144,15 +147,14 @@ class Cpu:
         _C.cpu_lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask, *grads)
         return grads
 
-    def add_product_(self, weight, left, right) -> bool:
-        """weight += left·right; False, with nothing done, where the library is faster or must do it."""
+    def product_adder(self, weight, left, right) -> Callable[[], bool] | None:
+        """weight += left·right when called; False, with nothing done, where the library is faster or must do it."""
         for t in (weight, left, right):
             if not t.is_cpu or t.dtype != torch.float32 or type(t) not in (torch.nn.Parameter, Tensor):
-                return False
-        if weight.stride(1) != 1 or not _C.cpu_add_product(weight, left, right, torch.get_num_threads()):
-            return False
-        torch.autograd.graph.increment_version(weight)
-        return True
+                return None
+        if weight.stride(1) != 1:
+            return None
+        return partial(_C.cpu_add_product, weight, left, right, torch.get_num_threads())
 
 
 cpu = Cpu()
