@@ -59,8 +59,8 @@ def reference_delta(layer, adapter):
     N = layer.lora_N[adapter].weight if adapter in layer.lora_N else torch.eye(len(A))
     if adapter not in layer.lora_N0:
         return s * B @ N @ A
-    A0, B0 = (layer.lora_A0[adapter].kept, layer.lora_B0[adapter].kept) if adapter in layer.lora_A0 else (A, B)
-    return s * (B @ N @ A - B0 @ layer.lora_N0[adapter].kept @ A0)
+    A0, B0 = (layer.lora_A0[adapter].weight, layer.lora_B0[adapter].weight) if adapter in layer.lora_A0 else (A, B)
+    return s * (B @ N @ A - B0 @ layer.lora_N0[adapter].weight @ A0)
 
 
 def trainable(model) -> int:

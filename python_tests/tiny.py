@@ -2,6 +2,7 @@
 
 import contextlib
 
+import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -69,7 +70,7 @@ def perturb(model: nn.Module, scale: float = 0.1, adapter: str = "") -> None:
 @contextlib.contextmanager
 def counted_fusions():
     """Gives a list that grows by one whenever a layer and its adapter are computed as one operation."""
-    calls, originals = [], {kind: kind.fused for kind in (FusedLinear, LoRA2Linear)}
+    calls, patch = [], pytest.MonkeyPatch()
 
     def counting(original):
         def fused(layer, *args):
@@ -78,10 +79,9 @@ def counted_fusions():
 
         return fused
 
-    for kind, original in originals.items():
-        kind.fused = counting(original)
+    for kind, name in ((FusedLinear, "_fused"), (LoRA2Linear, "fused")):
+        patch.setattr(kind, name, counting(getattr(kind, name)))
     try:
         yield calls
     finally:
-        for kind, original in originals.items():
-            kind.fused = original
+        patch.undo()

@@ -10,7 +10,7 @@ Import this module before loading a saved adapter: it registers the types with P
 from . import required  # noqa: F401
 # isort: on
 
-from . import optimizers  # noqa: F401
+from . import guards, optimizers  # noqa: F401
 from .config import LoRA2Config, NLoraConfig
 from .fuse import fuse, unfuse
 from .lora2 import LoRA2Linear

@@ -1,15 +1,19 @@
 """PEFT's LoRA linear layer with base layer and adapter computed as one operation."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import Linear
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
-from peft.utils.integrations import dequantize_module_weight
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .. import fusion
+from ..commit import commit
 from ..ops import lora_linear
+from . import base as base_weights
 
 
 class Term(NamedTuple):
@@ -18,6 +22,8 @@ class Term(NamedTuple):
     name: str
     # Which samples of the batch take part; None for all.
     rows: list[int] | None = None
+    # The factor of the adapter's initial product, if the term is that product; None if it is the adapter.
+    initial: float | None = None
 
 
 class FusedLinear(Linear):
@@ -45,16 +51,15 @@ class FusedLinear(Linear):
 
     def fused(self, name: str, x: Tensor) -> Tensor:
         """The base layer and an adapter as one operation."""
-        base = self.base_layer
         A, N, B = self.matrices(name)
-        options = {"scaling": self.scaling_of(name), "dropout": self.dropped(name)}
-        return lora_linear(x, fusion.weight_of(base), A, B, N, base.bias, **options)
+        return self._fused(x, A, N, B, self.scaling[name], self.dropped(name))
+
+    def _fused(self, x: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+        base = self.base_layer
+        return lora_linear(x, fusion.weight_of(base), A, B, N, base.bias, scaling=scaling, dropout=dropout)
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self.lora_A[name].weight.dtype
-
-    def scaling_of(self, name: str) -> float:
-        return self.scaling[name]
 
     def obstacle(self, name: str | None = None) -> str | None:
         """None if the base layer, and the adapter if named, can be computed as one operation, else why not."""
@@ -93,25 +98,31 @@ class FusedLinear(Linear):
         if self.disable_adapters and self.merged:
             self.unmerge()
         terms = self._terms(adapter_names)
-        if len(terms) == 1 and terms[0].rows is None and not args and not kwargs and self._fuses(terms[0].name, x):
-            return self.fused(terms[0].name, x)
+        if len(terms) == 1 and terms[0].rows is None and not args and not kwargs and self._fuses(terms[0], x):
+            return self._whole(terms[0], x)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
-        for name, rows in terms:
-            if rows is None:
-                result = result + self.branch(name, x)
+        for term in terms:
+            if term.rows is None:
+                result = result + self._part(term, x)
             else:
-                result[rows] += self.branch(name, x[rows]).to(dtype)
+                result[term.rows] += self._part(term, x[term.rows]).to(dtype)
         return result.to(dtype)
 
-    def _fuses(self, name: str, x: Tensor) -> bool:
-        if type(x) not in (Tensor, nn.Parameter) or self.obstacle(name):
+    def _fuses(self, term: Term, x: Tensor) -> bool:
+        if type(x) not in (Tensor, nn.Parameter) or self.obstacle(term.name):
             return False
         # The base layer's own bits, as from PEFT, where the adapter weighs nothing.
-        if not self.scaling_of(name):
+        if not self.scaling[term.name]:
             return False
         # Where casting is switched off, the branch takes x as it is.
-        return self.cast_input_dtype_enabled or x.dtype == self.dtype_of(name)
+        return self.cast_input_dtype_enabled or x.dtype == self.dtype_of(term.name)
+
+    def _whole(self, term: Term, x: Tensor) -> Tensor:
+        return self.fused(term.name, x)
+
+    def _part(self, term: Term, x: Tensor) -> Tensor:
+        return self.branch(term.name, x)
 
     def _terms(self, adapter_names: list[str] | None) -> list[Term]:
         if self.disable_adapters or (self.merged and adapter_names is None):
@@ -126,18 +137,67 @@ class FusedLinear(Linear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base layer's weight, in that weight's layout and the adapter's dtype."""
-        A, N, B = self.matrices(adapter)
+        return self._product(self.scaling[adapter], *self.matrices(adapter))
+
+    def _product(self, scaling: float, A: Tensor, N: Tensor | None, B: Tensor) -> Tensor:
+        """s·B·N·A in the layout of the base layer's weight and the dtype of B."""
         dtype = B.dtype
         # Half precision is multiplied in fp32 and rounded once.
         A, N, B = (None if t is None else t.float() if t.itemsize < 4 else t for t in (A, N, B))
-        delta = ((B if N is None else B @ N) @ A * self.scaling_of(adapter)).to(dtype)
+        delta = ((B if N is None else B @ N) @ A * scaling).to(dtype)
         return delta.T if self.fan_in_fan_out else delta
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        weight = self.get_base_layer().weight
-        if not fusion.is_dense(weight):
-            raise ValueError(f"merge needs a dense base weight, got {type(weight).__qualname__} of {weight.dtype}")
-        super().merge(safe_merge, adapter_names)
+        """W ← W + s·B·N·A for each of the adapters, by default the active ones; a quantised W is quantised again.
+
+        What is added is made first. Then weight and `merged_adapters` change in one step that nothing can interrupt.
+
+        Raises:
+            ValueError: W is of a kind that cannot be added to, or with safe_merge the sum is not finite.
+        """
+        if self.lora_variant:
+            super().merge(safe_merge, adapter_names)
+            return
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_A:
+                self._merge(name, safe_merge)
+
+    def _merge(self, name: str, safe: bool) -> None:
+        commit(*self._adding(name, 1, safe), partial(self.merged_adapters.append, name))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes every merged adapter out of the base weight, the last first: undoes `merge` up to one rounding of W."""
+        if self.lora_variant or not self.merged:
+            super().unmerge()
+            return
+        while self.merged_adapters:
+            self._unmerge(self.merged_adapters[-1])
+
+    def _unmerge(self, name: str) -> None:
+        # An adapter that was deleted since stays in the weight, as in PEFT.
+        steps = self._adding(name, -1) if name in self.lora_A else ()
+        commit(*steps, self.merged_adapters.pop)
+
+    def _adding(self, name: str, sign: int, safe: bool = False) -> tuple[Callable[[], object], ...]:
+        """Steps for `commit` that add what the adapter adds to the base layer, or take it away."""
+        base = self.get_base_layer()
+        check = partial(_check_finite, name) if safe else None
+        torchao = self.kwargs.get("get_apply_tensor_subclass")
+        steps = base_weights.adding(base, self._shift(name), sign, check=check, torchao=torchao)
+        if self.lora_bias[name]:
+            if base.bias is None:
+                raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+            bias = self.lora_B[name].bias * self.scaling[name]
+            if check is not None:
+                check(base.bias + bias)
+            steps = (*steps, partial(Tensor.add_, base.bias.data, bias, alpha=sign))
+        return steps
+
+    def _shift(self, name: str) -> Tensor:
+        """What merging the adapter adds to the base weight as it is."""
+        return self.get_delta_weight(name)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -163,10 +223,7 @@ def check_whole(base: nn.Module, method: str) -> None:
         raise ValueError(f"{method} is not supported on a tensor-parallel layer, got the plan {plan!r}")
 
 
-def base_weight(layer: Linear) -> Tensor:
-    """W as (out, in) for reading, in full and dequantised: gathered from its shards if need be."""
-    base = layer.get_base_layer()
-    weight = dequantize_module_weight(base).detach()
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-    return weight.T if fusion.is_conv1d(base) else weight
+def _check_finite(adapter: str, merged: Tensor) -> None:
+    if not torch.isfinite(merged).all():
+        # In the words of PEFT, which its users look for.
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")

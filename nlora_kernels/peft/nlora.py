@@ -1,7 +1,11 @@
 """The adapter layer of LoRA, SLoRA, NLoRA and IntTune."""
 
+import contextlib
 import copy
 import zlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,20 +13,40 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from .. import fusion, init
+from ..commit import attributes, commit
 from ..modules import check_alpha
+from . import base as base_weights
 from .config import NLoraConfig
-from .layer import FusedLinear, Term, base_weight, check_whole
+from .layer import FusedLinear, Term, check_whole
 
-# Names the initial product of the residual adapter as a term of its own. No adapter can be called so.
-_INITIAL = "initial.product"
+_deferred = ContextVar("deferred", default=False)
+
+
+@contextlib.contextmanager
+def unsettled() -> Iterator[None]:
+    """While an adapter is loaded no layer settles, so that a load that fails has changed no base weight."""
+    token = _deferred.set(True)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
 
 
 class Kept(nn.Module):
-    """A matrix as it was at the start, frozen. The name of its parameter is not that of its key in a checkpoint."""
+    """A matrix as it was at the start, frozen."""
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.kept = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def __setattr__(self, name: str, value) -> None:
+        # Also where a loader puts a parameter of its own, which would train.
+        if isinstance(value, nn.Parameter):
+            value.requires_grad_(False)
+        super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.detach())
 
 
 class NLoraLinear(FusedLinear):
@@ -30,10 +54,12 @@ class NLoraLinear(FusedLinear):
 
     lora_A, lora_N and lora_B hold nn.Linear modules by adapter name; an adapter of plain LoRA has no lora_N.
 
-    With residual=True the layer keeps the initial matrices, frozen, in lora_A0, lora_N0 and lora_B0, and its base
-    weight is W − s·B₀·N₀·A₀ for as long as nothing is merged. Whoever asks for the base function (another adapter,
-    disabled adapters, merge, unload, delete) gets it with the product added back. With train="core" W stays as it is,
-    the core is N − N₀, and only lora_N0 is kept.
+    With residual=True the effect of an adapter is s·(B·N·A − B₀·N₀·A₀). The initial matrices are kept, frozen, in
+    lora_A0, lora_N0 and lora_B0. So that one adapter is one operation, the base weight of the layer at rest is
+    W − s·B₀·N₀·A₀ with the product of one such adapter held out of it, `held`; a forward adds whatever multiple of an
+    initial product is then too much or missing, and merging, unloading and deleting put the product back. Where nothing
+    is held out, as in a quantised or sharded weight, the second product is a branch like the first. With train="core" W
+    stays as it is, the core is N − N₀, and only lora_N0 is kept.
     """
 
     adapter_layer_names = (*FusedLinear.adapter_layer_names, "lora_N")
@@ -46,7 +72,7 @@ class NLoraLinear(FusedLinear):
             self.initial_scaling: dict[str, float] = {}
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             # The adapter whose initial product is out of the base weight now.
-            self.held_out: str | None = None
+            self.held: str | None = None
         if not getattr(config, "has_core", False):
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
             return
@@ -74,10 +100,6 @@ class NLoraLinear(FusedLinear):
         init.check_rank(r, *((min(self.in_features, self.out_features), "min(out, in)") if nystrom else ()))
         check_alpha(lora_alpha, "lora_alpha")
         check_whole(base, f"init_lora_weights={config.init_lora_weights!r}")
-        if config.residual and self.lora_N0:
-            raise ValueError(f"residual=True is for one adapter of a layer, and {next(iter(self.lora_N0))!r} is it")
-        if config.residual and config.train == "all" and not fusion.is_dense(base.weight):
-            raise ValueError(f"residual=True needs a dense base weight, got {type(base.weight).__qualname__}")
 
     @torch.no_grad()
     def _initialise(self, name: str, r: int, config: NLoraConfig, target_name: str) -> None:
@@ -89,51 +111,41 @@ class NLoraLinear(FusedLinear):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{config.select_seed} {target_name}".encode()))
         with gather_params_ctx(self.get_base_layer().weight):
             # Random matrices need the weight's shape alone.
-            W = base_weight(self) if options else torch.empty(()).expand(self.out_features, self.in_features)
+            W = self._base_weight() if options else torch.empty(()).expand(self.out_features, self.in_features)
             A, N, B = init.adapter(W, r, config.init_lora_weights, generator=generator, **options)
         for matrix, tensor in zip((self.lora_A, self.lora_N, self.lora_B), (A, N, B), strict=True):
             matrix[name].weight.copy_(tensor)
         for matrix, tensor in zip((self.lora_A0, self.lora_N0, self.lora_B0), (A, N, B), strict=True):
             if name in matrix:
-                matrix[name].kept.copy_(tensor)
+                matrix[name].weight.copy_(tensor)
+
+    def _base_weight(self) -> Tensor:
+        """W as (out, in) for reading, with the product that is held out."""
+        W = base_weights.read(self.get_base_layer())
+        if self.held is None:
+            return W
+        return init.subtract_(W.clone(), *self._initial(self.held), -self.initial_scaling[self.held])
 
     # Forward
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
-        if name == _INITIAL:
-            return self._initial(self.held_out)
         A, _, B = super().matrices(name)
         if name not in self.lora_N:
             return A, None, B
         N = self.lora_N[name].weight
         if self._core_moves(name):
-            N = N - self.lora_N0[name].kept
+            N = N - self.lora_N0[name].weight
         # Padded for compiled hot swaps, A and B alone have grown.
         r = N.shape[0]
         return (A, N, B) if A.shape[0] == r else (A[:r], N, B[:, :r])
 
     def _initial(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        return self.lora_A0[name].kept, self.lora_N0[name].kept, self.lora_B0[name].kept
+        return self.lora_A0[name].weight, self.lora_N0[name].weight, self.lora_B0[name].weight
 
     def factors(self, name: str) -> tuple[nn.Module, ...]:
         return (*super().factors(name), *((self.lora_N[name],) if name in self.lora_N else ()))
 
-    def obstacle(self, name: str | None = None) -> str | None:
-        return super().obstacle(None if name == _INITIAL else name)
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self.lora_A0[self.held_out].kept.dtype if name == _INITIAL else super().dtype_of(name)
-
-    def scaling_of(self, name: str) -> float:
-        return self.initial_scaling[self.held_out] if name == _INITIAL else super().scaling_of(name)
-
-    def dropped(self, name: str) -> float:
-        return 0.0 if name == _INITIAL else super().dropped(name)
-
     def branch(self, name: str, x: Tensor) -> Tensor:
-        if name == _INITIAL:
-            A, N, B = self.matrices(name)
-            return fusion.branch(x, A, B, N, self.scaling_of(name))
         if name not in self.lora_N:
             return super().branch(name, x)
         A, B, N = self.factors(name)
@@ -141,7 +153,7 @@ class NLoraLinear(FusedLinear):
         T = fusion.resized(T, N)
         P = N(T)
         if self._core_moves(name):
-            P = P - F.linear(T, self.lora_N0[name].kept)
+            P = P - self.lora_N0[name](T)
         return B(fusion.resized(P, B)) * self.scaling[name]
 
     def _core_moves(self, name: str) -> bool:
@@ -149,100 +161,190 @@ class NLoraLinear(FusedLinear):
 
     def _terms(self, adapter_names: list[str] | None) -> list[Term]:
         terms = super()._terms(adapter_names)
-        if self.held_out is None:
+        residual = self._modules["lora_A0"]._modules
+        if not residual:
             return terms
-        if adapter_names is None or self.disable_adapters:
-            lacking = [] if any(term.name == self.held_out for term in terms) else [Term(_INITIAL)]
-        else:
-            rows = [row for row, name in enumerate(adapter_names) if name != self.held_out]
-            lacking = [Term(_INITIAL, rows)] if rows else []
-        return terms + lacking
+        rows = None if adapter_names is None or self.disable_adapters else range(len(adapter_names))
+        for name in residual:
+            active = [term.rows for term in terms if term.name == name and term.initial is None]
+            if rows is None:
+                parts = [(bool(active), None)]
+            else:
+                inside = active[0] if active else []
+                parts = [(True, inside), (False, [row for row in rows if row not in inside])]
+            for is_active, part in parts:
+                factor = self._initial_factor(name, is_active)
+                if part != [] and (isinstance(factor, Tensor) or factor):
+                    terms.append(Term(name, part, factor))
+        return terms
+
+    def _initial_factor(self, name: str, active: bool):
+        """Which multiple of an adapter's initial product a forward adds."""
+        held = self.initial_scaling[name] if name == self.held else 0.0
+        return held - self.scaling[name] if active else held
+
+    def _fuses(self, term: Term, x: Tensor) -> bool:
+        if term.initial is None:
+            return super()._fuses(term, x)
+        if type(x) not in (Tensor, nn.Parameter) or isinstance(term.initial, Tensor) or self.obstacle():
+            return False
+        kept = self.lora_A0[term.name].weight
+        return not kept.is_meta and (self.cast_input_dtype_enabled or x.dtype == kept.dtype)
+
+    def _whole(self, term: Term, x: Tensor) -> Tensor:
+        if term.initial is None:
+            return super()._whole(term, x)
+        return self._fused(x, *self._initial(term.name), term.initial)
+
+    def _part(self, term: Term, x: Tensor) -> Tensor:
+        if term.initial is None:
+            return super()._part(term, x)
+        # By calling the modules, whose hooks may bring the weights along.
+        x = x.to(self.lora_A0[term.name].weight.dtype)
+        return term.initial * self.lora_B0[term.name](self.lora_N0[term.name](self.lora_A0[term.name](x)))
 
     # Residual life cycle
 
     @torch.no_grad()
-    def settle(self, *, restore: bool = False) -> None:
-        """Takes the initial product out of the base weight, or puts it back while something is merged or on demand.
+    def settle(self) -> None:
+        """Takes the initial product out of the base weight, if that can be and nothing is merged.
 
-        The tuner calls it when every layer is made, so that an injection that fails has changed no weight.
+        Called when an adapter is complete, and by train() and eval(): until then an injection that fails has changed no
+        weight, and a loader may replace what is kept.
         """
-        name = next(iter(self.lora_A0), None)
-        wanted = None if restore or self.merged else name
-        if wanted == self.held_out or self.lora_A0[name].kept.is_meta:
-            return
+        name = None if _deferred.get() else self._holdable()
+        if name is not None:
+            base = self.get_base_layer()
+            held = attributes(self, held=name)
+            with gather_params_ctx(base.weight):
+                weight = fusion.weight_of(base).data
+                init.subtract_with(weight, *self._initial(name), self.initial_scaling[name], held)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the initial product back that is held out of the base weight."""
+        if self.held is not None:
+            self._move_initial(self.held, 1)
+
+    def _hold_again(self) -> None:
+        name = self._holdable()
+        if name is not None:
+            self._move_initial(name, -1)
+
+    def _holdable(self, merged: bool = False) -> str | None:
+        """The adapter whose initial product can be taken out of the base weight now."""
+        weight = self.get_base_layer().weight
+        if self.held is not None or self.merged != merged or not fusion.is_dense(weight) or weight.is_meta:
+            return None
+        for name in self.lora_A0:
+            if not any(t.is_meta or type(t) is not nn.Parameter for t in self._initial(name)):
+                return name
+        return None
+
+    @torch.no_grad()
+    def _move_initial(self, name: str, sign: int) -> None:
+        # Not as `settle` does, which is faster: one rounded product, added and subtracted by turns, does not drift.
         base = self.get_base_layer()
-        if not fusion.is_dense(base.weight):
-            raise ValueError(
-                f"the initial product of adapter {name!r} can join or leave a dense base weight alone, "
-                f"got {type(base.weight).__qualname__}"
-            )
-        A0, N0, B0 = self._initial(name)
-        scaling = self.initial_scaling[name]
         with gather_params_ctx(base.weight):
-            init.subtract_(fusion.weight_of(base).data, A0, N0, B0, scaling if wanted else -scaling)
-        self.held_out = wanted
+            product = self._initial_product(name, self.initial_scaling[name])
+            commit(*base_weights.adding(base, product, sign), attributes(self, held=None if sign > 0 else name))
+
+    def _initial_product(self, name: str, factor: float) -> Tensor:
+        return self._product(factor, *self._initial(name))
+
+    def train(self, mode: bool = True) -> "NLoraLinear":
+        self.settle()
+        return super().train(mode)
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Loading never recomputes the initial product: the one that comes is out of the base weight afterwards."""
-        name = next(iter(self.lora_A0), None)
-        keys = [f"{prefix}{kind}.{name}.kept" for kind in ("lora_A0", "lora_N0", "lora_B0")]
-        if name is not None and not self.merged and all(key in state_dict for key in keys):
-            self._hold_out(name, [state_dict[key] for key in keys], f"{prefix}base_layer.weight" in state_dict)
+        for name in self.lora_A0:
+            keys = [f"{prefix}{kind}.{name}.weight" for kind in ("lora_A0", "lora_N0", "lora_B0")]
+            if not self.merged and all(key in state_dict for key in keys):
+                self._exchange(name, [state_dict[key] for key in keys], state_dict.get(f"{prefix}base_layer.weight"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _hold_out(self, name: str, loaded: list[Tensor], with_base: bool) -> None:
-        base = self.get_base_layer()
-        kept = self._initial(name)
-        if [t.shape for t in loaded] != [t.shape for t in kept] or base.weight.is_meta:
+    def _exchange(self, name: str, loaded: list[Tensor], weight: Tensor | None) -> None:
+        base, kept = self.get_base_layer(), self._initial(name)
+        if [t.shape for t in loaded] != [t.shape for t in kept] or not fusion.is_dense(base.weight):
             return
-        if self.held_out == name and all(map(_same, loaded, kept)):
+        if base.weight.is_meta or any(t.is_meta or type(t) is not nn.Parameter for t in kept):
             return
-        # A base weight that comes along has its product out already.
-        if not with_base:
-            A, N, B = (_full(t).to(base.weight.device, torch.promote_types(t.dtype, torch.float32)) for t in loaded)
-            BN = B @ N
-            if self.held_out == name:
-                # Out with the new and in with the old product at once: the weight is rounded once.
-                A0, N0, B0 = (t.to(A) for t in kept)
-                A, BN = torch.cat([A, A0]), torch.cat([BN, -(B0 @ N0)], dim=1)
+        loaded = [_full(t) for t in loaded]
+        copies = tuple(partial(Tensor.copy_, old.data, new) for old, new in zip(kept, loaded, strict=True))
+        if weight is not None:
+            # A base weight that comes along has the product out of it that was saved with it.
+            if self.held in (None, name) and weight.shape == base.weight.shape:
+                commit(partial(Tensor.copy_, base.weight.data, _full(weight)), *copies, attributes(self, held=name))
+        elif self.held == name and not all(map(_same, loaded, kept)):
+            # Out with the new and in with the old product at once: the weight is rounded once.
+            change = self._initial_product(name, self.initial_scaling[name])
+            loaded = [t.to(change.device, change.dtype) for t in loaded]
+            change = change - self._product(self.initial_scaling[name], *loaded)
             with gather_params_ctx(base.weight):
-                init.subtract_(fusion.weight_of(base).data, A, None, BN, self.initial_scaling[name])
-        self.held_out = name
+                commit(*base_weights.adding(base, change, 1), *copies)
+
+    # Merging
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         delta = super().get_delta_weight(adapter)
-        if adapter not in self.lora_A0:
-            return delta
-        weight = delta.T if self.fan_in_fan_out else delta
-        A0, N0, B0 = self._initial(adapter)
-        init.subtract_(weight.detach(), A0, N0, B0, self.initial_scaling[adapter])
-        return delta
+        return delta - self._initial_product(adapter, self.scaling[adapter]) if adapter in self.lora_A0 else delta
+
+    def _moves_along(self, name: str) -> bool:
+        """Whether the initial product goes back in with merging the adapter, or comes out with unmerging it."""
+        if self.merged:
+            return self.merged_adapters == [name] and name == self._holdable(merged=True)
+        return self.held == name
+
+    def _shift(self, name: str) -> Tensor:
+        if not self._moves_along(name):
+            return super()._shift(name)
+        shift = super().get_delta_weight(name)
+        factor = self.initial_scaling[name] - self.scaling[name]
+        return shift + self._initial_product(name, factor) if factor else shift
+
+    def _adding(self, name: str, sign: int, safe: bool = False) -> tuple[Callable[[], object], ...]:
+        steps = super()._adding(name, sign, safe)
+        return (*steps, attributes(self, held=None if sign > 0 else name)) if self._moves_along(name) else steps
+
+    def _merge(self, name: str, safe: bool) -> None:
+        if self.held != name:
+            self.restore()
+        super()._merge(name, safe)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         try:
             super().merge(safe_merge, adapter_names)
         finally:
-            self.settle()
+            self._hold_again()
 
     def unmerge(self) -> None:
         super().unmerge()
-        self.settle()
+        self._hold_again()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name == self.held_out:
-            self.settle(restore=True)
+        if adapter_name == self.held:
+            self.restore()
         super().delete_adapter(adapter_name)
+        self._hold_again()
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names) -> nn.Module:
         base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        self.settle(restore=True)
+        self.restore()
         return base
 
 
 def _same(loaded: Tensor, kept: Tensor) -> bool:
-    return torch.equal(_full(loaded).to(kept.device), _full(kept))
+    return torch.equal(loaded.to(kept), kept)
 
 
 def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def settle(model: nn.Module) -> None:
+    """Settles every layer in a model."""
+    for module in model.modules():
+        if isinstance(module, NLoraLinear):
+            module.settle()

@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from peft import LoraConfig
@@ -22,12 +23,13 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.warning import PeftWarning
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from .. import fusion
 from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
 from .layer import FusedLinear
 from .lora2 import LoRA2Linear
-from .nlora import NLoraLinear
+from .nlora import NLoraLinear, settle
 
 
 class _FusedModel(LoraModel):
@@ -38,12 +40,9 @@ class _FusedModel(LoraModel):
         try:
             _refuse_experts(model, self.peft_config[adapter_name])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            _withdraw(model, adapter_name, before)
+        except BaseException:
+            withdraw(model, adapter_name, before)
             raise
-        for module in model.modules():
-            if isinstance(module, NLoraLinear):
-                module.settle()
         _advise(model, self.peft_config[adapter_name])
 
     def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
@@ -106,12 +105,19 @@ class _FusedModel(LoraModel):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # PyTorch fills what fits and then complains of the rest: check before anything is filled.
-        for name, tensor in self.named_parameters(prefix.rstrip("."), remove_duplicate=False):
+        own = (self.named_parameters, self.named_buffers)
+        for name, tensor in chain(*(named(prefix.rstrip("."), remove_duplicate=False) for named in own)):
             value = state_dict.get(name)
             # Parameters that FSDP1 or DeepSpeed took apart are theirs to load.
             apart = hasattr(tensor, "_fsdp_flattened") or hasattr(tensor, "ds_shape")
-            if ".lora_" in name and isinstance(value, torch.Tensor) and not apart and value.shape != tensor.shape:
-                raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(value.shape)}")
+            if not isinstance(value, torch.Tensor) or apart or is_lazy(tensor):
+                continue
+            if value.shape != tensor.shape:
+                # In the words of PyTorch, which its users look for.
+                raise RuntimeError(
+                    f"Error(s) in loading state_dict: size mismatch for {name}: copying a param with shape "
+                    f"{value.shape} from checkpoint, the shape in current model is {tensor.shape}."
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -143,17 +149,15 @@ class NLoraModel(_FusedModel):
                 "that of another adapter: pass a copy"
             )
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        # The last that PEFT does to an adapter, new or loaded.
+        settle(self.model)
+
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         if getattr(peft_config, "residual", False):
             _refuse_shared_weights(model, peft_config)
         super()._prepare_model(peft_config, model)
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # NOTE: that key and parameter differ in name keeps PEFT's hot swap away, which copies by name and would leave
-        # the base weight as it is.
-        key = super()._remove_adapter_name_from_key(key, adapter_name)
-        return f"{key.removesuffix('kept')}weight" if key.endswith("0.kept") else key
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if not _is_lora(lora_config) and isinstance(target, LoraLayer) and not isinstance(target, NLoraLinear):
@@ -302,7 +306,8 @@ def _unsupported(config, base: nn.Module, key: str) -> ValueError:
     )
 
 
-def _withdraw(model: nn.Module, adapter_name: str, before: set[str]) -> None:
+def withdraw(model: nn.Module, adapter_name: str, before: set[str]) -> None:
+    """Takes an adapter out again: layers that had none before, by name, become their base layers."""
     removed: list[str] = []
     for key, module in list(model.named_modules()):
         # Layers on parameters of one module stand within each other.

@@ -1,0 +1,138 @@
+"""The weight of a base layer: reading it in full, and adding to it, dense or quantised."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from .. import fusion
+from ..commit import attributes
+
+
+def read(base: nn.Module) -> Tensor:
+    """W as (out, in) for reading, in full and dequantised: gathered from its shards if need be."""
+    weight = _dequantised(base).detach()
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    return weight.T if fusion.is_conv1d(base) else weight
+
+
+def adding(
+    base: nn.Module,
+    delta: Tensor,
+    sign: int,
+    *,
+    check: Callable[[Tensor], None] | None = None,
+    torchao: Callable | None = None,
+) -> tuple[Callable[[], object], ...]:
+    """Steps for `commit` that make W ← W + sign·delta in place; a quantised W is quantised again as it was.
+
+    Everything is made and checked here, so that the steps only put it in place.
+
+    Args:
+        delta: as W is stored, in any floating dtype. The sum is rounded once, so subtracting what was added brings back
+            W up to one rounding, which doing both again does not repeat.
+        check: is shown the sum and raises if it must not be.
+        torchao: what makes the configuration by which torchao quantised W.
+
+    Raises:
+        ValueError: W is neither dense nor of a kind that can be quantised again.
+    """
+    weight = base.weight
+    if fusion.is_dense(weight):
+        if check is None:
+            return (partial(Tensor.add_, weight.data, delta, alpha=sign),)
+        merged = weight.data.clone().add_(delta, alpha=sign)
+        check(merged)
+        return (partial(Tensor.copy_, weight.data, merged),)
+    quantise = _QUANTISERS.get(type(weight).__name__) or (_torchao if _is_torchao(weight) else None)
+    if quantise is None:
+        raise ValueError(
+            "merge needs a base weight that is dense or quantised by bitsandbytes or torchao, "
+            f"got {type(weight).__qualname__} of {weight.dtype}"
+        )
+    if quantise is _torchao and torchao is None:
+        raise ValueError(
+            "merging into a weight of torchao needs the configuration that quantised it: load the base model with "
+            "transformers and a TorchAoConfig, which keeps it"
+        )
+    W = _dequantised(base).detach()
+    merged = (W.to(torch.promote_types(W.dtype, delta.dtype)) + sign * delta.to(W.device)).to(W.dtype)
+    if check is not None:
+        check(merged)
+    return quantise(base, merged, *((torchao,) if quantise is _torchao else ()))
+
+
+def _is_torchao(weight: Tensor) -> bool:
+    return type(weight).__module__.startswith("torchao.")
+
+
+def _dequantised(base: nn.Module) -> Tensor:
+    weight = base.weight
+    kind = type(weight).__name__
+    if kind == "Params4bit" and weight.quant_state is not None:
+        return _read_4bit(weight)
+    if kind == "Int8Params":
+        return _read_8bit(base)
+    return dequantize_module_weight(base)
+
+
+def _read_4bit(weight) -> Tensor:
+    import bitsandbytes as bnb
+
+    data, state = weight.data, weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        # What the first inference on a CPU made of it. The inverse changes the state that it is given, and takes the
+        # absolute maxima for quantised; here they stay as the layer computes with them.
+        packed, state = state, copy.copy(state)
+        state.original_nested = False
+        data, state = bnb.functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = packed.absmax.T.reshape(-1).float()
+    return bnb.functional.dequantize_4bit(data, state)
+
+
+def _read_8bit(base: nn.Module) -> Tensor:
+    import bitsandbytes as bnb
+
+    weight = base.weight
+    if weight.dtype != torch.int8:
+        return weight
+    # The first forward moves the scales from the weight to the layer.
+    scales = weight.SCB if base.state.SCB is None else base.state.SCB
+    return bnb.functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+
+
+def _quantise_4bit(base: nn.Module, merged: Tensor) -> tuple[Callable[[], object], ...]:
+    old = base.weight
+    options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+    # NOTE: quantising writes to the module it is told of, so it is told of none.
+    new = type(old)(merged.cpu(), requires_grad=False, **options).to(old.device)
+    new.module = old.module
+    return _replacing(base, new), attributes(base, quant_state=new.quant_state)
+
+
+def _quantise_8bit(base: nn.Module, merged: Tensor) -> tuple[Callable[[], object], ...]:
+    old = base.weight
+    new = type(old)(merged.cpu(), requires_grad=False, has_fp16_weights=old.has_fp16_weights).to(old.device)
+    # The next forward takes the scales from the weight.
+    return _replacing(base, new), partial(vars(base.state).update, CB=None, SCB=None)
+
+
+def _torchao(base: nn.Module, merged: Tensor, configuration: Callable) -> tuple[Callable[[], object], ...]:
+    from torchao import quantize_
+
+    # Quantising takes a module and replaces its weight.
+    stand_in = nn.Linear(merged.shape[1], merged.shape[0], bias=False, device="meta")
+    stand_in.weight = nn.Parameter(merged, requires_grad=False)
+    quantize_(stand_in, configuration())
+    return (_replacing(base, stand_in.weight),)
+
+
+def _replacing(base: nn.Module, weight: nn.Parameter) -> Callable[[], object]:
+    return partial(base._parameters.update, weight=weight)
+
+
+_QUANTISERS = {"Params4bit": _quantise_4bit, "Int8Params": _quantise_8bit}

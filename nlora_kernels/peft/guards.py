@@ -1,0 +1,91 @@
+"""Where PEFT's own functions would do wrong with the adapters of this package and ask nobody: they ask here first."""
+
+import functools
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import hotswap, save_and_load
+from torch import nn
+
+from .config import LoRA2Config, NLoraConfig
+from .layer import FusedLinear
+from .nlora import NLoraLinear, settle, unsettled
+from .tuner import withdraw
+
+
+def _refuse_hot_swap(first, second) -> None:
+    if getattr(first, "residual", False) or getattr(second, "residual", False):
+        raise ValueError(
+            "an adapter with residual=True cannot be hot-swapped: its initial product is out of the base weights, and "
+            "hot-swapping leaves them as they are. Load it under a name of its own and delete the other"
+        )
+
+
+def _refuse_base_state(model) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, NLoraLinear) and module.held is not None:
+            raise ValueError(
+                f"the base weight of {name} is W − s·B₀·N₀·A₀ while the residual adapter {module.held!r} is there: "
+                "read or load the state dict of the base model before the adapter is added, or after unload()"
+            )
+
+
+def _asking(owner, name: str, refuse) -> None:
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def asking(*args, **kwargs):
+        refuse(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, asking)
+
+
+def _load_adapter_whole(load):
+    @functools.wraps(load)
+    def load_adapter(self, model_id, adapter_name, *args, **kwargs):
+        """PEFT's, but a load that fails leaves no adapter with initial weights behind."""
+        known = adapter_name in self.peft_config
+        try:
+            with unsettled():
+                result = load(self, model_id, adapter_name, *args, **kwargs)
+            settle(self)
+            return result
+        except BaseException:
+            if not known and isinstance(self.peft_config.get(adapter_name), NLoraConfig | LoRA2Config):
+                self.delete_adapter(adapter_name)
+            raise
+
+    return load_adapter
+
+
+def _from_pretrained_whole(load):
+    @functools.wraps(load)
+    def from_pretrained(cls, model, model_id, adapter_name="default", *args, **kwargs):
+        """PEFT's, but a load that fails leaves the base model as it was."""
+        before = _layers(model)
+        try:
+            with unsettled():
+                loaded = load(cls, model, model_id, adapter_name, *args, **kwargs)
+            settle(loaded)
+            return loaded
+        except BaseException:
+            after = _layers(model)
+            if not before and after and all(isinstance(layer, FusedLinear) for layer in after.values()):
+                withdraw(model, adapter_name, set())
+                model.__dict__.pop("peft_config", None)
+            raise
+
+    return classmethod(from_pretrained)
+
+
+def _layers(model) -> dict[str, nn.Module]:
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
+
+
+_asking(hotswap, "check_hotswap_configs_compatible", _refuse_hot_swap)
+# Both get_base_model_state_dict and set_base_model_state_dict ask it which keys are an adapter's.
+_asking(save_and_load, "_get_adapter_state_dict_key_prefixes", _refuse_base_state)
+PeftModel.load_adapter = _load_adapter_whole(PeftModel.load_adapter)
+PeftModel.from_pretrained = _from_pretrained_whole(PeftModel.from_pretrained.__func__)
