@@ -105,7 +105,7 @@ def wait(child: Child, until: Callable[[], float], *, keep: int = 20) -> Ended:
     """
     process, late = child.process, False
     try:
-        while not late and not _ended(process):
+        while not late and not ended(child):
             late = time.monotonic() > until()
             time.sleep(TICK)
     finally:
@@ -119,6 +119,14 @@ def wait(child: Child, until: Callable[[], float], *, keep: int = 20) -> Ended:
     else:
         status = "failed" if code else "ok"
     return Ended(status, round(seconds, 2), code, last_lines(child, keep))
+
+
+def ended(child: Child) -> bool:
+    """Whether a command has ended by itself; what is left of it is still to be waited for."""
+    if not hasattr(os, "waitid"):
+        return child.process.poll() is not None
+    # NOTE: not reaped, it keeps the number of its group, so that the signal to the group meets no other.
+    return os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def end(child: Child) -> None:
@@ -148,10 +156,3 @@ def end_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if parent and os.getppid() != parent:
             os._exit(1)
-
-
-def _ended(process: subprocess.Popen) -> bool:
-    if not hasattr(os, "waitid"):
-        return process.poll() is not None
-    # NOTE: not reaped, it keeps the number of its group, so that the signal to the group meets no other.
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None

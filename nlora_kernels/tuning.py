@@ -83,7 +83,7 @@ def wide_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, al
     measured = _measured(dtype, tf32, (M, N, K, R), device) if aligned else None
     if measured:
         return Tile(*measured["tile"])
-    return min(_candidates(M, dtype, tf32, aligned, device).items(), key=lambda c: _cost(M, N, *c, device))[0]
+    return min(candidates(M, dtype, tf32, aligned, device).items(), key=lambda c: _cost(M, N, *c, device))[0]
 
 
 def narrow_tile(
@@ -144,7 +144,7 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _candidates(M: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device) -> dict[Tile, float]:
+def candidates(M: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device) -> dict[Tile, float]:
     if dtype == torch.float32 and not tf32:
         tiles = EXACT_TILES
     elif not aligned:
@@ -240,7 +240,7 @@ def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool
     if not transposed:
         operands = (p.x, p.weight.T.contiguous(), p.lora_A.T.contiguous(), p.lora_N, p.lora_B.T.contiguous())
     times = {}
-    for tile in _candidates(M, dtype, tf32, True, device):
+    for tile in candidates(M, dtype, tf32, True, device):
         for single in (False, True) if tile.m >= 64 and R <= 256 else (False,):
 
             def step(tile=tile, single=single):

@@ -53,9 +53,13 @@ def test_every_stage_has_cells_that_need_no_gpu_to_be_listed(tmp_path):
     import device
     import proof
 
+    class Absent(device.Gpu):
+        def __init__(self):
+            self.out = tmp_path
+
     for stage in proof.STAGES:
         module, function = stage.cells.split(":")
-        cells = getattr(importlib.import_module(module), function)(device.Gpu(tmp_path))
+        cells = getattr(importlib.import_module(module), function)(Absent())
         assert cells and all(map(callable, cells.values())), stage.name
         assert set(stage.needs) <= {build.name for build in proof.BUILDS}
     names = [stage.name for stage in proof.STAGES]

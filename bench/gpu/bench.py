@@ -6,10 +6,11 @@ layer's: base, first, second, …, base, … A figure is the median of the ratio
 20th and 80th percentile. The same is timed eagerly, from Python, as a second figure.
 """
 
-import dataclasses
 import functools
 import importlib
 import statistics
+from collections.abc import Callable
+from typing import NamedTuple
 
 import implementations
 import peft  # noqa: F401  (so that it is there before the clock runs)
@@ -36,37 +37,49 @@ class Wrong(AssertionError):
         self.figures = figures
 
 
+FORWARD = [Cell(*HEADLINE, M, r, op="forward", dtype="bfloat16") for M in ROWS for r in RANKS]
+BACKWARD = [
+    Cell(*HEADLINE, M, r, method, "backward", "bfloat16")
+    for M in ROWS
+    for r in RANKS
+    for method in ("nlora", "inttune")
+]
+LAYERS = [
+    Cell(model, layer, M, 64, op=op, dtype="bfloat16")
+    for model, layer, M in (
+        ("Llama-2-7B", "gate_proj", 8192),
+        ("Llama-2-7B", "down_proj", 8192),
+        ("DeBERTa-v3-base", "query_proj", 4096),
+        ("DeBERTa-v3-base", "intermediate.dense", 8192),
+    )
+    for op in ("forward", "backward")
+] + [Cell(*HEADLINE, 16, r, op="forward", dtype="bfloat16") for r in (16, 64)]
+COMPILED = [Cell(*HEADLINE, 8192, 64, op="both", dtype="bfloat16")]
+
+
 def forward(machine) -> dict:
-    return timed(machine, [Cell(*HEADLINE, M, r, op="forward", dtype="bfloat16") for M in ROWS for r in RANKS])
+    return timed(machine, FORWARD)
 
 
 def backward(machine) -> dict:
-    cells = [Cell(*HEADLINE, M, r, op="backward", dtype="bfloat16") for M in ROWS for r in RANKS]
-    cells[1:1] = [Cell(*HEADLINE, 8192, 64, "inttune", "backward", "bfloat16")]
-    cells += [Cell(*HEADLINE, M, r, "inttune", "backward", "bfloat16") for M in ROWS for r in RANKS[1:]]
-    return timed(machine, cells)
+    return timed(machine, BACKWARD)
 
 
 def layers(machine) -> dict:
-    cells = []
-    for model, layer, M, r in (
-        ("Llama-2-7B", "gate_proj", 8192, 64),
-        ("Llama-2-7B", "down_proj", 8192, 64),
-        ("DeBERTa-v3-base", "query_proj", 4096, 64),
-        ("DeBERTa-v3-base", "intermediate.dense", 8192, 64),
-    ):
-        cells += [Cell(model, layer, M, r, op=op, dtype="bfloat16") for op in ("forward", "backward")]
-    cells += [Cell(*HEADLINE, 16, r, op="forward", dtype="bfloat16") for r in (16, 64)]
-    found = timed(machine, cells)
+    found = timed(machine, LAYERS)
     for K, N in machine.pick(sorted(set(MODELS["Llama-2-7B"].values())), [(72, 136)]):
         for M in machine.pick((2048, 8192), (37,)):
             found[f"engine {M}x{K}x{N}"] = functools.partial(engine, machine, M, K, N)
     return found
 
 
+def cells() -> list[Cell]:
+    """All that are timed, in their order."""
+    return [*FORWARD, *BACKWARD, *LAYERS, *COMPILED]
+
+
 def compiled(machine) -> dict:
-    cells = [Cell(*HEADLINE, 8192, 64, op="both", dtype="bfloat16")]
-    return timed(machine, cells, ("peft_compiled", *NAMES), ("peft_compiled",))
+    return timed(machine, COMPILED, ("peft_compiled", *NAMES), ("peft_compiled",))
 
 
 def timed(machine, cells, names=NAMES, rehearsed=REHEARSED) -> dict:
@@ -79,35 +92,36 @@ def timed(machine, cells, names=NAMES, rehearsed=REHEARSED) -> dict:
     return {str(cell): functools.partial(measure, machine, cell, names) for cell in cells}
 
 
-@dataclasses.dataclass
-class Contender:
-    """An implementation of a cell: its steps over rotated buffers, its graph, and what it costs beside time."""
+class Contender(NamedTuple):
+    """An implementation of a cell: one call of it, its calls over rotated buffers as a graph, error and memory."""
 
-    steps: list
-    replay: object
+    step: Callable
+    replay: Callable
     error: float
     peak: int
 
 
+def calls_of(machine, M, K, N) -> int:
+    """How many calls touch more than three times L2."""
+    return 1 + 3 * machine.cache_bytes // (2 * (M * K + N * K + M * N))
+
+
 def contender(machine, name: str, cell: Cell) -> Contender:
-    _, dy, _ = implementations.tensors_of(cell)
-    layer = implementations.layer(name, cell)
-    step = implementations.step(layer, dy, cell.op)
-    error = layer.budget.check({n: t.detach() for n, t in step().items()})
-    M, K, N, _ = cell.size
-    count = 1 + 3 * machine.l2() // (2 * (M * K + N * K + M * N))
+    dy = implementations.tensors_of(cell)[1]
+    first = implementations.layer(name, cell)
+    step = implementations.step(first, dy, cell.op)
+    error = first.budget.check({n: t.detach() for n, t in step().items()})
+    # What is compiled is compiled once.
+    others = range(1, calls_of(machine, *cell.size[:3]))
+    rotated = [first, *(first if name == "peft_compiled" else implementations.layer(name, cell, True) for _ in others)]
 
     def prepare():
-        # NOTE: autograd runs a backward on the stream of its forward, so that is made on the stream of the capture.
-        copies = [implementations.layer(name, cell, fresh=True) for _ in range(count)]
-        return [implementations.step(copy, dy.clone(), cell.op) for copy in copies]
+        return [implementations.step(layer, dy.clone(), cell.op) for layer in rotated]
 
-    def run(steps):
+    def run(*steps):
         return [t.detach() for step in steps for t in step().values()]
 
-    peak = machine.peak(step)
-    replay, _ = machine.capture(run, prepare)
-    return Contender([step], replay, error, peak)
+    return Contender(step, machine.capture(run, prepare)[0], error, machine.peak(step))
 
 
 def measure(machine, cell: Cell, names) -> dict:
@@ -121,10 +135,9 @@ def measure(machine, cell: Cell, names) -> dict:
             problems[name] = f"{type(error).__name__}: {str(error)[:200]}"
             if not machine.answers():
                 raise
-    M, K, N, _ = cell.size
-    count = 1 + 3 * machine.l2() // (2 * (M * K + N * K + M * N))
+    count = calls_of(machine, *cell.size[:3])
     graph = machine.by_turns({name: c.replay for name, c in found.items()})
-    eager = machine.by_turns({name: c.steps[0] for name, c in found.items()}, rounds=10, warm_ms=0)
+    eager = machine.by_turns({name: c.step for name, c in found.items()}, rounds=10, warm_ms=0)
     base = statistics.median(graph["floor"]) / count
     figures = {"base_us": round(1000 * base, 2), "flop_bound": round(implementations.flop_bound(cell), 4)}
     figures["base_tflops"] = round(implementations.flops(cell, adapter=False) / base / 1e9, 1)
@@ -149,7 +162,7 @@ def engine(machine, M, K, N) -> dict:
     """The CUDA engine without an adapter against the library: how often as fast, in graphs by turns."""
     from nlora_kernels.backends.cuda import launch
 
-    count = 1 + 3 * machine.l2() // (2 * (M * K + N * K + M * N))
+    count = calls_of(machine, M, K, N)
     made = functools.partial(torch.randn, device=machine.name)
     x, weight, y = ([made(s).bfloat16() for _ in range(count)] for s in ((M, K), (N, K), (M, N)))
     # Small integers make every sum exact: each result has one right value.
@@ -204,7 +217,7 @@ def whole(machine, backend) -> dict:
     initialise()
     copy()
     machine.synchronize()
-    times = {name: machine.milliseconds(f) for name, f in (("initialise", initialise), ("copy", copy))}
+    times = {name: machine.milliseconds([f]) for name, f in (("initialise", initialise), ("copy", copy))}
     return {"ms": round(times["initialise"], 1), "copy_ms": round(times["copy"], 1), "layers": len(weights)}
 
 

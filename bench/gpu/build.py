@@ -12,6 +12,7 @@ import sysconfig
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "python_tests")]
@@ -19,31 +20,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python_tests")]
 BOUNDED = ROOT / "build" / "bounded"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
-# K, N, ranks, rows and dtypes of what the Triton stages call, in their order.
-TRITON = [
-    ("bf16+fp32", (4096, 4096), [64], [16, 2100]),
-    ("bf16+fp32", (4096, 4096), [256], [2100]),
-    ("fp16", (4096, 4096), [64], [16, 2100]),
-    ("fp16", (4096, 4096), [256], [2100]),
-    ("bf16+fp32", (768, 3072), [8], [2500]),
-    ("fp16", (768, 3072), [8], [2500]),
-    ("bf16+fp32 dropout", (4096, 4096), [16], [2048]),
-    ("bf16", (4096, 4096), [64], [16, 2048]),
-    ("bf16", (768, 768), [16, 64], [2048]),
-    ("bf16+fp32", (4096, 4096), [16], [8192, 2048]),
-    ("bf16+fp32", (4096, 4096), [64], [8192, 2048]),
-    ("bf16+fp32", (4096, 4096), [128], [8192, 2048]),
-    ("bf16+fp32", (4096, 4096), [256], [8192, 2048]),
-    ("bf16+fp32", (4096, 11008), [64], [8192]),
-    ("bf16+fp32", (11008, 4096), [64], [8192]),
-    ("bf16+fp32", (768, 768), [64], [4096]),
-    ("bf16+fp32", (768, 3072), [64], [8192]),
-    ("bf16+fp32", (4096, 4096), [16, 64], [16]),
-]
-
 
 def extension(rehearse: bool, bounded: bool = False) -> None:
     """nlora_kernels._C with its CUDA part, built by setup.py's own rules; bounded: with an end to every wait."""
+    if bounded and rehearse:
+        # No rehearsal loads it.
+        return
     target = bounded_extension() if bounded else next((ROOT / "nlora_kernels").glob(f"_C*{SUFFIX}"), None)
     if target and target.is_file() and loads(target, "cpu_forward" if rehearse else "cuda_forward"):
         print(f"{target.relative_to(ROOT)} is there and loads")
@@ -88,12 +70,56 @@ def device_library(rehearse: bool) -> None:
 
 def triton(rehearse: bool) -> None:
     """The kernels of the Triton stages into Triton's cache, in as many processes as there are processors but two."""
-    jobs = [("fp16", (72, 136), [16], [37])] if rehearse else TRITON
-    with ProcessPoolExecutor(
-        max(1, len(os.sched_getaffinity(0)) - 2), get_context("spawn"), _begin, max_tasks_per_child=1
-    ) as pool:
-        for job, count in zip(jobs, pool.map(compile_job, jobs), strict=True):
-            print(*job, f"{count} kernels", flush=True)
+    sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "gpu")]
+    calls = list(dict.fromkeys(triton_calls(rehearse)))
+    workers = max(1, len(os.sched_getaffinity(0)) - 2)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin) as pool:
+        for call, kernels in zip(calls, pool.map(compile_call, calls), strict=True):
+            print(*call, f"{kernels} kernels", flush=True)
+
+
+class Call(NamedTuple):
+    """A call of the Triton backend as far as its kernels depend on it."""
+
+    dtype: str
+    adapter_dtype: str
+    shape: tuple[int, int, int, int]
+    core: bool = True
+    bias: bool = False
+    strided: bool = False
+    dropout: bool = False
+    # What trains: all, or the core alone.
+    inttune: bool = False
+    # Every tile in both numbers of launches in this orientation: those that `tune` measures.
+    tiles: str = ""
+
+
+def triton_calls(rehearse: bool) -> list[Call]:
+    """The calls of the stages in their order."""
+    bf16, fp16, fp32 = "bfloat16", "float16", "float32"
+    if rehearse:
+        return [Call(fp16, fp16, (37, 72, 136, 16))]
+    import layers
+    import stress
+    import tune
+    from shapes import WITH_BIAS
+
+    import bench
+
+    found = [Call(*dtypes, shape, bias=True) for shape in layers.TRITON for dtypes in ((bf16, fp32), (fp16, fp16))]
+    odd = layers.TRITON_ODD[1:]
+    found += [Call(fp32, fp32, shape, bias=True, strided=strided) for shape in odd for strided in (False, True)]
+    found += [Call(bf16, fp32, layers.METHODS_SHAPE, core=core) for core in (False, True)]
+    found += [Call(bf16, fp32, layers.METHODS_SHAPE, inttune=True), Call(bf16, bf16, layers.METHODS_SHAPE, bias=True)]
+    found += [Call(d, fp32, s, bias=True, dropout=True) for d in (bf16, fp32) for s in layers.DROPPED[1:]]
+    found += [Call(bf16, bf16, shape, bias=True) for shape in (*layers.GRAPHS, *stress.SHAPES[:2])]
+    found += [Call(fp16, fp16, stress.SHAPES[2], bias=True)]
+    for cell in bench.cells():
+        biased, inttune = cell.model in WITH_BIAS, cell.method == "inttune"
+        found.append(Call(cell.dtype, fp32, cell.size, bias=biased, inttune=inttune))
+    for *shape, transposed in tune.SHAPES:
+        found.append(Call(bf16, bf16, tuple(shape), tiles="y" if transposed else "dx"))
+    return found
 
 
 def _begin() -> None:
@@ -102,12 +128,45 @@ def _begin() -> None:
     end_with_parent()
 
 
-def compile_job(job) -> int:
+def compile_call(call: Call) -> int:
+    """Compiles the kernels of a call for sm_90 without a device; returns how many."""
     import aot
 
-    case, layer, ranks, rows = job
-    aot.LAYERS, aot.EDGES = [layer], []
-    return len(aot.compile_case(90, case, ranks, rows))
+    aot.LAYERS, aot.EDGES, aot.call = [(1, 1)], [], lambda *_: make_call(call)
+    return len(aot.compile_case(90, "bf16", [1], [1]))
+
+
+def make_call(call: Call) -> None:
+    import torch
+
+    from nlora_kernels import tuning
+    from nlora_kernels.backends import Dropout, Needs
+    from nlora_kernels.backends.triton import extended, launch, linear
+
+    M, K, N, R = call.shape
+    dtype, adapter_dtype = getattr(torch, call.dtype), getattr(torch, call.adapter_dtype)
+
+    def meta(rows, cols, to, strides=""):
+        size = {"": (rows, cols), "sliced": (2 * rows, 2 * cols), "transposed": (cols, rows)}[strides * call.strided]
+        t = torch.empty(size, dtype=to, device="meta")
+        return {"": t, "sliced": t[::2, ::2], "transposed": t.T}[strides * call.strided]
+
+    x, weight, dy = meta(M, K, dtype, "sliced"), meta(N, K, dtype, "sliced"), meta(M, N, dtype, "transposed")
+    A, B = meta(R, K, adapter_dtype), meta(N, R, adapter_dtype)
+    core = meta(R, R, adapter_dtype) if call.core else None
+    bias = meta(1, N, dtype)[0] if call.bias else None
+    if call.tiles:
+        transposed = call.tiles == "y"
+        operands = (x, weight, A, core, B) if transposed else (x, weight.T.contiguous(), A.T.contiguous(), core)
+        operands = operands if transposed else (*operands, B.T.contiguous())
+        for tile in tuning.candidates(M, dtype, False, True, launch.target(x)):
+            for single in (False, True) if tile.m >= 64 and R <= 256 else (False,):
+                extended.widen(*operands, None, 1.0, transposed=transposed, tile=tile, single=single)
+        return
+    dropout = Dropout(0.3, torch.empty((), dtype=torch.int64, device="meta")) if call.dropout else None
+    y, T = linear.forward(x, weight, A, B, core, bias, 1.0, dropout)
+    needs = Needs(True, False, not call.inttune, not call.inttune, call.core, False)
+    linear.backward(dy, x, T, weight, A, B, core, 1.0, needs, dropout)
 
 
 BUILDS = {

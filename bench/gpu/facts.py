@@ -60,7 +60,7 @@ def copy(machine) -> dict:
 
 def product(machine, M, K, N) -> dict:
     """The library's product in graphs over rotated operands, larger than three times L2 together."""
-    count = 1 + 3 * machine.l2() // (2 * (M * K + N * K + M * N))
+    count = 1 + 3 * machine.cache_bytes // (2 * (M * K + N * K + M * N))
     x, weight = ([torch.randn(s, device=machine.name).bfloat16() for _ in range(count)] for s in ((M, K), (N, K)))
     y = [torch.empty(M, N, dtype=torch.bfloat16, device=machine.name) for _ in range(count)]
     replay, _ = machine.capture(lambda: [torch.mm(a, b.T, out=c) for a, b, c in zip(x, weight, y, strict=True)])
@@ -89,7 +89,7 @@ def bytes_per_cycle(machine) -> dict:
     read = ctypes.CDLL(str(build(machine))).read_l2
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     # A third of L2 is held by both of its halves.
-    size, passes = machine.l2() // 3 >> 16 << 16, 4
+    size, passes = machine.cache_bytes // 3 >> 16 << 16, 4
     data = torch.randint(0, 2**31 - 1, (size // 4,), dtype=torch.int32, device="cuda")
     cycles, sink = torch.zeros(processors, dtype=torch.int64, device="cuda"), data.new_zeros(1)
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -109,7 +109,8 @@ def bytes_per_cycle(machine) -> dict:
 def build(machine) -> Path:
     from emulator_harness import nvcc
 
-    library = machine.out / "facts.so"
+    library = SOURCE.parents[2] / "build" / "facts.so"
+    library.parent.mkdir(exist_ok=True)
     command = [nvcc(), "-O3", "-std=c++17", "-gencode", "arch=compute_90,code=sm_90", "-gencode"]
     command += ["arch=compute_90,code=compute_90", "-cudart", "static", "-Xcompiler", "-fPIC", "-shared"]
     subprocess.run([*command, "-o", str(library), str(SOURCE)], check=True)

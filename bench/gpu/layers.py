@@ -35,6 +35,10 @@ CUDA_REHEARSED = [(1, 8, 8, 8), (37, 72, 136, 16), (70, 200, 64, 24)]
 # Beside these Triton takes odd sizes, any strides and fp32. Every shape here compiles kernels of its own.
 TRITON = [(16, 4096, 4096, 64), (2100, 4096, 4096, 64), (2100, 4096, 4096, 256), (2500, 768, 3072, 8)]
 TRITON_ODD = [(0, 64, 48, 8), (1, 33, 17, 5), (70, 513, 641, 300)]
+# Of every method; with dropout; of captured graphs.
+METHODS_SHAPE = (2100, 4096, 4096, 64)
+DROPPED = [(0, 64, 48, 8), (7, 65, 31, 13), (2048, 4096, 4096, 16)]
+GRAPHS = [(16, 4096, 4096, 64), (2048, 4096, 4096, 64)]
 TRITON_REHEARSED = [(0, 12, 8, 3), (7, 65, 31, 13)]
 
 
@@ -47,7 +51,7 @@ def cuda(machine) -> dict:
             name = f"{short(dtype)} {size(shape)} {short(adapter_dtype)} adapter"
             found[name] = functools.partial(layer, machine, "cuda", dtype, shape, "nlora", adapter_dtype)
     for method in METHODS:
-        shape = machine.pick((2100, 4096, 4096, 64), (37, 72, 136, 16))
+        shape = machine.pick(METHODS_SHAPE, (37, 72, 136, 16))
         found[f"{method} bf16 {size(shape)}"] = functools.partial(layer, machine, "cuda", BF16, shape, method, FP32)
     for shape, r in machine.pick([((4096, 4096), 128), ((1000, 776), 13), ((11008, 4096), 256)], [((75, 136), 3)]):
         for dtype in (BF16, FP32):
@@ -69,7 +73,7 @@ def triton(machine) -> dict:
         for strided in (False, True):
             name = f"fp32 {size(shape)}{' strided' * strided}"
             found[name] = functools.partial(layer, machine, "triton", FP32, shape, "nlora", None, strided)
-    dtype, shape = machine.pick((BF16, (2100, 4096, 4096, 64)), (FP16, (37, 40, 24, 8)))
+    dtype, shape = machine.pick((BF16, METHODS_SHAPE), (FP16, (37, 40, 24, 8)))
     for method in METHODS:
         found[f"{method} {short(dtype)} {size(shape)}"] = functools.partial(
             layer, machine, "triton", dtype, shape, method, FP32
@@ -83,9 +87,7 @@ def triton(machine) -> dict:
 
 def dropout(machine) -> dict:
     found = {}
-    dtypes, shapes = machine.pick(
-        ((BF16, FP32), [(0, 64, 48, 8), (7, 65, 31, 13), (2048, 4096, 4096, 16)]), ((FP16,), [(7, 65, 31, 13)])
-    )
+    dtypes, shapes = machine.pick(((BF16, FP32), DROPPED), ((FP16,), DROPPED[1:2]))
     for dtype in dtypes:
         for shape in shapes:
             found[f"{short(dtype)} {size(shape)}"] = functools.partial(dropped, machine, dtype, shape)

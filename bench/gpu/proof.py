@@ -16,6 +16,7 @@ import collections
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -49,17 +50,16 @@ RESTARTS = 6
 
 class Stage(NamedTuple):
     """cells: module:function of this folder, which returns {name: cell}. seconds: of the whole stage; patience: of one
-    cell. needs: builds it waits for. environment: of its process, and in a rehearsal."""
+    cell. needs: builds it waits for. rehearsed_in: the environment that a rehearsal adds. sanitizer: the tool of
+    compute-sanitizer under which a GPU runs it. ends: how it should end."""
 
     name: str
     cells: str
     seconds: float = 40
     patience: float = 15
     needs: tuple[str, ...] = ()
-    environment: dict[str, str] = {}
     rehearsed_in: dict[str, str] = {}
-    # What stands before the command, on a GPU.
-    under: tuple[str, ...] = ()
+    sanitizer: str = ""
     ends: str = "ok"
 
 
@@ -71,24 +71,23 @@ class Build(NamedTuple):
 
 
 # Of build.py. Kernels are checked in a build in which every wait ends after two seconds, and timed in that of users.
-BUILDS = [Build("device", 200), Build("bounded", 200), Build("extension", 200), Build("triton", 300)]
+BUILDS = [Build("device", 200), Build("bounded", 200), Build("extension", 200), Build("triton", 120)]
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 LIBRARY, BOUNDED, EXTENSION, TRITON = ("device",), ("bounded",), ("extension",), ("triton",)
-SANITIZER = ("compute-sanitizer", "--kernel-name", "kns=hopper", "--error-exitcode", "9", "--tool")
 # The order is that of what the later stages rest on.
 STAGES = [
     Stage("facts", "facts:cells", 25),
-    Stage("probes", "kernels:probes", 20, needs=LIBRARY),
-    Stage("gemm", "kernels:gemm", 40, needs=LIBRARY),
-    Stage("kernels", "kernels:others", 30, needs=LIBRARY),
+    Stage("probes", "probes:probes", 20, needs=LIBRARY),
+    Stage("gemm", "probes:gemm", 40, needs=LIBRARY),
+    Stage("kernels", "probes:others", 30, needs=LIBRARY),
     Stage("cuda layers", "layers:cuda", 40, needs=BOUNDED),
     Stage("triton layers", "layers:triton", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("triton dropout", "layers:dropout", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("triton training", "layers:training", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("graphs", "layers:graphs", 25, needs=BOUNDED, rehearsed_in=INTERPRETED),
-    Stage("memcheck", "layers:sanitized", 40, 40, EXTENSION, under=(*SANITIZER, "memcheck")),
-    Stage("racecheck", "layers:sanitized", 40, 40, EXTENSION, under=(*SANITIZER, "racecheck")),
+    Stage("memcheck", "layers:sanitized", 40, 40, EXTENSION, sanitizer="memcheck"),
+    Stage("racecheck", "layers:sanitized", 40, 40, EXTENSION, sanitizer="racecheck"),
     Stage("stress", "stress:cells", 40, 20, BOUNDED, rehearsed_in=INTERPRETED),
     Stage("bench forward", "bench:forward", 40, needs=EXTENSION),
     Stage("bench backward", "bench:backward", 40, needs=EXTENSION),
@@ -135,11 +134,16 @@ class Proof:
 
     def run(self, stages: list[Stage]) -> int:
         for name in dict.fromkeys(need for stage in stages for need in stage.needs):
-            self.builds[name] = self.start(f"build {name}", ["build.py", name, *self.rehearse()], held=False)
+            self.builds[name] = self.start(f"build-{name}", ["build.py", name, *self.rehearse()], held=False)
         self.write()
-        alive, following = True, None
-        for number, stage in enumerate(stages):
-            child, following = following, None
+        pending, alive, following = list(stages), True, {}
+        while pending:
+            for name, child in self.builds.items():
+                if isinstance(child, process.Child) and process.ended(child):
+                    self.built(name, 0)
+            # The order is kept but where a build is not ready.
+            stage = next(filter(self.ready, pending), pending[0])
+            pending.remove(stage)
             if not alive:
                 result = {"status": SKIPPED, "why": "the device no longer answers"}
             elif missing := self.missing(stage):
@@ -147,31 +151,56 @@ class Proof:
             elif self.left() < LEAST + ALIVE / 2:
                 result = {"status": SKIPPED, "why": "no time was left"}
             else:
-                child = child or self.start(stage.name, self.command(stage), stage)
+                child = following.pop(stage.name, None) or self.start(stage.name, self.command(stage), stage)
                 check = self.start("alive", ["stage.py", "alive", *self.rehearse()])
-                # It imports what it needs while this one runs, and then waits.
-                if number + 1 < len(stages):
-                    following = self.start(
-                        stages[number + 1].name, self.command(stages[number + 1]), stages[number + 1]
-                    )
+                # They import what they need while this one runs, and then wait.
+                for upcoming in filter(self.ready, pending[:1]):
+                    if upcoming.name not in following:
+                        following[upcoming.name] = self.start(upcoming.name, self.command(upcoming), upcoming)
                 result = self.stage(stage, child)
-                child = None
-                alive = self.alive(check)
-                result["alive"] = alive
-            if child:
-                self.drop(child)
+                result["alive"] = alive = self.alive(check)
             self.write(stage, result)
-        if following:
-            self.drop(following)
+        for child in following.values():
+            process.end(child)
+            self.close(child)
         for build in self.builds:
-            self.built(build, wait=False)
+            self.built(build, 0)
         self.write()
-        print(table(self.record), flush=True)
-        self.log.write(table(self.record).encode())
+        said = table(self.record)
+        print(said, flush=True)
+        self.log.write(said.encode())
         return 0 if all(self.record["stages"][s.name]["status"] == s.ends for s in stages) else 1
 
+    def ready(self, stage: Stage) -> bool:
+        """Whether all that a stage needs is built, or has failed."""
+        children = [self.builds[need] for need in stage.needs]
+        return all(isinstance(child, process.Ended) or process.ended(child) for child in children)
+
+    def missing(self, stage: Stage) -> str | None:
+        """Waits for what a stage needs; what of it there is not."""
+        for need in stage.needs:
+            ended = self.built(need, self.left() / 2)
+            # Triton compiles beforehand only to save time.
+            if need != "triton" and ended.status != "ok":
+                return f"{need}: {ended.status}"
+        if stage.sanitizer and not self.options.rehearse and not sanitizer():
+            return "there is no compute-sanitizer"
+        return None
+
+    def built(self, name: str, patience: float) -> process.Ended:
+        child = self.builds[name]
+        if isinstance(child, process.Ended):
+            return child
+        seconds = next(build.seconds for build in BUILDS if build.name == name)
+        end = min(child.begun + seconds, time.monotonic() + patience)
+        ended = self.builds[name] = self.close(child, process.wait(child, lambda: end))
+        self.record["builds"][name] = {"status": ended.status, "seconds": ended.seconds, "last": ended.lines[-LINES:]}
+        return ended
+
     def command(self, stage: Stage) -> list:
-        under = () if self.options.rehearse else stage.under
+        under = []
+        if stage.sanitizer and not self.options.rehearse:
+            under = [sanitizer(), "--tool", stage.sanitizer, "--kernel-name", "kns=hopper", "--error-exitcode", "9"]
         bounded = ["--bounded"] if "bounded" in stage.needs else []
         return [*under, "stage.py", stage.cells, "--name", stage.name, "--out", self.out, *bounded, *self.rehearse()]
 
@@ -180,10 +209,11 @@ class Proof:
 
     def start(self, name: str, command: list, stage: Stage | None = None, held: bool = True) -> process.Child:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
-        if stage:
-            environment |= stage.environment | (stage.rehearsed_in if self.options.rehearse else {})
-        at = next(i for i, word in enumerate(command) if str(word).endswith(".py"))
-        command = [*command[:at], sys.executable, FOLDER / command[at], *command[at + 1 :]]
+        if stage and self.options.rehearse:
+            environment |= stage.rehearsed_in
+        script = next(word for word in command if str(word).endswith(".py"))
+        at = command.index(script)
+        command = [*command[:at], sys.executable, FOLDER / script, *command[at + 1 :]]
         file = open(self.out / f"{name.replace(' ', '-')}.log", "w+b")
         return process.start(command, file, env=environment, cwd=ROOT, held=held)
 
@@ -249,33 +279,6 @@ class Proof:
                 return True
         return False
 
-    def missing(self, stage: Stage) -> str | None:
-        """What a stage needs and could not be built."""
-        for need in stage.needs:
-            ended = self.built(need)
-            # Triton compiles beforehand only to save time.
-            if need != "triton" and ended.status != "ok":
-                return f"{need}: {ended.status}"
-        return None
-
-    def built(self, name: str, wait: bool = True) -> process.Ended:
-        child = self.builds[name]
-        if isinstance(child, process.Ended):
-            return child
-        seconds = next(build.seconds for build in BUILDS if build.name == name)
-        if name == "triton" and wait:
-            # What is not compiled by now a stage compiles by itself.
-            return process.Ended("ok", 0.0, 0, [])
-        end = min(child.begun + seconds, time.monotonic() + self.left() / 2) if wait else 0
-        ended = self.close(child, process.wait(child, lambda: end))
-        self.builds[name] = ended
-        self.record["builds"][name] = {"status": ended.status, "seconds": ended.seconds, "last": ended.lines[-LINES:]}
-        return ended
-
-    def drop(self, child: process.Child) -> None:
-        process.end(child)
-        self.close(child)
-
     def close(self, child: process.Child, ended: process.Ended | None = None) -> process.Ended | None:
         """Puts the output of a process that has ended behind that of the others."""
         child.output.seek(0)
@@ -309,11 +312,17 @@ def replace(file: Path, text: str) -> None:
 
 def table(record: dict) -> str:
     """One line for each stage, and under it the figures of its cells or what went wrong."""
-    lines = ["", f"{'stage':22} {'status':8} {'seconds':>7}  cells"]
+    lines = [""]
+    for name, build in record["builds"].items():
+        lines.append(f"{'build ' + name:22} {build['status']:8} {build['seconds']:7.1f}")
+    lines += ["", f"{'stage':22} {'status':8} {'seconds':>7}  cells"]
     for name, stage in record["stages"].items():
         cells = stage.get("cells", {})
         row = f"{name:22} {stage['status']:8} {stage.get('seconds', 0):7.1f}  {passed(cells)} {stage.get('why', '')}"
         lines.append(row.rstrip())
+        if stage["status"] != "ok" and all(cell["status"] == "ok" for cell in cells.values()):
+            # Nothing of its cells says why.
+            lines += [f"    {line[:160]}" for line in stage.get("last", [])[-2:]]
         for cell, result in cells.items():
             figures = {k: v for k, v in result.items() if k not in ("status", "seconds", "error")}
             if result["status"] != "ok":
@@ -326,15 +335,16 @@ def table(record: dict) -> str:
 
 
 def figure(value) -> str:
-    """A contender's ratio to the base with its range, and its times; else the value."""
-    if not isinstance(value, dict):
-        return str(value)
-    low, high = value["p20_p80"]
-    return f"{value['ratio']} ({low}–{high}; {value['us']} us, eager {value['eager_us']})"
+    """Of a contender its ratio to the base; else the value."""
+    return f"{value['ratio']:.3f}" if isinstance(value, dict) else str(value)
 
 
 def passed(cells: dict) -> str:
     return f"{sum(cell['status'] == 'ok' for cell in cells.values())} of {len(cells)}"
+
+
+def sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
 def output(command: list[str]) -> str:

@@ -10,6 +10,8 @@ import torch
 from nlora_kernels import testing
 
 ROUND = 200
+# M, K, N, R: launches of one stream, of three, and ragged ones.
+SHAPES = [(2048, 768, 768, 16), (2048, 768, 768, 64), (1000, 520, 392, 24)]
 
 
 def triton_step(p):
@@ -37,14 +39,11 @@ STEPS = {"cuda": cuda_step, "triton": triton_step}
 
 
 def launches(machine, backend, shape, dtype, streams, graph=False) -> dict:
-    """`streams` streams launch at once while another keeps the processors busy with products of varying size."""
+    """`streams` streams launch at once while another keeps the processors busy."""
     step = STEPS[backend](testing.problem(*shape, dtype=dtype, device=machine.name))
     count, per_round = machine.pick((10_000, ROUND), (2 * streams, 1))
     expected = [t.clone() for t in step()]
     sides = [machine.stream() for _ in range(streams)]
-    noise = [
-        torch.randn(n, n, device=machine.name, dtype=torch.bfloat16) for n in machine.pick((512, 2048, 3072), (8,) * 3)
-    ]
     run = step
     if graph:
         replay, outputs = machine.capture(step)
@@ -53,12 +52,10 @@ def launches(machine, backend, shape, dtype, streams, graph=False) -> dict:
             replay()
             return outputs
 
-    busy = machine.stream()
     machine.synchronize()
     for round_ in range(count // (per_round * streams)):
-        with machine.on(busy):
-            for _ in range(4):
-                noise[round_ % 3] @ noise[round_ % 3]
+        for turn in range(4):
+            machine.load(round_ + turn)
         differing = []
         # One launch of each stream in turn, so that they overlap.
         for _ in range(per_round):
@@ -76,17 +73,14 @@ def cells(machine) -> dict:
 
     emulate(machine)
     bf16, fp16 = torch.bfloat16, torch.float16
-    wide, narrow, ragged = machine.pick(
-        ((2048, 768, 768, 16), (2048, 768, 768, 64), (1000, 520, 392, 24)),
-        ((37, 72, 136, 16), (37, 72, 136, 16), (70, 64, 40, 8)),
-    )
+    one_stream, three_streams, ragged = machine.pick(SHAPES, [(37, 72, 136, 16), (37, 72, 136, 16), (70, 64, 40, 8)])
     found = {}
     for backend in STEPS:
         # Triton's interpreter knows no bf16.
         dtype = machine.pick(bf16, fp16)
         one = functools.partial(launches, machine, backend)
-        found[f"{backend} one stream"] = functools.partial(one, wide, dtype, 1)
-        found[f"{backend} three streams"] = functools.partial(one, narrow, dtype, 3)
+        found[f"{backend} one stream"] = functools.partial(one, one_stream, dtype, 1)
+        found[f"{backend} three streams"] = functools.partial(one, three_streams, dtype, 3)
         found[f"{backend} ragged"] = functools.partial(one, ragged, fp16, 1)
-        found[f"{backend} graph"] = functools.partial(one, wide, dtype, 1, True)
+        found[f"{backend} graph"] = functools.partial(one, one_stream, dtype, 1, True)
     return found

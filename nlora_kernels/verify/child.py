@@ -57,17 +57,19 @@ class Gpu:
         with torch.cuda.stream(self.busy):
             self.noise[turn % 3] @ self.noise[turn % 3]
 
-    def capture(self, step: Callable) -> tuple[Callable, Sequence[Tensor]]:
-        """A replay of `step`, and the tensors that it writes."""
+    def capture(self, step: Callable, prepare: Callable = tuple) -> tuple[Callable, Sequence[Tensor]]:
+        """A replay of `step`, which gets what `prepare` returns, and the tensors that it writes."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            # NOTE: a backward runs on the stream of its forward, which has to be that of the capture.
+            arguments = prepare()
             for _ in range(3):
-                step()
+                step(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = step()
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = step(*arguments)
         return graph.replay, outputs
 
     def milliseconds(self, calls: Sequence[Callable]) -> float:
@@ -93,12 +95,13 @@ class Host:
     def load(self, turn: int) -> None:
         pass
 
-    def capture(self, step: Callable) -> tuple[Callable, Sequence[Tensor]]:
-        outputs = [t.clone() for t in step()]
+    def capture(self, step: Callable, prepare: Callable = tuple) -> tuple[Callable, Sequence[Tensor]]:
+        arguments = prepare()
+        outputs = [t.detach().clone() for t in step(*arguments)]
 
         def replay():
-            for old, new in zip(outputs, step(), strict=True):
-                old.copy_(new)
+            for old, new in zip(outputs, step(*arguments), strict=True):
+                old.copy_(new.detach())
 
         return replay, outputs
 
