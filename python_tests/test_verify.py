@@ -276,7 +276,7 @@ def stubbed(monkeypatch):
         "current_stream": Stream,
         "Stream": Stream,
         "stream": entered,
-        "graph": entered,
+        "graph": lambda graph, stream: entered(graph),
         "CUDAGraph": CUDAGraph,
         "Event": Event,
     }.items():
