@@ -62,6 +62,9 @@ DECODE_TILES = {Tile(m, n, 128, 4, stages): n / 64 for m in (16, 32, 64) for n, 
 EXACT_TILES = {Tile(64, 64, 16, 8, 3): 1.0, Tile(32, 64, 16, 4, 3): 0.8, Tile(16, 32, 16, 4, 3): 0.4}
 TF32_TILES = {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 4, 3): 0.6, Tile(16, 64, 32, 4, 3): 0.2}
 
+# Up to here the weight is read once or twice, and reading it bounds the time: decoding.
+FEW_ROWS = 64
+
 # M, K, N, R that are measured: the linear layers of LLaMA-2-7B and BERT, and for the gradient of x their transposes.
 LAYERS = ((4096, 4096), (4096, 11008), (11008, 4096), (768, 768), (768, 3072), (3072, 768))
 SHAPES = tuple((M, K, N, R) for K, N in LAYERS for M in (16, 2048, 8192) for R in (16, 64, 128, 256))
@@ -152,7 +155,7 @@ def candidates(M: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: De
     elif dtype == torch.float32:
         tiles = TF32_TILES
     else:
-        tiles = DECODE_TILES if M <= 64 else WIDE_TILES
+        tiles = DECODE_TILES if M <= FEW_ROWS else WIDE_TILES
     fitting = {
         tile: share
         for tile, share in tiles.items()

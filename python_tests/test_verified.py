@@ -168,12 +168,30 @@ def test_the_nearest_shape_decides_for_each_operation_and_dtype():
     store([result("cuda"), result("triton"), result("triton", dtype="float16")], times)
     assert chosen(LARGE) is cuda and chosen((3000, 4096, 11008, 64)) is cuda
     assert chosen(SMALL) is triton and chosen((1, 768, 768, 4)) is triton
-    # Only triton has a time of backward.
-    assert chosen(LARGE, "backward") is triton and chosen(SMALL, "backward") is triton
+    # Only triton has a time of backward, and of many rows.
+    assert chosen(LARGE, "backward") is triton and chosen(SMALL, "backward") is lean
     assert chosen(LARGE, dtype=FP16) is triton
     assert chosen(LARGE, adapter=BF16) is cuda and chosen(LARGE, adapter=FP16) is lean
     assert chosen(LARGE, dtype=FP32) is lean
     assert chosen((0, 768, 768, 8)) is triton
+
+
+def test_times_of_many_rows_do_not_decide_for_decoding():
+    for M in (1, 16, 48, 64):
+        decode, few, many = (M, 4096, 4096, 16), (16, 4096, 4096, 64), (128, 4096, 4096, 16)
+        # Nothing is known of "cuda" at few rows: the library decodes.
+        store([result("cuda")], [time("cuda", 0.7, many)])
+        assert chosen(decode) is lean and chosen((65, 4096, 4096, 16)) is cuda
+        # It is slow there.
+        store([result("cuda")], [time("cuda", 0.7, many), time("cuda", 2.9, few)])
+        assert chosen(decode) is lean and chosen(many) is cuda
+        # Triton reads the weight fast enough.
+        times = [time("cuda", 0.7, many), time("cuda", 2.9, few), time("triton", 0.8, many), time("triton", 0.9, few)]
+        store([result("cuda"), result("triton")], times)
+        assert chosen(decode) is triton and chosen(many) is cuda
+        # Nor is the time of few rows one of many.
+        store([result("triton")], [time("triton", 0.5, few)])
+        assert chosen(decode) is triton and chosen(many) is lean
 
 
 def test_operations_without_a_shape_go_by_all_their_times():

@@ -56,13 +56,17 @@ class Record(NamedTuple):
     ) -> list[str]:
         """The backends that passed and are faster than "lean", the fastest first.
 
-        The timed call nearest to `shape` decides; without a shape, all of them together.
+        The timed call nearest to `shape` decides, among those of few rows for few rows and among the others for others:
+        what is fastest at large products reads the weight too slowly to decode. Without a shape, all together decide.
         """
         ratios = {}
         for (backend, *key), times in self.times.items():
             if key == [short(dtype), operation, short(adapter)]:
                 if shape:
-                    ratios[backend] = min(times, key=lambda time: _distance(time.shape, shape)).ratio
+                    few = shape[0] <= tuning.FEW_ROWS
+                    alike = [time for time in times if (time.shape[0] <= tuning.FEW_ROWS) == few]
+                    if alike:
+                        ratios[backend] = min(alike, key=lambda time: _distance(time.shape, shape)).ratio
                 else:
                     ratios[backend] = math.exp(math.fsum(math.log(time.ratio) for time in times) / len(times))
         return sorted((backend for backend, ratio in ratios.items() if ratio < 1), key=ratios.get)
