@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends import reference
 from . import autograd
-from .checks import check_memory, check_lora2_core, check_lora_linear, fits, fits_core, foreign
+from .checks import check_lora2_core, check_lora_linear, check_memory, fits, fits_core, foreign
 
 _NAMES = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
 _LORA2_NAMES = ("x", "weight", "lora_v", "lora_u", "lora_E", "lora_U", "lora_V", "mask", "bias")
