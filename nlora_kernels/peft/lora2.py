@@ -25,7 +25,7 @@ class Diagonal(nn.Module):
 
 
 class Mask(nn.Module):
-    """y = x ⊙ weight, of ones and zeros that are saved and not trained"""
+    """y = x ⊙ weight, of ones and zeros that are saved and not trained. It is read and set as the tensor is."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -33,6 +33,12 @@ class Mask(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
+
+    def __getitem__(self, index) -> Tensor:
+        return self.weight[index]
+
+    def __setitem__(self, index, value) -> None:
+        self.weight[index] = value
 
 
 class LoRA2Linear(FusedLinear):
