@@ -14,6 +14,7 @@ from tiny import perturb
 from torch import Tensor, nn
 
 import nlora_kernels as nk
+from nlora_kernels.lora2.layers import layers
 from nlora_kernels.peft.layer import FusedLinear
 
 PACKAGE = str(Path(nk.__file__).parent)
@@ -181,6 +182,35 @@ def test_loading_another_product():
     assert check_at_every_bytecode(lambda: copy.deepcopy(made), load, agrees) > 50
     load(made)
     assert agrees(made) and torch.equal(made.lora_A0["default"].weight, state["lora_A0.default.weight"])
+
+
+@pytest.mark.parametrize("of_peft", [False, True], ids=["module", "peft"])
+def test_compressing(of_peft):
+    """Ranks, scaling, tensors and configuration: all of the old or all of the new."""
+    if of_peft:
+        made = peft.get_peft_model(
+            nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8)), config("lora2", target_modules=["0", "1"])
+        )
+    else:
+        made = nn.Sequential(*(nk.LoRA2Linear.from_linear(nn.Linear(*shape), 4, 3) for shape in ((12, 10), (10, 8))))
+    perturb(made, 0.3)
+    for name, mask in made.named_buffers():
+        if "lora_mask" in name:
+            mask[1] = 0
+    x = torch.randn(5, 12)
+    with torch.no_grad():
+        before = made(x)
+
+    def agrees(model):
+        found = layers(model)
+        ranks = {layer.r for layer in found}
+        recorded = {layer.module.r if layer.adapter is None else layer.module.r["default"] for layer in found}
+        patterns = set(model.peft_config["default"].rank_pattern.values()) if of_peft else ranks - {4}
+        with torch.no_grad():
+            same = (model(x) - before).abs().max() < 1e-5
+        return same and ranks == recorded and (ranks, patterns) in (({4}, set()), ({3}, {3}))
+
+    assert check_at_every_bytecode(lambda: copy.deepcopy(made), nk.lora2.compress, agrees, 7) > 50
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signal.setitimer")

@@ -1,10 +1,14 @@
 """Dropping the pruned singular values for good."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ..commit import attributes, commit
 from ..patterns import exact
 from .layers import Layer, layers
 
@@ -16,19 +20,30 @@ def compress(model: nn.Module) -> dict[str, int]:
     The function stays what it was, and so does the scaling, alpha / r of the initial r. A layer left with no singular
     value keeps one that is zero. Of a PEFT model the configuration follows: rank_pattern and alpha_pattern name every
     layer, so that saving and loading restore ranks and scaling. The parameters are new ones: an optimizer and a
-    `RankAllocator` made before do not know them.
+    `RankAllocator` made before do not know them. An interrupt comes before all of it or after.
 
     Raises ValueError if the model has no LoRA² layers.
     """
     found = layers(model)
-    ranks = {layer.name: _shrink(layer) for layer in found}
+    shrunk = {(layer.name, layer.adapter): _shrink(layer) for layer in found}
+    steps = [step for each in shrunk.values() for step in each.steps]
     for config, names in _configurations(model, found):
-        config.rank_pattern = {exact(name): la.module.r[la.adapter] for name, la in names.items()}
-        config.alpha_pattern = {exact(name): la.module.lora_alpha[la.adapter] for name, la in names.items()}
-    return ranks
+        of = {exact(name): shrunk[layer.name, layer.adapter] for name, layer in names.items()}
+        ranks = {name: each.r for name, each in of.items()}
+        alphas = {name: each.alpha for name, each in of.items()}
+        steps.append(partial(vars(config).update, rank_pattern=ranks, alpha_pattern=alphas))
+    commit(*steps)
+    return {layer.name: shrunk[layer.name, layer.adapter].r for layer in found}
 
 
-def _shrink(layer: Layer) -> int:
+class _Shrunk(NamedTuple):
+    r: int
+    alpha: float
+    # For `commit`: they put it in place.
+    steps: list[Callable[[], object]]
+
+
+def _shrink(layer: Layer) -> _Shrunk:
     module, adapter, mask = layer.module, layer.adapter, layer.lora_mask
     kept = mask.nonzero().flatten()
     E = layer.lora_E * mask
@@ -36,24 +51,21 @@ def _shrink(layer: Layer) -> int:
         kept = kept.new_zeros(1)
     new = {"lora_E": E[kept], "lora_u": layer.lora_u[kept], "lora_U": layer.lora_U[:, kept].contiguous()}
     new = {name: nn.Parameter(t, requires_grad=getattr(layer, name).requires_grad) for name, t in new.items()}
-    new["lora_mask"] = mask[kept]
-    r = len(kept)
+    mask, r = mask[kept], len(kept)
     if adapter is None:
-        module.alpha *= r / module.r
-        module.r = r
-    else:
-        root = math.sqrt if module.use_rslora[adapter] else lambda value: value
-        module.lora_alpha[adapter] *= root(r) / root(module.r[adapter])
-        module.r[adapter] = r
+        alpha = module.alpha * (r / module.r)
+        steps = [attributes(module, r=r, alpha=alpha), partial(module._parameters.update, new)]
+        return _Shrunk(r, alpha, [*steps, partial(module._buffers.update, lora_mask=mask)])
+    root = math.sqrt if module.use_rslora[adapter] else lambda value: value
+    alpha = module.lora_alpha[adapter] * (root(r) / root(module.r[adapter]))
+    steps = [partial(module.r.update, {adapter: r}), partial(module.lora_alpha.update, {adapter: alpha})]
     for name, tensor in new.items():
-        if adapter is None:
-            setattr(module, name, tensor)
-            continue
         holder = getattr(module, name)[adapter]
-        holder.weight = tensor
+        steps.append(partial(holder._parameters.update, weight=tensor))
         if isinstance(holder, nn.Linear):
-            holder.out_features, holder.in_features = tensor.shape
-    return r
+            out_features, in_features = tensor.shape
+            steps.append(attributes(holder, out_features=out_features, in_features=in_features))
+    return _Shrunk(r, alpha, [*steps, partial(module.lora_mask[adapter]._buffers.update, weight=mask)])
 
 
 def _configurations(model: nn.Module, found: list[Layer]):
