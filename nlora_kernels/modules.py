@@ -1,5 +1,6 @@
 """Adapter layers as plain nn.Modules: a frozen linear layer and its trainable matrices. No PEFT needed."""
 
+import math
 import numbers
 from collections.abc import Callable
 from functools import partial
@@ -281,6 +282,8 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
 def check_alpha(alpha, name: str = "alpha") -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(alpha).__name__}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"{name} must be finite, got {alpha}")
 
 
 def check_dropout(dropout) -> None:

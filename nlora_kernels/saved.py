@@ -102,7 +102,7 @@ def check_values(file: Path, key: str, tensor: Tensor, where: str = "") -> None:
         raise ValueError(f"{file}: {key} must be finite{where}, got NaN or inf")
 
 
-def check_config(file: Path, config: dict) -> None:
+def check_config(file: str | Path, config: dict) -> None:
     """ValueError unless it is the configuration of an adapter of ours and its numbers are of the right kind."""
     kind = config.get("peft_type")
     if kind not in ("NLORA", "LORA2"):

@@ -198,6 +198,11 @@ def test_scaling():
 BAD = {
     "module": (lambda: nk.NLoraLinear.from_linear(nn.Conv1d(4, 4, 1), 2), TypeError, "linear must be an nn.Linear"),
     "lora2_module": (lambda: nk.LoRA2Linear.from_linear(3, 2, 2), TypeError, "linear must be an nn.Linear, got int"),
+    "alpha_nan": (
+        lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8), 2, alpha=float("nan")),
+        ValueError,
+        "alpha must be finite, got nan",
+    ),
     "alpha": (lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8), 2, alpha="16"), TypeError, "alpha must be a real"),
     "init": (lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8), 2, init="pissa"), ValueError, "init must be one of"),
     "train": (lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8), 2, train="A"), ValueError, "train must be one of"),

@@ -415,6 +415,7 @@ BAD_INJECTIONS = {
     "rank_zero": (lambda m: config("nlora", r=0), ValueError, "r must be at least 1"),
     "rank_type": (lambda m: config("lora2", r=2.5), TypeError, "r must be an integer"),
     "alpha_type": (lambda m: config("nlora", lora_alpha="8"), TypeError, "lora_alpha must be a real number, got str"),
+    "alpha_inf": (lambda m: config("lora2", lora_alpha=float("inf")), ValueError, "lora_alpha must be finite, got inf"),
     "nan": (lambda m: poison(m) or config("nlora"), ValueError, "weight must be finite"),
 }
 

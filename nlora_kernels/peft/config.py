@@ -66,10 +66,13 @@ class _Checked:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         # On a hub nothing is there to look at yet.
-        if os.path.isdir(pretrained_model_name_or_path):
-            saved.check_readable(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if os.path.isdir(folder):
+            saved.check_readable(folder)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        saved.check_config(os.path.join(folder, saved.CONFIG), config.to_dict())
+        return config
 
     def to_dict(self) -> dict:
         # What PEFT saves, sorted.
