@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -105,17 +106,29 @@ def cubin(runner, arch="90a", bounded=False):
 
 @functools.cache
 def device():
-    """The same entry points for a CUDA device."""
-    sources = " ".join(str(EMULATOR / "tests" / f"{runner}.cpp") for runner in RUNNERS)
-    # A hang becomes an error.
-    flags = f"{target('90a')} {NVCC_FLAGS} -DNLORA_BOUND_SPINS -cudart static -Xcompiler -fPIC -shared"
-    lines = [
-        "rule device",
-        f"  command = {nvcc()} -x cu {flags} -o $out $in",
-        f"build libdevice.so: device {sources} | {' '.join(map(str, sorted(CUDA.glob('*.cuh'))))}"
-        f" {EMULATOR / 'tests' / 'probes.cuh'} {EMULATOR / 'tests' / 'runner.h'}",
-    ]
-    return ctypes.CDLL(str(ninja(lines, "libdevice.so")))
+    """The same entry points for a CUDA device: as they were built before from these sources, or built now."""
+    sources = sorted([*CUDA.glob("*"), *(EMULATOR / "tests").glob("*.*"), ROOT / "csrc" / "ops.h"])
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    # NOTE: by what they hold: a copy of the folder has other times.
+    library, built_from = BUILD / "libdevice.so", BUILD / "libdevice.sources"
+    if not (library.is_file() and built_from.is_file() and built_from.read_text() == digest):
+        # A hang becomes an error.
+        flags = f"{target('90a')} {NVCC_FLAGS} -DNLORA_BOUND_SPINS -Xcompiler -fPIC"
+        lines = [
+            "rule compile",
+            f"  command = {nvcc()} -x cu {flags} -MD -MF $out.d -c -o $out $in",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {nvcc()} {target('90a')} -cudart static -shared -o $out $in",
+        ]
+        objects = [f"device_{runner}.o" for runner in RUNNERS]
+        for runner, output in zip(RUNNERS, objects, strict=True):
+            lines.append(f"build {output}: compile {EMULATOR / 'tests' / runner}.cpp")
+        lines.append(f"build libdevice.so: link {' '.join(objects)}")
+        ninja(lines, "libdevice.so")
+        built_from.write_text(digest)
+    return ctypes.CDLL(str(library))
 
 
 class Options(ctypes.Structure):

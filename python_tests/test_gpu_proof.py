@@ -164,3 +164,33 @@ assert native._C.__file__ == {other!r}, native._C.__file__
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_extension_is_built_without_reading_pyproject():
+    """An older setuptools refuses what it says of the licence."""
+    code = """
+import build, setup, setuptools
+built = []
+setup.NinjaBuild.build_extension = lambda self, extension: built.append(extension.name)
+setup.NinjaBuild.copy_extensions_to_source = lambda self: None
+
+def refuse(*_, **__):
+    raise AssertionError("pyproject.toml was read")
+
+setuptools.Distribution.parse_config_files = refuse
+build.loads = lambda *_: False
+build.extension(rehearse=True)
+assert built == ["nlora_kernels._C"], built
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_backend_whose_layers_hung_or_crashed_is_not_timed(tmp_path):
+    import device
+
+    machine = device.Rehearsal(tmp_path)
+    assert machine.sound("cuda")
+    for status, sound in (("ok", True), ("failed", True), ("timeout", False), ("crashed", False)):
+        (tmp_path / "proof.json").write_text(json.dumps({"stages": {"cuda layers": {"status": status}}}))
+        assert machine.sound("cuda") == sound and machine.sound("triton") and machine.sound("peft")

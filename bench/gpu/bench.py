@@ -88,7 +88,7 @@ def timed(machine, cells, names=NAMES, rehearsed=REHEARSED) -> dict:
         small = ("SmolLM2-135M", "k_proj")
         cells = [cell._replace(model=small[0], layer=small[1], M=16, r=8) for cell in cells[:2]]
     cells = [cell._replace(device=machine.name) for cell in cells]
-    names = machine.pick(names, rehearsed)
+    names = [name for name in machine.pick(names, rehearsed) if machine.sound(name)]
     return {str(cell): functools.partial(measure, machine, cell, names) for cell in cells}
 
 
@@ -190,9 +190,9 @@ def library(x, weight, bias, y):
 def initialisation(machine) -> dict:
     emulate(machine)
     found = {}
-    for backend in machine.pick(("lean", "cuda", "triton"), ("reference",)):
+    for backend in filter(machine.sound, machine.pick(("lean", "cuda", "triton"), ("reference",))):
         found[f"NLoRA with residual, Llama-2-7B whole, {backend}"] = functools.partial(whole, machine, backend)
-    for backend in machine.pick(("cuda", "triton"), ("cuda",)):
+    for backend in filter(machine.sound, machine.pick(("cuda", "triton"), ("cuda",))):
         found[f"residual {backend}"] = functools.partial(residual, machine, backend)
     return found
 

@@ -1,6 +1,7 @@
 """What the stages need of a device beyond what `verify` does, and the same of a CPU for a rehearsal of them."""
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,18 @@ from nlora_kernels.verify import child
 ROUNDS, WARM_MS = 30, 300
 
 
-class Turns:
-    """Times by turns, on either of them."""
+class Stage:
+    """What either of them does for a stage. `out` is the folder of the results."""
+
+    out: Path | None
+
+    def sound(self, backend: str) -> bool:
+        """Whether no stage that checks the layers of a backend hung or crashed: it would take the others with it."""
+        try:
+            stages = json.loads((self.out / "proof.json").read_text())["stages"]
+        except (OSError, ValueError):
+            stages = {}
+        return stages.get(f"{backend} layers", {}).get("status") not in ("timeout", "crashed")
 
     def by_turns(self, functions: dict[str, Callable], rounds: int = ROUNDS, warm_ms: float = WARM_MS) -> dict:
         """{name: milliseconds of each round}, one function after the other, after `warm_ms` of them all."""
@@ -26,8 +37,8 @@ class Turns:
         return times
 
 
-class Gpu(Turns, child.Gpu):
-    """The first CUDA device. `out` is the folder of the results."""
+class Gpu(Stage, child.Gpu):
+    """The first CUDA device."""
 
     rehearsal = False
     name = "cuda"
@@ -71,7 +82,7 @@ class Gpu(Turns, child.Gpu):
         return torch.cuda.max_memory_allocated() - before
 
 
-class Rehearsal(Turns, child.Host):
+class Rehearsal(Stage, child.Host):
     """A CPU in its place: what is captured is run again, and times mean nothing."""
 
     rehearsal = True

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from emulator_harness import TILES, run_case, run_gemm
 from emulator_probes import catalogue
+from test_emulator_nystrom import case_of
 
 BF16, FP16 = torch.bfloat16, torch.float16
 # m, n, k, rank of wide, columns of p: ragged edges, K below one stage, many tiles a block.
 SHAPES = [(1, 8, 8, 8, 8), (129, 136, 72, 24, 48), (300, 72, 8, 0, 0), (200, 264, 520, 64, 128), (130, 648, 40, 16, 16)]
 # Slow on the emulator.
 DEVICE_SHAPES = [(4096, 4096, 4096, 64, 64), (8192, 4096, 4096, 16, 32), (4097, 4104, 4104, 128, 128)]
+PROBES = catalogue()
 
 
 def library(machine):
@@ -37,26 +39,20 @@ def device_name(machine) -> str:
 
 
 def probes(machine) -> dict:
-    """Each probe, and at last the dumps of all: of those as well that are wrong, for the emulator is what they mend."""
-    dumps = {}
+    """Each probe; what it wrote is kept where it is wrong as well, for the emulator is what that mends."""
 
     def check(name, probe):
         written, report = probe.run(library=library(machine))
-        dumps[name] = written
+        file = machine.out / "golden" / f"{re.sub(r'[^a-z0-9]+', '-', device_name(machine).lower())}.npz"
+        file.parent.mkdir(exist_ok=True)
+        # After every probe: the next may end the process.
+        np.savez_compressed(file, **{**(np.load(file) if file.is_file() else {}), name: written})
         expected = probe.expected_bytes()
         wrong = np.flatnonzero(written != expected)
         assert not report.rule, report.text
         assert not wrong.size, f"{wrong.size} of {expected.size} bytes differ, the first at {wrong[0]}"
 
-    def dump():
-        name = re.sub(r"[^A-Za-z0-9]+", "-", device_name(machine)).strip("-").lower()
-        file = machine.out / "golden" / f"{name}.npz"
-        file.parent.mkdir(exist_ok=True)
-        np.savez_compressed(file, **dumps)
-        return {"dumps": len(dumps)}
-
-    found = {name: functools.partial(check, name, probe) for name, probe in catalogue().items()}
-    return found | {"dumps": dump}
+    return {name: functools.partial(check, name, probe) for name, probe in PROBES.items()}
 
 
 def gemm(machine) -> dict:
@@ -124,7 +120,7 @@ def empty(*shape, dtype=torch.float32):
 
 
 def others(machine) -> dict:
-    """Fold, gradients, finish, the core of LoRA², and the kernels of sm_80, which run on sm_90 too."""
+    """Fold, gradients, finish, gather, residual, the core of LoRA², and the kernels of sm_80, which sm_90 runs too."""
     found = {}
     dtypes = machine.pick((BF16, FP16), (BF16,))
     gradients = [(1, 8, 8), (131, 136, 72), *machine.pick([(8192, 4096, 64), (8191, 4104, 256)], [])]
@@ -135,6 +131,9 @@ def others(machine) -> dict:
     for n, r in [(33, 8), *machine.pick([(4096, 64), (1000, 256)], [])]:
         for part in ("fold", "core", "core backward", "finish"):
             found[f"{part} {n}x{r}"] = functools.partial(check_adapter, machine, part, n, r)
+    for n, k, r in [(75, 136, 8), *machine.pick([(4096, 4096, 64), (1000, 776, 256)], [])]:
+        for part in ("gather", "residual"):
+            found[f"{part} {n}x{k} r{r}"] = functools.partial(check_nystrom, machine, part, n, k, r)
     for shape in SHAPES[:2] if machine.rehearsal else SHAPES + DEVICE_SHAPES[:1]:
         for mn, dtype in itertools.product((False, True), dtypes):
             name = f"ampere {size(shape)} {short(dtype)} {'MN' if mn else 'K'}"
@@ -182,6 +181,25 @@ def check_adapter(machine, part, n, r) -> None:
         outs = [empty(*t.shape) for t in (u, E, U)]
         exact = L * (U.T @ dC), mask * (U.T @ dC @ u.T).diagonal()[None], dC @ u.T * L.T
         check(machine, lambda: zip(outs, exact, strict=True), "run_adapter", 2, dC, u, E, U, mask, *outs)
+
+
+def check_nystrom(machine, part, n, k, r) -> None:
+    """Two weights of one shape at once."""
+    weight, A = (torch.stack([integers("cpu", rows, k, seed) for seed in range(2)]) for rows in (n, r))
+    B, core = torch.stack([integers("cpu", n, r, seed) for seed in range(2)]), torch.stack([selection("cpu", r, r)] * 2)
+    if part == "residual":
+        exact = weight - 0.5 * B @ core @ A
+        case = case_of(weight, A, core, B, 0.5)
+    else:
+        rows, cols = (torch.arange(2 * r).reshape(2, r) * 7 % size for size in (n, k))
+        case = case_of(weight, A, core, B, rows=rows, cols=cols)
+    result = harness.call(getattr(library(machine) or harness.emulator(), f"run_{part}"), ctypes.byref(case))
+    assert not result.rule, result.text
+    if part == "residual":
+        assert torch.equal(weight, exact), "the residual is wrong"
+        return
+    for w, i, j, *parts in zip(weight, rows, cols, A, core, B, strict=True):
+        assert all(map(torch.equal, parts, (w[i], w[i][:, j], w[:, j]))), "the parts are wrong"
 
 
 def check_ampere(machine, shape, mn, dtype) -> None:

@@ -35,6 +35,10 @@ def main() -> int:
     import device
     import torch
 
+    from nlora_kernels import process
+
+    # What started it may be a sanitizer.
+    process.end_with_parent()
     module, _, function = options.cells.partition(":")
     cells = alive if module == "alive" else getattr(importlib.import_module(module), function)
     words = sys.stdin.readline()

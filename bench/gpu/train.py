@@ -17,7 +17,7 @@ SMALL = (64, 128, 2, 4, 2, 100)
 
 def cells(machine) -> dict:
     found = {}
-    for method in ("peft", "lean", "cuda", "triton"):
+    for method in filter(machine.sound, ("peft", "lean", "cuda", "triton")):
         found[method] = functools.partial(step, machine, method)
     return found
 
