@@ -114,9 +114,9 @@ def _tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
-    from . import tuning
+    from .tune import tune
 
-    print(f"wrote {tuning.tune(args.out)}")
+    print(f"wrote {tune(args.out)}")
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:

@@ -65,10 +65,6 @@ TF32_TILES = {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 4, 3): 0.6, Tile(1
 # Up to here the weight is read once or twice, and reading it bounds the time: decoding.
 FEW_ROWS = 64
 
-# M, K, N, R that are measured: the linear layers of LLaMA-2-7B and BERT, and for the gradient of x their transposes.
-LAYERS = ((4096, 4096), (4096, 11008), (11008, 4096), (768, 768), (768, 3072), (3072, 768))
-SHAPES = tuple((M, K, N, R) for K, N in LAYERS for M in (16, 2048, 8192) for R in (16, 64, 128, 256))
-
 
 @functools.cache
 def device_of(index: int) -> Device:
@@ -179,7 +175,7 @@ def _measured(dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], device: De
     """The entry nearest to a shape, if no dimension is off by more than a factor of two."""
     nearest, distance = None, 1.0
     for entry in _entries(device.name):
-        if (entry["dtype"], entry["tf32"]) == (_short(dtype), tf32):
+        if (entry["dtype"], entry["tf32"]) == (short(dtype), tf32):
             far = max(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(shape, entry["shape"], strict=True))
             if far < distance or far == distance == 1.0:
                 nearest, distance = entry, far
@@ -222,70 +218,13 @@ def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool = True) -> dict:
-    """Times every tile and both numbers of launches for one shape on the current GPU; returns the entry of the best.
-
-    `transposed`: the orientation of forward, else that of the gradient of x. A tile that does not compile or run here
-    is reported and passed over.
-    """
-    from triton.testing import do_bench
-
-    from . import testing
-    from .backends.triton import extended, launch
-
-    p = testing.problem(M, K, N, R, dtype=dtype, device="cuda")
-    tf32, device = launch.tf32(dtype), launch.target(p.x.get_device())
-    operands = (p.x, p.weight, p.lora_A, p.lora_N, p.lora_B)
-    if not transposed:
-        operands = (p.x, p.weight.T.contiguous(), p.lora_A.T.contiguous(), p.lora_N, p.lora_B.T.contiguous())
-    times = {}
-    for tile in candidates(M, dtype, tf32, True, device):
-        for single in (False, True) if tile.m >= 64 and R <= 256 else (False,):
-
-            def step(tile=tile, single=single):
-                return extended.widen(*operands, None, 1.0, transposed=transposed, tile=tile, single=single)
-
-            try:
-                times[tile, single] = do_bench(step, warmup=25, rep=100, return_mode="median")
-            except Exception as error:
-                print(f"{tile} in {1 if single else 2} launches: {type(error).__name__}: {error}")
-    chosen = wide_tile(M, N, K, R, dtype, tf32, True, device)
-    rule = chosen, single_launch(M, N, K, R, dtype, tf32, True, chosen, device)
-    (tile, single), best = min(times.items(), key=lambda item: item[1])
-    return {
-        "dtype": _short(dtype),
-        "tf32": tf32,
-        "shape": [M, N, K, R],
-        "tile": list(tile),
-        "single": single,
-        "us": round(1000 * best, 2),
-        "rule_us": round(1000 * times.get(rule, best), 2),
-    }
-
-
-def tune(folder: Path | str | None = None, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Measures SHAPES in both orientations on the current GPU and writes its table; returns the file.
-
-    It goes to the user's cache folder where none is given. Raises ValueError where Triton cannot run on a GPU.
-    """
-    from .backends import triton
-
-    reason = triton.unavailable() or (triton.interpreted() and "TRITON_INTERPRET is set")
-    if reason:
-        raise ValueError(f"tuning needs a GPU on which Triton runs: {reason}")
-    from .backends.triton import launch
-
-    # Where it cannot be written is found out before minutes are spent.
-    folder = cache.folder() / "tuned" if folder is None else folder
-    entries = [measure(*shape, dtype, transposed) for shape in SHAPES for transposed in (True, False)]
-    file = save(entries, folder, device_of(torch.cuda.current_device()))
+def forget() -> None:
+    """Has the tables read anew."""
     _entries.cache_clear()
-    launch.forget_plans()
-    return file
 
 
 def save(entries: list[dict], folder: Path | str, device: Device) -> Path:

@@ -106,7 +106,8 @@ def compile_case(capability: int, case: str, ranks: list[int], rows: list[int], 
         if id(binary) not in compiled:
             compiled[id(binary)] = binary, inspect(device, kernel.__name__, warps, stages, arguments, binary)
 
-    launch.run, launch.target = run, lambda x: device
+    launch.run, launch.target = run, lambda index: device
+    launch.forget_plans()
     dtypes, _, dropout = case.partition(" ")
     dtype, adapter_dtype, tf32 = DTYPES[dtypes]
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -219,6 +221,22 @@ def test(check):
     here = Path(__file__).parent
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here, env=environment)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="the stub of the driver needs a C compiler")
+def test_a_call_launches_kernels_of_ours_alone():
+    """No casts and no zeros by PyTorch, in one launch or two, with adapters in fp32 too."""
+    command = [sys.executable, "bench/gpu/host.py", "--rounds", "1", "--calls", "2", "--only", "fp32 adapters"]
+    root = Path(__file__).parent.parent
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert ran.returncode == 0, ran.stderr
+    counts = {}
+    for line in ran.stdout.splitlines():
+        case, what, number = re.fullmatch(r"(.{26}) (.{40}) here +([\d.]+)", line).groups()
+        counts[case.strip(), what.strip()] = float(number)
+    launches = [count for (_, what), count in counts.items() if what.endswith(", launches")]
+    others = [count for (_, what), count in counts.items() if what.endswith(", other operations")]
+    assert len(launches) == len(others) == 6 and min(launches) >= 2 and max(launches) <= 12 and not any(others)
 
 
 class OnGpu:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from nlora_kernels import cli, tuning
+from nlora_kernels import cli, tune, tuning
 from nlora_kernels.tuning import Device, Tile
 
 HOPPER = Device("NVIDIA H200", 90, 132, tuning.SHARED[90])
@@ -59,9 +59,9 @@ def test_tuning_without_a_gpu_says_so(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "TUNED", tmp_path)
-    tuning._entries.cache_clear()
+    tuning.forget()
     yield tmp_path
-    tuning._entries.cache_clear()
+    tuning.forget()
 
 
 def entry(shape, tile, us, rule_us=100.0, single=False):
@@ -101,12 +101,12 @@ def test_what_is_tuned_here_goes_to_the_users_cache_and_before_the_packages(tabl
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tuning, "device_of", lambda index: HOPPER)
-    monkeypatch.setattr(tuning, "SHAPES", ((8192, 4096, 4096, 64),))
+    monkeypatch.setattr(tune, "SHAPES", ((8192, 4096, 4096, 64),))
     shape, mine, theirs = [8192, 4096, 4096, 64], [64, 128, 64, 4, 4], [128, 128, 64, 8, 4]
-    monkeypatch.setattr(tuning, "measure", lambda *call: entry(shape, mine, 95.0))
+    monkeypatch.setattr(tune, "measure", lambda *call: entry(shape, mine, 95.0))
     tuning.save([entry(shape, theirs, 90.0)], table, HOPPER)
     assert tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*theirs)
-    file = tuning.tune()
+    file = tune.tune()
     assert file == tmp_path / "cache" / "nlora_kernels" / "tuned" / "nvidia-h200.json"
     assert tuning.files(HOPPER.name) == [file, table / "nvidia-h200.json"]
     assert tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*mine)

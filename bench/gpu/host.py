@@ -72,7 +72,7 @@ def main() -> int:
                     found.setdefault((case, figure), {}).setdefault(tree, []).append(value)
     for (case, figure), values in found.items():
         medians = "  ".join(f"{tree} {statistics.median(values[tree]):7.1f}" for tree in trees)
-        print(f"{case:26} {figure:26} {medians}")
+        print(f"{case:26} {figure:40} {medians}")
     return 0
 
 

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from nlora_kernels import tuning
+from nlora_kernels import tune, tuning
 
 # M, K, N, R and the orientation: that of y, or of dx.
 SHAPES = [
@@ -28,7 +28,7 @@ def cells(machine) -> dict:
             entry = {"dtype": "bfloat16", "tf32": False, "shape": [M, N, K, R], "tile": list(tile), "single": False}
             entry |= {"us": 1.0, "rule_us": 1.0}
         else:
-            entry = tuning.measure(M, K, N, R, torch.bfloat16, transposed)
+            entry = tune.measure(M, K, N, R, torch.bfloat16, transposed)
         entries.append({key: entry[key] for key in KEYS})
         return {key: entry[key] for key in KEYS[3:]}
 
