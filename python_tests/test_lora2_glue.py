@@ -60,3 +60,31 @@ def test_pairs_of_sentences_and_files_that_are_none(example, tmp_path):
     other = write(tmp_path / "other", ["text", "label"], lambda text, n: [text, "1"])
     with pytest.raises(SystemExit, match="must have a column of"):
         example.read(other / "dev.tsv")
+
+
+WRONG = {
+    "rank": (["--rank", "0"], "argument --rank: must be an integer above 0, got 0"),
+    "steps": (["--steps", "x"], "argument --steps: must be an integer above 0, got x"),
+    "lr": (["--lr", "nan"], "argument --lr: must be a number above 0, got nan"),
+    "target_rank": (["--target-rank", "9"], "argument --target-rank: must be at most --rank, 8, got 9"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments(example, argv, message, tmp_path, capsys):
+    data = write(tmp_path / "SST-2", ["sentence", "label"], lambda text, n: [text, str(n % 2)])
+    with pytest.raises(SystemExit):
+        example.main([str(data), *argv])
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_files(example, model, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        example.main([str(tmp_path / "nowhere")])
+    assert "argument data: must be a folder with train.tsv and dev.tsv, got" in capsys.readouterr().err
+    data = write(tmp_path / "SST-2", ["sentence", "label"], lambda text, n: [text, str(n % 2)])
+    with pytest.raises(SystemExit, match=r"--model .*nowhere cannot be loaded: "):
+        example.main([str(data), "--model", str(tmp_path / "nowhere")])
+    (data / "dev.tsv").write_text("sentence\tlabel\ngood\t2")
+    with pytest.raises(SystemExit, match=r"dev.tsv must have the labels of train.tsv, \['0', '1'\], got \['2'\]"):
+        example.main([str(data), "--model", str(model)])
