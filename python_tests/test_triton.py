@@ -11,7 +11,7 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels import testing, tuning
-from nlora_kernels.backends import TABLE
+from nlora_kernels.backends import TABLE, Dropout
 from nlora_kernels.backends.gradients import Needs
 
 # The interpreter has to be chosen before triton is imported, and then holds for the whole process.
@@ -244,6 +244,15 @@ def test_each_gradient_alone(needed):
             torch.testing.assert_close(grad, expected)
         else:
             assert grad is None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_without_output_features_the_adapter_is_still_read(p):
+    x, A = torch.randn(5, 12, device=DEVICE), torch.randn(3, 12, device=DEVICE)
+    weight, B = torch.empty(0, 12, device=DEVICE), torch.empty(0, 3, device=DEVICE)
+    dropout = Dropout(p, torch.tensor(7, device=DEVICE)) if p else None
+    y, T = linear.forward(x, weight, A, B, None, None, 1.0, dropout)
+    torch.testing.assert_close((y, T), TABLE["reference"].forward(x, weight, A, B, None, None, 1.0, dropout))
 
 
 @pytest.mark.parametrize("dropout", [(0.0, None), (0.3, torch.tensor(5, device=DEVICE))], ids=["whole", "dropout"])

@@ -274,9 +274,10 @@ def widen(
     M, dtype, device = x.shape[0], x.dtype, x.device
     R, N = shrink.shape[0 if transposed else 1], weight.shape[0 if transposed else 1]
     y = torch.empty((M, N), dtype=dtype, device=device)
-    orientation = dict(b_transposed=transposed, core_transposed=transposed)
+    how = dict(alpha=alpha, raw=True, b_transposed=transposed, core_transposed=transposed)
+    before, after = (dict(dropout=dropout, drops="a"), None) if transposed else ({}, dropout)
     if M == 0 or N == 0:
-        return *narrow(x, shrink, core, alpha=alpha, raw=True, **orientation), y
+        return *narrow(x, shrink, core, **how, **before), y
     plan = planned(
         launch.layout(x),
         launch.layout(weight),
@@ -295,8 +296,7 @@ def widen(
         shrink, core, wide = cast(dtype, shrink, core, wide)
     operands = dict(x=x, weight=weight, wide=wide, bias=bias, y=y)
     if not plan.single:
-        inside, after = (dict(dropout=dropout, drops="a"), None) if transposed else ({}, dropout)
-        raw, out = narrow(x, shrink, core, alpha=alpha, raw=True, **orientation, **inside)
+        raw, out = narrow(x, shrink, core, **how, **before)
         plan.launch(x, narrow=out, **operands, **launch.mask(after))
         return raw, out, y
     raw, out = (torch.empty((M, R), dtype=dtype, device=device) for _ in range(2))

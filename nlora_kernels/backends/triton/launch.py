@@ -154,8 +154,9 @@ def counters(on: Tensor, count: int) -> Tensor:
     kept = _COUNTERS.get(key)
     if kept is None or kept.numel() < count:
         kept = _COUNTERS[key] = _outlasting(max(1024, 2 * count), on)
-        while len(_COUNTERS) > STREAMS:
-            _COUNTERS.pop(next(iter(_COUNTERS)), None)
+        # NOTE: what other threads do meanwhile does not disturb list(). Memory of a stream is used again in its order.
+        for oldest in list(_COUNTERS)[:-STREAMS]:
+            _COUNTERS.pop(oldest, None)
     return kept
 
 
