@@ -17,7 +17,8 @@ GATES = $(wildcard python_tests/test_emulator*.py python_tests/test_cuda*.py) py
 demo: $(READY)
 	$(PYTHON) examples/finetune.py $(FLAGS)
 
-# The package on this machine. FLAGS="--real-data DIR" adds the tests that want real models and data.
+# The package on this machine. FLAGS="--real-data DIR" adds the tests that want real models and data, --kills 100 more
+# writers of adapters that are killed.
 test: $(READY)
 	$(PYTHON) -m pytest python_tests $(GATES:%=--ignore=%) $(FLAGS)
 
