@@ -11,7 +11,7 @@ endif
 OUT ?= gpu-results
 GATES = $(wildcard python_tests/test_emulator*.py python_tests/test_cuda*.py) python_tests/test_schedule.py python_tests/test_aot.py
 
-.PHONY: demo test gates bench smoke lint aot sanitize gpu-proof extension constraints newest clean
+.PHONY: demo test gates bench smoke lint aot budget sanitize gpu-proof extension constraints newest clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare" and the like.
 demo: $(READY)
@@ -45,6 +45,10 @@ lint: $(READY)
 # Every Triton kernel for every device, dtype and rank; `make gates` compiles what the benchmark shapes need.
 aot: $(READY)
 	$(PYTHON) python_tests/aot.py --all
+
+# The error budget over ten thousand random configurations, for every tier that the CPU has; `make test` takes some.
+budget: $(READY)
+	$(PYTHON) -m pytest python_tests/test_budget.py -rP --configurations 10000 $(FLAGS)
 
 # The C++ kernels under AddressSanitizer and UBSan over many shapes; `make test` runs the short set.
 sanitize: $(READY)

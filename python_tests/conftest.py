@@ -6,6 +6,8 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--real-data", metavar="DIR", type=Path, help="folder of real models and data for the tests")
+    parser.addoption("--configurations", metavar="N", type=int, default=300, help="random ones to hold to the budget")
+    parser.addoption("--seed", metavar="N", type=int, default=0, help="of the first random configuration")
     parser.addoption("--kills", type=int, default=16, help="writers of adapters that are killed, 100 for a release")
 
 
