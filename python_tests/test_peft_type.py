@@ -29,7 +29,7 @@ from torch import nn
 
 from nlora_kernels.peft import LoRA2Config, LoRA2Model, NLoraConfig, NLoraModel
 
-CORES = ("nlora", "slora", "inttune", "lora2")
+CORES = ("nlora", "slora", "inttune", "nlora_residual", "inttune_residual", "lora2")
 PLAIN = {"stock": partial(peft.LoraConfig, r=4), "plain": partial(NLoraConfig, r=4, init_lora_weights=True)}
 
 QUESTION = re.compile(
@@ -441,7 +441,7 @@ def test_a_reference_adapter_filled_by_name(name):
             if ".default." in n:
                 model.get_parameter(n.replace(".default.", ".ref.")).data.copy_(parameter.data)
     model.set_adapter("ref")
-    close(logits(model), policy, atol=0)
+    close(logits(model), policy, atol=1e-5 if name == "nlora_residual" else 0)
     with model.disable_adapter():
         assert (logits(model) - policy).abs().max() > 1e-3
 
@@ -455,7 +455,7 @@ def test_lora_plus(name):
     names = {id(p): re.search(r"lora_\w+", n)[0] for n, p in model.named_parameters() if p.requires_grad}
     groups = [({names[id(p)] for p in group["params"]}, group["lr"]) for group in optimizer.param_groups]
     high = {n for kinds, lr in groups if lr > 1e-3 for n in kinds}
-    assert high == ({"lora_V"} if name == "lora2" else set() if name == "inttune" else {"lora_B"})
+    assert high == ({"lora_V"} if name == "lora2" else set() if "inttune" in name else {"lora_B"})
     assert set.union(*(kinds for kinds, _ in groups)) == set(names.values())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
     model(input_ids=tokens(), labels=tokens()).loss.backward()
@@ -495,7 +495,8 @@ def test_a_scaling_of_zero_gives_the_base_layers_own_bits(name):
     model = adapted(base, name)
     for layer in [m for m in model.modules() if isinstance(m, Linear)]:
         layer.set_scale("default", 0)
-    close(logits(model), logits(base), atol=0)
+    # A residual's base weight is a rounding away from the one that was.
+    close(logits(model), logits(base), atol=1e-5 if name == "nlora_residual" else 0)
 
 
 # Checkpoints of before
