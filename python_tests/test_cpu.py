@@ -186,22 +186,39 @@ def test_results_repeat_bitwise_under_any_number_of_threads(shape):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
-def test_a_forked_child_computes_on_one_thread():
+def test_a_forked_child_takes_the_same_plan_to_the_same_bits():
     # NOTE: in a process of its own: OpenMP's threads are running when it forks, and a child that hangs is ended.
     code = """
 import os, torch, nlora_kernels as nk
-from nlora_kernels import _C, testing
+from nlora_kernels import _C, backends, testing
+cpu = backends.TABLE["cpu"]
+problems = [
+    testing.problem(*shape, dtype=dtype)
+    for shape in ((2, 96, 96, 8), (64, 96, 96, 8), (300, 256, 256, 8), (64, 300, 260, 48), (700, 128, 128, 100))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
 torch.set_num_threads(2)
-p = testing.problem(64, 96, 96, 8)
-expected = testing.results(p, nk.lora_linear, backend="cpu")
+nk.lora_linear(*(torch.randn(300, 300) for _ in range(4)))
+torch.set_num_threads(1)
+expected = [testing.results(p, nk.lora_linear, backend="cpu") for p in problems]
+torch.set_num_threads(2)
+
+def plans():
+    sizes = [(p.x.dtype, *p.x.shape, len(p.weight), len(p.lora_A), way) for p in problems for way in (False, True)]
+    return [cpu.plan(*size) for size in sizes]
+
+chosen = plans()
 child = os.fork()
 if child == 0:
-    actual = testing.results(p, nk.lora_linear, backend="cpu")
-    same = all(torch.allclose(t, expected[name], atol=1e-4) for name, t in actual.items())
-    os._exit(0 if same and _C.forked() else 1)
+    same = plans() == chosen and torch.get_num_threads() == 1 and _C.forked()
+    for p, wanted in zip(problems, expected):
+        actual = testing.results(p, nk.lora_linear, backend="cpu")
+        same &= all(torch.equal(t, wanted[name]) for name, t in actual.items())
+    os._exit(0 if same else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and not _C.forked()
+assert {"library", "adapter"} <= set(chosen) or {"whole"} == set(chosen), chosen
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.usefixtures("tier")

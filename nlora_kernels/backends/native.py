@@ -62,7 +62,10 @@ class Cpu:
 
     def plan(self, dtype: torch.dtype, M: int, K: int, N: int, R: int, backward: bool = False) -> str:
         """Which of the four ways computes a layer of these sizes fastest (bench/test_plan.py runs them all)."""
-        if _C.forked() or not _C.cpu_multiplies(_CODES[dtype]):
+        if _C.forked() and torch.get_num_threads() > 1:
+            # NOTE: OpenMP has lost its threads there, and the library would wait for them for ever.
+            torch.set_num_threads(1)
+        if not _C.cpu_multiplies(_CODES[dtype]):
             return "whole"
         # Products that the library's tiles are too large for; and those whose time goes into calls.
         few, short = M <= 16, M * K * N <= 1 << 24
