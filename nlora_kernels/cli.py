@@ -133,7 +133,7 @@ def _verify(args: argparse.Namespace) -> int:
     from . import verify
 
     file, results = verify.verify(args.gpu, rehearse=args.rehearse, limit=args.limit)
-    print(f"wrote {file}")
+    print("nothing was written" if args.rehearse else f"wrote {file}")
     return 0 if all(result.well for result in results) else 1
 
 

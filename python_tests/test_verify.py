@@ -5,9 +5,11 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ def alone(monkeypatch, tmp_path):
     """An empty cache folder, and the sizes of rehearsal."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(verify, "REAL", cases.REHEARSED)
+    monkeypatch.setattr(verify, "COMPILED_AT_USE", ())
     yield
     backends.forget()
 
@@ -207,7 +210,7 @@ def test_kernels_that_are_wrong_are_found_twice(monkeypatch, operation, result, 
     sizes = cases.REHEARSED
     asked = cases.cases_of("reference", "float32", sizes)
     for kind in ("witness", "budget", "time"):
-        case = next(c for c in asked if c.kind == kind and c.detail in ("nlora", "slora", operation))
+        case = next(c for c in asked if c.kind == kind and c.detail in ("nlora", operation))
         figures = child.run(case, "reference", "float32", child.Host(), sizes, verify.seed_of(task))
         with pytest.raises(ValueError, match="is off by|a finite number"):
             verify._judge_case(case, json.loads(json.dumps(figures)), sizes, task)
@@ -400,7 +403,6 @@ def fake(monkeypatch, tmp_path):
         code = CHILD.format(identity=IDENTITY, ways=ways, machine=machine, flag=str(tmp_path / "asked"))
         monkeypatch.setattr(verify, "command", lambda task, file: [sys.executable, "-c", code, json.dumps(task), file])
         monkeypatch.setattr(verify, "cases_of", lambda backend, dtype, sizes: cases.cases_of("lean", dtype, sizes))
-        monkeypatch.setattr(verify, "COMPILED_AT_USE", ())
         said = []
         file, results = verify.verify(say=said.append, **options)
         return file, {f"{r.backend} {r.dtype}": r for r in results}, "\n".join(said)
@@ -488,6 +490,33 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(fake, monkeypatch):
         fake({"cuda bfloat16": "crash"})
 
 
+@pytest.mark.parametrize("limit", [0, -1.0, math.nan])
+def test_a_limit_must_be_positive(limit):
+    with pytest.raises(ValueError, match="limit must be a positive number of seconds, got"):
+        verify.verify(limit=limit)
+
+
+def test_an_interrupt_does_not_wait_for_compilers(fake, monkeypatch):
+    """Those that run are ended; nothing is verified."""
+    monkeypatch.setattr(verify, "COMPILED_AT_USE", ("triton",))
+    right = verify._Run.compile
+
+    def interrupted(self, todo):
+        main = threading.main_thread().ident
+        threading.Timer(3, signal.pthread_kill, (main, signal.SIGINT)).start()
+        monkeypatch.setattr(
+            verify, "command", lambda task, file: [sys.executable, "-c", "import time; time.sleep(600)"]
+        )
+        right(self, todo)
+
+    monkeypatch.setattr(verify._Run, "compile", interrupted)
+    monkeypatch.setattr(verify._Run, "prove", lambda *args: pytest.fail("it went on"))
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        fake({"triton float32": "honest"}, limit=300)
+    assert time.monotonic() - begun < 60
+
+
 def test_what_there_is_no_time_for_is_not_tried(fake, monkeypatch):
     monkeypatch.setattr(verify, "TOO_FEW", 1e9)
     _, results, _ = fake({"cuda bfloat16": "crash"})
@@ -515,8 +544,8 @@ def test_a_rehearsal_meets_all_that_can_happen(tmp_path):
         [(name, status) for name, _, _, status in verify.REHEARSAL],
         [(name, "unavailable" if TABLE[name].unavailable() else status) for name, _, _, status in verify.REHEARSAL],
     )
-    # Nothing of it is in force.
-    assert not list(tmp_path.glob("cache/**/*.json"))
+    # Nothing of it is left.
+    assert "nothing was written" in done.stdout and not list(tmp_path.glob("**/*.json"))
 
 
 def test_a_result_that_is_not_as_expected_is_the_exit_status(monkeypatch, capsys):

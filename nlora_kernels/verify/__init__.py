@@ -41,7 +41,7 @@ REHEARSAL = (
     ("lean", "float32", "crash", "crashed"),
     ("lean", "float32", "lie", "failed"),
 )
-NOT_TRIED = "not tried, for the time was over; run it again: what has been compiled is kept"
+NOT_TRIED = "not tried, for the time was over: run it again, for what has been compiled is kept"
 
 
 class Result(NamedTuple):
@@ -85,7 +85,7 @@ def verify(
     Args:
         gpu: its index, as torch counts.
         rehearse: the whole procedure without a GPU: on the CPU, on small layers, with processes that hang, crash and
-            lie, and the record in a temporary folder.
+            lie; the record is read back, and not kept.
         limit: seconds after which nothing is begun and what runs is ended, by default 115, and 600 in rehearsal.
         say: is given lines of text on the way.
 
@@ -93,48 +93,40 @@ def verify(
         ValueError: there is no such GPU or it does not answer, or there are no kernels for it; says what is needed.
         OSError: the record cannot be written.
     """
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit must be a positive number of seconds, got {limit}")
     deadline = time.monotonic() + (limit or (LIMIT_OF_REHEARSAL if rehearse else LIMIT))
     with tempfile.TemporaryDirectory() as scratch:
         run = _Run(gpu, rehearse, Path(scratch), deadline)
         machine = run.ask()
-        identity = machine["identity"]
+        identity, reasons = machine["identity"], machine["backends"]
         say("{gpu}, capability {capability}, driver {driver}, torch {torch}, triton {triton}".format(**identity))
-        todo = REHEARSAL if rehearse else _on_gpu(machine["backends"])
-        file = Path(tempfile.mkdtemp(), "record.json") if rehearse else verified.file_of(identity)
+        todo = REHEARSAL if rehearse else _on_gpu(reasons)
+        file = Path(scratch, "record.json") if rehearse else verified.file_of(identity)
         results: list[Result] = []
         times: list[dict[str, Any]] = []
-
-        def add(result: Result, found: list[dict[str, Any]], fault: str | None) -> None:
-            say(_line(result))
-            results.append(result)
-            if not fault:
-                times.extend(found)
-                kept.append(result)
-                _store(file, identity, kept, times)
-
-        kept: list[Result] = []
         # That it can be written is found out before the work.
-        _store(file, identity, kept, times)
-        able = {name for name, reason in machine["backends"].items() if reason is None}
-        run.compile([(b, dtype) for b, dtype, fault, _ in todo if b in able & {*COMPILED_AT_USE} and not fault])
+        _store(file, identity, results, times)
+        run.compile([(b, dtype) for b, dtype, *_ in todo if b in COMPILED_AT_USE and not reasons[b]])
         silent = ""
         for backend, dtype, fault, expected in todo:
-            if backend not in able:
-                add(Result(backend, dtype, "unavailable", machine["backends"][backend]), [], fault)
-                continue
-            if silent:
-                add(Result(backend, dtype, "failed", f"not tried: {silent}"), [], fault)
-                continue
-            result, found = run.prove(backend, dtype, fault, identity)
-            add(result._replace(expected=expected), found, fault)
-            if result.status in ("timeout", "crashed") and not fault and deadline - time.monotonic() > TOO_FEW:
+            result, found = Result(backend, dtype, "unavailable", reasons[backend] or ""), []
+            if silent and not reasons[backend]:
+                result = Result(backend, dtype, "failed", f"not tried: {silent}")
+            elif not reasons[backend]:
+                result, found = run.prove(backend, dtype, fault, identity)
+            results.append(result._replace(expected=expected))
+            times += found
+            _store(file, identity, results, times)
+            say(_line(result))
+            if result.status not in ("passed", "unavailable") and not silent and deadline - time.monotonic() > TOO_FEW:
                 try:
                     run.ask()
                 except ValueError as error:
                     silent = str(error)
+        if record := verified.read(file):
+            say(table(record))
     backends.forget()
-    if record := verified.read(file):
-        say(table(record))
     return file, results
 
 
@@ -172,8 +164,12 @@ class _Run:
         # Half the time that is left: what is not ready by then is compiled when it is needed.
         patience = (self.deadline - time.monotonic()) / 2
         with ThreadPoolExecutor(count) as pool:
-            for _ in pool.map(lambda task: self.start(task, patience), tasks):
-                pass
+            try:
+                list(pool.map(lambda task: self.start(task, patience), tasks))
+            except BaseException:
+                # The pool waits for its threads, and they for their children.
+                self.deadline = 0.0
+                raise
 
     def prove(
         self, backend: str, dtype: str, fault: str | None, identity: dict[str, Any]
@@ -198,14 +194,16 @@ class _Run:
         return Result(backend, dtype, status, reason, trial.ended.seconds), times
 
     def start(self, task: dict[str, Any], patience: float) -> Trial:
+        """Gives a child its task and so many seconds, as far as they are left."""
         task = {"nonce": secrets.token_hex(16), "gpu": self.gpu, "rehearse": self.rehearse} | task
         report = self.scratch / task["nonce"]
         # What names no backend there is what the named one is compared with.
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"NLORA_BACKEND": "lean"}
         if self.rehearse:
             environment["TRITON_INTERPRET"] = "1"
-        patience = min(patience, max(0.0, self.deadline - time.monotonic()))
-        ended = process.run(command(task, report), patience, env=environment)
+        with tempfile.TemporaryFile() as output:
+            started = process.start(command(task, report), output, env=environment)
+            ended = process.wait(started, lambda: min(started.begun + patience, self.deadline))
         return Trial(task, ended, _lines(report))
 
 

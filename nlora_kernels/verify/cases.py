@@ -137,7 +137,7 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
     drops = backends.TABLE[backend].DROPS_INSIDE
     # PEFT keeps adapters in fp32 on a 16-bit base by default.
     adapters = list(dict.fromkeys(("float32", dtype)))
-    found = [Case("witness", "slora", WITNESS, adapter) for adapter in adapters]
+    found = [Case("witness", "nlora", WITNESS, adapter) for adapter in adapters]
     methods = [method for method in METHODS if drops or method != "dropout"]
     for i, shape in enumerate(sizes.checked):
         optional = any(size % 8 for size in shape[1:]) or shape[3] > 256

@@ -492,7 +492,7 @@ def main(task: dict, report: Callable[[dict], None]) -> None:
     if not task["rehearse"] and not torch.cuda.is_available():
         report(greeting | {"missing": _why_no_gpu()})
         return
-    if not task["rehearse"] and task["gpu"] >= torch.cuda.device_count():
+    if not task["rehearse"] and not 0 <= task["gpu"] < torch.cuda.device_count():
         report(greeting | {"missing": f"torch sees {torch.cuda.device_count()}, numbered from 0, got {task['gpu']}"})
         return
     machine = Host() if task["rehearse"] else Gpu(task["gpu"])
