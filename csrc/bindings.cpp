@@ -128,6 +128,7 @@ void define_cuda(py::module_& m) {
     return Queue{device, pointer<void>(stream)};
   }));
   m.def("cuda_slice_floats", &slice_floats);
+  m.def("cuda_set_bytes_per_cycle", &set_bytes_per_cycle);
   m.def("cuda_linear", &linear, free_threads());
   m.def("cuda_forward", &forward, free_threads());
   m.def("cuda_backward", &backward, free_threads());

@@ -92,6 +92,10 @@ struct Queue {
 // Size of `slices` for these gradients, in floats.
 int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore);
 
+// Bytes a cycle that one processor gets from the L2 cache when all ask: what the plans of later products go by, 40 at
+// first.
+void set_bytes_per_cycle(double bytes);
+
 // y = x·Wᵀ + bias, the products of a layer without its adapter: what benchmarks hold against the library.
 void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y);
 // As on the CPU, with B and core of any dtype and all else of one 16-bit dtype.

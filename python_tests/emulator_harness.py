@@ -183,7 +183,7 @@ OPERANDS = ("a", "b", "c", "bias", "p", "wide", "shrink", "t", "slices")
 class GemmCase(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("tile", "major")),
-        ("blocks", ctypes.c_uint32),
+        *((name, ctypes.c_uint32) for name in ("blocks", "tall")),
         *((name, Matrix) for name in OPERANDS),
     ]
 
@@ -251,7 +251,7 @@ def poisoned(rows, columns, dtype):
     return torch.full((rows, columns + 8), -1, dtype=torch.int16).view(dtype)[:, :columns]
 
 
-def run_gemm(*products, tile=0, blocks=4, epoch=0, flags=0, library=None, **options):
+def run_gemm(*products, tile=0, blocks=4, tall=1, epoch=0, flags=0, library=None, **options):
     """Launches products one after the other on the same control words, which hold that epoch and those flags before.
 
     A product is a dict of the tensors of product.h: a, b and, where there is an adapter, wide and shrink or p; right
@@ -268,7 +268,7 @@ def run_gemm(*products, tile=0, blocks=4, epoch=0, flags=0, library=None, **opti
         if "t" in product:
             g = product["p"].shape[1] - (product["wide"].shape[1] if "wide" in product else 0)
             product["slices"] = torch.full((product["splits"] * g, product["t"].shape[1]), torch.nan)
-        case.tile, case.major, case.blocks = tile, int(mn), blocks
+        case.tile, case.major, case.blocks, case.tall = tile, int(mn), blocks, tall
         for name in OPERANDS:
             tensor = product.get(name)
             if tensor is not None and name not in ("c", "slices") and not (name == "p" and "shrink" in product):

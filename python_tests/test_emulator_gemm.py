@@ -107,7 +107,7 @@ def check(*shapes, seed, tile, mn=False, gradient=None, epoch=0, **options):
     dtype = (torch.bfloat16, torch.float16)[seed // 2 % 2]
     choice = {"with_bias": seed % 3 > 0, "made": seed % 4 < 3}
     launches = [product(shape, dtype, mn=mn, gradient=gradient, **choice) for shape in shapes]
-    ticket, last, result = run_gemm(*launches, tile=tile, seed=seed, epoch=epoch, **options)
+    ticket, last, result = run_gemm(*launches, tile=tile, tall=1 + seed % 3, seed=seed, epoch=epoch, **options)
     assert not result.rule, result.text
     # Numbers of launches go round without 0.
     expected = (epoch + len(shapes) - 1) % (2**32 - 1) + 1
@@ -171,6 +171,22 @@ def test_k_beyond_many_laps_of_the_ring():
     check((130, 136, 2056, 8, 8), seed=0, tile=4)
 
 
+@pytest.mark.parametrize("resident", [1, 0], ids=["one-resident", "all-resident"])
+@pytest.mark.parametrize("tile", [1, 3])
+def test_items_of_p_two_tiles_high(tile, resident):
+    # Rows of tiles: an odd number, one of which the last is all but empty, and one that begins a band.
+    for rows in (5, 2, 9):
+        shape = (128 * TILES[tile][2] * (rows - 1) + 8, 264, 136, 24, 128 if rows == 2 else 48)
+        tall, alone = (
+            product(shape, torch.float16, mn=rows == 5, gradient=(48, 3) if rows == 5 else None) for _ in range(2)
+        )
+        for launched, height in ((tall, 2), (alone, 1)):
+            _, _, result = run_gemm(launched, tile=tile, tall=height, seed=rows, lanes=rows == 2, resident=resident)
+            assert not result.rule, result.text
+            assert not error_of(launched, reference(shape, torch.float16, True, True))
+        assert all(torch.equal(tall[name], alone[name]) for name in ("c", "p"))
+
+
 @pytest.mark.parametrize("resident", [1, 0])
 @pytest.mark.parametrize("tile", [0, 2])
 def test_rows_beyond_one_band_of_the_schedule(tile, resident):
@@ -203,13 +219,14 @@ REDUNDANT = {
     "setmaxnreg_increase": "gives registers to a warp, orders nothing: without it the kernel is right and may spill",
 }
 # Launches with an adapter, without and with a cluster: two on the same control words; K so short that nothing waits for
-# a slot; K of several laps round the ring of slots.
+# a slot; K of several laps round the ring of slots; items of P two tiles high.
 MUTATED = [
-    (0, [(130, 136, 72, 24, 24)] * 2),
-    (2, [(600, 264, 72, 24, 24)]),
-    (0, [(300, 264, 72, 24, 24)]),
-    (3, [(300, 264, 456, 24, 24)]),
-    (0, [(200, 264, 456, 24, 24)]),
+    (0, 1, [(130, 136, 72, 24, 24)] * 2),
+    (2, 1, [(600, 264, 72, 24, 24)]),
+    (0, 1, [(300, 264, 72, 24, 24)]),
+    (3, 1, [(300, 264, 456, 24, 24)]),
+    (0, 1, [(200, 264, 456, 24, 24)]),
+    (2, 2, [(600, 264, 72, 24, 24)]),
 ]
 
 
@@ -218,8 +235,8 @@ CALLS = synchronisation_calls("gemm.cuh")
 
 @functools.cache
 def executed_lines(index):
-    tile, shapes = MUTATED[index]
-    return run_gemm(*(product(shape, torch.bfloat16) for shape in shapes), tile=tile)[2].lines
+    tile, tall, shapes = MUTATED[index]
+    return run_gemm(*(product(shape, torch.bfloat16) for shape in shapes), tile=tile, tall=tall)[2].lines
 
 
 def test_every_synchronisation_call_of_the_source_runs():
@@ -231,14 +248,15 @@ def test_every_synchronisation_call_of_the_source_runs():
 def test_deleting_a_synchronisation_call_is_caught(line):
     name = CALLS[line]
     caught = {}
-    for index, (tile, shapes) in enumerate(MUTATED):
+    for index, (tile, tall, shapes) in enumerate(MUTATED):
         if line not in executed_lines(index):
             continue
         seen = caught[index] = []
         for seed in range(1 if name in REDUNDANT else 3):
             for lanes in (False, True):
                 launches = [product(shape, torch.bfloat16) for shape in shapes]
-                ticket, _, result = run_gemm(*launches, tile=tile, seed=seed, lanes=lanes, skipped_line=line)
+                options = {"seed": seed, "lanes": lanes, "skipped_line": line}
+                ticket, _, result = run_gemm(*launches, tile=tile, tall=tall, **options)
                 bounds = [reference(shape, torch.bfloat16, True, True) for shape in shapes]
                 wrong = any(map(error_of, launches, bounds))
                 seen.append(bool(result.rule) or wrong or ticket != 0)

@@ -94,7 +94,7 @@ __device__ __forceinline__ void load_item(const GemmShared<Tile> shared, const G
                                           RingPosition<Tile::kStages>& ring) {
     const uint32_t begin = problem.first(place), end = problem.last(place), r = problem.adapter(place);
     const uint32_t width = problem.width(place, Tile::kBlockN);
-    const uint32_t stages = ceil_div(end - begin, Tile::kBlockK) + ceil_div(r, Tile::kBlockK);
+    const uint32_t stages = place.tall * ceil_div(end - begin, Tile::kBlockK) + ceil_div(r, Tile::kBlockK);
     uint32_t left = stages < Tile::kStages ? Tile::kStages : stages;
     if constexpr (kMajor == Major::MN) {
         if (place.makes_slice) {
@@ -108,8 +108,12 @@ __device__ __forceinline__ void load_item(const GemmShared<Tile> shared, const G
             return;
         }
     }
-    load_depth<Tile, Major::K, kMajor>(shared, &problem.a, place.makes_p ? &problem.shrink : &problem.b, place.m,
-                                       place.n, width, begin, end, rank, left, ring);
+#pragma unroll 1
+    for (uint32_t tile = 0; tile < place.tall; ++tile) {
+        load_depth<Tile, Major::K, kMajor>(shared, &problem.a, place.makes_p ? &problem.shrink : &problem.b,
+                                           place.m + tile * Tile::kClusterM, place.n, width, begin, end, rank, left,
+                                           ring);
+    }
     for (uint32_t column = 0; column < r; column += Tile::kBlockN) {
         if (problem.w) {
             await_p(problem.state, epoch, place.m, Tile::kBlockM, column / Tile::kBlockN, 1);
@@ -271,25 +275,29 @@ __device__ __forceinline__ void store_slice(const float (&acc)[Tile::kBlockN / 2
 // The consumers' side of one work item.
 template <class Tile, Major kMajor, class T>
 __device__ __forceinline__ void compute_item(const GemmShared<Tile> shared, const GemmProblem<T>& problem,
-                                             uint32_t epoch, const Schedule::Item place, uint32_t consumer,
+                                             uint32_t epoch, Schedule::Item place, uint32_t consumer,
                                              bool storing_thread, RingPosition<Tile::kStages>& ring) {
     const bool makes_p = place.makes_p;
-    const uint32_t width = problem.width(place, Tile::kBlockN);
-    float acc[Tile::kBlockN / 2];
-    multiply<Tile, kMajor, T>(acc, shared, width, place.makes_slice, problem.last(place) - problem.first(place),
-                              problem.adapter(place), consumer, ring);
-    if constexpr (kMajor == Major::MN) {
-        if (place.makes_slice) {
-            store_slice<Tile, T>(acc, problem, place.n, place.m + consumer * 64);
-            return;
+    const uint32_t width = problem.width(place, Tile::kBlockN), end = place.m + place.tall * Tile::kClusterM;
+#pragma unroll 1
+    for (; place.m < end; place.m += Tile::kClusterM) {
+        float acc[Tile::kBlockN / 2];
+        multiply<Tile, kMajor, T>(acc, shared, width, place.makes_slice, problem.last(place) - problem.first(place),
+                                  problem.adapter(place), consumer, ring);
+        if constexpr (kMajor == Major::MN) {
+            if (place.makes_slice) {
+                store_slice<Tile, T>(acc, problem, place.n, place.m + consumer * 64);
+                return;
+            }
         }
-    }
-    store_tile<Tile, T>(acc, shared, width, makes_p ? &problem.p_out : &problem.c, makes_p ? nullptr : problem.bias,
-                        problem.n, place, consumer, storing_thread);
-    if (makes_p && storing_thread) {
-        bulk_wait<0>();
-        fence_async_global();
-        flag_release_store(problem.state.flag(place.m + consumer * 64, place.n / Tile::kBlockN), epoch);
+        store_tile<Tile, T>(acc, shared, width, makes_p ? &problem.p_out : &problem.c,
+                            makes_p ? nullptr : problem.bias, problem.n, place, consumer, storing_thread);
+        if (makes_p && storing_thread) {
+            bulk_wait<0>();
+            fence_async_global();
+            flag_release_store(problem.state.flag(place.m + consumer * 64, place.n / Tile::kBlockN), epoch);
+        }
+        sync_warp();
     }
 }
 
@@ -299,8 +307,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
     const uint32_t warp = warp_rank();
     const uint32_t rank = Tile::kCluster == 1 ? 0 : cluster_rank();
     const bool leader = elect_one();
-    const Schedule schedule(problem.m, problem.n, problem.w, Tile::kBlockM * Tile::kCluster, Tile::kBlockN,
-                            problem.splits);
+    const Schedule schedule(problem.m, problem.n, problem.w, Tile::kClusterM, Tile::kBlockN, problem.splits,
+                            problem.p_tall);
     const auto own_place = [&](uint32_t ticket) {
         Schedule::Item place = schedule.at(ticket);
         place.m += rank * Tile::kBlockM;

@@ -97,7 +97,7 @@ inline TensorMap operand_map(const Matrix& x, uint32_t box_rows) {
 }
 
 template <class Tile, Major kMajor, class T, class Context>
-void launch_gemm(Context& context, const Product& q, uint32_t blocks) {
+void launch_gemm(Context& context, const Product& q, uint32_t blocks, uint32_t tall) {
     constexpr uint32_t kCluster = Tile::kCluster;
     const auto right_map = [](const Matrix& x, uint32_t width) {
         return operand_map(x, (kMajor == Major::K ? width : Tile::kBlockK) / kCluster);
@@ -109,6 +109,7 @@ void launch_gemm(Context& context, const Product& q, uint32_t blocks) {
     problem.r = uint32_t(rank_of(q));
     problem.w = q.shrink ? uint32_t(q.p.cols) : 0;
     problem.p_width = piece_width(problem.w, Tile::kBlockN);
+    problem.p_tall = tall;
     problem.a = operand_map(q.a, Tile::kBlockM);
     problem.b = right_map(q.b, Tile::kBlockN);
     problem.c = operand_map(q.c, 64);
@@ -134,23 +135,23 @@ void launch_gemm(Context& context, const Product& q, uint32_t blocks) {
     problem.bias = static_cast<const T*>(q.bias.data);
     problem.state = {q.state};
 
-    const Schedule schedule(problem.m, problem.n, problem.w, Tile::kBlockM * kCluster, Tile::kBlockN, problem.splits);
+    const Schedule schedule(problem.m, problem.n, problem.w, Tile::kClusterM, Tile::kBlockN, problem.splits, tall);
     const uint32_t clusters = std::min(std::max(blocks / kCluster, 1u), schedule.count());
     context.launch({clusters * kCluster, Tile::kThreads, kCluster, Tile::kSharedBytes, Tile::kRegisters},
                    &gemm_kernel<Tile, kMajor, T>, problem);
 }
 
-// The product by tiles of this kind on so many blocks: 0 means one for each processor.
+// The product by tiles of this kind on so many blocks: 0 means one for each processor; items of p so many tiles high.
 template <class Tile, class Context>
-void launch_product(Context& context, const Product& q, uint32_t blocks = 0) {
+void launch_product(Context& context, const Product& q, uint32_t blocks = 0, uint32_t tall = 1) {
     check_product(q, State::kMaxPieces * Tile::kBlockN);
     blocks = blocks ? blocks : context.processors();
     if (q.a.dtype == nlora::Dtype::kBFloat16) {
-        q.major == Major::K ? launch_gemm<Tile, Major::K, bf16>(context, q, blocks)
-                            : launch_gemm<Tile, Major::MN, bf16>(context, q, blocks);
+        q.major == Major::K ? launch_gemm<Tile, Major::K, bf16>(context, q, blocks, tall)
+                            : launch_gemm<Tile, Major::MN, bf16>(context, q, blocks, tall);
     } else {
-        q.major == Major::K ? launch_gemm<Tile, Major::K, fp16>(context, q, blocks)
-                            : launch_gemm<Tile, Major::MN, fp16>(context, q, blocks);
+        q.major == Major::K ? launch_gemm<Tile, Major::K, fp16>(context, q, blocks, tall)
+                            : launch_gemm<Tile, Major::MN, fp16>(context, q, blocks, tall);
     }
 }
 

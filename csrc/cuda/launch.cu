@@ -6,6 +6,7 @@
 
 #include "launchers.h"
 #include "linear.h"
+#include "plan.h"
 #include "splits.h"
 #include "states.h"
 
@@ -77,6 +78,13 @@ std::string sizes(const Matrix& rows, const Matrix& weight, const Matrix& A) {
 int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
     Stream stream(queue.device);
     return hopper::slice_floats(Engine{stream}, m, k, n, r, dA, dB, dcore);
+}
+
+void set_bytes_per_cycle(double bytes) {
+    if (!(bytes > 0)) {
+        throw std::invalid_argument("bytes must be positive, got " + std::to_string(bytes));
+    }
+    hopper::bytes_per_cycle() = bytes;
 }
 
 void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y) {

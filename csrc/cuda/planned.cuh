@@ -17,12 +17,13 @@ void launch_planned(Context& context, const Product& q) {
     const ProductSizes sizes = checked_sizes(q.a.rows, q.c.cols, q.a.cols, rank_of(q), w);
     const uint32_t processors = context.processors();
     check_product(q, 256);
+    const Plan plan = plan_product(sizes, processors);
     const auto launch = [&](auto tile) {
         using Tile = decltype(tile);
-        q.major == Major::K ? launch_gemm<Tile, Major::K, T>(context, q, processors)
-                            : launch_gemm<Tile, Major::MN, T>(context, q, processors);
+        q.major == Major::K ? launch_gemm<Tile, Major::K, T>(context, q, processors, plan.tall)
+                            : launch_gemm<Tile, Major::MN, T>(context, q, processors, plan.tall);
     };
-    switch (plan_product(sizes, processors).tile) {
+    switch (plan.tile) {
         case 0: return launch(PlannedTile<0>());
         case 1: return launch(PlannedTile<1>());
         case 2: return launch(PlannedTile<2>());

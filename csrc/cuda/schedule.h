@@ -5,46 +5,60 @@
 
 namespace hopper {
 
-// Tickets count work items of one cluster: tiles of C, and the items that make P, narrower tiles with the same rows.
-// Both stand in one grid, `pieces` columns of P before the `columns` of C, and tickets run down its columns in bands of
-// kBand rows, so that a band's operands stay in the L2 cache. Every item of P has a smaller ticket than the tiles that
-// read it: a block that waits for P waits for work that some block has already taken. Slices of a gradient, sums over
-// rows of P, come last and fill what is idle then.
+// Tickets count work items of one cluster: tiles of C, and the items that make P, narrower and `tall` tiles high. They go
+// in bands of kBand rows of tiles, so that a band's operands stay in the L2 cache: first the band's items of P, in
+// `pieces` columns, then its tiles of C, both down their columns. Every item of P has a smaller ticket than the tiles
+// that read it: a block that waits for P waits for work that some block has already taken. Slices of a gradient, sums
+// over rows of P, come last and fill what is idle then.
 struct Schedule {
     static constexpr uint32_t kBand = 8;
     uint32_t tile_rows, tile_columns;   // of a cluster's tile of C, in elements
     uint32_t rows, columns, pieces;     // of the grid of items
     uint32_t slices;                    // after the grid
+    uint32_t tall;
 
     // C is (m, n). P is (m, w): w = 0 if this launch does not make it.
     HOPPER_FN constexpr Schedule(uint32_t m, uint32_t n, uint32_t w, uint32_t tile_rows, uint32_t tile_columns,
-                                 uint32_t slices = 0)
+                                 uint32_t slices = 0, uint32_t tall = 1)
         : tile_rows(tile_rows),
           tile_columns(tile_columns),
           rows(ceil_div(m, tile_rows)),
           columns(ceil_div(n, tile_columns)),
           pieces(ceil_div(w, tile_columns)),
-          slices(slices) {}
+          slices(slices),
+          tall(tall) {}
 
+    // Of a band of so many rows, or of all bands.
+    HOPPER_FN constexpr uint32_t band_items(uint32_t band_rows) const {
+        return pieces * ceil_div(band_rows, tall) + columns * band_rows;
+    }
+    HOPPER_FN constexpr uint32_t grid_items() const {
+        return rows / kBand * band_items(kBand) + band_items(rows % kBand);
+    }
     HOPPER_FN constexpr uint32_t count() const {
-        return rows * (pieces + columns) + slices;
+        return grid_items() + slices;
     }
 
     struct Item {
         bool makes_p, makes_slice;   // else it is a tile of C
         uint32_t m, n;               // first row, first column in P or C; of a slice, n is its number
+        uint32_t tall;               // tiles, one below the other
     };
 
     HOPPER_FN constexpr Item at(uint32_t ticket) const {
-        if (ticket >= rows * (pieces + columns)) {
-            return {false, true, 0, ticket - rows * (pieces + columns)};
+        if (ticket >= grid_items()) {
+            return {false, true, 0, ticket - grid_items(), 1};
         }
-        const uint32_t band_items = kBand * (pieces + columns);
-        const uint32_t band = ticket / band_items, within = ticket % band_items;
-        const uint32_t band_rows = rows - band * kBand < kBand ? rows - band * kBand : kBand;
-        const uint32_t row = band * kBand + within % band_rows, column = within / band_rows;
-        const bool makes_p = column < pieces;
-        return {makes_p, false, row * tile_rows, (makes_p ? column : column - pieces) * tile_columns};
+        const uint32_t band = ticket / band_items(kBand), above = band * kBand;
+        const uint32_t band_rows = rows - above < kBand ? rows - above : kBand, p_rows = ceil_div(band_rows, tall);
+        uint32_t within = ticket - band * band_items(kBand);
+        if (within < pieces * p_rows) {
+            const uint32_t row = within % p_rows * tall;
+            const uint32_t left = band_rows - row;
+            return {true, false, (above + row) * tile_rows, within / p_rows * tile_columns, left < tall ? left : tall};
+        }
+        within -= pieces * p_rows;
+        return {false, false, (above + within % band_rows) * tile_rows, within / band_rows * tile_columns, 1};
     }
 };
 

@@ -15,6 +15,7 @@ struct GemmTile {
     static constexpr int kSteps = kBlockK / 16;   // of a wgmma each
     static constexpr int kStages = Stages;
     static constexpr int kCluster = Cluster;
+    static constexpr uint32_t kClusterM = BLOCK_M * Cluster;
 
     // One warpgroup feeds, each of the others multiplies 64 rows.
     static constexpr int kConsumers = BLOCK_M / 64;
@@ -35,7 +36,7 @@ struct GemmTile {
     static_assert(BLOCK_M == 128, "register counts are those of two consumer warpgroups");
     static_assert(BLOCK_N == 64 || BLOCK_N == 128 || BLOCK_N == 256, "one wgmma wide, and narrower ones by halves");
     static_assert(BLOCK_N / 64 % kBoxesAtOnce == 0, "whole rounds of boxes");
-    static_assert(BLOCK_M * Cluster <= State::kMaxRows, "more rows than the flags are laid out for");
+    static_assert(kClusterM <= State::kMaxRows, "more rows than the flags are laid out for");
     static_assert(kSharedBytes + kSharedAlignment <= 227 * 1024, "more shared memory than a block can have");
 };
 
@@ -102,6 +103,7 @@ struct GemmProblem {
     uint32_t r;         // 0: no adapter
     uint32_t w;         // 0: p is not made here
     uint32_t p_width;   // of the tiles that make p: 64, 128 or 256, at most BLOCK_N
+    uint32_t p_tall;    // how many of them an item makes
     float* slices;      // (splits·g, v)
     uint32_t splits;    // 0: no gradient
     uint32_t g, v;      // rows and columns of a slice

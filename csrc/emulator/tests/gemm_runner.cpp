@@ -8,18 +8,18 @@ namespace {
 // One launch; the operands and results as in Product, all host memory.
 struct GemmCase {
     int32_t tile, major;
-    uint32_t blocks;
+    uint32_t blocks, tall;
     Matrix a, b, c, bias, p, wide, shrink, t, slices;
 };
 
-void run_tile(Context& context, int32_t tile, const Product& product, uint32_t blocks) {
+void run_tile(Context& context, int32_t tile, const Product& product, uint32_t blocks, uint32_t tall) {
     switch (tile) {
-        case 0: return launch_product<GemmTile<128, 128, 4>>(context, product, blocks);
-        case 1: return launch_product<GemmTile<128, 256, 3>>(context, product, blocks);
-        case 2: return launch_product<GemmTile<128, 128, 4, 2>>(context, product, blocks);
-        case 3: return launch_product<GemmTile<128, 256, 4, 2, 2>>(context, product, blocks);
+        case 0: return launch_product<GemmTile<128, 128, 4>>(context, product, blocks, tall);
+        case 1: return launch_product<GemmTile<128, 256, 3>>(context, product, blocks, tall);
+        case 2: return launch_product<GemmTile<128, 128, 4, 2>>(context, product, blocks, tall);
+        case 3: return launch_product<GemmTile<128, 256, 4, 2, 2>>(context, product, blocks, tall);
         // Two stages only: slots are reused at once.
-        case 4: return launch_product<GemmTile<128, 64, 2, 2>>(context, product, blocks);
+        case 4: return launch_product<GemmTile<128, 64, 2, 2>>(context, product, blocks, tall);
         default: throw std::invalid_argument("tile must be 0 to 4, got " + std::to_string(tile));
     }
 }
@@ -53,7 +53,7 @@ void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t*
                         on_device(c->bias, false), on_device(c->p, bool(c->shrink)), on_device(c->wide, false),
                         on_device(c->shrink, false), on_device(c->t, false), on_device(c->slices, true),
                         Major(c->major), state};
-        run_tile(context, c->tile, product, c->blocks);
+        run_tile(context, c->tile, product, c->blocks, c->tall);
         context.fetch(c->c.data, product.c.data, bytes(c->c));
         if (c->shrink) {
             context.fetch(c->p.data, product.p.data, bytes(c->p));
