@@ -103,6 +103,31 @@ def test_ampere_sass():
         assert sum("MOV" in line for line in loop) < sum("HMMA" in line for line in loop), name
 
 
+# Loads of 16 bytes that are under way at the same time, at least: a chunk of both factors in fp32, and more of slices.
+LOADS = {"fold_kernel": 6, "finish_kernel": 16, "split_kernel": 6}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_small_products_load_before_they_store(arch):
+    found = set()
+    for name, code in (disassembly("adapter_runner", arch) | disassembly("nystrom_runner", arch)).items():
+        for kernel, least in LOADS.items():
+            if kernel not in name:
+                continue
+            found.add(kernel)
+            runs, run = [], 0
+            for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code):
+                if "LDG.E.128" in instruction:
+                    run += 1
+                elif re.search(r"\b(STS|STG|BAR)\b", instruction):
+                    runs, run = [*runs, run], 0
+            assert max(runs) >= least, f"{kernel}: {max(runs)}"
+            # One such place for each pair of dtypes, at the beginning and in the loop.
+            assert kernel == "finish_kernel" or sum(r >= least for r in runs) >= 2, f"{kernel}: {runs}"
+    assert found == LOADS.keys()
+
+
 @needs_nvcc
 def test_gradient_sass():
     kernels = disassembly("gradient_runner", "90a")

@@ -29,13 +29,12 @@ __global__ void __launch_bounds__(Tile::kThreads) core_kernel(const __grid_const
     const uint32_t row0 = grid.row(block_rank()), column0 = grid.column(block_rank());
     Tile tile;
     tile.multiply(
-        r,
-        [&](uint32_t row, uint32_t i) {
-            return row0 + row < k ? element(problem.U, row0 + row, i) * problem.lambda(i) : 0.0f;
-        },
-        [&](uint32_t i, uint32_t column) {
-            return column0 + column < k ? element(problem.u, i, column0 + column) : 0.0f;
-        });
+        r, single_elements([&](uint32_t row, uint32_t i) {
+            return row0 + row < k && i < r ? element(problem.U, row0 + row, i) * problem.lambda(i) : 0.0f;
+        }),
+        single_elements([&](uint32_t i, uint32_t column) {
+            return i < r && column0 + column < k ? element(problem.u, i, column0 + column) : 0.0f;
+        }));
     tile.store(false, [&](uint32_t row, uint32_t column, float value) {
         if (row0 + row < k && column0 + column < k) {
             set_element(problem.core, row0 + row, column0 + column, value);
@@ -48,10 +47,12 @@ __device__ __forceinline__ void gradient_of_u(const CoreProblem& problem, uint32
     const uint32_t r = uint32_t(problem.u.rows), k = uint32_t(problem.u.cols);
     StridedTile tile;
     tile.multiply(
-        k, [&](uint32_t row, uint32_t a) { return row0 + row < r ? element(problem.U, a, row0 + row) : 0.0f; },
-        [&](uint32_t a, uint32_t column) {
-            return column0 + column < k ? element(problem.core, a, column0 + column) : 0.0f;
-        });
+        k, single_elements([&](uint32_t row, uint32_t a) {
+            return row0 + row < r && a < k ? element(problem.U, a, row0 + row) : 0.0f;
+        }),
+        single_elements([&](uint32_t a, uint32_t column) {
+            return a < k && column0 + column < k ? element(problem.core, a, column0 + column) : 0.0f;
+        }));
     tile.store(false, [&](uint32_t row, uint32_t column, float value) {
         if (row0 + row < r && column0 + column < k) {
             set_element(problem.du, row0 + row, column0 + column, problem.lambda(row0 + row) * value);
@@ -66,9 +67,13 @@ __device__ __forceinline__ void gradient_of_U_and_E(const CoreProblem& problem, 
     float dE = 0;
     for (uint32_t row0 = 0; row0 < k; row0 += StridedTile::kRows) {
         StridedTile tile;
-        tile.multiply(
-            k, [&](uint32_t row, uint32_t b) { return row0 + row < k ? element(problem.core, row0 + row, b) : 0.0f; },
-            [&](uint32_t b, uint32_t i) { return column0 + i < r ? element(problem.u, column0 + i, b) : 0.0f; });
+        tile.multiply<Lie::Across>(
+            k, single_elements([&](uint32_t row, uint32_t b) {
+                return row0 + row < k && b < k ? element(problem.core, row0 + row, b) : 0.0f;
+            }),
+            single_elements([&](uint32_t i, uint32_t b) {
+                return column0 + i < r && b < k ? element(problem.u, column0 + i, b) : 0.0f;
+            }));
         tile.store(false, [&](uint32_t row, uint32_t, float value) {
             if (row0 + row < k && column < r) {
                 dE += element(problem.U, row0 + row, column) * value;

@@ -90,9 +90,18 @@ __global__ void __launch_bounds__(Tile::kThreads) finish_kernel(const __grid_con
     for (uint32_t column0 = 0; column0 < w; column0 += Tile::kColumns) {
         Tile tile;
         if (core.data) {
-            tile.multiply(w, sum, [&](uint32_t k, uint32_t column) {
-                return column0 + column < w ? element(core, column0 + column, k) : 0.0f;
-            });
+            if (has_wide_rows(core)) {
+                with_wide_rows(core, [&](auto N) {
+                    tile.template multiply<Lie::Across>(w, single_elements(sum), [&](uint32_t column, uint32_t k) {
+                        return N(column0 + column, k);
+                    });
+                });
+            } else {
+                tile.template multiply<Lie::Across>(w, single_elements(sum),
+                                                    single_elements([&](uint32_t column, uint32_t k) {
+                    return column0 + column < w && k < w ? element(core, column0 + column, k) : 0.0f;
+                }));
+            }
         } else {
             tile.copy([&](uint32_t row, uint32_t column) { return sum(row, column0 + column); });
         }

@@ -10,68 +10,120 @@
 
 #include "context.cuh"
 #include "nystrom.h"
+#include "strided.cuh"
 
 namespace hopper {
 
 struct SplitProblem {
     const void *A[kMaxLayers], *core[kMaxLayers], *B[kMaxLayers];   // contiguous
-    uint32_t a_dtype, core_dtype, b_dtype;                          // of Dtype
+    Dtype a_dtype, core_dtype, b_dtype;
     bf16* terms;                 // per layer: left terms (out, width), then right terms (width, columns)
     uint64_t layer_stride;       // elements
-    uint32_t out, in, r, width, columns, left_terms, right_terms, blocks;
+    uint32_t out, in, r, width, columns, left_terms, right_terms;
+    uint32_t left_blocks, right_blocks;   // of one layer
     float scaling;
     bool has_core;
 };
 
-__device__ __forceinline__ float load_float(const void* data, uint32_t dtype, uint64_t i) {
-    if (dtype == uint32_t(Dtype::kFloat32)) {
-        return ld_global(static_cast<const float*>(data) + i);
-    }
-    return dtype == uint32_t(Dtype::kBFloat16) ? to_float(ld_global(static_cast<const bf16*>(data) + i))
-                                               : to_float(ld_global(static_cast<const fp16*>(data) + i));
-}
-
-// value = to[0] + to[stride] + to[2·stride], as far as there are terms.
-__device__ __forceinline__ void store_terms(bf16* to, uint64_t stride, uint32_t terms, float value) {
+// Σ of to[0], to[stride], … as far as there are terms: 8 numbers at a time.
+__device__ __forceinline__ void store_terms(bf16* to, uint64_t stride, uint32_t terms, Eight value) {
     for (uint32_t t = 0; t < terms; ++t) {
-        const bf16 term{uint16_t(pack2<bf16>(value, 0))};
-        st_global(to + t * stride, term);
-        value -= to_float(term);
+        const Words4 words = rounded<bf16>(value);
+        st_global(reinterpret_cast<Words4*>(to + t * stride), words);
+#pragma unroll
+        for (uint32_t i = 0; i < 8; ++i) {
+            value.v[i] -= to_float(bf16{uint16_t(words.v[i / 2] >> i % 2 * 16)});
+        }
     }
 }
 
-struct SplitTile {
-    static constexpr uint32_t kThreads = 256;
+struct SplitTile : StridedTile {
+    // Pieces of 8 of A that a thread loads before it stores the first, and those of a block.
+    static constexpr uint32_t kBatch = 4, kPieces = kBatch * kThreads;
 };
 
+// Rows of a matrix in any strides.
+__device__ __forceinline__ auto elements_of(const Matrix& matrix) {
+    return single_elements([matrix](uint32_t row, uint32_t column) {
+        return row < matrix.rows && column < matrix.cols ? element(matrix, row, column) : 0.0f;
+    });
+}
+
+// The terms of one tile of −s·B·N.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) split_kernel(const __grid_constant__ SplitProblem p) {
-    const uint32_t layer = block_rank() / p.blocks;
-    bf16* left = p.terms + layer * p.layer_stride;
-    const uint64_t left_size = uint64_t(p.out) * p.width, right_size = uint64_t(p.width) * p.columns;
-    bf16* right = left + p.left_terms * left_size;
-    for (uint64_t at = uint64_t(block_rank() % p.blocks) * Tile::kThreads + thread_rank();
-         at < left_size + right_size; at += uint64_t(p.blocks) * Tile::kThreads) {
-        if (at < left_size) {
-            const uint64_t i = at / p.width;
-            const auto j = uint32_t(at % p.width);
-            float sum = 0;
-            if (j < p.r && !p.has_core) {
-                sum = load_float(p.B[layer], p.b_dtype, i * p.r + j);
-            } else if (j < p.r) {
-#pragma unroll 4
-                for (uint32_t k = 0; k < p.r; ++k) {
-                    sum += load_float(p.B[layer], p.b_dtype, i * p.r + k) *
-                           load_float(p.core[layer], p.core_dtype, uint64_t(k) * p.r + j);
-                }
-            }
-            store_terms(left + at, left_size, p.left_terms, -p.scaling * sum);
-        } else {
-            const auto i = uint32_t((at - left_size) / p.columns), j = uint32_t((at - left_size) % p.columns);
-            const bool inside = i < p.r && j < p.in;
-            const float value = inside ? load_float(p.A[layer], p.a_dtype, uint64_t(i) * p.in + j) : 0;
-            store_terms(right + (at - left_size), right_size, p.right_terms, value);
+__device__ __forceinline__ void split_left(const SplitProblem& p, const Matrix& B, const Matrix& core, bf16* terms,
+                                           uint32_t block) {
+    const StridedGrid grid(p.width);
+    const uint32_t row0 = grid.row(block), column0 = grid.column(block);
+    const auto store = [&](uint32_t row, uint32_t column, Eight value) {
+        row += row0;
+        column += column0;
+        if (row < p.out && column < p.width) {
+            store_terms(terms + uint64_t(row) * p.width + column, uint64_t(p.out) * p.width, p.left_terms,
+                        times(-p.scaling, value));
         }
+    };
+    if (!p.has_core) {
+        const auto copy = [&](auto left) {
+            Eight values[Tile::kEights];
+            uint32_t i = 0;
+            Tile::for_eights([&](uint32_t row, uint32_t column) { values[i++] = left(row0 + row, column0 + column); });
+            i = 0;
+            Tile::for_eights([&](uint32_t row, uint32_t column) { store(row, column, values[i++]); });
+        };
+        has_wide_rows(B) ? with_wide_rows(B, copy) : copy(elements_of(B));
+        return;
+    }
+    Tile tile;
+    const auto multiply = [&](auto left, auto right) {
+        tile.multiply(
+            p.r, [&](uint32_t row, uint32_t k) { return left(row0 + row, k); },
+            [&](uint32_t k, uint32_t column) { return right(k, column0 + column); });
+    };
+    if (has_wide_rows(B) && has_wide_rows(core)) {
+        with_wide_rows(B, [&](auto left) { with_wide_rows(core, [&](auto right) { multiply(left, right); }); });
+    } else {
+        multiply(elements_of(B), elements_of(core));
+    }
+    tile.store_eights(store);
+}
+
+// The terms of some pieces of A, which are counted through its rows.
+template <class Tile>
+__device__ __forceinline__ void split_right(const SplitProblem& p, const Matrix& A, bf16* terms, uint32_t block) {
+    const uint32_t across = p.columns / 8, first = block * Tile::kPieces + thread_rank();
+    const auto split = [&](auto rows) {
+        Eight values[Tile::kBatch];
+#pragma unroll
+        for (uint32_t i = 0; i < Tile::kBatch; ++i) {
+            const uint32_t piece = first + i * Tile::kThreads;
+            values[i] = rows(piece / across, piece % across * 8);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < Tile::kBatch; ++i) {
+            const uint32_t piece = first + i * Tile::kThreads;
+            if (piece < p.width * across) {
+                store_terms(terms + uint64_t(piece) * 8, uint64_t(p.width) * p.columns, p.right_terms, values[i]);
+            }
+        }
+    };
+    has_wide_rows(A) ? with_wide_rows(A, split) : split(elements_of(A));
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 4) split_kernel(const __grid_constant__ SplitProblem p) {
+    const uint32_t blocks = p.left_blocks + p.right_blocks;
+    const uint32_t layer = block_rank() / blocks, block = block_rank() % blocks;
+    bf16* terms = p.terms + layer * p.layer_stride;
+    const auto contiguous = [](const void* data, Dtype dtype, uint32_t rows, uint32_t columns) {
+        return Matrix{const_cast<void*>(data), dtype, rows, columns, columns, 1};
+    };
+    if (block < p.left_blocks) {
+        split_left<Tile>(p, contiguous(p.B[layer], p.b_dtype, p.out, p.r),
+                         contiguous(p.core[layer], p.core_dtype, p.r, p.r), terms, block);
+    } else {
+        split_right<Tile>(p, contiguous(p.A[layer], p.a_dtype, p.r, p.in),
+                          terms + uint64_t(p.left_terms) * p.out * p.width, block - p.left_blocks);
     }
 }
 
@@ -286,10 +338,10 @@ void launch_residual_of(Context& context, const Residual& residual) {
             split.core[i] = residual.core.empty() ? nullptr : residual.core[first + i].data;
             p.weight[i] = static_cast<T*>(residual.weight[first + i].data);
         }
-        split.a_dtype = uint32_t(A.dtype);
-        split.b_dtype = uint32_t(B.dtype);
+        split.a_dtype = A.dtype;
+        split.b_dtype = B.dtype;
         split.has_core = !residual.core.empty();
-        split.core_dtype = split.has_core ? uint32_t(residual.core[0].dtype) : 0;
+        split.core_dtype = split.has_core ? residual.core[0].dtype : Dtype::kFloat32;
         split.terms = static_cast<bf16*>(residual.terms);
         split.layer_stride = layout.elements;
         split.out = uint32_t(weight.rows);
@@ -300,10 +352,9 @@ void launch_residual_of(Context& context, const Residual& residual) {
         split.left_terms = layout.left_terms;
         split.right_terms = layout.right_terms;
         split.scaling = residual.scaling;
-        const uint64_t items = (uint64_t(split.out) + split.columns) * split.width;
-        split.blocks = uint32_t(std::min<uint64_t>((items + SplitTile::kThreads - 1) / SplitTile::kThreads,
-                                                   8 * context.processors()));
-        context.launch({split.blocks * layers, SplitTile::kThreads, 1, 0, 64}, &split_kernel<SplitTile>, split);
+        split.left_blocks = StridedGrid::blocks(split.out, split.width);
+        split.right_blocks = ceil_div(split.width * (split.columns / 8), SplitTile::kPieces);
+        launch_strided(context, (split.left_blocks + split.right_blocks) * layers, &split_kernel<SplitTile>, split);
 
         using Tile = ResidualTile<T>;
         p.terms = split.terms;
@@ -322,6 +373,12 @@ void launch_residual_of(Context& context, const Residual& residual) {
 template <class Context>
 void launch_residual(Context& context, const Residual& residual) {
     const Matrix& weight = residual.weight[0];
+    // Pieces of A are counted in 32 bits.
+    constexpr int64_t kWidest = int64_t(1) << 26;
+    if (weight.cols > kWidest) {
+        throw std::invalid_argument("weight must have at most " + std::to_string(kWidest) + " columns, got " +
+                                    std::to_string(weight.cols));
+    }
     const auto address = reinterpret_cast<uintptr_t>(weight.data);
     const int64_t row_bytes = weight.row_stride * (weight.dtype == Dtype::kFloat32 ? 4 : 2);
     if (weight.col_stride != 1 || row_bytes % 16 || address % 16) {
