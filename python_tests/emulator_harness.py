@@ -51,14 +51,15 @@ def emulator():
     compiler = os.environ.get("CXX", "g++")
     lines = [
         "rule compile",
-        f"  command = {compiler} {CXX_FLAGS} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compiler} {CXX_FLAGS} -MMD -MF $out.d -c -x c++ $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = {compiler} -shared -o $out $in",
     ]
     objects = []
-    for source in sorted([*EMULATOR.glob("*.cpp"), *(EMULATOR / "tests").glob("*.cpp")]):
+    # The launches that ship with it, compiled for the emulator as they are.
+    for source in sorted([*EMULATOR.glob("*.cpp"), *(EMULATOR / "tests").glob("*.cpp"), *CUDA.glob("*.cu")]):
         objects.append(f"{source.stem}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
     lines.append(f"build libemulator.so: link {' '.join(objects)}")
@@ -122,9 +123,10 @@ def device():
             "rule link",
             f"  command = {nvcc()} {target('90a')} -cudart static -shared -o $out $in",
         ]
-        objects = [f"device_{runner}.o" for runner in RUNNERS]
-        for runner, output in zip(RUNNERS, objects, strict=True):
-            lines.append(f"build {output}: compile {EMULATOR / 'tests' / runner}.cpp")
+        compiled = [*(EMULATOR / "tests" / f"{runner}.cpp" for runner in RUNNERS), *sorted(CUDA.glob("*.cu"))]
+        objects = [f"device_{source.stem}.o" for source in compiled]
+        for source, output in zip(compiled, objects, strict=True):
+            lines.append(f"build {output}: compile {source}")
         lines.append(f"build libdevice.so: link {' '.join(objects)}")
         ninja(lines, "libdevice.so")
         built_from.write_text(digest)

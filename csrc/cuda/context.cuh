@@ -212,8 +212,8 @@ struct LaunchShape {
 // Launches on one stream of a device, which is current while this lives.
 class Stream {
 public:
-    explicit Stream(int device = 0, cudaStream_t stream = nullptr)
-        : device_(device), stream_(stream), current_(Driver::get(), Driver::get().primary(device)) {}
+    explicit Stream(int device = 0, void* stream = nullptr)
+        : device_(device), stream_(static_cast<cudaStream_t>(stream)), current_(Driver::get(), Driver::get().primary(device)) {}
 
     uint32_t processors() const {
         return uint32_t(attribute(cudaDevAttrMultiProcessorCount));

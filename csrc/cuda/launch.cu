@@ -21,7 +21,7 @@ std::string shape(const Matrix& matrix) {
 template <class Operation, class Body>
 void on(const Queue& queue, Operation operation, Body body) {
     try {
-        Stream stream(queue.device, static_cast<cudaStream_t>(queue.stream));
+        Stream stream(queue.device, queue.stream);
         body(stream);
     } catch (const std::runtime_error& error) {
         throw std::runtime_error(operation() + " on cuda:" + std::to_string(queue.device) + ": " + error.what());
@@ -76,7 +76,7 @@ std::string sizes(const Matrix& rows, const Matrix& weight, const Matrix& A) {
 }  // namespace
 
 int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
-    Stream stream(queue.device);
+    Stream stream(queue.device, queue.stream);
     return hopper::slice_floats(Engine{stream}, m, k, n, r, dA, dB, dcore);
 }
 

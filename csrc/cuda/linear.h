@@ -2,8 +2,8 @@
 //   forward    T = x·Aᵀ                 y = x·Wᵀ + T·Fᵀ + bias
 //   backward   H = dy·F, G = dy·B       dx = dy·W + H·A      dA = Hᵀ·x   dN = s·Gᵀ·T   dB = s·(dyᵀ·T)·Nᵀ
 //
-// An engine has fold, product, gradients and finishes, one launch each, splits(m, n, w), the slices of a gradient, and
-// sums_beyond(), whether its products sum the gradient of what P holds beyond the adapter.
+// An engine (launch.cu) has fold, product, gradients and finishes, one launch each, splits(m, n, w), the slices of a
+// gradient, and sums_beyond(), whether its products sum the gradient of what P holds beyond the adapter.
 #pragma once
 
 #include <algorithm>

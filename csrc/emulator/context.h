@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../cuda/states.h"
 #include "layer.h"
 #include "report.h"
 
@@ -28,7 +29,11 @@ public:
     // Zeroed, or a copy.
     void* control(size_t bytes, const void* from = nullptr) { return add(from, bytes, emulator::Memory::Control); }
     void fetch(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+    // Of the device that this stands for.
+    int architecture = 90;
     uint32_t processors() const { return 4; }
+    // No two contexts have the same.
+    const int id = next_id();
     std::string name() const { return "emulator"; }
 
     template <class Parameters>
@@ -47,6 +52,11 @@ public:
     }
 
 private:
+    static int next_id() {
+        static int last = 0;
+        return ++last;
+    }
+
     // Output starts as NaN in every float format, control words as 0.
     void* add(const void* from, size_t bytes, emulator::Memory memory) {
         storage_.emplace_back((bytes + 127) / 128);
@@ -64,6 +74,25 @@ private:
     };
     std::deque<std::vector<Line>> storage_;
     std::vector<emulator::Buffer> buffers_;
+};
+
+// Launches on a context, which takes the place of a stream.
+class Stream {
+public:
+    Stream(int, void* context) : context_(*static_cast<Context*>(context)) {}
+
+    uint32_t processors() const { return context_.processors(); }
+    int architecture() const { return context_.architecture; }
+    Sequence sequence() const { return {&context_}; }
+    void* allocate_zeroed(size_t bytes) const { return context_.control(bytes); }
+
+    template <class Parameters>
+    void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
+        context_.launch(shape, kernel, parameters);
+    }
+
+private:
+    Context& context_;
 };
 
 inline TensorMap tensor_map(const void* data, uint64_t rows, uint64_t columns, uint64_t row_bytes, uint32_t box_rows,
