@@ -1,5 +1,6 @@
 """Launches that are made again: the same as Triton's own, with no tensor kept. Kernels are compiled and not run."""
 
+import contextlib
 import gc
 import os
 import re
@@ -272,6 +273,21 @@ def test_counters_are_kept_by_stream_and_not_by_a_captured_graph(monkeypatch):
     monkeypatch.setattr(launch, "capturing", lambda on: True)
     captured = launch.counters(OnGpu(), 10)
     assert captured.numel() == 10 and captured is not launch.counters(OnGpu(), 10)
+
+
+def test_a_capture_is_looked_for_on_the_device_of_the_tensor(monkeypatch):
+    launch = pytest.importorskip("nlora_kernels.backends.triton.launch")
+    current = [0]
+
+    @contextlib.contextmanager
+    def device_of(t):
+        current.append(t.get_device())
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    assert launch.capturing(OnGpu(1)) and not launch.capturing(OnGpu(0)) and not launch.capturing(torch.ones(1))
 
 
 def test_counters_outlast_the_thread_that_makes_them():

@@ -123,7 +123,10 @@ def options(warps: int, stages: int) -> dict:
 
 def capturing(on: Tensor) -> bool:
     """Whether a CUDA graph is being captured on the current stream of a tensor's device."""
-    return on.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not on.is_cuda:
+        return False
+    with torch.cuda.device_of(on):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def to_device(table: Tensor, on: Tensor) -> Tensor:
