@@ -182,6 +182,26 @@ class NLoraLinear(_AdapterLinear):
         """What of B₀·N₀·A₀ is out of the base weight too much since `scaling` was changed."""
         return self.initial_scaling - self.scaling if "lora_A0" in self._buffers else 0.0
 
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """The product of initial matrices that come without a base weight is out of the one that is here afterwards."""
+        keys = [f"{prefix}{kind}" for kind in ("lora_A0", "lora_N0", "lora_B0")]
+        if "lora_A0" in self._buffers and f"{prefix}base.weight" not in state_dict and not self.merged:
+            kept, loaded = self._initial(), [state_dict.get(key) for key in keys]
+            if all(new is not None and new.shape == old.shape for new, old in zip(loaded, kept, strict=True)):
+                self._exchange(kept, loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _exchange(self, kept: tuple[Tensor, ...], loaded: list[Tensor]) -> None:
+        if all(torch.equal(new.to(old), old) for new, old in zip(loaded, kept, strict=True)):
+            return
+        weight = self.base.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        (A0, N0, B0), (A, N, B) = ([t.to(weight.device, dtype) for t in each] for each in (kept, loaded))
+        change = self.initial_scaling * (B0 @ N0 @ A0 - B @ N @ A)
+        copies = (partial(Tensor.copy_, old, new) for old, new in zip(kept, loaded, strict=True))
+        commit(partial(Tensor.add_, weight, change), *copies)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base(x)

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_base_model_state_dict, set_base_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -141,6 +142,20 @@ def test_scaling_a_module_scales_its_whole_effect():
 # Loading
 
 
+@pytest.mark.parametrize("with_base", [False, True], ids=["", "with_base"])
+def test_loading_another_product_into_a_module(with_base):
+    linear = nn.Linear(12, 10)
+    made = nk.NLoraLinear.from_linear(copy.deepcopy(linear), 4, select="norm", residual=True)
+    other = nk.NLoraLinear.from_linear(copy.deepcopy(linear), 4, residual=True)
+    perturb(made)
+    state = {name: tensor for name, tensor in made.state_dict().items() if with_base or not name.startswith("base.")}
+    other.load_state_dict(state, strict=with_base)
+    x = torch.randn(5, 12)
+    close(other(x), made(x))
+    other.scaling = 0.0
+    close(other(x), linear(x))
+
+
 FAILURES = "size mismatch|lacks|cannot be read|deserializing"
 
 
@@ -236,3 +251,21 @@ def test_a_base_model_partly_on_disk(method, tmp_path, monkeypatch):
     with loaded.disable_adapter():
         close(logits(loaded), logits(llama()))
     close(logits(loaded.merge_and_unload()), logits(model))
+
+
+def test_an_offloaded_weight_is_brought_back_or_refused():
+    linear = nn.Linear(12, 10)
+    model = peft.get_peft_model(nn.Sequential(copy.deepcopy(linear)), config("nlora_residual", target_modules=["0"]))
+    perturb(model)
+    layer, x = model.base_model.model[0], torch.randn(5, 12)
+    expected = model(x)
+    cpu_offload(model, execution_device="cpu")
+    assert layer.held == "default" and layer.get_base_layer().weight.is_meta
+    with pytest.raises(ValueError, match="the base weight must be loaded, got one on the meta device"):
+        layer.merge()
+    model.merge_adapter()
+    close(model(x), expected)
+    model.unmerge_adapter()
+    close(model(x), expected)
+    layer.delete_adapter("default")
+    close(layer.get_base_layer()(x), linear(x))

@@ -39,9 +39,11 @@ def adding(
         torchao: what makes the configuration by which torchao quantised W.
 
     Raises:
-        ValueError: W is neither dense nor of a kind that can be quantised again.
+        ValueError: W is not there, or neither dense nor of a kind that can be quantised again.
     """
     weight = base.weight
+    if weight.is_meta:
+        raise ValueError("the base weight must be loaded, got one on the meta device, where offloading leaves it")
     if fusion.is_dense(weight):
         if check is None:
             return (partial(Tensor.add_, weight.data, delta, alpha=sign),)

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import onload_layer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
@@ -164,18 +165,18 @@ class NLoraLinear(FusedLinear):
         residual = self._modules["lora_A0"]._modules
         if not residual:
             return terms
-        rows = None if adapter_names is None or self.disable_adapters else range(len(adapter_names))
-        for name in residual:
-            active = [term.rows for term in terms if term.name == name and term.initial is None]
-            if rows is None:
-                parts = [(bool(active), None)]
-            else:
-                inside = active[0] if active else []
-                parts = [(True, inside), (False, [row for row in rows if row not in inside])]
-            for is_active, part in parts:
-                factor = self._initial_factor(name, is_active)
-                if part != [] and (isinstance(factor, Tensor) or factor):
-                    terms.append(Term(name, part, factor))
+        if adapter_names is None or self.disable_adapters:
+            active = {term.name for term in terms}
+            parts = [(name, name in active, None) for name in residual]
+        else:
+            rows_of = {term.name: term.rows for term in terms}
+            others = {name: [i for i, of in enumerate(adapter_names) if of != name] for name in residual}
+            parts = [(name, True, rows_of[name]) for name in residual if name in rows_of]
+            parts += [(name, False, rows) for name, rows in others.items() if rows]
+        for name, is_active, rows in parts:
+            factor = self._initial_factor(name, is_active)
+            if isinstance(factor, Tensor) or factor:
+                terms.append(Term(name, rows, factor))
         return terms
 
     def _initial_factor(self, name: str, active: bool):
@@ -233,8 +234,10 @@ class NLoraLinear(FusedLinear):
 
     def _holdable(self, merged: bool = False) -> str | None:
         """The adapter whose initial product can be taken out of the base weight now."""
+        if self.held is not None or not self.lora_A0 or self.merged != merged:
+            return None
         weight = self.get_base_layer().weight
-        if self.held is not None or self.merged != merged or not fusion.is_dense(weight) or weight.is_meta:
+        if not fusion.is_dense(weight) or weight.is_meta:
             return None
         for name in self.lora_A0:
             if not any(t.is_meta or type(t) is not nn.Parameter for t in self._initial(name)):
@@ -324,10 +327,14 @@ class NLoraLinear(FusedLinear):
         self._hold_again()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name == self.held:
+        if adapter_name != self.held:
+            super().delete_adapter(adapter_name)
+            return
+        # An offloaded weight is brought back and away again.
+        with onload_layer(self):
             self.restore()
-        super().delete_adapter(adapter_name)
-        self._hold_again()
+            super().delete_adapter(adapter_name)
+            self._hold_again()
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names) -> nn.Module:
         base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
