@@ -208,7 +208,8 @@ def test_operations_without_a_shape_go_by_all_their_times():
 def test_dropout_goes_where_the_mask_is_no_tensor():
     drop = Dropout(0.1, torch.tensor(1))
     store([result("cuda"), result("triton")], [time("cuda", 0.8), time("triton", 0.9)])
-    assert chosen(dropout=drop) is triton
+    assert chosen(dropout=drop) is triton and chosen(dropout=drop, adapter=BF16) is triton
+    assert chosen(dropout=drop, adapter=FP16) is lean
     device = torch.device("cuda", 0)
     assert not backends.drops_inside(device, BF16)
     store([result("triton")], [time("triton", 0.9, operation="dropout")])
@@ -219,11 +220,13 @@ def test_dropout_goes_where_the_mask_is_no_tensor():
 
 
 def test_tf32_was_not_verified():
-    store([result("triton", dtype="float32")], [time("triton", 0.8, dtype="float32")])
-    assert chosen(dtype=FP32) is triton
+    times = [time("triton", 0.8, dtype="float32"), time("triton", 0.8, operation="dropout", dtype="float32")]
+    store([result("triton", dtype="float32")], times)
+    device = torch.device("cuda", 0)
+    assert chosen(dtype=FP32) is triton and backends.drops_inside(device, FP32)
     torch.set_float32_matmul_precision("high")
     try:
-        assert chosen(dtype=FP32) is lean
+        assert chosen(dtype=FP32) is lean and not backends.drops_inside(device, FP32)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert chosen(dtype=FP32) is triton

@@ -120,8 +120,9 @@ def drops_inside(device: torch.device, dtype: torch.dtype) -> bool:
     name = preferred()
     if name:
         return name not in TABLE or TABLE[name].DROPS_INSIDE
-    if device.type == "cuda" and _proven("dropout", device.index, dtype, torch.float32, None, False):
-        return True
+    if device.type == "cuda" and not _by_tf32(dtype):
+        if _proven("dropout", device.index, dtype, torch.float32, None, False):
+            return True
     return any(
         module.DROPS_INSIDE and device.type in module.VERIFIED_ON and not module.unavailable()
         for module in TABLE.values()
@@ -136,14 +137,18 @@ drops_inside._dynamo_marked_constant = True
 def _on_gpu(operation: str, first: Tensor, call: tuple | None) -> tuple[ModuleType, ...]:
     """The backends that go before those of the table for a call on a GPU, the best first."""
     dtype = first.dtype
-    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        # Those kernels are others than were verified.
+    if _by_tf32(dtype):
         return ()
     if call is None:
         return _proven(operation, first.device.index, dtype, dtype, None, False)
     _, weight, lora_A, _, _, dropout = call
     shape = first.shape[0], weight.shape[1], weight.shape[0], lora_A.shape[0]
     return _proven(operation, first.device.index, dtype, lora_A.dtype, shape, dropout is not None)
+
+
+def _by_tf32(dtype: torch.dtype) -> bool:
+    """Whether products of a dtype are made by TF32, whose kernels are others than were verified."""
+    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 # NOTE: as many shapes as batches of every length bring.
@@ -159,7 +164,8 @@ def _proven(
         return ()
     if dropout:
         # Where the mask is a tensor it costs more than the layer.
-        return tuple(m for name, m in able.items() if m.DROPS_INSIDE and record.passed(name, dtype))
+        able = {name: module for name, module in able.items() if module.DROPS_INSIDE and record.passed(name, dtype)}
+        return tuple(able.values()) if adapter in (torch.float32, dtype) else ()
     return tuple(able[name] for name in record.faster(operation, dtype, adapter, shape) if name in able)
 
 
