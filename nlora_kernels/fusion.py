@@ -82,7 +82,8 @@ def resized(x: Tensor, linear: nn.Module) -> Tensor:
     """x as wide as linear takes it, cut or padded by zeros: PEFT pads some of an adapter's matrices for hot swaps."""
     # The attribute is not renewed where the tensor is swapped, and the tensor is flat where FSDP1 has taken it apart.
     size = linear.weight.shape[1] if linear.weight.dim() == 2 else linear.in_features
-    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
+    width = x.size(-1)
+    return x if width == size else F.pad(x, (0, size - width))
 
 
 def branch(

@@ -291,6 +291,17 @@ def test_the_output_of_attention_with_plain_lora_is_as_in_peft_and_said():
 
 
 @pytest.mark.parametrize("name", ["lora", *CORES])
+def test_encoders_of_torch_with_padding(name):
+    """In eval mode they pass nested tensors on."""
+    x, padding = torch.randn(2, 5, 16), torch.arange(5)[None] >= torch.tensor([[5], [3]])
+    model = peft.get_peft_model(encoder(), config(name, target_modules=["linear1", "linear2"]))
+    perturb(model, 0.5)
+    with torch.no_grad():
+        evaluated, trained = (m(x, src_key_padding_mask=padding) for m in (model.eval(), copy.deepcopy(model).train()))
+    close(evaluated[~padding], trained[~padding])
+
+
+@pytest.mark.parametrize("name", ["lora", *CORES])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_encoders_of_torch_call_adapted_layers_in_eval_mode(name, grad):
     """Their fast path reads the weights of linear1 and linear2, past any adapter."""

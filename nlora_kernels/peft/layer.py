@@ -110,7 +110,7 @@ class FusedLinear(Linear):
         return result.to(dtype)
 
     def _fuses(self, term: Term, x: Tensor) -> bool:
-        if type(x) not in (Tensor, nn.Parameter) or self.obstacle(term.name):
+        if type(x) not in (Tensor, nn.Parameter) or x.is_nested or self.obstacle(term.name):
             return False
         # The base layer's own bits, as from PEFT, where the adapter weighs nothing.
         if not self.scaling[term.name]:

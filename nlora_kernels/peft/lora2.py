@@ -120,8 +120,13 @@ class LoRA2Linear(FusedLinear):
         return self._modules["lora_v"]._modules[name].weight.dtype
 
     def branch(self, name: str, x: Tensor) -> Tensor:
+        x = self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name)))
+        if x.is_nested:
+            # A nested tensor is multiplied by matrices, not by vectors.
+            A, core, B = self.matrices(name)
+            return fusion.branch(x, A, B, core, self.scaling[name])
         v, u, E, U, V = self.factors(name)
-        T = v(self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name))))
+        T = v(x)
         P = U(self.lora_mask[name](E(u(fusion.resized(T, u)))))
         return V(fusion.resized(P, V)) * self.scaling[name]
 
