@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,18 @@ def test_a_call_that_fails_is_named_with_its_shapes():
         _C.cuda_forward(queue, x, weight, A, B, None, None, y, T, folded, 1.0)
     with pytest.raises(RuntimeError, match=r"LoRA² core of u \(8, 16\) on cuda:4095: cu\w+ failed"):
         _C.cuda_lora2_core(queue, A, T, B, None, y)
+
+
+def test_a_layer_is_two_launches_and_four_back_without_a_driver():
+    root = Path(__file__).resolve().parent.parent
+    if not list(root.glob("build/temp.*/nlora_kernels._C/csrc/cuda/launch.o")):
+        pytest.skip("the extension was not built in this folder")
+    command = [sys.executable, root / "bench" / "gpu" / "host_cuda.py", "--rounds", "1", "--calls", "3"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts = dict(re.findall(r"^(.*, (?:launches|other operations)) +here +([\d.]+)$", said, re.MULTILINE))
+    for adapter, casts in (("bf16", 0), ("fp32", 1)):
+        for calls, launches, cast in (("forward", 2, casts), ("forward and backward", 6, 2 * casts)):
+            name = f"{adapter} adapter: {calls}"
+            assert float(counts[f"{name}, launches"]) == launches
+            # A cast is two operations: lora_A in the dtype of x.
+            assert float(counts[f"{name}, other operations"]) == 2 * cast

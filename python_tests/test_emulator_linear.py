@@ -118,6 +118,11 @@ def test_scattered_and_shifted_rows_are_copied(monkeypatch):
     actual = testing.results(moved, nk.lora_linear, backend="cuda")
     # The gradient of the weight is the library's, which multiplies other strides in another order.
     assert all(torch.equal(actual[name], expected[name]) for name in expected if name not in ("dweight", "dbias"))
+    # One row is contiguous whatever its stride.
+    single = testing.problem(1, 72, 48, 8, dtype=BF16)
+    odd = testing.Problem(**{**vars(single), "x": single.x.as_strided((1, 72), (7, 1))})
+    ours, plain = (testing.results(q, nk.lora_linear, backend="cuda") for q in (odd, single))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
     # What the sum of y hands back is one row, or one number, many times.
     for dy in (p.dy[:1].expand(40, 48), p.dy[:1, :1].expand(40, 48)):
         expanded, copied = (testing.Problem(**{**vars(p), "dy": t}) for t in (dy, dy.contiguous()))

@@ -64,13 +64,17 @@ def unsupported(x, weight, lora_A, lora_B, lora_N, dropout=None) -> str | None:
         return "it has no dropout"
     if x.dtype not in DTYPES:
         return f"x must be bfloat16 or float16, got {_short(x.dtype)}"
-    for name, t in {"lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
-        if t is not None and t.dtype not in ADAPTER_DTYPES:
-            return f"{name} must be float32, bfloat16 or float16, got {_short(t.dtype)}"
+    # NOTE: no loop where nothing is wrong: this runs at every call.
+    core_dtype = lora_A.dtype if lora_N is None else lora_N.dtype
+    if not (lora_A.dtype in ADAPTER_DTYPES and lora_B.dtype in ADAPTER_DTYPES and core_dtype in ADAPTER_DTYPES):
+        for name, t in {"lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
+            if t is not None and t.dtype not in ADAPTER_DTYPES:
+                return f"{name} must be float32, bfloat16 or float16, got {_short(t.dtype)}"
     (N, K), R = weight.shape, lora_A.shape[0]
-    for name, size in {"in": K, "out": N, "r": R}.items():
-        if size % 8 or size == 0:
-            return f"{name} must be a multiple of 8, got {size}"
+    if K % 8 or N % 8 or R % 8 or not K * N * R:
+        for name, size in {"in": K, "out": N, "r": R}.items():
+            if size % 8 or size == 0:
+                return f"{name} must be a multiple of 8, got {size}"
     if R > MAX_RANK:
         return f"r must be at most {MAX_RANK}, got {R}"
     return launch.unaligned("weight", weight) or misplaced("x", x)
@@ -89,9 +93,9 @@ def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None) -> t
     (M, _), N, R = x.shape, weight.shape[0], lora_A.shape[0]
     y, T = x.new_empty(M, N), x.new_empty(M, R)
     if M:
-        x, A, bias = (launch.aligned(t) for t in (x, lora_A.to(x.dtype), bias))
+        x, A, bias = launch.aligned(x), launch.aligned(_in(x.dtype, lora_A)), launch.aligned(bias)
         folded = x.new_empty(N, R)
-        launch.run("forward", x, weight, A, lora_B, lora_N, bias, y, T, folded, scaling=scaling)
+        _C.cuda_forward(launch.queue(x), x, weight, A, lora_B, lora_N, bias, y, T, folded, scaling)
     return y, T
 
 
@@ -110,12 +114,14 @@ def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dr
     )
     made = grads.x, grads.lora_A, grads.lora_B, grads.lora_N
     if any(t is not None for t in made):
-        dy, x, T, A = (launch.aligned(t) for t in (dy, x, T, lora_A.to(dy.dtype)))
+        dy, x, T = launch.aligned(dy), launch.aligned(x), launch.aligned(T)
+        # Only dx multiplies by it.
+        A = launch.aligned(_in(dy.dtype, lora_A)) if needs.x else lora_A
         width = 2 * R if needs.lora_N else R
-        wanted = needs.lora_A, needs.lora_B, needs.lora_N
-        slices = dy.new_empty(1, _C.cuda_slice_floats(launch.queue(dy), M, K, N, R, *wanted), dtype=torch.float32)
+        queue, wanted = launch.queue(dy), (needs.lora_A, needs.lora_B, needs.lora_N)
+        slices = dy.new_empty(1, _C.cuda_slice_floats(queue, M, K, N, R, *wanted), dtype=torch.float32)
         workspace = dy.new_empty(N, width), dy.new_empty(M, width), slices
-        launch.run("backward", dy, x, T, weight, A, lora_B, lora_N, *made, *workspace, scaling=scaling)
+        _C.cuda_backward(queue, dy, x, T, weight, A, lora_B, lora_N, *made, *workspace, scaling)
     return grads
 
 
@@ -156,8 +162,12 @@ def _weights(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype in ADAPTER_DTYPES else mask.float()
 
 
+def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def _new(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return like.new_empty(like.shape)
 
 
 def _short(dtype: torch.dtype) -> str:

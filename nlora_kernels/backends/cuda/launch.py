@@ -28,6 +28,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def unaligned(name: str, t: Tensor) -> str | None:
     """Why a matrix cannot be read where it lies."""
+    if _as_usual(t):
+        return None
     row, beyond = t.stride(0) * t.element_size(), t.data_ptr() % ALIGNMENT
     if t.stride(1) == 1 and t.stride(0) >= t.shape[1] and row % ALIGNMENT == 0 and beyond == 0:
         return None
@@ -35,8 +37,14 @@ def unaligned(name: str, t: Tensor) -> str | None:
     return f"rows of {name} must be contiguous and aligned to {ALIGNMENT} bytes, got {where}"
 
 
+def _as_usual(t: Tensor) -> bool:
+    """Whether a tensor lies as nearly all do: the cheapest question of those that are enough."""
+    # NOTE: one row may count as contiguous whatever its stride.
+    return t.is_contiguous() and t.shape[-1] % 8 == 0 and t.data_ptr() % ALIGNMENT == 0 and t.shape[0] > 1
+
+
 def aligned(t: Tensor | None) -> Tensor | None:
     """A matrix or vector as the kernels read it: itself, or a copy where its rows are scattered or not aligned."""
-    if t is None or unaligned("", t if t.dim() == 2 else t.unsqueeze(0)) is None:
+    if t is None or _as_usual(t) or unaligned("", t if t.dim() == 2 else t.unsqueeze(0)) is None:
         return t
     return t.clone(memory_format=torch.contiguous_format)
