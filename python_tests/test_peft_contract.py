@@ -545,6 +545,15 @@ def test_missing_keys_are_named(method, tmp_path):
         peft.PeftModel.from_pretrained(llama(), tmp_path)
 
 
+def test_missing_keys_of_plain_lora_are_warned_of_as_in_peft(tmp_path):
+    adapted(llama(), "lora").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    del tensors[next(key for key in tensors if "1.mlp.up_proj.lora_A" in key)]
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.warns(UserWarning, match=r"missing adapter keys .*1\.mlp\.up_proj\.lora_A"):
+        peft.PeftModel.from_pretrained(llama(), tmp_path)
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
 def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(method, low_cpu_mem_usage, tmp_path):
     adapted(llama(), method).save_pretrained(tmp_path)

@@ -24,10 +24,10 @@ from peft.utils.hotswap import hotswap_adapter
 from peft.utils.other import fsdp_auto_wrap_policy
 from peft.utils.warning import PeftWarning
 from test_peft_contract import adapted, close, config, logits
-from tiny import llama, perturb, tokens
+from tiny import gpt2, llama, perturb, tokens
 from torch import nn
 
-from nlora_kernels.peft import LoRA2Config, LoRA2Model, NLoraConfig, NLoraModel
+from nlora_kernels.peft import LoRA2Config, LoRA2Model, NLoraConfig, NLoraModel, fuse
 
 CORES = ("nlora", "slora", "inttune", "nlora_residual", "inttune_residual", "lora2")
 PLAIN = {"stock": partial(peft.LoraConfig, r=4), "plain": partial(NLoraConfig, r=4, init_lora_weights=True)}
@@ -255,6 +255,44 @@ def test_experts_are_refused_for_a_core(make, targets, name):
     with pytest.raises(ValueError, match="as parameters"):
         beside.add_adapter("second", config(name, target_modules=targets))
     assert list(beside.peft_config) == ["default"]
+
+
+class Registered(Linear):
+    """A layer that a user has written for LoRA on linear layers."""
+
+
+def of_the_user(config):
+    config._register_custom_module({nn.Linear: Registered})
+    return config
+
+
+def test_layers_registered_by_the_user_come_first():
+    model = peft.get_peft_model(llama(), of_the_user(config("lora", target_modules=["q_proj"])))
+    assert {type(layer) for layer in model.modules() if isinstance(layer, Linear)} == {Registered}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_layers_registered_by_the_user_are_refused_for_a_core(name):
+    model = llama()
+    with pytest.raises(ValueError, match=r"_register_custom_module .* got one for .*\.q_proj"):
+        model = peft.get_peft_model(model, of_the_user(config(name, target_modules=["q_proj"])))
+    assert not any(isinstance(module, Linear) for module in model.modules())
+
+
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["linear", "conv1d"])
+def test_plain_lora_prints_as_lora(make):
+    stock = peft.get_peft_model(make(), peft.LoraConfig(r=4, target_modules="all-linear"))
+    plain = peft.get_peft_model(make(), config("lora"))
+    printed = [str(next(m for m in model.modules() if isinstance(m, Linear))) for model in (stock, plain)]
+    printed.append(str(next(m for m in fuse(stock).modules() if isinstance(m, Linear))))
+    assert all(text.startswith("lora.Linear(") for text in printed)
+    assert ["nlora_kernels" in text for text in printed] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_a_core_prints_as_its_own_layer(name):
+    layer = next(m for m in adapted(llama(), name).modules() if isinstance(m, Linear))
+    assert str(layer).startswith(f"lora.{type(layer).__name__}(")
 
 
 @pytest.mark.parametrize("name", ["lora", *CORES])

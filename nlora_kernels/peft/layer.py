@@ -212,8 +212,12 @@ class FusedLinear(Linear):
         self.fan_in_fan_out = fusion.is_conv1d(self.get_base_layer())
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
-    def __repr__(self) -> str:
-        return f"nlora_kernels.{nn.Module.__repr__(self)}"
+    def _get_name(self) -> str:
+        # Printed, plain LoRA is PEFT's own layer, as it is to whoever asks for its type.
+        return Linear.__name__
+
+    def extra_repr(self) -> str:
+        return "fused by nlora_kernels"
 
 
 def check_whole(base: nn.Module, method: str) -> None:

@@ -127,6 +127,9 @@ class NLoraLinear(FusedLinear):
             return W
         return init.subtract_(W.clone(), *self._initial(self.held), -self.initial_scaling[self.held])
 
+    def _get_name(self) -> str:
+        return type(self).__name__ if self._modules.get("lora_N") else super()._get_name()
+
     # Forward
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -57,6 +57,11 @@ class _FusedModel(LoraModel):
             if not _is_lora(lora_config):
                 raise ValueError(unheard)
             warnings.warn(unheard, stacklevel=2)
+        if not _is_lora(lora_config) and _registered(lora_config, target):
+            raise ValueError(
+                f"layers registered by _register_custom_module are LoRA, and not supported with {method(lora_config)}, "
+                f"got one for {current_key!r}"
+            )
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
@@ -94,7 +99,8 @@ class _FusedModel(LoraModel):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if not isinstance(config, NLoraConfig | LoRA2Config):
+        # Of plain LoRA, what is missing is PEFT's to say.
+        if _is_lora(config):
             return remapped
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
@@ -170,6 +176,8 @@ class NLoraModel(_FusedModel):
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         has_core = not _is_lora(lora_config)
+        if _registered(lora_config, base):
+            return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         # The output of nn.MultiheadAttention, which is never called, is left to PEFT.
         linear = fusion.is_conv1d(base) or (
             isinstance(base, nn.Linear) and not isinstance(base, NonDynamicallyQuantizableLinear)
@@ -217,6 +225,12 @@ class LoRA2Model(_FusedModel):
 def _is_lora(config: LoraConfig) -> bool:
     """Whether its adapter is LoRA to PEFT: nothing between lora_A and lora_B."""
     return config.peft_type == PeftType.LORA
+
+
+def _registered(config: LoraConfig, target: nn.Module) -> bool:
+    """Whether the user has registered an adapter layer of their own for the base layer."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    return isinstance(base, tuple(config._custom_modules or ()))
 
 
 def _called(module: nn.Module, args: tuple) -> None:
