@@ -157,8 +157,7 @@ def make_call(call: Call) -> None:
     bias = meta(1, N, dtype)[0] if call.bias else None
     if call.tiles:
         transposed = call.tiles == "y"
-        operands = (x, weight, A, core, B) if transposed else (x, weight.T.contiguous(), A.T.contiguous(), core)
-        operands = operands if transposed else (*operands, B.T.contiguous())
+        operands = (x, *(t if transposed or t is core else t.T.contiguous() for t in (weight, A, core, B)))
         for tile in tuning.candidates(M, dtype, False, True, launch.target(x)):
             for single in (False, True) if tile.m >= 64 and R <= 256 else (False,):
                 extended.widen(*operands, None, 1.0, transposed=transposed, tile=tile, single=single)

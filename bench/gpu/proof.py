@@ -42,7 +42,9 @@ RESERVE, LEAST = 5, 8
 ALIVE, ATTEMPTS = 20, 2
 # Seconds until the first cell begins: of imports, and of the start of CUDA.
 STARTUP = 30
-# How much longer a stage and a cell may take in a rehearsal.
+# Seconds of the whole, for a machine may be lent for ten minutes.
+LIMIT = 560
+# How much longer a rehearsal, a stage of it and a cell may take, where the CPU has other work.
 SLACK = 3
 # How often a stage that hung or crashed goes on behind the cell that did it.
 RESTARTS = 6
@@ -63,15 +65,9 @@ class Stage(NamedTuple):
     ends: str = "ok"
 
 
-class Build(NamedTuple):
-    """What is built or compiled while stages run."""
-
-    name: str
-    seconds: float
-
-
-# Of build.py. Kernels are checked in a build in which every wait ends after two seconds, and timed in that of users.
-BUILDS = [Build("device", 200), Build("bounded", 200), Build("extension", 200), Build("triton", 120)]
+# Of build.py, while stages run: seconds that each may take. Kernels are checked in a build in which every wait ends
+# after two seconds, and timed in that of users.
+BUILDS = {"device": 200, "bounded": 200, "extension": 200, "triton": 120}
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 LIBRARY, BOUNDED, EXTENSION, TRITON = ("device",), ("bounded",), ("extension",), ("triton",)
@@ -92,7 +88,7 @@ STAGES = [
     Stage("bench forward", "bench:forward", 40, needs=EXTENSION),
     Stage("bench backward", "bench:backward", 40, needs=EXTENSION),
     Stage("bench layers", "bench:layers", 40, needs=EXTENSION),
-    Stage("bench compiled", "bench:compiled", 40, patience=40),
+    Stage("bench compiled", "bench:compiled", 40, patience=40, needs=EXTENSION),
     Stage("bench initialisation", "bench:initialisation", 30, needs=EXTENSION),
     Stage("tune", "tune:cells", 40),
     Stage("train", "train:cells", 40, patience=40, needs=EXTENSION),
@@ -191,8 +187,7 @@ class Proof:
         child = self.builds[name]
         if isinstance(child, process.Ended):
             return child
-        seconds = next(build.seconds for build in BUILDS if build.name == name)
-        end = min(child.begun + seconds, time.monotonic() + patience)
+        end = min(child.begun + BUILDS[name], time.monotonic() + patience)
         ended = self.builds[name] = self.close(child, process.wait(child, lambda: end))
         self.record["builds"][name] = {"status": ended.status, "seconds": ended.seconds, "last": ended.lines[-LINES:]}
         return ended
@@ -357,7 +352,9 @@ def output(command: list[str]) -> str:
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
-    parser.add_argument("--limit", type=float, default=560, help="seconds of the whole")
+    parser.add_argument(
+        "--limit", type=float, help=f"seconds of the whole, default {LIMIT}, {SLACK} times it to rehearse"
+    )
     parser.add_argument(
         "--only", default="", metavar="WORDS", help="stages whose names contain one of these, by commas"
     )
@@ -366,7 +363,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--rehearse", action="store_true", help="without a GPU, with a stage that hangs and one that crashes"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the stages")
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    options.limit = options.limit or LIMIT * (SLACK if options.rehearse else 1)
+    return options
 
 
 def main() -> int:
