@@ -44,8 +44,8 @@ ALIVE, ATTEMPTS = 20, 2
 STARTUP = 30
 # Seconds of the whole, for a machine may be lent for ten minutes.
 LIMIT = 560
-# How much longer a rehearsal, a stage of it and a cell may take, where the CPU has other work.
-SLACK = 3
+# How much longer a rehearsal, a build, a stage and a cell of it may take, where the CPU has other work.
+SLACK = 6
 # How often a stage that hung or crashed goes on behind the cell that did it.
 RESTARTS = 6
 
@@ -95,7 +95,7 @@ STAGES = [
 ]
 # What a rehearsal adds: the runner itself is what they test.
 FAULTS = [
-    Stage("hang", "faults:hang", patience=2, ends="timeout"),
+    Stage("hang", "faults:hang", patience=1, ends="timeout"),
     Stage("crash", "faults:crash", ends="crashed"),
 ]
 
@@ -103,6 +103,7 @@ FAULTS = [
 class Proof:
     def __init__(self, options: argparse.Namespace):
         self.options, self.begun = options, time.monotonic()
+        self.slack = SLACK if options.rehearse else 1
         self.out = options.out.resolve()
         self.out.mkdir(parents=True, exist_ok=True)
         self.cells = self.out / "cells.jsonl"
@@ -187,7 +188,7 @@ class Proof:
         child = self.builds[name]
         if isinstance(child, process.Ended):
             return child
-        end = min(child.begun + BUILDS[name], time.monotonic() + patience)
+        end = min(child.begun + self.slack * BUILDS[name], time.monotonic() + patience)
         ended = self.builds[name] = self.close(child, process.wait(child, lambda: end))
         self.record["builds"][name] = {"status": ended.status, "seconds": ended.seconds, "last": ended.lines[-LINES:]}
         return ended
@@ -214,12 +215,12 @@ class Proof:
 
     def stage(self, stage: Stage, child: process.Child) -> dict:
         """Runs a stage to its end, again and again behind a cell that hung or crashed while its time lasts."""
-        begun, slack = time.monotonic(), SLACK if self.options.rehearse else 1
-        end = begun + min(slack * stage.seconds, self.left() - ALIVE / 4)
+        begun = time.monotonic()
+        end = begun + min(self.slack * stage.seconds, self.left() - ALIVE / 4)
         worst, said = "ok", []
         for _ in range(1 + RESTARTS):
             before = self.cells.stat().st_size
-            ended = self.go(child, end, slack * stage.patience)
+            ended = self.go(child, end, self.slack * stage.patience)
             said += ended.lines[-LINES:]
             # Cells that were left because time ran out.
             status = "timeout" if ended.code == UNFINISHED else ended.status
