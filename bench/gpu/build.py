@@ -65,7 +65,17 @@ def device_library(rehearse: bool) -> None:
     """Every kernel and probe behind the C entry points of the emulator's tests; in a rehearsal the emulator itself."""
     import emulator_harness
 
-    (emulator_harness.emulator if rehearse else emulator_harness.device)()
+    library = (emulator_harness.emulator if rehearse else emulator_harness.device)()
+    for entry in (
+        "run_probe",
+        "run_gemm",
+        "run_adapter",
+        "run_hopper_gradient",
+        "run_ampere",
+        "run_gather",
+        "run_residual",
+    ):
+        getattr(library, entry)
 
 
 def triton(rehearse: bool) -> None:

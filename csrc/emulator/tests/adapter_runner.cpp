@@ -31,7 +31,7 @@ void run_case(Context& context, const Case& c) {
 }  // namespace
 }  // namespace hopper::tests
 
-extern "C" int run_adapter(const hopper::tests::Case* c, const hopper::tests::Options* options,
+HOPPER_ENTRY int run_adapter(const hopper::tests::Case* c, const hopper::tests::Options* options,
                            hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome,
                                   [&](hopper::Context& context) { hopper::tests::run_case(context, *c); });

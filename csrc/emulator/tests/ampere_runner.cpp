@@ -61,14 +61,14 @@ extern "C" uint32_t ampere_splits(uint32_t m, uint32_t n, uint32_t w, uint32_t p
     return hopper::AmpereSplits::choose(m, n, w, processors);
 }
 
-extern "C" int ampere_takes_large(uint32_t m, uint32_t n, uint32_t processors) {
+HOPPER_ENTRY int ampere_takes_large(uint32_t m, uint32_t n, uint32_t processors) {
     hopper::AmpereProblem problem{};
     problem.m = m;
     problem.n = n;
     return hopper::takes_large_tiles(problem, processors);
 }
 
-extern "C" int run_ampere(const hopper::tests::Case* c, const hopper::tests::Options* options,
+HOPPER_ENTRY int run_ampere(const hopper::tests::Case* c, const hopper::tests::Options* options,
                           hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome,
                                   [&](hopper::Context& context) { hopper::tests::run_case(context, *c); });

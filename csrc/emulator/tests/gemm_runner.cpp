@@ -69,7 +69,7 @@ void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t*
 }  // namespace
 }  // namespace hopper::tests
 
-extern "C" int run_gemm(const hopper::tests::GemmCase* cases, int32_t count, uint32_t* control,
+HOPPER_ENTRY int run_gemm(const hopper::tests::GemmCase* cases, int32_t count, uint32_t* control,
                         const hopper::tests::Options* options, hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) {
         run_cases(context, cases, count, control);

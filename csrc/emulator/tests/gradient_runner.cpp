@@ -6,7 +6,7 @@ extern "C" uint32_t hopper_splits(uint32_t m, uint32_t n, uint32_t w, uint32_t p
     return hopper::GradientSplits::choose(m, n, w, processors);
 }
 
-extern "C" int run_hopper_gradient(const hopper::tests::Case* c, const hopper::tests::Options* options,
+HOPPER_ENTRY int run_hopper_gradient(const hopper::tests::Case* c, const hopper::tests::Options* options,
                                    hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) {
         hopper::tests::Matrices matrices(context);

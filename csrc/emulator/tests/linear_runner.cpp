@@ -44,19 +44,19 @@ void run_backward(Context& context, const LinearCase& c) {
 }  // namespace
 }  // namespace hopper::tests
 
-extern "C" int run_linear_forward(const hopper::tests::LinearCase* c, const hopper::tests::Options* options,
+HOPPER_ENTRY int run_linear_forward(const hopper::tests::LinearCase* c, const hopper::tests::Options* options,
                                   hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome,
                                   [&](hopper::Context& context) { hopper::tests::run_forward(context, *c); });
 }
 
-extern "C" int run_linear_backward(const hopper::tests::LinearCase* c, const hopper::tests::Options* options,
+HOPPER_ENTRY int run_linear_backward(const hopper::tests::LinearCase* c, const hopper::tests::Options* options,
                                    hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome,
                                   [&](hopper::Context& context) { hopper::tests::run_backward(context, *c); });
 }
 
-extern "C" int64_t linear_slice_floats(int ampere, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB,
+HOPPER_ENTRY int64_t linear_slice_floats(int ampere, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB,
                                        bool dcore) {
     hopper::Context context;
     return nlora::cuda::slice_floats(hopper::tests::queue(context, ampere), m, k, n, r, dA, dB, dcore);

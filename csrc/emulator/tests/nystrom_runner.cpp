@@ -76,13 +76,13 @@ void residual(Context& context, const NystromCase& c) {
 }  // namespace
 }  // namespace hopper::tests
 
-extern "C" int run_gather(const hopper::tests::NystromCase* c, const hopper::tests::Options* options,
+HOPPER_ENTRY int run_gather(const hopper::tests::NystromCase* c, const hopper::tests::Options* options,
                           hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome,
                                   [&](hopper::Context& context) { hopper::tests::gather(context, *c); });
 }
 
-extern "C" int run_residual(const hopper::tests::NystromCase* c, const hopper::tests::Options* options,
+HOPPER_ENTRY int run_residual(const hopper::tests::NystromCase* c, const hopper::tests::Options* options,
                             hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome,
                                   [&](hopper::Context& context) { hopper::tests::residual(context, *c); });

@@ -130,13 +130,13 @@ void run_case(Context& context, const ProbeCase& c) {
 }  // namespace
 }  // namespace hopper::tests
 
-extern "C" int run_probe(const hopper::tests::ProbeCase* c, const hopper::tests::Options* options,
+HOPPER_ENTRY int run_probe(const hopper::tests::ProbeCase* c, const hopper::tests::Options* options,
                          hopper::tests::Outcome* outcome) {
     return hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) { run_case(context, *c); });
 }
 
 // The device's name goes into outcome->text.
-extern "C" int name_device(const hopper::tests::Options* options, hopper::tests::Outcome* outcome) {
+HOPPER_ENTRY int name_device(const hopper::tests::Options* options, hopper::tests::Outcome* outcome) {
     std::string name;
     const int status = hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) {
         name = context.name();

@@ -9,6 +9,9 @@
 #include "../../cuda/gradient.h"
 #include "../../ops.h"
 
+// NOTE: nvcc hides a function whose arguments have a type of an unnamed namespace.
+#define HOPPER_ENTRY extern "C" __attribute__((visibility("default")))
+
 namespace hopper::tests {
 
 // Matrices of a case: copied to the memory of the run, and the results back.
