@@ -139,6 +139,24 @@ def test_torch_func(method):
     assert torch.func.hessian(lambda row: function(row, *others).square().sum())(x[0]).abs().max() > 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_of_gradients_and_tangents_in_the_backward(method):
+    function, (x, *others) = operation(method)
+    tensors = [x, *others]
+    one_by_one, batched = (
+        torch.autograd.functional.jacobian(function, tuple(tensors), vectorize=vectorize) for vectorize in (False, True)
+    )
+    for actual, expected in zip(batched, one_by_one, strict=True):
+        torch.testing.assert_close(actual, expected)
+    y = function(*tensors)
+    dy, tangent = torch.randn_like(y), torch.randn_like(y)
+    expected = torch.autograd.grad(y, tensors, tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        grads = torch.autograd.grad(y, tensors, forward_ad.make_dual(dy, tangent))
+        for grad, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(forward_ad.unpack_dual(grad).tangent, wanted)
+
+
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("method", METHODS)
 def test_forward_mode(method, grad):

@@ -57,7 +57,7 @@ class _OrthogonalPenalty(torch.autograd.Function):
         tensors = ctx.saved_tensors
         weight = _weight(ctx.form, tensors) * d_value
         # NOTE: the equations below can be differentiated again; they are in closed form, not a graph of the value.
-        if ctx.kernels and not torch.is_grad_enabled():
+        if ctx.kernels and not (torch.is_grad_enabled() or composing()):
             return None, *ctx.kernels.penalty_backward(tensors, ctx.saved, weight)
         grads: list[Tensor | None] = [None] * len(tensors)
         with torch.autocast(d_value.device.type, enabled=False):

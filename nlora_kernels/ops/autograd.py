@@ -19,6 +19,10 @@ from .checks import resolved
 from .register import watched
 
 
+# The mode of vmap in torch.autograd.grad, for a batch of gradients.
+_VMAP = torch._C._parse_dispatch_key("VmapMode")
+
+
 def linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend) -> Tensor:
     """lora_N is a tensor, None, or u, E, U and mask, of which it is the core."""
     parts = lora_N if type(lora_N) is tuple else None
@@ -78,9 +82,11 @@ def composing() -> bool:
     """Whether a transform of torch.func, forward mode or the export to ONNX wants PyTorch's own operations."""
     if torch.compiler.is_compiling():
         return False
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0:
+        return True
+    return watched() and (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_local_include_set().has(_VMAP)
         or (torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export())
     )
 
@@ -126,7 +132,7 @@ class _Lora2Linear(torch.autograd.Function):
         # NOTE: read once, for activation checkpointing gives them out once.
         *saved, lora_u, lora_E, lora_U, mask = ctx.saved_tensors
         parts = lora_u, lora_E, lora_U, mask
-        if torch.is_grad_enabled():
+        if _differentiates():
             # The core as a function of its parts.
             saved[5] = reference.lora2_core(*parts)
         dx, dweight, dv, dV, dcore, dbias = _linear_backward(ctx, saved, dy)
@@ -186,7 +192,7 @@ def _linear_backward(ctx, saved, dy) -> tuple[Tensor | None, ...]:
     dy = _rows(dy)
     rows = None if x is None else _rows(x)
     w = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
-    if torch.is_grad_enabled():
+    if _differentiates():
         call = dy, rows, T, w, lora_A, lora_B, lora_N, scaling
         dx, dweight, dA, dB, dN, dbias = _differentiable_backward(*call, dropout, seed, Needs(*needs))
     else:
@@ -200,6 +206,11 @@ def _linear_backward(ctx, saved, dy) -> tuple[Tensor | None, ...]:
     if dbias is not None:
         dbias = dbias.to(bias_dtype)
     return dx, dweight, dA, dB, dN, dbias
+
+
+def _differentiates() -> bool:
+    """Whether a backward is itself differentiated, or runs for a batch of gradients or beside tangents."""
+    return torch.is_grad_enabled() or composing()
 
 
 def _differentiable_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs: Needs):
@@ -217,7 +228,7 @@ def _differentiable_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, 
 
 
 def _core_backward(d_core, lora_u, lora_E, lora_U, mask, backend) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.is_grad_enabled():
+    if _differentiates():
         return reference.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
     return register.core_backward(d_core, lora_u, lora_E, lora_U, mask, backend)
 
@@ -262,7 +273,7 @@ torch.library.register_autograd("nlora_kernels::lora2_core", _Lora2Core.backward
 
 def _rows(x: Tensor) -> Tensor:
     """x (..., K) as (M, K)."""
-    return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _unflatten(y: Tensor, x: Tensor) -> Tensor:
