@@ -75,8 +75,8 @@ class Cpu:
             return "adapter" if R <= 32 or short else "library"
         tier = _C.cpu_tier()
         if M > 1 and M * K * N <= 1 << 15 and not backward and R <= 32:
-            # The calls take all of the time, one more a microsecond; for it x·Wᵀ has the bits of the base layer alone, of
-            # which a small adapter's effect is then told as exactly as in PEFT.
+            # The calls take all of the time, one more a microsecond. For it x·Wᵀ has the bits of the base layer alone,
+            # and a small adapter's effect, the difference to that layer, is as exact as in PEFT.
             return "adapter"
         if few:
             # Reading weight for dx, one row of dy leaves most of a register tile empty.

@@ -18,7 +18,6 @@ from . import register
 from .checks import resolved
 from .register import watched
 
-
 # The mode of vmap in torch.autograd.grad, for a batch of gradients.
 _VMAP = torch._C._parse_dispatch_key("VmapMode")
 
