@@ -4,7 +4,7 @@ PEFT saves them sorted, so that another one may be the first when the adapter is
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -18,6 +18,14 @@ def lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     from peft.utils.other import get_pattern_key
 
     return patterns.get(get_pattern_key(patterns.keys(), name), default)
+
+
+def overridden(patterns: Mapping[str, Any], values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The patterns with values of single layers before them, less those that then count for none of the names."""
+    of = {name: lookup({key: key for key in patterns}, name, None) for name in names}
+    idle = {of[name] for name in values} - {of[name] for name in names if name not in values}
+    kept = {key: value for key, value in patterns.items() if key not in idle}
+    return {exact(name): value for name, value in values.items()} | kept
 
 
 def in_any_order(patterns: Mapping[str, Any]) -> dict[str, Any]:

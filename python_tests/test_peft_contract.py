@@ -410,7 +410,11 @@ def test_bad_configuration(options, error, message):
 
 
 BAD_INJECTIONS = {
-    "rank_too_large": (lambda m: config("nlora", r=40), ValueError, r"at most min\(out, in\) = 32, got 40"),
+    "rank_too_large": (
+        lambda m: config("nlora", r=40, target_modules=["q_proj"]),
+        ValueError,
+        r"at most min\(out, in\) = 32, got 40",
+    ),
     "rank_in_pattern": (lambda m: config("nlora", rank_pattern={"1.mlp.down_proj": 99}), ValueError, "got 99"),
     "rank_zero": (lambda m: config("nlora", r=0), ValueError, "r must be at least 1"),
     "rank_type": (lambda m: config("lora2", r=2.5), TypeError, "r must be an integer"),

@@ -85,7 +85,8 @@ class _Checked:
 class NLoraConfig(_Checked, LoraConfig):
     """SLoRA, NLoRA, IntTune (arXiv 2502.14482) and plain LoRA, fused with their base layers.
 
-    All options of LoraConfig hold, and:
+    All options of LoraConfig hold. With "nystrom" and target_modules="all-linear", layers that have fewer rows or columns
+    than r get rank min(out, in), which is written to rank_pattern, and keep their scaling. Further:
 
     Args:
         init_lora_weights: "nystrom" (NLoRA, the default), "slora", "slora_gaussian" (see `nlora_kernels.init.adapter`),
@@ -95,7 +96,8 @@ class NLoraConfig(_Checked, LoraConfig):
         select: rows and columns of "nystrom": "leading", "uniform", "norm" or "pivoted".
         select_seed: of "uniform", which does not read the global generator.
         residual: make step 0 of "nystrom" exact: its initial product leaves the base weight (train="all") or the core
-            (train="core"). One adapter of a layer may do so.
+            (train="core"). Of several such adapters on a layer, the product of one leaves the weight, and those of the
+            others are branches.
 
     Raises:
         ValueError: an unknown name, options that exclude each other, a variant of LoRA with a method that has a core.

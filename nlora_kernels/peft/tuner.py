@@ -1,6 +1,7 @@
 """The tuners, which put adapter layers into a model, and their registration with PEFT."""
 
 import copy
+import math
 import sys
 import warnings
 from collections.abc import Iterable
@@ -13,19 +14,21 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
+    _get_in_out_features,
     _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
     is_transformers_ge_v5,
 )
-from peft.utils import PeftType, _get_submodules
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, PeftType, _get_submodules
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.warning import PeftWarning
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from .. import fusion
+from .. import fusion, patterns
+from ..modules import check_alpha
 from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
 from .layer import FusedLinear
 from .lora2 import LoRA2Linear
@@ -62,9 +65,15 @@ class _FusedModel(LoraModel):
                 f"layers registered by _register_custom_module are LoRA, and not supported with {method(lora_config)}, "
                 f"got one for {current_key!r}"
             )
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+        try:
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            )
+        except (TypeError, ValueError) as error:
+            # What a layer refuses, it refuses without knowing its name.
+            if _is_lora(lora_config) or type(error) not in (TypeError, ValueError) or repr(current_key) in str(error):
+                raise
+            raise type(error)(f"{current_key!r} cannot be adapted: {error}") from error
         layer = getattr(parent, target_name)
         if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
             layer.register_forward_pre_hook(_called)
@@ -164,6 +173,10 @@ class NLoraModel(_FusedModel):
         if getattr(peft_config, "residual", False):
             _refuse_shared_weights(model, peft_config)
         super()._prepare_model(peft_config, model)
+        if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND and (
+            getattr(peft_config, "init_lora_weights", None) == "nystrom"
+        ):
+            _fit_ranks(model, peft_config)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if not _is_lora(lora_config) and isinstance(target, LoraLayer) and not isinstance(target, NLoraLinear):
@@ -312,6 +325,39 @@ def _refuse_shared_weights(model: nn.Module, config: NLoraConfig) -> None:
         targets = [name for name in names if check_target_module_exists(config, name)]
         if len(names) > 1 and targets:
             raise ValueError(f"residual=True needs a base weight of its own, and {' and '.join(names)} share one")
+
+
+def _fit_ranks(model: nn.Module, config: NLoraConfig) -> None:
+    """Gives layers that have fewer rows or columns than r, as routers and heads have, the rank that they can have.
+
+    It is for "all-linear", which names none of them; a rank that rank_pattern has for a layer stays. So does the
+    scaling, which is that of r.
+    """
+    if not isinstance(config.r, int):
+        return
+    found = _maybe_include_all_linear_layers(copy.copy(config), model)
+    limits = {}
+    for name, module in model.named_modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if (isinstance(base, nn.Linear) or fusion.is_conv1d(base)) and check_target_module_exists(found, name):
+            limits[name] = min(_get_in_out_features(base))
+    named = {name for name in limits if patterns.lookup(config.rank_pattern, name, None) is not None}
+    ranks = {name: limit for name, limit in limits.items() if 0 < limit < config.r and name not in named}
+    if not ranks:
+        return
+    root = math.sqrt if config.use_rslora else lambda value: value
+    alphas = {name: patterns.lookup(config.alpha_pattern, name, config.lora_alpha) for name in ranks}
+    for alpha in alphas.values():
+        check_alpha(alpha, "lora_alpha")
+    alphas = {name: alpha * (root(ranks[name]) / root(config.r)) for name, alpha in alphas.items()}
+    warnings.warn(
+        f"{len(ranks)} layers have fewer rows or columns than r = {config.r} and get rank min(out, in): "
+        f"{_some([f'{name} ({rank})' for name, rank in ranks.items()])}. Their scaling stays; exclude_modules leaves "
+        "them out",
+        stacklevel=2,
+    )
+    config.rank_pattern = {patterns.exact(name): rank for name, rank in ranks.items()} | config.rank_pattern
+    config.alpha_pattern = patterns.overridden(config.alpha_pattern, alphas, limits)
 
 
 def _unsupported(config, base: nn.Module, key: str) -> ValueError:
