@@ -20,6 +20,7 @@ import transformers
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora import Linear, LoraModel
 from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.other import fsdp_auto_wrap_policy
 from peft.utils.warning import PeftWarning
@@ -576,3 +577,15 @@ def test_lora2_checkpoints_with_the_older_names(tmp_path):
     again = peft.get_peft_model(llama(), config("lora2"))
     again.load_state_dict(old_names(model.state_dict()))
     close(logits(again), logits(model), atol=0)
+
+
+def test_plain_lora_is_told_by_pefts_own_names():
+    """What PEFT prints of a model and of the types that it swaps is what it prints without this package."""
+    base = nn.Sequential(nn.Linear(4, 4))
+    model = peft.get_peft_model(base, NLoraConfig(r=2, init_lora_weights=True, target_modules=["0"]))
+    assert model.get_model_status().adapter_model_type == "LoraModel"
+    assert copy.deepcopy(model).get_model_status().adapter_model_type == "LoraModel"
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but IA3 was passed"):
+        hotswap.check_hotswap_configs_compatible(peft.IA3Config(), peft.IA3Config())
+    with pytest.raises(ValueError, match="for r, 4 != 8"):
+        hotswap.check_hotswap_configs_compatible(NLoraConfig(r=4), NLoraConfig(r=8))

@@ -74,7 +74,7 @@ class Cpu:
                 return "whole"
             return "adapter" if R <= 32 or short else "library"
         tier = _C.cpu_tier()
-        if M > 1 and M * K * N <= 1 << 15 and not backward and R <= 32:
+        if M > 1 and M * K * N <= 1 << 16 and not backward and R <= 32:
             # The calls take all of the time, one more a microsecond. For it x·Wᵀ has the bits of the base layer alone,
             # and a small adapter's effect, the difference to that layer, is as exact as in PEFT.
             return "adapter"

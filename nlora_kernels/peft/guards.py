@@ -10,7 +10,7 @@ from torch import nn
 from .config import LoRA2Config, NLoraConfig
 from .layer import FusedLinear
 from .nlora import NLoraLinear, settle, unsettled
-from .tuner import withdraw
+from .tuner import FIXED_IN_HOT_SWAP, withdraw
 
 
 def _refuse_hot_swap(first, second) -> None:
@@ -28,6 +28,25 @@ def _refuse_base_state(model) -> None:
                 f"the base weight of {name} is W − s·B₀·N₀·A₀ while the residual adapter {module.held!r} is there: "
                 "read or load the state dict of the base model before the adapter is added, or after unload()"
             )
+
+
+def _check_hot_swap(check):
+    @functools.wraps(check)
+    def check_hotswap_configs_compatible(config0, config1):
+        """PEFT's, which compares what its table lists; the types of this package are in it for the call alone, because
+        PEFT names the types in the table to those who pass another."""
+        _refuse_hot_swap(config0, config1)
+        own = {kind: keys for kind, keys in FIXED_IN_HOT_SWAP.items() if config0.peft_type == kind}
+        known = hotswap.CONFIG_KEYS_TO_CHECK
+        added = {kind: keys for kind, keys in own.items() if config0.peft_type not in known}
+        known.update(added)
+        try:
+            return check(config0, config1)
+        finally:
+            for kind in added:
+                del known[kind]
+
+    return check_hotswap_configs_compatible
 
 
 def _asking(owner, name: str, refuse) -> None:
@@ -84,7 +103,7 @@ def _layers(model) -> dict[str, nn.Module]:
     return {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
 
 
-_asking(hotswap, "check_hotswap_configs_compatible", _refuse_hot_swap)
+hotswap.check_hotswap_configs_compatible = _check_hot_swap(hotswap.check_hotswap_configs_compatible)
 # Both get_base_model_state_dict and set_base_model_state_dict ask it which keys are an adapter's.
 _asking(save_and_load, "_get_adapter_state_dict_key_prefixes", _refuse_base_state)
 PeftModel.load_adapter = _load_adapter_whole(PeftModel.load_adapter)

@@ -146,7 +146,8 @@ class NLoraModel(_FusedModel):
     def __new__(cls, model: nn.Module | None = None, config=None, *args, **kwargs):
         configs = config.values() if isinstance(config, dict) else [config]
         if config is None or any(isinstance(each, NLoraConfig) for each in configs):
-            return super().__new__(cls)
+            plain = cls is NLoraModel and config is not None and all(map(_is_lora, configs))
+            return super().__new__(_PlainModel if plain else cls)
         return LoraModel(model, config, *args, **kwargs)
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
@@ -200,6 +201,13 @@ class NLoraModel(_FusedModel):
         if has_core:
             raise _unsupported(lora_config, base, kwargs.get("target_name"))
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+
+class _PlainModel(NLoraModel):
+    """The tuner of plain LoRA, by whose name PEFT's model status and its readers tell the method."""
+
+
+_PlainModel.__name__ = LoraModel.__name__
 
 
 class LoRA2Model(_FusedModel):
@@ -391,8 +399,7 @@ def _some(names: list[str], limit: int = 3) -> str:
 # What must be equal before the weights of one adapter may be swapped for another's: of a core, ranks too, because PEFT
 # fills what is larger in one dimension only.
 _FIXED = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], "init_lora_weights", "r", "rank_pattern"]
-CONFIG_KEYS_TO_CHECK[NLORA] = [*_FIXED, "residual", "train"]
-CONFIG_KEYS_TO_CHECK[LORA2] = _FIXED
+FIXED_IN_HOT_SWAP = {NLORA: [*_FIXED, "residual", "train"], LORA2: _FIXED}
 for _type, _config, _tuner in ((NLORA, NLoraConfig, NLoraModel), (LORA2, LoRA2Config, LoRA2Model)):
     PEFT_TYPE_TO_CONFIG_MAPPING[_type] = _config
     PEFT_TYPE_TO_TUNER_MAPPING[_type] = _tuner
