@@ -537,6 +537,18 @@ def test_reading_the_weight_gathers_its_shards(monkeypatch):
     close(weight, original - original[:, :2] @ original[:2, :2] @ original[:2])
 
 
+@pytest.mark.parametrize("again", ["nlora_residual", "nlora", "lora"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_made_anew_under_its_name_leaves_nothing_of_the_old_one(again):
+    base = llama()
+    model = peft.get_peft_model(copy.deepcopy(base), config("nlora_residual"))
+    perturb(model)
+    model = peft.get_peft_model(model.base_model.model, config(again))
+    fresh = peft.get_peft_model(copy.deepcopy(base), config(again))
+    close(logits(model), reference_logits(base, model, tokens()) if again == "lora" else logits(fresh))
+    close(logits(model.merge_and_unload()) if again == "lora" else logits(model.unload()), logits(base))
+
+
 # Loading
 
 

@@ -75,9 +75,11 @@ class NLoraLinear(FusedLinear):
             # The adapter whose initial product is out of the base weight now.
             self.held: str | None = None
         if not getattr(config, "has_core", False):
+            self._forget(adapter_name)
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
             return
         self._check_core(r, lora_alpha, config)
+        self._forget(adapter_name)
         # Before PEFT's part, which moves, freezes and thaws what is there.
         self.lora_N[adapter_name] = nn.Linear(r, r, bias=False)
         if config.train == "core":
@@ -94,6 +96,15 @@ class NLoraLinear(FusedLinear):
         # Tensors on the meta device are left to whoever loads them.
         if not self.lora_N[adapter_name].weight.is_meta:
             self._initialise(adapter_name, r, config, kwargs.get("target_name", ""))
+
+    def _forget(self, name: str) -> None:
+        """Leaves nothing of an adapter that is made anew under its name: no core, and no product out of the weight."""
+        if name == self.held:
+            with onload_layer(self):
+                self.restore()
+        for kept in (self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0, self.frozen_peft_weight_names):
+            if name in kept:
+                del kept[name]
 
     def _check_core(self, r: int, lora_alpha: float, config: NLoraConfig) -> None:
         base = self.get_base_layer()
