@@ -85,8 +85,8 @@ class _Checked:
 class NLoraConfig(_Checked, LoraConfig):
     """SLoRA, NLoRA, IntTune (arXiv 2502.14482) and plain LoRA, fused with their base layers.
 
-    All options of LoraConfig hold. With "nystrom" and target_modules="all-linear", layers that have fewer rows or columns
-    than r get rank min(out, in), which is written to rank_pattern, and keep their scaling. Further:
+    All options of LoraConfig hold. With "nystrom" and target_modules="all-linear", layers that have fewer rows or
+    columns than r get rank min(out, in), which is written to rank_pattern, and keep their scaling. Further:
 
     Args:
         init_lora_weights: "nystrom" (NLoRA, the default), "slora", "slora_gaussian" (see `nlora_kernels.init.adapter`),
