@@ -1,12 +1,14 @@
 """Fused three-matrix LoRA kernels: y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ, and the LoRA² chain, behind torch autograd.
 
 Importing the package imports torch and nothing else; `peft`, `trainer`, `lora2`, `checkpoint`, `plotting`, `benchmarks`
-and `doctor` are loaded when first used.
+and `doctor` are loaded when first used. Where PEFT is imported too, before or after, it knows the adapter types.
 """
 
 import importlib
+import warnings
 
 from . import backends, init
+from .imports import when_imported
 from .modules import LoRA2Linear, NLoraLinear
 from .ops import lora2_core, lora2_linear, lora_linear
 
@@ -24,3 +26,12 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted([*globals(), *_LAZY])
+
+
+@when_imported("peft")
+def _register(_peft) -> None:
+    try:
+        importlib.import_module(f"{__name__}.peft")
+    except Exception as error:
+        # PEFT is none the worse for it; using nlora_kernels.peft raises the error itself.
+        warnings.warn(f"PEFT does not know the adapters of nlora_kernels: {error}", stacklevel=2)

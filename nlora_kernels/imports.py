@@ -1,5 +1,6 @@
 """Running code once another package has been imported, without importing it."""
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -12,8 +13,11 @@ def when_imported(name: str):
     """Decorates a function of the module `name`: called now if that is imported already, else as soon as it is."""
 
     def decorate(function: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+        if _initialising(name):
+            # By another thread, for which this waits.
+            importlib.import_module(name)
         module = sys.modules.get(name)
-        if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
+        if module is not None and not _initialising(name):
             function(module)
         else:
             _waiting.setdefault(name, []).append(function)
@@ -22,6 +26,10 @@ def when_imported(name: str):
         return function
 
     return decorate
+
+
+def _initialising(name: str) -> bool:
+    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
 
 
 class _Finder:

@@ -3,14 +3,15 @@
     from nlora_kernels.peft import NLoraConfig
     model = peft.get_peft_model(model, NLoraConfig(r=16, target_modules="all-linear"))
 
-Import this module before loading a saved adapter: it registers the types with PEFT.
+It registers the types with PEFT, which has to be before a saved adapter is loaded: `import nlora_kernels` does so where
+PEFT is imported too, in either order.
 """
 
 # isort: off
 from . import required  # noqa: F401
 # isort: on
 
-from . import guards, optimizers  # noqa: F401
+from . import card, guards, optimizers  # noqa: F401
 from .config import LoRA2Config, NLoraConfig
 from .fuse import fuse, unfuse
 from .lora2 import LoRA2Linear
