@@ -92,3 +92,13 @@ def test_whatever_a_layer_refuses_names_it():
     model.body.weight.data[3, 2] = torch.nan
     with pytest.raises(ValueError, match="'body' cannot be adapted: weight must be finite, got NaN"):
         peft.get_peft_model(model, nlora())
+
+
+@pytest.mark.parametrize(
+    "config", [nlora(), nlora(init_lora_weights="slora"), LoRA2Config(target_modules="all-linear")]
+)
+def test_a_layer_without_a_weight_yet_is_named(config):
+    model = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(16))
+    with pytest.raises(ValueError, match="'1' cannot be adapted: its weight must be initialised, got a LazyLinear"):
+        peft.get_peft_model(model, config)
+    assert not any(isinstance(module, FusedLinear) for module in model.modules())

@@ -1,10 +1,12 @@
 """The weight of a base layer: reading it in full, and adding to it, dense or quantised."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -18,6 +20,20 @@ def read(base: nn.Module) -> Tensor:
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
     return weight.T if fusion.is_conv1d(base) else weight
+
+
+@contextlib.contextmanager
+def brought(base: nn.Module) -> Iterator[None]:
+    """Has the parameters of an offloaded layer there, as in its forward: at rest they are on the meta device."""
+    hook = getattr(base, "_hf_hook", None)
+    if not (isinstance(hook, AlignDevicesHook) and hook.offload):
+        yield
+        return
+    hook.pre_forward(base)
+    try:
+        yield
+    finally:
+        hook.post_forward(base, torch.empty(0))
 
 
 def adding(

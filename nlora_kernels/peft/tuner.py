@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import fusion, patterns
 from ..modules import check_alpha
+from . import base as base_weights
 from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
 from .layer import FusedLinear
 from .lora2 import LoRA2Linear
@@ -65,10 +66,18 @@ class _FusedModel(LoraModel):
                 f"layers registered by _register_custom_module are LoRA, and not supported with {method(lora_config)}, "
                 f"got one for {current_key!r}"
             )
-        try:
-            super()._create_and_replace(
-                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not _is_lora(lora_config) and any(map(is_lazy, base.parameters(recurse=False))):
+            raise ValueError(
+                f"{current_key!r} cannot be adapted: its weight must be initialised, got a {type(base).__qualname__} "
+                "that was not called yet"
             )
+        try:
+            # NOTE: an adapter goes to where the base weight is, and offloaded that would be the meta device.
+            with base_weights.brought(base):
+                super()._create_and_replace(
+                    lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+                )
         except (TypeError, ValueError) as error:
             # What a layer refuses, it refuses without knowing its name.
             if _is_lora(lora_config) or type(error) not in (TypeError, ValueError) or repr(current_key) in str(error):
