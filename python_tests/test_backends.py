@@ -9,6 +9,7 @@ import torch
 import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import TABLE, cuda, reference
+from nlora_kernels.backends import triton as triton_backend
 
 
 def test_available_names_every_backend():
@@ -45,6 +46,23 @@ def test_every_reason_why_cuda_cannot_run_is_given(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", forked)
     assert reason() == "CUDA cannot start (Cannot re-initialize CUDA in forked subprocess)"
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "fits"),
+    [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True), ("3.6.1", "3.0.0", False)],
+)
+def test_an_interpreter_that_numpy_broke_is_said_by_versions(monkeypatch, triton_version, numpy_version, fits):
+    numpy, triton = pytest.importorskip("numpy"), pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", triton_version)
+    monkeypatch.setattr(numpy, "__version__", numpy_version)
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: True)
+    reason = triton_backend.unavailable.__wrapped__()
+    if fits:
+        assert reason is None
+    else:
+        assert f"triton {triton_version} needs numpy below 2.4, got {numpy_version}" in reason
+        assert reason.endswith("numpy<2.4 or triton>=3.7")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Triton itself is imported when the backend is first used.
 
 import functools
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def unavailable() -> str | None:
         import triton
     except ImportError as error:
         return f"triton cannot be imported ({error}); install nlora_kernels[triton]"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    if _version(triton) < (3, 6):
         reasons.append(f"triton 3.6 or newer is needed, got {triton.__version__}")
     if not interpreted():
         if not torch.cuda.is_available():
@@ -33,7 +34,20 @@ def unavailable() -> str | None:
         elif torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
             capability = ".".join(map(str, torch.cuda.get_device_capability()))
             reasons.append(f"compute capability 8.0 or newer is needed, got {capability}")
+    else:
+        # Its interpreter makes numbers of arrays of one element, which numpy from 2.4 on refuses.
+        import numpy
+
+        if _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
+            reasons.append(
+                f"the interpreter of triton {triton.__version__} needs numpy below 2.4, got {numpy.__version__}: "
+                "install either numpy<2.4 or triton>=3.7"
+            )
     return "; ".join(reasons) or None
+
+
+def _version(package: ModuleType) -> tuple[int, ...]:
+    return tuple(int(part) for part in package.__version__.split(".")[:2])
 
 
 def unsupported(x, weight, lora_A, lora_B, lora_N, dropout=None) -> str | None:
