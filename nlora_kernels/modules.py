@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import fusion
+from . import fusion, saved
 from .commit import attributes, commit
 from .init import METHODS, subtract_
 from .init import adapter as initial_adapter
@@ -78,6 +78,11 @@ class _AdapterLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        own = (*self._parameters, *self._buffers)
+        saved.check_state(state_dict, [f"{prefix}{name}" for name in own if name.startswith("lora_")])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NLoraLinear(_AdapterLinear):
@@ -186,6 +191,7 @@ class NLoraLinear(_AdapterLinear):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """The product of initial matrices that come without a base weight is out of the one that is here afterwards."""
         keys = [f"{prefix}{kind}" for kind in ("lora_A0", "lora_N0", "lora_B0")]
+        saved.check_state(state_dict, keys)
         if "lora_A0" in self._buffers and f"{prefix}base.weight" not in state_dict and not self.merged:
             kept, loaded = self._initial(), [state_dict.get(key) for key in keys]
             if all(new is not None and new.shape == old.shape for new, old in zip(loaded, kept, strict=True)):

@@ -6,10 +6,11 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import patterns
 from .ops.checks import DTYPES
@@ -93,13 +94,21 @@ def by_layer(file: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str
 # Checks
 
 
-def check_values(file: Path, key: str, tensor: Tensor, where: str = "") -> None:
-    """ValueError unless the tensor is of finite numbers that the operations take."""
+def check_values(source: str | Path, key: str, tensor: Tensor, where: str = "") -> None:
+    """ValueError unless the tensor, of a file or a state dict, is of finite numbers that the operations take."""
     if tensor.dtype not in DTYPES:
         allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
-        raise ValueError(f"{file}: {key} must be one of {allowed}, got {tensor.dtype}")
+        raise ValueError(f"{source}: {key} must be one of {allowed}, got {tensor.dtype}")
     if not tensor.isfinite().all():
-        raise ValueError(f"{file}: {key} must be finite{where}, got NaN or inf")
+        raise ValueError(f"{source}: {key} must be finite{where}, got NaN or inf")
+
+
+def check_state(state_dict: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """The same of those keys of a state dict, as far as the tensors are there and PyTorch's own."""
+    for key in keys:
+        tensor = state_dict.get(key)
+        if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+            check_values("state_dict", key, tensor)
 
 
 def check_config(file: str | Path, config: dict) -> None:

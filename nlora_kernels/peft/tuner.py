@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from .. import fusion, patterns
+from .. import fusion, patterns, saved
 from ..modules import check_alpha
 from . import base as base_weights
 from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
@@ -142,6 +142,7 @@ class _FusedModel(LoraModel):
                     f"Error(s) in loading state_dict: size mismatch for {name}: copying a param with shape "
                     f"{value.shape} from checkpoint, the shape in current model is {tensor.shape}."
                 )
+        saved.check_state(state_dict, [key for key in state_dict if key.startswith(prefix) and ".lora_" in key])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
