@@ -131,6 +131,20 @@ print(sorted(new - set(sys.stdlib_module_names)))
     assert set(eval(output)) <= {"nlora_kernels", "torch"}
 
 
+def test_an_extension_that_is_not_there_is_called_that():
+    code = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+missing = "nlora_kernels._C"
+PathFinder.find_spec = lambda name, path=None, target=None: None if name == missing else find(name, path, target)
+import nlora_kernels
+print(nlora_kernels.backends.available()["cpu"])
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    expected = "the package was built without C++ kernels (install it where a C++ compiler is)"
+    assert output == f"{expected}: No module named 'nlora_kernels._C'\n"
+
+
 def test_unknown_attributes_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'turbo'"):
         _ = nk.turbo

@@ -1,4 +1,4 @@
-"""No tensor that is not of finite floating-point numbers loads, by whichever way, and none changes before it is seen."""
+"""Only tensors of finite floating-point numbers load, whichever way is taken; nothing changes before all are seen."""
 
 import peft
 import pytest

@@ -9,6 +9,7 @@ On a CPU a call is computed in one of four ways (`Cpu.plan`), which differ in wh
               for a half-precision weight would round small updates away
 """
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 
@@ -20,7 +21,8 @@ from . import lean, reference
 from .gradients import Grads, Needs
 
 try:
-    from .. import _C
+    # NOTE: of `from .. import _C` Python would say that the import is circular, where the extension is not there.
+    _C = importlib.import_module("nlora_kernels._C")
 except ImportError as error:
     _C, _IMPORT_ERROR = None, error
 
