@@ -647,6 +647,14 @@ def read(target):
 def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
+def started(write, target):
+    # A process that writes, which takes longer in a child of fork() than here.
+    child = os.fork()
+    if child == 0:
+        write(3, target)
+        os._exit(0)
+    return child
+
 random.seed(0)
 seen = {"old": 0, "new": 0}
 kinds = itertools.cycle(itertools.product(WRITERS, ("absent", "empty", "others", "link")))
@@ -671,12 +679,9 @@ for number, (name, kind) in zip(range(count), kinds):
         write(2, target)
     before = read(target)
     start = time.perf_counter()
-    write(3, root / "known")
+    os.waitpid(started(write, root / "known"), 0)
     usual = time.perf_counter() - start
-    child = os.fork()
-    if child == 0:
-        write(3, target)
-        os._exit(0)
+    child = started(write, target)
     time.sleep(random.uniform(0, 1.2 * usual))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
