@@ -306,8 +306,9 @@ def _warn_of_shards(tensors: dict[str, torch.Tensor], adapter_name: str) -> None
     ]
     if bad:
         warnings.warn(
-            f"{len(bad)} tensors of adapter {adapter_name!r} have an invalid shape, {_some(bad)}: shards of DeepSpeed "
-            "ZeRO-3 or FSDP were not gathered before they were saved. Save within deepspeed.zero.GatheredParameters or "
+            # In the words of PEFT, which its users' filters match.
+            f"Adapter {adapter_name!r}: {len(bad)} LoRA tensor(s) have invalid shape: {_some(bad)}. DeepSpeed ZeRO-3 / "
+            "FSDP shards were not gathered before save_pretrained(). Save within deepspeed.zero.GatheredParameters or "
             "FullyShardedDataParallel.summon_full_params",
             PeftWarning,
             stacklevel=2,
