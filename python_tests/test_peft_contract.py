@@ -570,6 +570,21 @@ def test_missing_keys_of_plain_lora_are_warned_of_as_in_peft(tmp_path):
         peft.PeftModel.from_pretrained(llama(), tmp_path)
 
 
+@pytest.mark.parametrize("saved", ["nlora_residual", "inttune_residual"])
+def test_matrices_that_the_adapter_has_no_place_for_are_named(saved, tmp_path):
+    trained = adapted(llama(), saved)
+    trained.save_pretrained(tmp_path)
+    words = r"adapter 'default' has .*lora_[AN]0.*, for which .*'nystrom' has no place: .*configuration"
+    with pytest.raises(ValueError, match=words):
+        peft.PeftModel.from_pretrained(llama(), tmp_path, config=config("nlora"))
+    injected = peft.inject_adapter_in_model(config("nlora"), llama())
+    before = copy.deepcopy(injected.state_dict())
+    with pytest.raises(ValueError, match=words):
+        peft.set_peft_model_state_dict(injected, peft.get_peft_model_state_dict(trained))
+    after = injected.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
 def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(method, low_cpu_mem_usage, tmp_path):
     adapted(llama(), method).save_pretrained(tmp_path)

@@ -125,6 +125,13 @@ class _FusedModel(LoraModel):
         missing = sorted(expected.keys() - remapped.keys())
         if missing:
             raise ValueError(f"the checkpoint of adapter {adapter_name!r} lacks {_some(missing)}")
+        layers = {_layer_of(key) for key in expected}
+        foreign = sorted(key for key in remapped.keys() - expected.keys() if _layer_of(key) in layers)
+        if foreign:
+            raise ValueError(
+                f"the checkpoint of adapter {adapter_name!r} has {_some(foreign)}, for which an adapter of "
+                f"{method(config)} has no place: load it with the configuration that was saved with it"
+            )
         return remapped
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -290,6 +297,12 @@ def _refuse_experts(model: nn.Module, config: LoraConfig) -> None:
             f"{type(model).__name__} keeps as parameters {_listed(converted.target_parameters)}, and as linear layers "
             f"{_listed(converted.target_modules) or 'none'}"
         )
+
+
+def _layer_of(key: str) -> str | None:
+    """The name of the layer to which a tensor of an adapter belongs, as it is in the base model."""
+    layer, found, _ = key.removeprefix("base_model.model.").rpartition(".lora_")
+    return layer if found else None
 
 
 def _listed(names: str | Iterable[str]) -> str:
