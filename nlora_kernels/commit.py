@@ -18,12 +18,25 @@ def commit(*steps: Callable[[], object], given: Callable[[], object] | None = No
 
     Returns whether the steps were called.
     """
+    # A mode like that of torch.set_default_device would run Python after the operation. NOTE: no `with`, which an
+    # interrupt can leave between its body and the call that ends it: the modes come back by a step.
+    without_modes = torch._C.DisableTorchFunction()
+    modes_return = partial(without_modes.__exit__, None, None, None)
     all_steps = partial(deque, map(operator.call, steps), 0)
     first = (given,) if given else (partial(bool, 1),)
-    # A mode like that of torch.set_default_device would run Python after the operation.
-    with torch._C.DisableTorchFunction():
-        # zip asks for its second part only if the first has one.
-        return bool(list(zip(filter(None, map(operator.call, first)), map(operator.call, (all_steps,)), strict=False)))
+    # zip asks for its second part only if the first has one.
+    called = zip(filter(None, map(operator.call, first)), map(operator.call, (all_steps,)), strict=False)
+    results: list = []
+    away: list = []
+    leave = (without_modes.__enter__, partial(away.append, True))
+    come_back = (modes_return, away.clear)
+    try:
+        deque(map(operator.call, (*leave, partial(results.extend, called), *come_back)), 0)
+    finally:
+        # After a step that failed.
+        if away:
+            modes_return()
+    return bool(results)
 
 
 def attributes(module: nn.Module, **values) -> Callable[[], None]:

@@ -103,13 +103,15 @@ _MANY, _LARGE = 64, 2**22
 class Budget:
     """The error that a computation may have: max(2·e, 6·σ) + eps·terms, all of it from plain PyTorch in the same dtype.
 
-    Errors are measured as the largest absolute one and as the Euclidean norm. e is that of plain PyTorch on this very
-    problem. Of many roundings it is typical, and σ is left out; of few it is a matter of luck: one element of rank 1 is
-    a sum of some roundings that now and then cancel, for one order of operations and not for another. So σ is the
-    standard deviation of plain PyTorch's error, element by element, over neighbours of the problem: the same numbers
-    moved at random by a few units of their last place, which draws the roundings anew and leaves everything else as it
-    is. eps, that of the dtype of the result or of x where that is coarser, stands for the rounding of a sum: relative
-    to the norms of its two terms (the base layer's and the adapter's), because they may cancel.
+    Errors are measured as the largest absolute one and as the Euclidean norm, whose 6 falls to 1 + 5/√n with the
+    number n of independent roundings, because the norm of many is close to its expectation. e is that of plain PyTorch
+    on this very problem. Of many roundings it is typical, and σ is left out; of few it is a matter of luck: one
+    element of rank 1 is a sum of some roundings that now and then cancel, for one order of operations and not for
+    another. So σ is the standard deviation of plain PyTorch's error, element by element, over neighbours of the
+    problem: the same numbers moved at random by a few units of their last place, which draws the roundings anew and
+    leaves everything else as it is. eps, that of the dtype of the result or of x where that is coarser, stands for the
+    rounding of a sum: relative to the norms of its two terms (the base layer's and the adapter's), because they may
+    cancel.
 
     Args:
         plain: the computation in plain PyTorch, called with `tensors` by name, "x" among them.
@@ -126,13 +128,18 @@ class Budget:
         without = outputs(base, wide, dy.double(), wrt)
         few = tensors["x"].numel() * dy.shape[-1] < _LARGE or min(t.numel() for t in self.exact.values()) < _MANY
         deviations = self._deviations(plain, tensors, dy, wrt) if few else {}
+        rows = tensors["x"].numel() // max(1, tensors["x"].shape[-1])
+        rank = min(min(t.shape, default=1) for name, t in tensors.items() if name != "x")
+        # The roundings of the smallest result, T or core reach every element of the others.
+        independent = max(1, min(rows * rank, *(t.numel() for t in self.exact.values())))
         for name, exact in self.exact.items():
             eps = max(torch.finfo(self.plain[name].dtype).eps, torch.finfo(self.dtype).eps)
             for norm in (math.inf, 2):
                 terms = error_norm(exact, without[name], norm) + _norm(without[name], norm)
                 error = 2 * error_norm(self.plain[name], exact, norm)
                 if name in deviations:
-                    error = max(error, _DEVIATIONS * _norm(deviations[name], norm))
+                    allowed = _DEVIATIONS if norm == math.inf else 1 + (_DEVIATIONS - 1) / math.sqrt(independent)
+                    error = max(error, allowed * _norm(deviations[name], norm))
                 self.bounds[name, norm] = error + eps * terms
 
     def _deviations(self, plain, tensors, dy, wrt) -> dict[str, Tensor]:

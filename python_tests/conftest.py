@@ -18,7 +18,8 @@ def real_data(request) -> Path:
         pytest.skip("needs --real-data DIR")
     if not folder.is_dir():
         pytest.fail(f"--real-data must be a folder, got {folder}")
-    return folder
+    # Tests run scripts in folders of their own.
+    return folder.resolve()
 
 
 @pytest.fixture(autouse=True)

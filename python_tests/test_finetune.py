@@ -420,7 +420,7 @@ def test_wrong_output(finetune, tmp_path, without_torch):
 
 def test_arguments_that_the_model_refuses(run):
     assert "--method nlora with these arguments: Target modules" in error(run, "--target-modules", "sheep")
-    message = error(run, "--rank", "1000")
+    message = error(run, "--target-modules", "q_proj", "--rank", "1000")
     assert message.startswith("--method nlora with these arguments: ") and "got 1000" in message
 
 

@@ -14,6 +14,7 @@ from tiny import perturb
 from torch import Tensor, nn
 
 import nlora_kernels as nk
+from nlora_kernels.commit import commit
 from nlora_kernels.lora2.layers import layers
 from nlora_kernels.peft.layer import FusedLinear
 
@@ -245,3 +246,21 @@ def test_many_interrupts_one_upon_the_other():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+
+
+@pytest.fixture(autouse=True)
+def functions_are_overridden_afterwards():
+    """No interrupt may leave the process without its modes and subclasses: every test after it would meet that."""
+    yield
+    assert torch._C._is_torch_function_enabled()
+
+
+def test_a_step_that_fails_brings_the_modes_back():
+    def fails():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        commit(fails)
+    assert torch._C._is_torch_function_enabled()
+    with torch._C.DisableTorchFunction():
+        assert commit(list) and not torch._C._is_torch_function_enabled()
