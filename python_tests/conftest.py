@@ -4,8 +4,13 @@ import pytest
 import torch
 
 
+def folder(name: str) -> Path:
+    """Found again from the folders of their own in which tests run scripts."""
+    return Path(name).resolve()
+
+
 def pytest_addoption(parser):
-    parser.addoption("--real-data", metavar="DIR", type=Path, help="folder of real models and data for the tests")
+    parser.addoption("--real-data", metavar="DIR", type=folder, help="folder of real models and data for the tests")
     parser.addoption("--configurations", metavar="N", type=int, default=300, help="random ones to hold to the budget")
     parser.addoption("--seed", metavar="N", type=int, default=0, help="of the first random configuration")
     parser.addoption("--kills", type=int, default=16, help="writers of adapters that are killed, 100 for a release")
@@ -18,8 +23,7 @@ def real_data(request) -> Path:
         pytest.skip("needs --real-data DIR")
     if not folder.is_dir():
         pytest.fail(f"--real-data must be a folder, got {folder}")
-    # Tests run scripts in folders of their own.
-    return folder.resolve()
+    return folder
 
 
 @pytest.fixture(autouse=True)
