@@ -335,7 +335,7 @@ def test_wrong_models(finetune, model_dir, data, tmp_path, without_torch, monkey
     assert refusal(str(tmp_path)).endswith("is no model: it has no config.json")
     assert refusal(str(tmp_path / "adapter")).endswith("is an adapter: it has no config.json")
     assert "has no weights: no *.safetensors or *.bin" in refusal(
-        broken_model(model_dir, tmp_path / "a", "*.safetensors")
+        broken_model(model_dir, tmp_path / "a", "*.safetensors", "*.bin")
     )
     assert "has no tokenizer: no tokenizer* or vocab*" in refusal(broken_model(model_dir, tmp_path / "b", "tokenizer*"))
     assert "config.json cannot be read: Expecting" in refusal(broken_model(model_dir, tmp_path / "c", config_json="{"))
