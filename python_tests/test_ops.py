@@ -277,6 +277,20 @@ def test_compile_with_inductor_and_autocast():
     torch.testing.assert_close(y_compiled, y)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=short)
+@pytest.mark.parametrize("train_bias", [True, False])
+def test_autocast_casts_a_bias_whose_weight_has_the_dtype_already(backend, train_bias):
+    p = testing.problem(5, 12, 9, 3)
+    weight, bias = p.weight.bfloat16(), p.bias.clone().requires_grad_(train_bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nk.lora_linear(p.x, weight, p.lora_A, p.lora_B, p.lora_N, bias, backend=backend)
+        plain = nk.lora_linear(p.x.bfloat16(), weight, p.lora_A, p.lora_B, p.lora_N, p.bias.bfloat16(), backend=backend)
+    assert torch.equal(y, plain)
+    if train_bias:
+        y.sum().backward()
+        assert bias.grad.dtype == torch.float32 and torch.equal(bias.grad, torch.full((9,), 5.0))
+
+
 # Bad calls: what is passed instead, the error, and words of its message.
 BAD_CALLS = {
     "x_columns": ({"x": torch.randn(5, 11)}, ValueError, r"x must have shape \(\.\.\., 12\), got \(5, 11\)"),

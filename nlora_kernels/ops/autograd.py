@@ -58,8 +58,7 @@ def linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, back
         return apply(x, weight, lora_A, lora_B, *(parts or (lora_N,)), bias, scaling, dropout, seed, backend, shown)
     if parts:
         lora_N = register.core_forward(*parts, backend)
-    if weight.dtype is not x.dtype:
-        weight, bias = _cast(weight, bias, x.dtype)
+    weight, bias = _cast(weight, bias, x.dtype)
     forward = register.forward if shown else register.forward.plainly
     y, _ = forward(_rows(x), weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
     return _unflatten(y, x)
@@ -163,7 +162,7 @@ for _function in (_LoraLinear, _Lora2Linear):
 def _linear_forward(
     ctx, needs, shown, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, parts=()
 ) -> Tensor:
-    w, b = (weight, bias) if weight.dtype is x.dtype else _cast(weight, bias, x.dtype)
+    w, b = _cast(weight, bias, x.dtype)
     forward = register.forward if shown else register.forward.plainly
     y, T = forward(_rows(x), w, lora_A, lora_B, lora_N, b, scaling, dropout, seed, backend)
     _keep(ctx, needs, x, T, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, parts)
@@ -289,4 +288,9 @@ def _operand_dtype(x: Tensor) -> torch.dtype:
 
 
 def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return weight.to(dtype), None if bias is None else bias.to(dtype)
+    # Each by itself: under autocast a weight may have the dtype already where its bias has not.
+    if weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
+    return weight, bias
