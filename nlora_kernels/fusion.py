@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from .backends import drops_inside
-from .ops.checks import DTYPES
+from .ops.checks import DTYPES, PLAIN
 
 # The hooks that every module of the process runs.
 _GLOBAL_HOOKS = (
@@ -64,7 +64,7 @@ def unfused(model: nn.Module) -> dict[str, str]:
 
 def is_dense(weight: Tensor) -> bool:
     """Whether it is a plain floating tensor: not quantised, not a shard."""
-    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in DTYPES
+    return type(weight) in PLAIN and weight.dtype in DTYPES
 
 
 def is_conv1d(linear: nn.Module) -> bool:

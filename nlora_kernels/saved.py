@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import patterns
-from .ops.checks import DTYPES
+from .ops.checks import DTYPES, PLAIN
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -107,7 +107,7 @@ def check_state(state_dict: Mapping[str, Any], keys: Iterable[str]) -> None:
     """The same of those keys of a state dict, as far as the tensors are there and PyTorch's own."""
     for key in keys:
         tensor = state_dict.get(key)
-        if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+        if type(tensor) in PLAIN and not tensor.is_meta:
             check_values("state_dict", key, tensor)
 
 

@@ -200,6 +200,8 @@ def test_what_is_left_to_pytorch():
     assert takes([t, t.T]) is None
     assert takes([t.double()]) is None
     assert takes([t.to("meta")]) is None
+    # Its sign is a flag, which an address does not tell.
+    assert takes([t, torch._neg_view(t)]) is None
 
 
 def test_the_backend_in_the_environment_decides(monkeypatch):

@@ -8,9 +8,8 @@ from torch import Tensor
 
 REAL = (numbers.Real, torch.SymFloat, torch.SymInt)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+# The types of PyTorch's own tensors. Of any other, only PyTorch's operations know where and what its values are.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def plain(t: Tensor) -> bool:
@@ -18,7 +17,7 @@ def plain(t: Tensor) -> bool:
 
     That its storage is there is seen when its address is asked for.
     """
-    return type(t) in _PLAIN and t.layout is torch.strided and not t.is_neg()
+    return type(t) in PLAIN and t.layout is torch.strided and not t.is_neg()
 
 
 def check_dense(**tensors: Tensor | None) -> None:
@@ -32,7 +31,7 @@ def check_memory(**tensors: Tensor | None) -> None:
     """TypeError or ValueError, by name, for what cannot be read: asked where a call has failed."""
     check_dense(**tensors)
     for name, t in tensors.items():
-        if t is not None and type(t) in _PLAIN and t.device.type != "meta" and t.numel():
+        if t is not None and type(t) in PLAIN and t.device.type != "meta" and t.numel():
             # Tensors of a transform have none to ask.
             with contextlib.suppress(RuntimeError):
                 if not t.data_ptr():
@@ -44,7 +43,7 @@ def foreign(**tensors: Tensor | None) -> str:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    known = (*_PLAIN, FakeTensor, FunctionalTensor)
+    known = (*PLAIN, FakeTensor, FunctionalTensor)
     found = {name: type(t) for name, t in tensors.items() if t is not None and type(t) not in known}
     return " and ".join(f"{name} is a {kind.__qualname__}" for name, kind in found.items())
 
@@ -62,12 +61,12 @@ def fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
         device = None if cpu else x.device
         return (
             type(scaling) is float
-            and type(x) in _PLAIN
-            and type(weight) in _PLAIN
-            and type(lora_A) in _PLAIN
-            and type(lora_B) in _PLAIN
-            and (lora_N is None or type(lora_N) in _PLAIN)
-            and (bias is None or type(bias) in _PLAIN)
+            and type(x) in PLAIN
+            and type(weight) in PLAIN
+            and type(lora_A) in PLAIN
+            and type(lora_B) in PLAIN
+            and (lora_N is None or type(lora_N) in PLAIN)
+            and (bias is None or type(bias) in PLAIN)
             and x.shape[-1] == A_in == in_features
             and r > 0
             and lora_B.shape == (out_features, r)
@@ -105,11 +104,11 @@ def fits_core(lora_v, lora_u, lora_E, lora_U, mask) -> bool:
         dtype, cpu, (r, k) = lora_u.dtype, lora_u.is_cpu, lora_u.shape
         device = None if cpu else lora_u.device
         return (
-            type(lora_v) in _PLAIN
-            and type(lora_u) in _PLAIN
-            and type(lora_E) in _PLAIN
-            and type(lora_U) in _PLAIN
-            and (mask is None or type(mask) in _PLAIN)
+            type(lora_v) in PLAIN
+            and type(lora_u) in PLAIN
+            and type(lora_E) in PLAIN
+            and type(lora_U) in PLAIN
+            and (mask is None or type(mask) in PLAIN)
             and k == lora_v.shape[0]
             and r > 0
             and lora_E.shape == (r,)

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import Dropout, Needs
 from ..imports import when_imported
+from .checks import PLAIN
 
 # What PyTorch itself keeps active while nothing but plain eager mode is.
 _ORDINARY = torch._C._dispatch_tls_local_include_set().raw_repr()
@@ -50,7 +51,7 @@ def _register(schema: str):
         @functools.wraps(implementation)
         def call(first: Tensor, *args):
             # The first may be a gradient, whose sign may be a flag; the other tensors were looked at in forward.
-            if watched() or type(first) not in (Tensor, torch.nn.Parameter) or first.is_neg():
+            if watched() or type(first) not in PLAIN or first.is_neg():
                 return operator(first, *args)
             return plainly(first, *args)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import fusion
 from ..commit import commit
 from ..ops import lora_linear
+from ..ops.checks import PLAIN
 from . import base as base_weights
 
 
@@ -110,7 +111,7 @@ class FusedLinear(Linear):
         return result.to(dtype)
 
     def _fuses(self, term: Term, x: Tensor) -> bool:
-        if type(x) not in (Tensor, nn.Parameter) or x.is_nested or self.obstacle(term.name):
+        if type(x) not in PLAIN or x.is_nested or self.obstacle(term.name):
             return False
         # The base layer's own bits, as from PEFT, where the adapter weighs nothing.
         if not self.scaling[term.name]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import fusion, init
 from ..commit import attributes, commit
 from ..modules import check_alpha
+from ..ops.checks import PLAIN
 from . import base as base_weights
 from .config import NLoraConfig
 from .layer import FusedLinear, Term, check_whole
@@ -201,7 +202,7 @@ class NLoraLinear(FusedLinear):
     def _fuses(self, term: Term, x: Tensor) -> bool:
         if term.initial is None:
             return super()._fuses(term, x)
-        if type(x) not in (Tensor, nn.Parameter) or isinstance(term.initial, Tensor) or self.obstacle():
+        if type(x) not in PLAIN or isinstance(term.initial, Tensor) or self.obstacle():
             return False
         kept = self.lora_A0[term.name].weight
         return not kept.is_meta and (self.cast_input_dtype_enabled or x.dtype == kept.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..gradients import Grads, Needs
 
@@ -112,12 +112,13 @@ def lora2_training(tensors: Sequence[Tensor], size: int = 1):
         return None
     if interpreted() and like.dtype == torch.bfloat16:
         return None
-    for t in tensors:
-        plain = t.is_contiguous() and type(t) in (nn.Parameter, Tensor)
-        if not (plain and t.dtype is like.dtype and t.device == like.device):
-            return None
+    # NOTE: ops imports the backends.
+    from ...ops.checks import plain
     from . import launch, training
 
+    for t in tensors:
+        if not (plain(t) and t.is_contiguous() and t.dtype is like.dtype and t.device == like.device):
+            return None
     # Tables of addresses come from the host, which a CUDA graph cannot capture; PyTorch's operations need none.
     return training if size <= training.LARGEST and not launch.capturing(like) else None
 
