@@ -9,7 +9,6 @@ endif
 
 # Where gpu-proof puts its results, unless the environment says.
 OUT ?= gpu-results
-GATES = $(wildcard python_tests/test_emulator*.py python_tests/test_cuda*.py) python_tests/test_schedule.py python_tests/test_aot.py
 
 .PHONY: demo test gates bench smoke lint aot budget sanitize gpu-proof extension constraints newest clean
 
@@ -20,13 +19,13 @@ demo: $(READY)
 # The package on this machine. FLAGS="--real-data DIR" adds the tests that want real models and data, --kills 100 more
 # writers of adapters that are killed.
 test: $(READY)
-	$(PYTHON) -m pytest python_tests $(GATES:%=--ignore=%) $(FLAGS)
+	$(PYTHON) -m pytest python_tests --ignore=python_tests/cuda $(FLAGS)
 
 # The GPU kernels without a GPU: CUDA under the emulator and through nvcc, Triton in its interpreter and ahead of time.
 gates: $(READY)
-	$(PYTHON) -m pytest -rP $(GATES)
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest $(wildcard python_tests/test_triton*.py) python_tests/test_dropout.py
-	$(PYTHON) python_tests/aot.py
+	$(PYTHON) -m pytest -rP python_tests/cuda
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest python_tests/triton python_tests/ops/test_dropout.py
+	$(PYTHON) -m python_tests.triton.aot
 
 # JSON and its report: figures against the frozen layer alone, PEFT and the others, each checked against fp64. The report is
 # written whatever fails; a row that is wrong has no figure in it.
@@ -44,11 +43,11 @@ lint: $(READY)
 
 # Every Triton kernel for every device, dtype and rank; `make gates` compiles what the benchmark shapes need.
 aot: $(READY)
-	$(PYTHON) python_tests/aot.py --all
+	$(PYTHON) -m python_tests.triton.aot --all
 
 # The error budget over ten thousand random configurations, for every tier that the CPU has; `make test` takes some.
 budget: $(READY)
-	$(PYTHON) -m pytest python_tests/test_budget.py -rP --configurations 10000 $(FLAGS)
+	$(PYTHON) -m pytest python_tests/ops/test_budget.py -rP --configurations 10000 $(FLAGS)
 
 # The C++ kernels under AddressSanitizer and UBSan over many shapes; `make test` runs the short set.
 sanitize: $(READY)

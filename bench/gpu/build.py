@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "python_tests")]
+sys.path.insert(0, str(ROOT))
 
 BOUNDED = ROOT / "build" / "bounded"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -63,9 +63,9 @@ assert hasattr(module, {function!r}), "built without it"
 
 def device_library(rehearse: bool) -> None:
     """Every kernel and probe behind the C entry points of the emulator's tests; in a rehearsal the emulator itself."""
-    import emulator_harness
+    from python_tests.cuda import emulator
 
-    library = (emulator_harness.emulator if rehearse else emulator_harness.device)()
+    library = (emulator.emulator if rehearse else emulator.device)()
     for entry in (
         "run_probe",
         "run_gemm",
@@ -140,7 +140,7 @@ def _begin() -> None:
 
 def compile_call(call: Call) -> int:
     """Compiles the kernels of a call for sm_90 without a device; returns how many."""
-    import aot
+    from python_tests.triton import aot
 
     aot.LAYERS, aot.EDGES, aot.call = [(1, 1)], [], lambda *_: make_call(call)
     return len(aot.compile_case(90, "bf16", [1], [1]))

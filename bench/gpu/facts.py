@@ -6,8 +6,9 @@ import statistics
 import subprocess
 from pathlib import Path
 
-import emulator_harness as harness
 import torch
+
+from python_tests.cuda import emulator as harness
 
 SOURCE = Path(__file__).with_name("facts.cu")
 # M, K, N of the headline products.

@@ -137,10 +137,11 @@ def sanitized(machine) -> dict:
 def emulate(machine) -> None:
     """In a rehearsal backend "cuda" runs on the emulator."""
     if machine.rehearsal:
-        import emulated_cuda
         import pytest
 
-        emulated_cuda.install(pytest.MonkeyPatch())
+        from python_tests.cuda import emulated
+
+        emulated.install(pytest.MonkeyPatch())
 
 
 def layer(machine, backend, dtype, shape, method, adapter_dtype, strided=False) -> None:

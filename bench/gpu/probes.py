@@ -1,7 +1,7 @@
 """Every probe of the Hopper layer and every kernel alone, through the library of the emulator's tests.
 
 What a probe must write is computed without the layer's own formulas, and small integers make every sum exact: each
-result has one right value. What the probes wrote goes to golden/<device>.npz; put it into python_tests/emulator_golden
+result has one right value. What the probes wrote goes to golden/<device>.npz; put it into python_tests/cuda/golden
 and the tests compare the emulator with it.
 """
 
@@ -10,12 +10,12 @@ import functools
 import itertools
 import re
 
-import emulator_harness as harness
 import numpy as np
 import torch
-from emulator_harness import TILES, run_case, run_gemm
-from emulator_probes import catalogue
-from test_emulator_nystrom import case_of
+
+from python_tests.cuda import emulator as harness
+from python_tests.cuda.emulator import TILES, nystrom_case, run_case, run_gemm
+from python_tests.cuda.probes import catalogue
 
 BF16, FP16 = torch.bfloat16, torch.float16
 # m, n, k, rank of wide, columns of p: ragged edges, K below one stage, many tiles a block.
@@ -189,10 +189,10 @@ def check_nystrom(machine, part, n, k, r) -> None:
     B, core = torch.stack([integers("cpu", n, r, seed) for seed in range(2)]), torch.stack([selection("cpu", r, r)] * 2)
     if part == "residual":
         exact = weight - 0.5 * B @ core @ A
-        case = case_of(weight, A, core, B, 0.5)
+        case = nystrom_case(weight, A, core, B, 0.5)
     else:
         rows, cols = (torch.arange(2 * r).reshape(2, r) * 7 % size for size in (n, k))
-        case = case_of(weight, A, core, B, rows=rows, cols=cols)
+        case = nystrom_case(weight, A, core, B, rows=rows, cols=cols)
     result = harness.call(getattr(library(machine) or harness.emulator(), f"run_{part}"), ctypes.byref(case))
     assert not result.rule, result.text
     if part == "residual":

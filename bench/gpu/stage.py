@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "python_tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 UNFINISHED = 3
 

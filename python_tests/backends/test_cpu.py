@@ -1,0 +1,291 @@
+"""The backend "cpu": every instruction set, every plan, ragged shapes and strides, threads and fork."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nlora_kernels as nk
+from nlora_kernels import testing
+from nlora_kernels.backends import TABLE, native
+from python_tests import ROOT
+
+missing = nk.backends.available()["cpu"]
+if missing:
+    pytest.skip(missing, allow_module_level=True)
+
+from nlora_kernels import _C  # noqa: E402
+
+CPU = TABLE["cpu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PLANS = ["whole", "adapter", "library"]
+# M, K, N, R: empty, ones, odd everywhere, around the sizes of a register tile, of a block of K and of the few-rows
+# kernels, a rank above the skinny kernels' limit; more than the cache holds of a block in k, in columns and, with a
+# result of half precision, in rows; a rank that is a run of k of its own.
+SHAPES = [
+    (0, 12, 8, 3),
+    (1, 1, 1, 1),
+    (1, 33, 17, 5),
+    (2, 1, 9, 4),
+    (16, 65, 1, 8),
+    (17, 31, 47, 7),
+    (49, 257, 97, 8),
+    (8, 48, 96, 16),
+    (130, 513, 100, 33),
+    (33, 40, 1600, 12),
+    (150, 300, 70, 65),
+    (17, 400, 1000, 5),
+    (1100, 2100, 160, 3),
+    (40, 500, 90, 200),
+]
+
+
+def short(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+def tier(request):
+    """Caps the instruction set; skips where the CPU lacks it."""
+    before = _C.cap_cpu_tier(request.param)
+    yield request.param if _C.cpu_tier() == request.param else pytest.skip(f"this CPU has no {request.param}")
+    _C.cap_cpu_tier(before)
+
+
+@pytest.fixture
+def plan(request, monkeypatch):
+    monkeypatch.setattr(type(CPU), "plan", lambda *sizes, **way: request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("poisoned", "tier", "plan")
+@pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("shape", SHAPES, ids=short)
+def test_results_are_within_the_error_budget(shape, dtype):
+    p = testing.problem(*shape, dtype=dtype)
+    testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
+
+
+@pytest.mark.usefixtures("poisoned", "tier", "plan")
+@pytest.mark.parametrize("plan", PLANS, indirect=True)
+@pytest.mark.parametrize("shape", [(5, 33, 18, 3), (70, 90, 50, 9)], ids=short)
+@pytest.mark.parametrize(
+    "options",
+    [{"strided": True}, {"core": False}, {"bias": False}, {"adapter_dtype": torch.float32}],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_strides_absent_tensors_and_adapter_dtypes(shape, dtype, options):
+    p = testing.problem(*shape, dtype=dtype, **options)
+    testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
+
+
+@pytest.mark.usefixtures("poisoned", "plan")
+@pytest.mark.parametrize("plan", ["folded"], indirect=True)
+@pytest.mark.parametrize("core", [True, False])
+@pytest.mark.parametrize("shape", [(200, 96, 64, 40), (65, 33, 18, 3), (0, 4, 5, 2)], ids=short)
+def test_the_folded_plan_is_within_the_error_budget(shape, core):
+    p = testing.problem(*shape, core=core, adapter_dtype=torch.bfloat16)
+    testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
+
+
+@pytest.mark.usefixtures("tier")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_half_precision_is_read_and_rounded_as_torch_does(dtype):
+    one, B = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
+    _, T = CPU.forward(every, one, torch.ones(1, 1), B, None, None, 1.0, plan="whole")
+    torch.testing.assert_close(T, every, rtol=0, atol=0, equal_nan=True)
+
+    # T = 1·Aᵀ rounds the fp32 values of A: ordinary, subnormal, overflowing and halfway ones.
+    halves = every.float()[:, 0]
+    values = [torch.randn(4000) * 2.0**e for e in range(-30, 20)]
+    values = torch.cat([*values, torch.nextafter(halves, torch.tensor(9.0)), halves * (1 + 2**-10)])
+    _, T = CPU.forward(one, one, values[:, None], torch.zeros(1, len(values)), None, None, 1.0, plan="whole")
+    torch.testing.assert_close(T[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def product_by(tier, x, weight):
+    """x·Wᵀ on an instruction set, as a layer whose adapter is zero."""
+    A, B = torch.zeros(1, x.shape[1]), torch.zeros(weight.shape[0], 1)
+    before = _C.cap_cpu_tier(tier)
+    try:
+        return CPU.forward(x, weight, A, B, None, None, 1.0, plan="whole")[0]
+    finally:
+        _C.cap_cpu_tier(before)
+
+
+@pytest.fixture
+def has_tiles():
+    if _C.cpu_tier() != "amx":
+        pytest.skip("this CPU has no amx")
+
+
+@pytest.mark.usefixtures("has_tiles")
+def test_tiles_multiply_every_bit_of_fp32():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 96, generator=generator) * 2.0 ** torch.randint(-40, 40, (64, 96), generator=generator)
+    x[0, :3] = torch.tensor([1 + 2**-23, 2 - 2**-23, 1 + 2**-8 + 2**-9])
+    assert torch.equal(product_by("amx", x, torch.eye(96)), x)
+    assert torch.equal(product_by("amx", torch.eye(64), x.T), x)
+    weight = torch.randn(80, 96, generator=generator)
+    assert torch.equal(product_by("amx", x * 2.0**20, weight), product_by("amx", x, weight) * 2.0**20)
+
+
+@pytest.mark.usefixtures("has_tiles")
+@pytest.mark.parametrize("K", [64, 768, 4096])
+def test_tiles_lose_no_more_than_products_of_fp32(K):
+    p = testing.problem(64, K, 96, 8)
+    exact = p.x.double() @ p.weight.double().T
+
+    def error(y):
+        return float((y.double() - exact).norm() / exact.norm())
+
+    assert error(product_by("amx", p.x, p.weight)) <= error(p.x @ p.weight.T)
+
+
+@pytest.mark.usefixtures("has_tiles")
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38, 1e-42], ids=str)
+def test_what_tiles_cannot_take_goes_to_the_other_kernels(value):
+    p = testing.problem(64, 40, 96, 8)
+    x = p.x * (value if value < 1 else 1)
+    x[5, 7] = value
+    for a, b in ((x, p.weight), (p.weight, x)):
+        y = product_by("amx", a, b)
+        torch.testing.assert_close(y, product_by("avx512", a, b), rtol=0, atol=0, equal_nan=True)
+    # A product that is added in place is refused before anything is added.
+    left, sums = x.T[:, :48].contiguous(), []
+    for tier in ("amx", "avx512"):
+        before = _C.cap_cpu_tier(tier)
+        sums.append(p.x.new_ones(40, 70))
+        assert _C.cpu_add_product(sums[-1], left, torch.ones(48, 70), 2)
+        _C.cap_cpu_tier(before)
+    torch.testing.assert_close(*sums, rtol=0, atol=0, equal_nan=True)
+    # Zeros are in range, whatever they are multiplied by.
+    assert not product_by("amx", x * 0 if value < 1 else torch.zeros_like(x), p.weight).any()
+
+
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
+@pytest.mark.parametrize("shape", [(16, 96, 200, 8), (300, 96, 200, 8), (100, 64, 70, 40)], ids=short)
+def test_results_repeat_bitwise_under_any_number_of_threads(shape):
+    p, before = testing.problem(*shape), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            first, second = (testing.results(p, nk.lora_linear, backend="cpu") for _ in range(2))
+            assert all(torch.equal(first[name], second[name]) for name in first)
+            testing.assert_within_budget(first, p)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_forked_child_takes_the_same_plan_to_the_same_bits():
+    # NOTE: in a process of its own: OpenMP's threads are running when it forks, and a child that hangs is ended.
+    code = """
+import os, torch, nlora_kernels as nk
+from nlora_kernels import _C, backends, testing
+cpu = backends.TABLE["cpu"]
+problems = [
+    testing.problem(*shape, dtype=dtype)
+    for shape in ((2, 96, 96, 8), (64, 96, 96, 8), (300, 256, 256, 8), (64, 300, 260, 48), (700, 128, 128, 100))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+torch.set_num_threads(2)
+nk.lora_linear(*(torch.randn(300, 300) for _ in range(4)))
+torch.set_num_threads(1)
+expected = [testing.results(p, nk.lora_linear, backend="cpu") for p in problems]
+torch.set_num_threads(2)
+
+def plans():
+    sizes = [(p.x.dtype, *p.x.shape, len(p.weight), len(p.lora_A), way) for p in problems for way in (False, True)]
+    return [cpu.plan(*size) for size in sizes]
+
+chosen = plans()
+child = os.fork()
+if child == 0:
+    same = plans() == chosen and torch.get_num_threads() == 1 and _C.forked()
+    for p, wanted in zip(problems, expected):
+        actual = testing.results(p, nk.lora_linear, backend="cpu")
+        same &= all(torch.equal(t, wanted[name]) for name, t in actual.items())
+    os._exit(0 if same else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and not _C.forked()
+assert {"library", "adapter"} <= set(chosen) or {"whole"} == set(chosen), chosen
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.usefixtures("tier")
+@pytest.mark.parametrize("shape", [(21, 37, 29, 5), (70, 101, 83, 49)], ids=short)
+def test_nothing_past_a_tensor_is_written(shape):
+    """Every result lies inside a larger storage whose rest must stay as it was."""
+    M, K, N, R = shape
+    for dtype in DTYPES:
+        p = testing.problem(M, K, N, R, dtype=dtype)
+        storages = []
+
+        def inside(*shape, dtype=dtype, storages=storages):
+            size = torch.Size(shape).numel()
+            storages.append((torch.full((size + 128,), 7.0, dtype=dtype), size))
+            return storages[-1][0][64 : 64 + size].view(shape)
+
+        y, T = inside(M, N), inside(M, R)
+        _C.cpu_forward(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, y, T, p.scaling, 2)
+        grads = [inside(M, K), inside(N, K), inside(R, K), inside(N, R), inside(R, R), inside(N)]
+        matrices = (p.dy.contiguous(), p.x, T, p.weight, p.lora_A, p.lora_B, p.lora_N)
+        _C.cpu_backward(*matrices, *grads, p.scaling, 2)
+        for storage, size in storages:
+            assert (storage[:64] == 7).all() and (storage[64 + size :] == 7).all()
+            assert not (storage[64 : 64 + size] == 7).all()
+
+
+@pytest.mark.parametrize("mask", [None, torch.float32, torch.bool], ids=short)
+@pytest.mark.parametrize("r,k", [(8, 8), (1, 1), (5, 3), (3, 7)])
+def test_lora2_core_and_its_gradients(r, k, mask):
+    generator = torch.Generator().manual_seed(r * k)
+    u, E, U = (torch.randn(*shape, generator=generator) for shape in ((r, k), (r,), (k, r)))
+    mask = None if mask is None else (torch.rand(r, generator=generator) < 0.7).to(mask)
+    d_core = torch.randn(k, k, generator=generator)
+    exact = TABLE["reference"]
+    doubles = u.double(), E.double(), U.double(), mask
+    torch.testing.assert_close(CPU.lora2_core(u, E, U, mask).double(), exact.lora2_core(*doubles), rtol=1e-5, atol=1e-5)
+    actual = CPU.lora2_core_backward(d_core, u, E, U, mask)
+    for grad, expected in zip(actual, exact.lora2_core_backward(d_core.double(), *doubles), strict=True):
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_call_it_cannot_take_is_refused_by_name():
+    p = testing.problem(4, 3, 2, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16, got float64"):
+        nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, backend="cpu")
+    with pytest.raises(ValueError, match="name must be one of portable, avx2, avx512, amx, got 'sse'"):
+        _C.cap_cpu_tier("sse")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_a_cpu_without_half_precision_products_converts_to_fp32(tier, dtype):
+    plan = CPU.plan(dtype, 512, 768, 768, 8)
+    assert (plan == "whole") == (not _C.cpu_multiplies(getattr(_C, short(dtype))))
+    if tier in ("portable", "avx2"):
+        assert plan == "whole"
+
+
+def test_without_the_extension_the_backend_says_why(monkeypatch):
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_IMPORT_ERROR", ImportError("no module named _C"), raising=False)
+    assert "without C++ kernels" in nk.backends.available()["cpu"]
+    p = testing.problem(4, 3, 2, 2)
+    nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B)
+    with pytest.raises(ValueError, match="'cpu' cannot take this call: .*C\\+\\+ compiler.*no module named _C"):
+        nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, backend="cpu")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers():
+    ran = subprocess.run([sys.executable, "setup.py", "-q", "sanitize"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -1,0 +1,160 @@
+"""Reports on benchmark results: nothing measured is lost, and losses show."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from nlora_kernels import benchmarks, cli
+from python_tests import ROOT
+
+
+def row(impl, ratio, speedup, shape="Model q_proj M=4", r=8, dtype="float32", method="nlora", op="both"):
+    return {
+        "impl": impl,
+        "op": op,
+        "method": method,
+        "shape": shape,
+        "r": r,
+        "dtype": dtype,
+        "ms": 2.0 * ratio,
+        "ratio_to_floor": ratio,
+        "ratio_to_floor_p20_p80": [ratio - 0.01, ratio + 0.02],
+        "speedup_vs_peft": speedup,
+        "flop_bound": 1.03,
+        "gflops": 50.0 / ratio,
+        "flop_per_byte": 90.0,
+    }
+
+
+ROWS = [
+    row("floor", 1.0, 1.5),
+    row("peft", 1.5, 1.0),
+    row("lean", 1.25, 1.2),
+    row("cpu", 1.75, 0.857),
+    row("peft", 1.4, 1.0, r=64),
+    row("cpu", 1.1, 1.27, r=64),
+    row("cpu", 1.2, 1.3, method="inttune", dtype="bfloat16"),
+    {"impl": "copy", "op": "roof", "shape": "256 MiB", "dtype": "float32", "gbytes_per_second": 10.0},
+    {"impl": "product", "op": "roof", "shape": "8x8x8", "dtype": "float32", "gflops": 100.0},
+    {"impl": "nlora_residual", "op": "init", "shape": "Model block", "r": 8, "ms": 3.0, "ratio_to_pissa_niter_16": 0.02}
+    | {"ratio_to_pissa_niter_16_p20_p80": [0.01, 0.03]},
+    {"impl": "cpu", "op": "penalty, paper", "shape": "Model x7", "r": 8, "ms": 4.0, "ratio_to_eager": 0.25},
+    row("cpu", 1.31, 1.1, shape="Model, 4 tokens", method="lora2", op="step")
+    | {"peak_bytes": 3 << 20, "saved_bytes": 1},
+]
+MACHINE = {"threads": 2, "cpu": {"name": "CPU (R) X", "kernels_use": "avx2"}, "versions": {"torch": "9.9"}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A file as pytest-benchmark writes it."""
+    content = {
+        "machine_info": MACHINE,
+        "commit_info": {"id": "0123456789abcdef", "dirty": True},
+        "datetime": "2030-01-02T3",
+    }
+    content["benchmarks"] = [{"name": str(n), "extra_info": row} for n, row in enumerate([*ROWS, {"other": 1}])]
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_tables_hold_every_row_and_where_it_comes_from(run):
+    report = benchmarks.markdown(benchmarks.load(run))
+    assert (
+        "CPU (R) X, 2 threads, kernels for avx2; torch 9.9; 2030-01-02, commit 0123456789ab (with changes)." in report
+    )
+    lines = [cells(line) for line in report.splitlines() if line.startswith("|")]
+    header = lines[0]
+    assert header[-4:] == ["PEFT", "lean", "cpu", "vs PEFT"]
+    small, large, core = lines[2:5]
+    assert small[:7] == ["Model q_proj M=4", "8", "float32", "NLoRA", "forward and backward", "2", "1.03"]
+    # The loss stands there as it is, though lean would look better.
+    assert small[7:] == ["1.50 (1.49–1.52)", "1.25 (1.24–1.27)", "1.75 (1.74–1.77)", "0.86"]
+    assert large[1] == "64" and large[5] == "" and large[-1] == "1.27"
+    assert core[2:4] == ["bfloat16", "IntTune"]
+    assert ["Model, 4 tokens", "8", "LoRA²", "cpu", "3", "1.31 (1.30–1.33)", "1.10", "3.0", "0.0"] in lines
+    assert ["init", "Model block", "8", "nlora residual", "3", "50"] in lines
+    assert ["penalty, paper", "Model x7", "8", "cpu", "4", "4"] in lines
+
+
+def test_the_command_writes_markdown_and_pngs(run, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    assert cli.main(["plot", "bench", str(run), "--out", str(out)]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {"run.md", "run-nlora-both.png", "run-inttune-both.png", "run-roofline.png"}
+    assert (out / "run.md").read_text() in capsys.readouterr().out
+    for name in names - {"run.md"}:
+        header = (out / name).read_bytes()[:24]
+        assert header[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", header[16:])) > 200
+
+
+def test_the_bars_show_figures_bound_and_losses(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    benchmarks.draw_bars(ROWS[:6], tmp_path / "x.png")
+    [axes] = drawn[0].axes
+    widths = [patch.get_width() for patch in axes.patches if patch.get_width()]
+    assert widths == [1.5, 1.25, 1.75, 1.4, 1.1]
+    said = [text.get_text().strip() for text in axes.texts]
+    assert said == ["1.50", "1.25", "1.75 slower than PEFT", "1.40", "1.10"]
+    bounds = [line for line in axes.lines if len(line.get_xdata()) and set(line.get_xdata()) == {1.03}]
+    assert len(bounds) == 2
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Model\nq_proj M=4 r=8", "Model\nq_proj M=4 r=64"]
+
+
+def test_without_matplotlib_there_is_text(run):
+    code = "import sys; sys.modules['matplotlib'] = None\nfrom nlora_kernels import cli\n"
+    code += f"sys.exit(cli.main(['plot', 'bench', {str(run)!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "1.75 (1.74–1.77)" in done.stdout and "nlora_kernels[plot]" in done.stderr
+    assert run.with_suffix(".md").is_file() and not list(run.parent.glob("*.png"))
+
+
+def test_results_are_kept_per_device_and_merged(run, tmp_path):
+    results = benchmarks.load(run)
+    path = benchmarks.save(results, tmp_path / "results")
+    assert path.name == "cpu-r-x-avx2.json"
+    assert benchmarks.markdown(benchmarks.load(path)) == benchmarks.markdown(results)
+    later = benchmarks.Results(results.provenance | {"date": "2031-01-01"}, [row("cpu", 1.5, 1.01)])
+    merged = benchmarks.load(benchmarks.save(later, tmp_path / "results"))
+    assert len(merged.rows) == len(ROWS) and merged.provenance["date"] == "2031-01-01"
+    assert [r["ratio_to_floor"] for r in merged.rows if (r["impl"], r.get("r"), r["op"]) == ("cpu", 8, "both")] == [
+        1.5,
+        1.2,
+    ]
+    assert str(ROOT.parent) not in path.read_text()
+
+
+def test_the_readme_gets_the_table_between_its_markers(run, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:cpu -->\nstale\n<!-- /bench -->\nafter\n")
+    command = [sys.executable, str(ROOT / "bench" / "table.py"), "readme", str(readme), str(run)]
+    for _ in range(2):
+        subprocess.run(command, check=True)
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- bench:cpu -->\n\nCPU (R) X") and text.endswith("<!-- /bench -->\nafter\n")
+        assert "stale" not in text and text.count("| 1.75 (1.74–1.77) |") == 1
+    with pytest.raises(ValueError, match="must hold <!-- bench:cpu --> once"):
+        benchmarks.insert("nothing", "table")
+
+
+def test_bad_files(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["plot", "bench", str(run), "--out", str(tmp_path / "file")]) == 1
+    assert f"out must be a folder, got the file {tmp_path / 'file'}" in capsys.readouterr().err
+    for content, message in (("{", "must be a JSON file"), ("[]", "must hold an object"), ("{}", "must hold rows")):
+        (tmp_path / "x.json").write_text(content)
+        assert cli.main(["plot", "bench", str(tmp_path / "x.json")]) == 1
+        assert message in capsys.readouterr().err
+    assert cli.main(["plot", "bench", str(tmp_path / "nowhere.json")]) == 1

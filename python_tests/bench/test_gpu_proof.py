@@ -1,0 +1,197 @@
+"""`make gpu-proof` without a GPU: what it runs, how it takes stages that hang and crash, and what a cut leaves."""
+
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from python_tests import ROOT
+
+FOLDER = ROOT / "bench" / "gpu"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is for machines with CUDA, and needs their kernel")
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    for folder in (ROOT / "bench", FOLDER):
+        monkeypatch.syspath_prepend(str(folder))
+
+
+def start(out, *arguments):
+    command = [sys.executable, FOLDER / "proof.py", "--rehearse", "--out", out, *arguments]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(out, *arguments):
+    process = start(out, *arguments)
+    said = process.communicate(timeout=300)[0]
+    return process.returncode, said, json.loads((out / "proof.json").read_text())
+
+
+def left_of(out) -> list[str]:
+    """The command lines of processes that name a folder."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(out) in words:
+            found.append(words)
+    return found
+
+
+def test_every_stage_has_cells_that_need_no_gpu_to_be_listed(tmp_path):
+    import device
+    import proof
+
+    class Absent(device.Gpu):
+        def __init__(self):
+            self.out = tmp_path
+
+    for stage in proof.STAGES:
+        module, function = stage.cells.split(":")
+        cells = getattr(importlib.import_module(module), function)(Absent())
+        assert cells and all(map(callable, cells.values())), stage.name
+        assert set(stage.needs) <= proof.BUILDS.keys()
+    names = [stage.name for stage in proof.STAGES]
+    assert len(set(names)) == len(names)
+
+
+def test_the_runner_itself_never_imports_torch():
+    code = "import sys, proof; assert 'torch' not in sys.modules and proof.process.STATUSES"
+    assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER).returncode == 0
+
+
+def test_the_environment_names_the_folder_of_the_results():
+    command = ["make", "-n", "gpu-proof", f"PYTHON={sys.executable}"]
+    for out, expected in (({"OUT": "/somewhere"}, "--out /somewhere"), ({}, "--out gpu-results")):
+        environment = {name: value for name, value in os.environ.items() if name != "OUT"} | out
+        said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        assert expected in said and "build_ext" not in said
+
+
+def test_a_hang_and_a_crash_cost_one_cell_each(tmp_path):
+    status, said, record = run(tmp_path, "--only", "hang,crash")
+    assert status == 0, said
+    stages = record["stages"]
+    assert {name: stage["status"] for name, stage in stages.items()} == {"hang": "timeout", "crash": "crashed"}
+    for name, hit in (("hang", "spins"), ("crash", "dies")):
+        cells = {cell: result["status"] for cell, result in stages[name]["cells"].items()}
+        assert cells == {"before": "ok", hit: stages[name]["status"], "behind": "ok"}
+        assert stages[name]["alive"] and stages[name]["seconds"] > 0
+    assert "spinning" in stages["hang"]["last"] and "dying" in stages["crash"]["last"]
+    assert not left_of(tmp_path)
+    # Few files: what brings them back may take no more.
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cells.jsonl", "proof.json", "proof.log"]
+
+
+def test_a_stage_that_ends_otherwise_than_it_should_fails_the_whole(tmp_path, monkeypatch):
+    import proof
+
+    stages = [stage._replace(ends="ok") for stage in proof.FAULTS if stage.name == "crash"]
+    options = proof.arguments(["--rehearse", "--out", str(tmp_path)])
+    assert proof.Proof(options).run(stages) == 1
+
+
+def test_what_does_not_fit_is_skipped(tmp_path):
+    status, _, record = run(tmp_path, "--only", "hang,crash", "--limit", "5")
+    assert status == 1
+    assert all(stage["status"] == "skipped" and "time" in stage["why"] for stage in record["stages"].values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kill_leaves_a_record_that_can_be_read_and_gone_on_with(tmp_path, seed):
+    process = start(tmp_path, "--only", "probes,hang")
+    while not (tmp_path / "proof.json").is_file():
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0, 12))
+    process.kill()
+    process.communicate()
+    record = json.loads((tmp_path / "proof.json").read_text())
+    assert record["rehearsal"] and set(record["stages"]) <= {"probes", "hang"}
+    for _ in range(100):
+        if not left_of(tmp_path):
+            break
+        time.sleep(0.05)
+    assert not left_of(tmp_path)
+    if seed:
+        return
+    done = [line for line in (tmp_path / "cells.jsonl").read_text().splitlines() if '"status": "ok"' in line]
+    status, said, record = run(tmp_path, "--only", "probes", "--resume")
+    assert status == 0, said
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    assert lines[: len(done)] == done
+    assert all(cell["status"] == "ok" for cell in record["stages"]["probes"]["cells"].values())
+
+
+def test_an_interrupt_takes_the_stages_with_it(tmp_path):
+    process = start(tmp_path, "--only", "hang")
+    while not (tmp_path / "cells.jsonl").is_file() or "spins" not in (tmp_path / "cells.jsonl").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert not left_of(tmp_path)
+
+
+def test_a_line_that_was_cut_short_is_passed_over(tmp_path):
+    import stage
+
+    file = tmp_path / "cells.jsonl"
+    file.write_text('{"stage": "a", "cell": "b"}\n{"stage": "a", "ce')
+    assert stage.lines_of(file) == [{"stage": "a", "cell": "b"}]
+
+
+def test_a_folder_may_hold_an_extension_in_place_of_the_packages_own(tmp_path):
+    """The stages that check kernels load the build in which every wait ends."""
+    own = pytest.importorskip("nlora_kernels._C").__file__
+    other = str(shutil.copy(own, tmp_path / "_C.so"))
+    code = f"""
+import build, stage
+build.bounded_extension = lambda: {other!r}
+stage.load_bounded()
+from nlora_kernels.backends import native
+assert native._C.__file__ == {other!r}, native._C.__file__
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_extension_is_built_without_reading_pyproject():
+    """An older setuptools refuses what it says of the licence."""
+    code = """
+import build, setup, setuptools
+built = []
+setup.NinjaBuild.build_extension = lambda self, extension: built.append(extension.name)
+setup.NinjaBuild.copy_extensions_to_source = lambda self: None
+
+def refuse(*_, **__):
+    raise AssertionError("pyproject.toml was read")
+
+setuptools.Distribution.parse_config_files = refuse
+build.loads = lambda *_: False
+build.extension(rehearse=True)
+assert built == ["nlora_kernels._C"], built
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_backend_whose_layers_hung_or_crashed_is_not_timed(tmp_path):
+    import device
+
+    machine = device.Rehearsal(tmp_path)
+    assert machine.sound("cuda")
+    for status, sound in (("ok", True), ("failed", True), ("timeout", False), ("crashed", False)):
+        (tmp_path / "proof.json").write_text(json.dumps({"stages": {"cuda layers": {"status": status}}}))
+        assert machine.sound("cuda") == sound and machine.sound("triton") and machine.sound("peft")

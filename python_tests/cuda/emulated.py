@@ -1,0 +1,70 @@
+"""The backend "cuda" on CPU tensors: its extension's entry points replaced by the emulator's."""
+
+import ctypes
+
+from nlora_kernels.backends import cuda
+from nlora_kernels.backends.cuda import launch, nystrom
+from python_tests.cuda.emulator import Matrix, call, emulator, nystrom_case, run_case
+
+
+class LinearCase(ctypes.Structure):
+    _fields_ = [("ampere", ctypes.c_int32), ("scaling", ctypes.c_float), ("matrices", Matrix * 14)]
+
+
+class Extension:
+    """Stands in for `_C`. `launches` are the operations that ran; every run has another seed."""
+
+    def __init__(self, ampere=False, **options):
+        self.ampere, self.options, self.launches = ampere, options, []
+
+    def cuda_slice_floats(self, queue, m, k, n, r, *wanted):
+        function = emulator().linear_slice_floats
+        function.restype = ctypes.c_int64
+        sizes = (ctypes.c_int64(size) for size in (m, k, n, r))
+        return function(int(self.ampere), *sizes, *map(ctypes.c_bool, wanted))
+
+    def cuda_forward(self, queue, *arguments):
+        self._run("run_linear_forward", arguments)
+
+    def cuda_backward(self, queue, *arguments):
+        self._run("run_linear_backward", arguments)
+
+    def cuda_lora2_core(self, queue, *tensors):
+        self._report("lora2_core", run_case("run_adapter", 1, *tensors, **self.options))
+
+    def cuda_lora2_core_backward(self, queue, *tensors):
+        self._report("lora2_core_backward", run_case("run_adapter", 2, *tensors, **self.options))
+
+    def cuda_gather(self, queue, weight, rows, cols, *parts):
+        case = nystrom_case(weight[0][None], *(part[0][None] for part in parts))
+        (case.rows,), (case.cols,) = rows, cols
+        self._report("gather", call(emulator().run_gather, ctypes.byref(case), **self.options))
+
+    def cuda_residual_bytes(self, weight, A, layers):
+        return 4
+
+    def cuda_residual(self, queue, weight, A, core, B, terms, scaling):
+        parts = A[0][None], core[0][None] if core else None, B[0][None]
+        case = nystrom_case(weight[0][None], *parts, scaling)
+        self._report("residual", call(emulator().run_residual, ctypes.byref(case), **self.options))
+
+    def _run(self, entry, arguments):
+        *tensors, scaling = arguments
+        case = LinearCase(self.ampere, scaling, (Matrix * 14)(*map(Matrix.of, tensors)))
+        result = call(getattr(emulator(), entry), ctypes.byref(case), seed=len(self.launches), **self.options)
+        self._report(entry, result)
+
+    def _report(self, operation, result):
+        self.launches.append(operation)
+        assert not result.rule, result.text
+
+
+def install(monkeypatch, **options):
+    """Lets backend="cuda" take CPU tensors for the rest of a test; returns the stand-in."""
+    extension = Extension(**options)
+    for module in (cuda, launch, nystrom):
+        monkeypatch.setattr(module, "_C", extension)
+    monkeypatch.setattr(launch, "queue", lambda t: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "misplaced", lambda name, t: None)
+    return extension

@@ -1,0 +1,322 @@
+"""Builds the emulator (g++) and the device library (nvcc) and calls their C entry points."""
+
+import ctypes
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from python_tests import ROOT
+
+BUILD = ROOT / "build" / "emulator"
+CUDA = ROOT / "csrc" / "cuda"
+EMULATOR = ROOT / "csrc" / "emulator"
+
+CXX_FLAGS = "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
+NVCC_FLAGS = "-DNDEBUG -std=c++17 -O3"
+RUNNERS = tuple(sorted(path.stem for path in (EMULATOR / "tests").glob("*_runner.cpp")))
+GOLDEN = Path(__file__).resolve().parent / "golden"  # what each device wrote, one file a device
+
+# GemmTile instantiations of gemm_runner.cpp, in its order: rows, columns, cluster. The fourth stages by halves.
+TILES = ((128, 128, 1), (128, 256, 1), (128, 128, 2), (128, 256, 2), (128, 64, 2))
+
+
+def ninja(lines, target):
+    """Writes build.ninja and brings `target` up to date; only one process builds at a time."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = "\n".join(lines) + "\n"
+        path = BUILD / f"{target}.ninja"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        program = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
+        done = subprocess.run([*program, "-C", BUILD, "-f", path, target], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"building {target} failed:\n{done.stdout}\n{done.stderr}")
+    return BUILD / target
+
+
+@functools.cache
+def emulator():
+    """The emulator with GEMM, probes and seeded bugs as a shared library."""
+    compiler = os.environ.get("CXX", "g++")
+    lines = [
+        "rule compile",
+        f"  command = {compiler} {CXX_FLAGS} -MMD -MF $out.d -c -x c++ $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared -o $out $in",
+    ]
+    objects = []
+    # The launches that ship with it, compiled for the emulator as they are.
+    for source in sorted([*EMULATOR.glob("*.cpp"), *(EMULATOR / "tests").glob("*.cpp"), *CUDA.glob("*.cu")]):
+        objects.append(f"{source.stem}.o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+    lines.append(f"build libemulator.so: link {' '.join(objects)}")
+    return ctypes.CDLL(str(ninja(lines, "libemulator.so")))
+
+
+def nvcc():
+    return os.environ.get("NVCC") or shutil.which("nvcc")
+
+
+def cuobjdump():
+    """The disassembler of the CUDA toolkit, else the one bundled with Triton; None where there is neither."""
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if not found and spec:
+        found = shutil.which("cuobjdump", path=Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    return found
+
+
+def target(arch):
+    return f"-gencode arch=compute_{arch},code=sm_{arch}"
+
+
+def cubin_lines(arch):
+    lines = [
+        "rule cubin",
+        f"  command = {nvcc()} -x cu {target('$arch')} {NVCC_FLAGS} $bound -Xptxas -v -MD -MF $out.d -cubin -o $out $in"
+        " > $out.log 2>&1"
+        " || (cat $out.log; false)",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    for runner in RUNNERS:
+        for suffix, bound in (("", ""), ("_bounded", "-DNLORA_BOUND_SPINS")):
+            source = EMULATOR / "tests" / f"{runner}.cpp"
+            lines += [f"build {runner}_{arch}{suffix}.cubin: cubin {source}", f"  arch = {arch}", f"  bound = {bound}"]
+    return lines
+
+
+def cubin(runner, arch="90a", bounded=False):
+    """(cubin, what ptxas said) of one runner's kernels; with `bounded`, as in a build with --bound-spins."""
+    path = ninja(cubin_lines(arch), f"{runner}_{arch}{'_bounded' if bounded else ''}.cubin")
+    return path, Path(f"{path}.log").read_text()
+
+
+@functools.cache
+def device():
+    """The same entry points for a CUDA device: as they were built before from these sources, or built now."""
+    sources = (file for file in sorted((ROOT / "csrc").rglob("*")) if file.is_file())
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    # NOTE: by what they hold: a copy of the folder has other times.
+    library, built_from = BUILD / "libdevice.so", BUILD / "libdevice.sources"
+    if not (library.is_file() and built_from.is_file() and built_from.read_text() == digest):
+        # A hang becomes an error.
+        flags = f"{target('90a')} {NVCC_FLAGS} -DNLORA_BOUND_SPINS -Xcompiler -fPIC"
+        lines = [
+            "rule compile",
+            f"  command = {nvcc()} -x cu {flags} -MD -MF $out.d -c -o $out $in",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {nvcc()} {target('90a')} -cudart static -shared -o $out $in",
+        ]
+        # Whole layers a device has from the extension, which takes longest to compile.
+        runners = [runner for runner in RUNNERS if runner != "linear_runner"]
+        objects = [f"device_{runner}.o" for runner in runners]
+        for runner, output in zip(runners, objects, strict=True):
+            lines.append(f"build {output}: compile {EMULATOR / 'tests' / runner}.cpp")
+        lines.append(f"build libdevice.so: link {' '.join(objects)}")
+        ninja(lines, "libdevice.so")
+        built_from.write_text(digest)
+    return ctypes.CDLL(str(library))
+
+
+class Options(ctypes.Structure):
+    _fields_ = [
+        ("seed", ctypes.c_uint64),
+        ("lanes", ctypes.c_int32),
+        ("resident", ctypes.c_int32),
+        ("skipped_line", ctypes.c_int32),
+        ("bounded", ctypes.c_int32),
+        ("source", ctypes.c_char_p),
+    ]
+
+
+class Outcome(ctypes.Structure):
+    _fields_ = [
+        ("rule", ctypes.c_char * 64),
+        ("text", ctypes.c_char * 16384),
+        ("line_count", ctypes.c_int32),
+        ("lines", ctypes.c_int32 * 256),
+    ]
+
+
+class Matrix(ctypes.Structure):
+    """nlora::Matrix of csrc/ops.h"""
+
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "row_stride", "col_stride")),
+    ]
+
+    @classmethod
+    def of(cls, tensor):
+        if tensor is None:
+            return cls()
+        tensor = tensor if tensor.ndim == 2 else tensor[None]
+        return cls(tensor.data_ptr(), cls.DTYPES.index(tensor.dtype), *tensor.shape, *tensor.stride())
+
+
+class NystromCase(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("dtype", "a_dtype", "core_dtype", "b_dtype")),
+        *((name, ctypes.c_uint32) for name in ("layers", "out", "inner", "r")),
+        *((name, ctypes.c_int64) for name in ("row_stride", "col_stride", "layer_stride", "elements")),
+        *((name, ctypes.c_void_p) for name in ("weight", "rows", "cols", "A", "core", "B")),
+        ("scaling", ctypes.c_float),
+    ]
+
+
+def nystrom_case(weight, A, core, B, scaling=0.0, **indices):
+    """`weight` (layers, out, in) starts at its storage's first element; the others are contiguous."""
+    layers, out, inner = weight.shape
+    storage = weight.untyped_storage()
+    assert weight.storage_offset() == 0
+    return NystromCase(
+        dtype=Matrix.DTYPES.index(weight.dtype),
+        a_dtype=Matrix.DTYPES.index(A.dtype),
+        core_dtype=Matrix.DTYPES.index(core.dtype) if core is not None else 0,
+        b_dtype=Matrix.DTYPES.index(B.dtype),
+        layers=layers,
+        out=out,
+        inner=inner,
+        r=A.shape[1],
+        row_stride=weight.stride(1),
+        col_stride=weight.stride(2),
+        layer_stride=weight.stride(0),
+        elements=storage.nbytes() // weight.element_size(),
+        weight=storage.data_ptr(),
+        A=A.data_ptr(),
+        core=None if core is None else core.data_ptr(),
+        B=B.data_ptr(),
+        scaling=scaling,
+        **{name: t.data_ptr() for name, t in indices.items()},
+    )
+
+
+class Case(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kernel", "number", "flag")),
+        ("scaling", ctypes.c_float),
+        ("matrices", Matrix * 9),
+    ]
+
+
+OPERANDS = ("a", "b", "c", "bias", "p", "wide", "shrink", "t", "slices")
+
+
+class GemmCase(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("tile", "major")),
+        *((name, ctypes.c_uint32) for name in ("blocks", "tall")),
+        *((name, Matrix) for name in OPERANDS),
+    ]
+
+
+@dataclasses.dataclass
+class Result:
+    rule: str  # of the emulator's report; empty: none
+    text: str
+    lines: list  # of the synchronisation calls that ran
+
+
+def call(function, *arguments, seed=0, lanes=False, resident=0, skipped_line=0, bounded=False, source=None):
+    """`source` is the name of the file that `skipped_line` and the lines of the result belong to."""
+    outcome = Outcome()
+    options = Options(seed, lanes, resident, skipped_line, bounded, source and source.encode())
+    status = function(*arguments, ctypes.byref(options), ctypes.byref(outcome))
+    text = outcome.text.decode()
+    if status == 2:
+        raise RuntimeError(text)
+    return Result(outcome.rule.decode(), text, list(outcome.lines[: outcome.line_count]))
+
+
+# Few or all blocks resident, a clock for each warp or each lane.
+SCHEDULES = [{"seed": seed, "resident": seed % 2, "lanes": lanes} for seed in range(3) for lanes in (False, True)]
+SYNCHRONISATION = re.compile(
+    r"\b(mbarrier_\w+|fence_\w+|bar_sync|sync_threads|sync_warp|cluster_sync|wgmma_(?:fence|commit|wait)|"
+    r"bulk_(?:commit|wait\w*)|cp_async_(?:commit|wait)|setmaxnreg_\w+|flag_(?:wait|release_\w+))\s*(?:<[^;]*>)?\("
+)
+
+
+def synchronisation_calls(source):
+    """line -> name of every synchronisation call in a file of csrc/cuda."""
+    calls = {}
+    for number, line in enumerate((CUDA / source).read_text().splitlines(), 1):
+        for name in SYNCHRONISATION.findall(line.split("//")[0]):
+            assert number not in calls, f"{source}:{number}: one synchronisation call a line"
+            calls[number] = name
+    return calls
+
+
+def with_gaps(matrix, gap):
+    """The same matrix with `gap` elements between its rows."""
+    return torch.nn.functional.pad(matrix, (0, gap))[:, : matrix.shape[1]]
+
+
+def check_sum(result, out, exact, magnitude, terms):
+    """No report, and fp32 sums of `terms` products, which add up to `magnitude` without signs, once rounded."""
+    assert not result.rule, result.text
+    roundings = (terms + 2) * torch.finfo(torch.float32).eps / 2
+    error = roundings / (1 - roundings) * magnitude
+    info = torch.finfo(out.dtype)
+    budget = error + info.eps / 2 * (exact.abs() + error) + info.smallest_normal * info.eps
+    excess = (out.double() - exact).abs() - budget
+    assert excess.max() <= 0, f"error beyond the budget by {excess.max():.3g}"
+
+
+def run_case(entry, kernel, *matrices, number=0, flag=0, scaling=1.0, library=None, **options):
+    """Runs `kernel` of the entry point on tensors (None: not there); results are written in place."""
+    case = Case(kernel, number, flag, scaling, (Matrix * 9)(*map(Matrix.of, matrices)))
+    return call(getattr(library or emulator(), entry), ctypes.byref(case), **options)
+
+
+def poisoned(rows, columns, dtype):
+    """A matrix of NaN whose rows lie 8 elements apart, NaN as well."""
+    return torch.full((rows, columns + 8), -1, dtype=torch.int16).view(dtype)[:, :columns]
+
+
+def run_gemm(*products, tile=0, blocks=4, tall=1, epoch=0, flags=0, library=None, **options):
+    """Launches products one after the other on the same control words, which hold that epoch and those flags before.
+
+    A product is a dict of the tensors of product.h: a, b and, where there is an adapter, wide and shrink or p; right
+    operands come as (n, k), and with mn=True go to the kernel as (k, n). c, p where it is made, and slices of float32
+    NaN where there is t, as many as splits says, are added to the dict. Returns (ticket, epoch, Result).
+    """
+    cases, alive = (GemmCase * len(products))(), []
+    for case, product in zip(cases, products, strict=True):
+        mn = product.get("mn", False)
+        m, dtype = len(product["a"]), product["a"].dtype
+        product["c"] = poisoned(m, len(product["b"]), dtype)
+        if "shrink" in product:
+            product["p"] = poisoned(m, len(product["shrink"]), dtype)
+        if "t" in product:
+            g = product["p"].shape[1] - (product["wide"].shape[1] if "wide" in product else 0)
+            product["slices"] = torch.full((product["splits"] * g, product["t"].shape[1]), torch.nan)
+        case.tile, case.major, case.blocks, case.tall = tile, int(mn), blocks, tall
+        for name in OPERANDS:
+            tensor = product.get(name)
+            if tensor is not None and name not in ("c", "slices") and not (name == "p" and "shrink" in product):
+                tensor = tensor.t() if mn and name in ("b", "wide", "shrink") else torch.atleast_2d(tensor)
+                tensor = poisoned(*tensor.shape, tensor.dtype).copy_(tensor)
+            alive.append(tensor)
+            setattr(case, name, Matrix.of(tensor))
+    control = (ctypes.c_uint32 * 3)(0, epoch, flags)
+    result = call((library or emulator()).run_gemm, cases, len(cases), control, **options)
+    return *control[:2], result

@@ -1,0 +1,133 @@
+"""Two processes, data-parallel: DDP and FSDP2 train as one process does and save the same checkpoint."""
+
+import copy
+import functools
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from nlora_kernels.checkpoint import WEIGHTS
+from nlora_kernels.peft.layer import FusedLinear
+from python_tests.peft.adapters import config
+from python_tests.tiny import counted_fusions, llama, tokens
+
+RANKS = 2
+STEPS = 3
+METHODS = ("slora", "nlora", "nlora_residual", "inttune", "lora2")
+PARALLEL = ("ddp", "fsdp2_sharded", "fsdp2_whole", "fsdp2_by_linear")
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+
+
+def train(model, ids, after_backward=lambda: None):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def build(method):
+    torch.manual_seed(0)
+    return peft.get_peft_model(llama(), config(method)).train()
+
+
+def batch():
+    return tokens(batch=2 * RANKS)
+
+
+def parallel(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("fsdp",))
+    ids = batch().chunk(RANKS)[rank]
+    results = {}
+    for method in METHODS:
+        for kind in PARALLEL:
+            model = build(method)
+            target = folder / kind / method
+            with counted_fusions() as calls:
+                losses = RUN[kind](model, mesh, ids, target)
+            dist.all_reduce(losses, dist.ReduceOp.SUM)
+            results[kind, method] = losses / RANKS, len(calls)
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def ddp(model, mesh, ids, target):
+    losses = train(DistributedDataParallel(model), ids)
+    model.save_pretrained(target, is_main_process=dist.get_rank() == 0)
+    return losses
+
+
+def fsdp2(model, mesh, ids, target, whole=False, by_linear=False):
+    adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
+    ignored = {"ignored_params": set(adapters)} if whole else {}
+    if by_linear:
+        # Every base layer gathers its weight in its own forward, and only there.
+        for module in [m for m in model.modules() if isinstance(m, FusedLinear)]:
+            fully_shard(module.base_layer, mesh=mesh)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh, **ignored)
+    fully_shard(model, mesh=mesh, **ignored)
+
+    def average():
+        for p in adapters:
+            if whole and p.grad is not None:
+                dist.all_reduce(p.grad, dist.ReduceOp.SUM)
+                p.grad /= RANKS
+
+    losses = train(model, ids, average)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    model.save_pretrained(target, state_dict=state, is_main_process=dist.get_rank() == 0)
+    return losses
+
+
+RUN = {
+    "ddp": ddp,
+    "fsdp2_sharded": fsdp2,
+    "fsdp2_whole": functools.partial(fsdp2, whole=True),
+    "fsdp2_by_linear": functools.partial(fsdp2, by_linear=True),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    mp.spawn(parallel, (folder,), nprocs=RANKS)
+    return folder, torch.load(folder / "results.pt")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_losses_and_checkpoint_are_those_of_one_process(kind, method, results, tmp_path):
+    folder, runs = results
+    model = build(method)
+    untouched = copy.deepcopy(model.state_dict())
+    losses, fused = runs[kind, method]
+    torch.testing.assert_close(losses, train(model, batch()), rtol=1e-5, atol=1e-5)
+    layers = sum(isinstance(module, FusedLinear) for module in model.modules())
+    assert fused == (0 if kind == "fsdp2_by_linear" else STEPS * layers)
+    model.save_pretrained(tmp_path)
+    expected, actual = (load_file(path / WEIGHTS) for path in (tmp_path, folder / kind / method))
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        # One step of Adam is lr = 1e-2 wide, whatever the gradient: rounding must not turn a sign.
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-4)
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, untouched[name])]
+    assert moved and all(".lora_" in name for name in moved)

@@ -1,0 +1,104 @@
+"""Layers that have fewer rows or columns than r: taken with "all-linear", refused by name where they are targets."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from nlora_kernels.checkpoint import to_lora
+from nlora_kernels.peft import LoRA2Config, NLoraConfig
+from nlora_kernels.peft.layer import FusedLinear
+from python_tests.tiny import perturb
+
+
+class Routed(nn.Module):
+    """A router and a head beside a layer that is large enough."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.router, self.head = nn.Linear(16, 24), nn.Linear(24, 1), nn.Linear(24, 3)
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.router(h) + self.head(h)
+
+
+def nlora(**options):
+    return NLoraConfig(**{"r": 8, "lora_alpha": 12, "target_modules": "all-linear", **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "scaling", "router"),
+    [
+        ({}, 1.5, 1.5),
+        ({"use_rslora": True}, 12 / 8**0.5, 12 / 8**0.5),
+        ({"residual": True}, 1.5, 1.5),
+        ({"train": "core", "residual": True}, 1.5, 1.5),
+        ({"rank_pattern": {"body": 6}, "alpha_pattern": {"router": 20, "body": 9}}, 1.5, 2.5),
+    ],
+    ids=["plain", "rslora", "residual", "core", "patterns"],
+)
+def test_all_linear_takes_them_with_the_rank_they_can_have(options, scaling, router, tmp_path):
+    base, x = Routed(), torch.randn(5, 16)
+    config = nlora(**options)
+    with pytest.warns(UserWarning, match=r"2 layers have .* r = 8 .*: router \(1\), head \(3\)\. ") as caught:
+        model = peft.get_peft_model(copy.deepcopy(base), config)
+    assert len(caught) == 1
+    layers = {name: module for name, module in model.base_model.model.named_children()}
+    body = config.rank_pattern.get("body", 8)
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {"body": body, "router": 1, "head": 3}
+    expected = {"body": scaling, "router": router, "head": scaling}
+    assert {name: layer.scaling["default"] for name, layer in layers.items()} == pytest.approx(expected)
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    to_lora(tmp_path / "adapter", tmp_path / "plain")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = model.eval()(x)
+        for folder in ("adapter", "plain"):
+            loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder)
+            torch.testing.assert_close(loaded(x), y, rtol=1e-4, atol=1e-5)
+
+
+ASKED_FOR = {
+    "list": {"target_modules": ["body", "router"]},
+    "pattern": {"target_modules": "body|router"},
+    "rank": {"rank_pattern": {"router": 8}},
+}
+
+
+@pytest.mark.parametrize("options", ASKED_FOR.values(), ids=ASKED_FOR)
+def test_where_it_is_asked_for_the_layer_is_named(options):
+    model = Routed()
+    with pytest.raises(ValueError, match=r"'router' cannot be adapted: r must .* at most min\(out, in\) = 1, got 8"):
+        peft.get_peft_model(model, nlora(**options))
+    assert not any(isinstance(module, FusedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("config", [NLoraConfig(init_lora_weights="slora", r=8), LoRA2Config(r=8, k=8)])
+def test_matrices_that_are_no_part_of_the_weight_have_any_rank(config, recwarn):
+    config.target_modules = "all-linear"
+    model = peft.get_peft_model(Routed(), config)
+    assert model.base_model.model.router.r["default"] == 8 and not config.rank_pattern
+    assert not [w for w in recwarn.list if "fewer rows" in str(w.message)]
+
+
+def test_whatever_a_layer_refuses_names_it():
+    model = Routed()
+    model.body.weight.data[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="'body' cannot be adapted: weight must be finite, got NaN"):
+        peft.get_peft_model(model, nlora())
+
+
+@pytest.mark.parametrize(
+    "config", [nlora(), nlora(init_lora_weights="slora"), LoRA2Config(target_modules="all-linear")]
+)
+def test_a_layer_without_a_weight_yet_is_named(config):
+    model = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(16))
+    with pytest.raises(ValueError, match="'1' cannot be adapted: its weight must be initialised, got a LazyLinear"):
+        peft.get_peft_model(model, config)
+    assert not any(isinstance(module, FusedLinear) for module in model.modules())

@@ -1,0 +1,301 @@
+"""Launches that are made again: the same as Triton's own, with no tensor kept. Kernels are compiled and not run."""
+
+import contextlib
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from python_tests import ROOT
+
+pytest.importorskip("triton")
+
+
+def install():
+    """A Hopper that records its launches: (what was compiled, grid, {name: argument}), operands and descriptors by
+    address."""
+    import triton
+
+    from nlora_kernels import tuning
+    from nlora_kernels.backends.triton import launch
+    from python_tests.triton import aot
+
+    launches = []
+
+    def launcher(src, metadata):
+        def record(x, y, z, stream, function, packed, launch_metadata, enter, exit_, *arguments):
+            plain = dict(zip(src.fn.arg_names, map(argument, arguments), strict=True))
+            launches.append((metadata.hash, (x, y, z), plain))
+
+        return record
+
+    def argument(value):
+        if type(value) is launch.TensorDescriptor:
+            return (
+                value.base.data_ptr(),
+                tuple(value.shape),
+                tuple(value.strides),
+                tuple(value.block_shape),
+                value.padding,
+            )
+        return value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+    class Recorder(aot.Target):
+        launcher_cls = staticmethod(launcher)
+        utils = SimpleNamespace(
+            load_binary=lambda name, binary, shared, device: (1, name, 32, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 232_448},
+            unload_module=lambda module: None,
+        )
+
+    triton.runtime.driver.set_active(Recorder(90))
+    launch.target = lambda index: tuning.Device("recorder", 90, 132, 232_448)
+    return launches
+
+
+def layer(dtype=torch.bfloat16, core=True, M=256, K=64, N=64, R=16):
+    shapes = (M, K), (N, K), (R, K), (N, R), (R, R), (N,)
+    x, weight, A, B, N_, bias = (torch.ones(shape, dtype=dtype) for shape in shapes)
+    return [x, weight, A, B, N_ if core else None, bias]
+
+
+def both(operands, scaling=0.5, dy=None):
+    """Forward and backward; y stands for its own gradient where none is given."""
+    from nlora_kernels.backends import Needs
+    from nlora_kernels.backends.triton import linear
+
+    x, weight, A, B, core, bias = operands
+    y, T = linear.forward(x, weight, A, B, core, bias, scaling)
+    needs = Needs(True, False, True, True, core is not None, False)
+    linear.backward(y if dy is None else dy, x, T, weight, A, B, core, scaling, needs)
+
+
+def addresses(arguments):
+    return {name for name, value in arguments.items() if type(value) is tuple or (type(value) is int and value > 2**32)}
+
+
+def without_addresses(arguments):
+    moved = addresses(arguments)
+    return {n: v if n not in moved else v[1:] if type(v) is tuple else "address" for n, v in arguments.items()}
+
+
+def again_is_the_same_but_for_addresses_and_scaling(launches):
+    """Under the tuning rule's two launches, and in one."""
+    from nlora_kernels import tuning
+    from nlora_kernels.backends.triton import launch
+
+    for single in (False, True):
+        tuning.single_launch = lambda *_, single=single: single
+        launch.forget_plans()
+        first, second = layer(), layer()
+        launches.clear()
+        both(first, 0.5)
+        count = len(launches)
+        both(second, 0.25)
+        assert count == (6 if single else 8) and len(launches) == 2 * count, (count, len(launches))
+        for before, after in zip(launches[:count], launches[count:], strict=True):
+            assert before[:2] == after[:2]
+            assert list(before[2]) == list(after[2])
+            moved = addresses(before[2]) | addresses(after[2])
+            assert moved
+            for name in before[2]:
+                one, other = before[2][name], after[2][name]
+                if type(one) is tuple:
+                    assert type(other) is tuple and one[1:] == other[1:], name
+                elif name == "alpha" and one == 0.5:
+                    assert other == 0.25
+                elif name not in moved:
+                    assert one == other and type(one) is type(other), name
+        for operands, made in ((first, launches[:count]), (second, launches[count:])):
+            product = next(arguments for name, _, arguments in made if "weight" in arguments)
+            assert (product["x"][0], product["weight"][0]) == (operands[0].data_ptr(), operands[1].data_ptr())
+            assert product["bias"] == operands[5].data_ptr()
+
+
+def what_a_kernel_was_compiled_for_is_never_launched_with_another(launches):
+    """Each change of a layout gives the launches that Triton itself would make of it: those without any plan."""
+    from nlora_kernels.backends.triton import launch
+
+    def shifted(t):
+        return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+
+    variants = [layer(), layer(core=False), layer(dtype=torch.float16), layer(M=255)]
+    for place, change in [*((place, shifted) for place in range(6)), (2, torch.Tensor.float), (4, torch.Tensor.float)]:
+        operands = layer()
+        operands[place] = change(operands[place])
+        variants.append(operands)
+    variants.append([*layer()[:5], torch.ones(1, dtype=torch.bfloat16).expand(64)])
+    expanded = torch.ones(1, 64, dtype=torch.bfloat16).expand(256, 64)
+
+    def made(operands, scaling, dy):
+        launches.clear()
+        both(operands, scaling, dy)
+        return [(kernel, grid, without_addresses(arguments)) for kernel, grid, arguments in launches]
+
+    def gradient_of(operands):
+        return operands[0].new_ones(operands[0].shape[0], 64)
+
+    plain = gradient_of(variants[0])
+    calls = [(operands, 0.5, gradient_of(operands)) for operands in variants]
+    for operands, scaling, gradient in [
+        *calls,
+        (variants[0], 1, plain),
+        (variants[0], 2, plain),
+        (variants[0], 0.5, expanded),
+    ]:
+        planned = made(operands, scaling, gradient)
+        assert all(type(arguments["alpha"]) is float for _, _, arguments in planned if "alpha" in arguments)
+        again = made(operands, scaling, gradient)
+        launch.forget_plans()
+        fresh = made(operands, scaling, gradient)
+        assert planned == again == fresh
+
+
+def no_tensor_is_kept(launches):
+    operands = layer()
+    both(operands)
+    both(operands)
+    dead = [weakref.ref(t) for t in operands]
+    launches.clear()
+    del operands
+    gc.collect()
+    assert not any(ref() is not None for ref in dead)
+
+
+def threads_launch_their_own_tensors(launches):
+    from nlora_kernels.backends.triton import launch
+
+    launch.forget_plans()
+    layers = [layer() for _ in range(8)]
+    errors, start = [], threading.Barrier(len(layers))
+
+    def work(operands):
+        try:
+            start.wait()
+            for _ in range(20):
+                both(operands)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(operands,)) for operands in layers]
+    launches.clear()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    products = [arguments for _, _, arguments in launches if "weight" in arguments and arguments["bias"]]
+    expected = {(operands[0].data_ptr(), operands[1].data_ptr(), operands[5].data_ptr()) for operands in layers}
+    found = [(a["x"][0], a["weight"][0], a["bias"]) for a in products]
+    assert len(found) == 160 and set(found) == expected
+
+
+def plans_are_bounded(launches):
+    from nlora_kernels.backends.triton import core, extended, launch, narrow
+
+    for planned in (core.planned, extended.planned, narrow.planned):
+        assert planned.cache_info().maxsize == launch.PLANS
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        again_is_the_same_but_for_addresses_and_scaling,
+        what_a_kernel_was_compiled_for_is_never_launched_with_another,
+        no_tensor_is_kept,
+        threads_launch_their_own_tensors,
+        plans_are_bounded,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test(check):
+    # A process of its own: the interpreter may be on in this one, and Triton keeps its driver.
+    code = f"from python_tests.triton import test_launch as t; t.{check.__name__}(t.install())"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="the stub of the driver needs a C compiler")
+def test_a_call_launches_kernels_of_ours_alone():
+    """No casts and no zeros by PyTorch, in one launch or two, with adapters in fp32 too."""
+    command = [sys.executable, "bench/gpu/host.py", "--rounds", "1", "--calls", "2", "--only", "fp32 adapters"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    counts = {}
+    for line in ran.stdout.splitlines():
+        case, what, number = re.fullmatch(r"(.{26}) (.{40}) here +([\d.]+)", line).groups()
+        counts[case.strip(), what.strip()] = float(number)
+    launches = [count for (_, what), count in counts.items() if what.endswith(", launches")]
+    others = [count for (_, what), count in counts.items() if what.endswith(", other operations")]
+    assert len(launches) == len(others) == 6 and min(launches) >= 2 and max(launches) <= 12 and not any(others)
+
+
+class OnGpu:
+    """As much of a tensor on a GPU as its counters look at."""
+
+    is_cuda, device = True, torch.device("cpu")
+
+    def __init__(self, index=0):
+        self.index = index
+
+    def get_device(self):
+        return self.index
+
+
+def test_counters_are_kept_by_stream_and_not_by_a_captured_graph(monkeypatch):
+    launch = pytest.importorskip("nlora_kernels.backends.triton.launch")
+    stream = [1]
+    active = SimpleNamespace(get_current_stream=lambda index: stream[0])
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(launch, "_COUNTERS", {})
+    monkeypatch.setattr(launch, "_outlasting", lambda count, on: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(launch, "capturing", lambda on: False)
+    first = launch.counters(OnGpu(), 10)
+    assert launch.counters(OnGpu(), 20) is first and not first.any()
+    assert launch.counters(OnGpu(1), 10) is not first
+    more = launch.counters(OnGpu(), 5000)
+    assert more.numel() >= 5000 and launch.counters(OnGpu(), 10) is more
+    stream[0] = 2
+    assert launch.counters(OnGpu(), 10) is not more
+    for stream[0] in range(1000):
+        launch.counters(OnGpu(), 10)
+    assert len(launch._COUNTERS) <= launch.STREAMS
+    monkeypatch.setattr(launch, "capturing", lambda on: True)
+    captured = launch.counters(OnGpu(), 10)
+    assert captured.numel() == 10 and captured is not launch.counters(OnGpu(), 10)
+
+
+def test_a_capture_is_looked_for_on_the_device_of_the_tensor(monkeypatch):
+    launch = pytest.importorskip("nlora_kernels.backends.triton.launch")
+    current = [0]
+
+    @contextlib.contextmanager
+    def device_of(t):
+        current.append(t.get_device())
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    assert launch.capturing(OnGpu(1)) and not launch.capturing(OnGpu(0)) and not launch.capturing(torch.ones(1))
+
+
+def test_counters_outlast_the_thread_that_makes_them():
+    launch = pytest.importorskip("nlora_kernels.backends.triton.launch")
+    here, made_by = threading.get_ident(), []
+    original = torch.zeros
+    try:
+        torch.zeros = lambda *a, **k: (made_by.append(threading.get_ident()), original(*a, **k))[1]
+        counters = launch._outlasting(7, original(1))
+    finally:
+        torch.zeros = original
+    assert made_by != [here] and counters.tolist() == [0] * 7
