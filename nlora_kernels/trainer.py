@@ -1,15 +1,17 @@
 """LoRA² training with transformers.Trainer, by two lines:
 
 trainer.add_callback(RankAllocatorCallback(target_rank=2, t_init=100, t_final=300, delta_t=10))
-add_orthogonal_penalty(trainer, weight=0.1)
+add_orthogonal_penalty(trainer)
 """
 
 import base64
 import io
+import warnings
+from collections.abc import Sequence
 
 import torch
 
-from .lora2 import RankAllocator, orthogonal_penalty
+from .lora2 import WEIGHTS, RankAllocator, orthogonal_penalty
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -20,7 +22,10 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("nlora_kernels.trainer needs transformers: pip install 'nlora_kernels[peft]'") from error
 
-_NUMBERS = ("target_rank", "total_steps", "t_init", "t_final", "delta_t", "beta1", "beta2")
+# How far Adam must be able to move a matrix of LoRA² for its product to be seen at all, measured on language models and
+# classifiers: four matrices of N(0, 0.02) stand around E, and all of them have to grow.
+_LEAST_WAY = 0.1
+_NUMBERS = ("target_rank", "total_steps", "t_init", "t_final", "delta_t", "beta1", "beta2", "scores")
 
 
 class RankAllocatorCallback(TrainerCallback, ExportableState):
@@ -33,11 +38,14 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
     first rank decides for all.
 
     Args:
-        target_rank, total_steps, t_init, t_final, delta_t, beta1, beta2: of `RankAllocator`. Those left out are those
-            of the model's LoRA2Config; without one, betas are 0.85. total_steps left out is the length of the run.
+        target_rank, total_steps, t_init, t_final, delta_t, beta1, beta2, scores: of `RankAllocator`. Those left out are
+            those of the model's LoRA2Config; without one, betas are 0.85 and scores "rows". total_steps left out is the
+            length of the run.
 
     Attributes:
         allocator: None before the training begins.
+
+    Warns, when the training begins, of a learning rate at which Adam cannot move LoRA² in as many steps.
 
     Raises, when the training begins:
         ValueError: as `RankAllocator` does; or a number is nowhere given; or total_steps is below the length of the
@@ -65,6 +73,7 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
         delta_t: int | None = None,
         beta1: float | None = None,
         beta2: float | None = None,
+        scores: str | None = None,
     ):
         self.numbers = {
             "target_rank": target_rank,
@@ -74,6 +83,7 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
             "delta_t": delta_t,
             "beta1": beta1,
             "beta2": beta2,
+            "scores": scores,
         }
         self.allocator: RankAllocator | None = None
         self.budget: int | None = None
@@ -88,7 +98,7 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
         return {"args": self.numbers, "attributes": {"saved": saved}}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        numbers = {"total_steps": state.max_steps, "beta1": 0.85, "beta2": 0.85}
+        numbers = {"total_steps": state.max_steps, "beta1": 0.85, "beta2": 0.85, "scores": "rows"}
         config = _active_config(model)
         numbers |= {name: value for name in _NUMBERS if (value := getattr(config, name, None)) is not None}
         numbers |= {name: value for name, value in self.numbers.items() if value is not None}
@@ -98,6 +108,13 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
             raise ValueError(f"total_steps must be at least {state.max_steps}, got {numbers['total_steps']}")
         group = torch.distributed.group.WORLD if _is_distributed() else None
         allocator = RankAllocator(model, **numbers, group=group)
+        # Under Adam no step is longer than its rate.
+        if (way := args.learning_rate * state.max_steps) < _LEAST_WAY:
+            warnings.warn(
+                f"LoRA² hardly moves at learning_rate {args.learning_rate:g} in {state.max_steps} steps: their product "
+                f"should be at least {_LEAST_WAY:g}, got {way:.2g}; rates of 3e-3 to 3e-2 are usual",
+                stacklevel=2,
+            )
         if state.global_step:
             _resume(allocator, state.stateful_callbacks.get(type(self).__name__), state.global_step)
         self.allocator, self.budget = allocator, allocator.budget(allocator.t)
@@ -110,16 +127,23 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
             logs["rank_budget"] = state.log_history[-1]["rank_budget"] = self.budget
 
 
-def add_orthogonal_penalty(trainer: Trainer, weight: float = 0.1, form: str = "paper") -> None:
-    """loss ← loss + weight·orthogonal_penalty(model, form), in training and not in evaluation.
+def add_orthogonal_penalty(
+    trainer: Trainer,
+    weight: float | None = None,
+    form: str = "reference",
+    terms: Sequence[str] | None = None,
+) -> None:
+    """loss ← loss + weight·orthogonal_penalty(model, form, terms), in training and not in evaluation.
 
-    It counts once per optimizer step however many batches are accumulated, and the loss that is logged includes it.
-    To be called once, on any Trainer, before train().
+    Without a weight it is that of the form, `nlora_kernels.lora2.WEIGHTS`. It counts once per optimizer step however
+    many batches are accumulated, and the loss that is logged includes it. To be called once, on any Trainer, before
+    train().
 
-    Raises ValueError if the model has no LoRA² layers, or for an unknown form.
+    Raises ValueError if the model has no LoRA² layers, or for an unknown form or term.
     """
     with torch.no_grad():
-        orthogonal_penalty(trainer.model, form)
+        orthogonal_penalty(trainer.model, form, terms)
+    weight = WEIGHTS[form] if weight is None else weight
     compute_loss = trainer.compute_loss
 
     def with_penalty(model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -129,7 +153,7 @@ def add_orthogonal_penalty(trainer: Trainer, weight: float = 0.1, form: str = "p
         loss, *outputs = result if return_outputs else (result,)
         # A loss that is not yet scaled for accumulation will be divided by the number of batches, and the penalty too.
         share = 1 / trainer.current_gradient_accumulation_steps if _is_scaled(trainer, num_items_in_batch) else 1
-        loss = loss + share * weight * orthogonal_penalty(trainer.model, form).to(loss.device)
+        loss = loss + share * weight * orthogonal_penalty(trainer.model, form, terms).to(loss.device)
         return (loss, *outputs) if return_outputs else loss
 
     trainer.compute_loss = with_penalty

@@ -6,6 +6,6 @@ Works on every layer that holds an active LoRA² adapter, the plain `LoRA2Linear
 from .allocator import NonFiniteGradientError, RankAllocator
 from .compression import compress
 from .layers import Layer, layers
-from .penalty import orthogonal_penalty
+from .penalty import WEIGHTS, orthogonal_penalty
 
-__all__ = ["Layer", "NonFiniteGradientError", "RankAllocator", "compress", "layers", "orthogonal_penalty"]
+__all__ = ["WEIGHTS", "Layer", "NonFiniteGradientError", "RankAllocator", "compress", "layers", "orthogonal_penalty"]

@@ -14,6 +14,9 @@ class NonFiniteGradientError(ArithmeticError):
     """A gradient held NaN or infinity; the allocator's state is as it was before the step."""
 
 
+SCORES = ("rows", "full")
+
+
 class RankAllocator:
     """I(i) = S(E_i) + mean_k S(u[i, :]) + mean_k S(U[:, i]),  S = Ī·Ū
 
@@ -22,7 +25,15 @@ class RankAllocator:
         Ī ← β1·Ī + (1 − β1)·|w·∂w|,   Ū ← β2·Ū + (1 − β2)·| |w·∂w| − Ī |
 
     Keeps the singular values of greatest importance over all layers of a model (LoRA², arXiv 2408.06854, sec. 3, after
-    AdaLoRA, arXiv 2303.10512). Only the three small tensors of a layer are scored.
+    AdaLoRA, arXiv 2303.10512). This is eq. 9 of the paper, which scores the three small tensors of a layer alone: there
+    Λ is E, and v and script V, with rows of length K, are what eq. 4 calls u and script U: lora_u and lora_U here.
+
+    scores="full" is its eq. 8, with the sums over all of lora_v and lora_V, its u and script U, beside them:
+
+        I(i) + (Σ S(v) + Σ S(V)) / k
+
+    The paper drops them for being the same for all values of a layer; but the budget is shared by all layers, and among
+    layers they do decide. They cost averages as large as the adapters, and the time of reading those and the gradients.
 
     The number of values kept is b(t), t = 1 at the first step, falling from b_0 = Σ r to b_T = target_rank·layers:
 
@@ -40,6 +51,7 @@ class RankAllocator:
         total_steps: T, optimizer steps of the run.
         t_init: steps before the first pruning, t_final: steps after the last, delta_t: steps between maskings.
         beta1, beta2: 0 ≤ β < 1.
+        scores: "rows" (eq. 9) or "full" (eq. 8).
         group: process group of data-parallel ranks; the scores of its first rank then decide for all. None needs no
             communication and gives the same decisions wherever ranks hold equal parameters and gradients.
 
@@ -60,9 +72,14 @@ class RankAllocator:
         delta_t: int,
         beta1: float = 0.85,
         beta2: float = 0.85,
+        scores: str = "rows",
         group: Any = None,
     ):
-        found = layers(model)
+        if scores not in SCORES:
+            raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}")
+        self.layers, self.full = layers(model), scores == "full"
+        self._find_tensors()
+        found = self.layers
         counts = {"target_rank": (target_rank, 1), "total_steps": (total_steps, 1)}
         counts |= {"t_init": (t_init, 0), "t_final": (t_final, 0), "delta_t": (delta_t, 1)}
         for name, (value, least) in counts.items():
@@ -81,22 +98,22 @@ class RankAllocator:
             raise ValueError(f"target_rank must be at most the mean r of the layers, {mean:g}, got {target_rank}")
         if sharded := [layer.name for layer in found if any(hasattr(t, "full_tensor") for t in layer.scored)]:
             raise ValueError(f"the LoRA² adapters must be whole on every rank, got shards (DTensor) in {sharded[0]}")
-        devices = {str(t.device) for layer in found for t in layer.scored}
+        devices = {str(t.device) for t in (*self._scored, *self._columns)}
         if len(devices) > 1:
             raise ValueError(f"the LoRA² adapters must be on one device, got {', '.join(sorted(devices))}")
         self.target_rank, self.total_steps, self.t_init, self.t_final = target_rank, total_steps, t_init, t_final
         self.delta_t, self.beta1, self.beta2, self.group = delta_t, beta1, beta2, group
-        self.layers = found
         self.t = 0
         self.skipped = 0
-        self._scored = [t for layer in found for t in layer.scored]
         self._sizes = [size for layer in found for size in (layer.r, layer.k)]
-        like, size = found[0].lora_E, sum(t.numel() for t in self._scored)
+        like, size = found[0].lora_E, sum(t.numel() for t in (*self._scored, *self._columns))
         self.exp_avg = torch.zeros(size, dtype=torch.promote_types(torch.float32, like.dtype), device=like.device)
         self.exp_unc = torch.zeros_like(self.exp_avg)
         self._kept = torch.ones(sum(ranks), dtype=torch.bool, device=like.device)
         self._nonfinite, self._progress = torch.zeros(2, dtype=torch.int64, device=like.device)
         self._where, self._share = _score_index(found, self.exp_avg)
+        places = [place for place, r in enumerate(ranks) for _ in range(r)]
+        self._layer = torch.tensor(places, device=like.device)
 
     def budget(self, t: int) -> int:
         """b(t), how many singular values step t leaves."""
@@ -130,14 +147,15 @@ class RankAllocator:
         if freeze:
             # Moving a model gives it new buffers.
             self.layers = [layer.again() for layer in self.layers]
-            self._scored = [t for layer in self.layers for t in layer.scored]
-        grads = [tensor.grad if scoring else None for tensor in self._scored]
+            self._find_tensors()
+        grads = [tensor.grad if scoring else None for tensor in (*self._scored, *self._columns)]
         if scoring and all(grad is None for grad in grads):
             raise RuntimeError("step() must be called between backward() and zero_grad(), got no gradient at all")
         budget = self.budget(t)
         if scoring or masking:
             masks = [layer.lora_mask for layer in self.layers] if freeze else []
-            found = kernels([t for t in (*self._scored, *grads, *masks) if t is not None])
+            # The kernels read the small tensors alone.
+            found = None if self.full else kernels([t for t in (*self._scored, *grads, *masks) if t is not None])
             options = {"scoring": scoring, "skip_nonfinite": skip_nonfinite}
             if found is not native:
                 self._step(found, grads, masks, budget if masking else None, **options)
@@ -188,6 +206,11 @@ class RankAllocator:
         self.exp_unc = state["exp_unc"].to(self.exp_unc, copy=True)
         self._kept = state["kept"].to(self._kept, copy=True)
         self._nonfinite.fill_(state["nonfinite"])
+
+    def _find_tensors(self) -> None:
+        self._scored = [t for layer in self.layers for t in layer.scored]
+        # In the flat averages they follow the small tensors.
+        self._columns = [t for layer in self.layers for t in (layer.lora_v, layer.lora_V)] if self.full else []
 
     @property
     def _freezing_step(self) -> int:
@@ -241,8 +264,9 @@ class RankAllocator:
                 progress=self._progress,
                 hold=hold,
             )
-        grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(self._scored, grads, strict=True)]
-        sensitivity = (self._flat(self._scored) * self._flat(grads)).abs_()
+        tensors = [*self._scored, *self._columns]
+        grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
+        sensitivity = (self._flat(tensors) * self._flat(grads)).abs_()
         moves = sensitivity.isfinite().all()
         self._nonfinite += ~moves
         if hold:
@@ -267,7 +291,13 @@ class RankAllocator:
         self.skipped += count
 
     def _scores(self) -> Tensor:
-        return ((self.exp_avg * self.exp_unc)[self._where] * self._share).sum(1)
+        rows = ((self.exp_avg * self.exp_unc)[self._where] * self._share).sum(1)
+        if not self.full:
+            return rows
+        start = sum(t.numel() for t in self._scored)
+        products = (self.exp_avg[start:] * self.exp_unc[start:]).split([t.numel() for t in self._columns])
+        sums = torch.stack([product.sum() for product in products]).view(-1, 2).sum(1)
+        return rows + sums[self._layer] * self._share[:, 1]
 
     def _mask(self, found, budget: int, masks: list[Tensor]) -> None:
         scores, E = None, self._scored[::3]

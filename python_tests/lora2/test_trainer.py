@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import socket
+import warnings
 
 import pytest
 import torch
@@ -271,6 +272,31 @@ def test_a_checkpoint_without_averages_is_refused(tmp_path):
     resumed, _ = trainer_of("plain", tmp_path)
     with pytest.raises(ValueError, match="state of a RankAllocatorCallback, got none"):
         resumed.train(resume_from_checkpoint=str(path.parent))
+
+
+def test_a_learning_rate_that_moves_nothing_is_warned_of(tmp_path):
+    trainer, _ = trainer_of("plain", tmp_path, learning_rate=1e-3)
+    with pytest.warns(UserWarning, match=r"hardly moves at learning_rate 0.001 in 14 steps: .* got 0.014"):
+        trainer.train()
+    trainer, _ = trainer_of("plain", tmp_path, learning_rate=1e-2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="LoRA² hardly moves")
+        trainer.train()
+
+
+def test_the_penalty_has_the_weight_of_its_form(tmp_path):
+    for form, terms in (("paper", None), ("reference", None), ("reference", ("uv",))):
+        losses = []
+        for penalised in (False, True):
+            numbers = {"target_rank": 2, "t_init": 0, "t_final": 0, "delta_t": 1}
+            trainer, _ = trainer_of("plain", tmp_path, numbers=numbers, weight=0, max_steps=1)
+            if penalised:
+                penalty = nk.lora2.WEIGHTS[form] * nk.lora2.orthogonal_penalty(trainer.model, form, terms).item()
+                add_orthogonal_penalty(trainer, form=form, terms=terms)
+            trainer.train()
+            losses.append(history(trainer)[0])
+        assert losses[1] == pytest.approx(losses[0] + penalty, rel=1e-4)
+        assert penalty > 1e-3 * losses[0]
 
 
 def test_the_penalty_needs_lora2_layers(tmp_path):

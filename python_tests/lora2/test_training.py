@@ -85,13 +85,18 @@ def assert_same(actual, expected):
 class Equations:
     """The published equations, one singular value after the other, in double precision."""
 
-    def __init__(self, model, target_rank, total_steps, t_init, t_final, delta_t, beta=0.85):
+    def __init__(self, model, target_rank, total_steps, t_init, t_final, delta_t, beta=0.85, scores="rows"):
         self.adapters = list(model.layers)
+        self.full = scores == "full"
         self.T, self.t_init, self.t_final, self.delta_t, self.beta = total_steps, t_init, t_final, delta_t, beta
         self.b0 = sum(a.r for a in self.adapters)
         self.bT = target_rank * len(self.adapters)
         self.t = 0
         self.averages = {}
+
+    @property
+    def scored(self):
+        return ("lora_E", "lora_u", "lora_U", *(("lora_v", "lora_V") if self.full else ()))
 
     def smooth(self, parameter, place):
         product = (parameter.detach().double() * parameter.grad.double()).abs()
@@ -103,12 +108,13 @@ class Equations:
     def scores(self):
         result = {}
         for n, adapter in enumerate(self.adapters):
-            S = {name: math.prod(self.averages[n, name]) for name in ("lora_E", "lora_u", "lora_U")}
+            S = {name: math.prod(self.averages[n, name]) for name in self.scored}
             for i in range(adapter.r):
                 result[n, i] = (
                     S["lora_E"][i].item()
                     + sum(S["lora_u"][i, c].item() for c in range(adapter.k)) / adapter.k
                     + sum(S["lora_U"][c, i].item() for c in range(adapter.k)) / adapter.k
+                    + sum(S[name].sum().item() for name in self.scored[3:]) / adapter.k
                 )
         return result
 
@@ -118,7 +124,7 @@ class Equations:
         last = self.T - self.t_final
         if self.t < last:
             for n, adapter in enumerate(self.adapters):
-                for name in ("lora_E", "lora_u", "lora_U"):
+                for name in self.scored:
                     self.smooth(getattr(adapter, name), (n, name))
         if self.t <= self.t_init:
             return self.b0
@@ -136,11 +142,13 @@ class Equations:
         return budget
 
 
+@pytest.mark.parametrize("scores", ["rows", "full"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_whole_run_equals_the_equations(seed):
+def test_a_whole_run_equals_the_equations(seed, scores):
     model, twin = net(seed), net(seed)
     optimizer, twin_optimizer = optimizer_of(model), optimizer_of(twin)
-    allocator, equations = RankAllocator(model, **SCHEDULE), Equations(twin, **SCHEDULE)
+    schedule = {**SCHEDULE, "scores": scores}
+    allocator, equations = RankAllocator(model, **schedule), Equations(twin, **schedule)
     zeroed = 0
     for step in range(SCHEDULE["total_steps"]):
         assert backward(model, step) == pytest.approx(backward(twin, step), rel=1e-6)
@@ -194,19 +202,20 @@ def test_the_frozen_mask_holds_against_weight_decay_and_momentum():
     assert revived
 
 
+@pytest.mark.parametrize("scores", ["rows", "full"])
 @pytest.mark.parametrize("at", [2, 10, 12, 22, 25])
-def test_resuming_changes_nothing(at, tmp_path):
-    model = net()
-    optimizer, allocator = optimizer_of(model), RankAllocator(model, **SCHEDULE)
+def test_resuming_changes_nothing(at, scores, tmp_path):
+    model, schedule = net(), {**SCHEDULE, "scores": scores}
+    optimizer, allocator = optimizer_of(model), RankAllocator(model, **schedule)
     budgets = train(model, optimizer, allocator, range(30))
 
     half = net()
-    half_optimizer, half_allocator = optimizer_of(half), RankAllocator(half, **SCHEDULE)
+    half_optimizer, half_allocator = optimizer_of(half), RankAllocator(half, **schedule)
     first = train(half, half_optimizer, half_allocator, range(at))
     torch.save([half.state_dict(), half_optimizer.state_dict(), half_allocator.state_dict()], tmp_path / "state.pt")
 
     resumed = net(seed=7)
-    resumed_optimizer, resumed_allocator = optimizer_of(resumed), RankAllocator(resumed, **SCHEDULE)
+    resumed_optimizer, resumed_allocator = optimizer_of(resumed), RankAllocator(resumed, **schedule)
     parts = torch.load(tmp_path / "state.pt", weights_only=True)
     for part, state in zip((resumed, resumed_optimizer, resumed_allocator), parts, strict=True):
         part.load_state_dict(state)
@@ -323,6 +332,7 @@ def test_steps_that_a_gradient_scaler_skips():
         ({"t_final": -1}, ValueError, "t_final must be at least 0, got -1"),
         ({"total_steps": 30.0}, TypeError, "total_steps must be an integer, got float"),
         ({"beta1": 1.0}, ValueError, "beta1 must be at least 0 and below 1, got 1.0"),
+        ({"scores": "columns"}, ValueError, "scores must be one of rows, full, got 'columns'"),
         ({"beta2": -0.1}, ValueError, "beta2"),
         ({"model": nn.Linear(2, 2)}, ValueError, "model must have layers with an active LoRA² adapter, got none"),
     ],
@@ -373,31 +383,35 @@ def test_bad_states(change, message):
     assert_same(allocator.state_dict(), before)
 
 
-def penalty_by_definition(model, form):
+def penalty_by_definition(model, form, terms=None):
     def off(m):
         return m - torch.eye(len(m), dtype=m.dtype)
 
-    total = 0
+    distances = []
     for layer in model.layers:
         v, u, U, V = layer.lora_v, layer.lora_u, layer.lora_U, layer.lora_V
-        terms = [v @ v.T, u.T @ u, U @ U.T, V.T @ V]
-        if form == "paper":
-            terms += [u @ v @ v.T @ u.T, U.T @ V.T @ V @ U]
-            total = total + sum(off(m).square().sum() for m in terms)
-        else:
-            total = total + sum(torch.linalg.matrix_norm(off(m)) for m in terms) / (4 * len(model.layers))
-    return total
+        P, Q = u @ v, V @ U
+        products = {"uv": (v @ v.T, u.T @ u), "UV": (U @ U.T, V.T @ V), "PQ": (P @ P.T, Q.T @ Q)}
+        named = terms or (("uv", "UV", "PQ") if form == "paper" else ("uv", "UV"))
+        distances += [torch.linalg.matrix_norm(off(m)) for term in named for m in products[term]]
+    distances = torch.stack(distances)
+    return distances.square().sum() if form == "paper" else distances.mean()
 
 
+# The rows of table 3 of the paper, and what each form has by itself.
+TERMS = {"own": None, "uv": ("uv",), "UV": ("UV",), "uv_UV": ("UV", "uv"), "PQ": ("PQ",), "all": ("uv", "UV", "PQ")}
+
+
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 @pytest.mark.parametrize("form", ["paper", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_both_penalties_equal_autograd_through_their_definitions(form, dtype):
+def test_both_penalties_equal_autograd_through_their_definitions(form, terms, dtype):
     model = net().to(dtype)
     exact = copy.deepcopy(model).double()
-    expected = penalty_by_definition(exact, form)
+    expected = penalty_by_definition(exact, form, terms)
     (0.3 * expected).backward()
     with torch.autocast("cpu", torch.bfloat16):
-        value = orthogonal_penalty(model, form)
+        value = orthogonal_penalty(model, form, terms)
         (0.3 * value).backward()
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8}[dtype]
@@ -405,6 +419,10 @@ def test_both_penalties_equal_autograd_through_their_definitions(form, dtype):
     for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
         if name.split(".")[-1] in ("lora_v", "lora_u", "lora_U", "lora_V"):
             assert p.grad.dtype == dtype and p.grad.is_contiguous()
+            if q.grad is None:
+                # No term that was named has it.
+                assert not p.grad.any()
+                continue
             scale = q.grad.abs().max()
             torch.testing.assert_close(p.grad.double() / scale, q.grad / scale, rtol=0, atol=tolerance)
         else:
@@ -433,14 +451,14 @@ def test_the_penalty_is_a_citizen_of_autograd():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=2e-6 * q.grad.abs().max().item(), msg=name)
     tensors = [layer.lora_u for layer in model.layers]
-    alone = torch.autograd.grad(orthogonal_penalty(model), tensors)
+    alone = torch.autograd.grad(orthogonal_penalty(model, "paper"), tensors)
     for a, b in zip(
         alone,
         torch.autograd.grad(penalty_by_definition(twin, "paper"), [layer.lora_u for layer in twin.layers]),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
-    value = orthogonal_penalty(model)
+    value = orthogonal_penalty(model, "paper")
     with torch.no_grad():
         tensors[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -463,6 +481,11 @@ def test_the_penalty_of_orthogonal_vectors_and_its_gradient_are_zero(form):
 def test_the_penalty_names_what_it_does_not_take():
     with pytest.raises(ValueError, match="form must be one of paper, reference, got 'frobenius'"):
         orthogonal_penalty(net(), "frobenius")
+    for terms in (("uv", "vu"), (), "all"):
+        with pytest.raises(ValueError, match="terms must be some of uv, UV, PQ, got "):
+            orthogonal_penalty(net(), terms=terms)
+    with torch.no_grad():
+        assert orthogonal_penalty(net(), terms="uv") == orthogonal_penalty(net(), terms=["uv"])
     with pytest.raises(ValueError, match="got none"):
         orthogonal_penalty(nn.Linear(2, 2))
 
