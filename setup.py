@@ -31,15 +31,15 @@ TIER_FLAGS = {"_avx2": ["-mavx2", "-mfma", "-mf16c"], "_avx512": AVX512_FLAGS, "
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 
 CPU_SOURCES = sorted(path for path in ROOT.glob("csrc/cpu/*.cpp") if X86 or not path.stem.endswith((*TIER_FLAGS,)))
-CUDA_SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
+CUDA_SOURCES = sorted(ROOT.glob("csrc/cuda/*/*.cu"))
 
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}"]
 RELEASE_FLAGS = ["-O3", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math"]
 SANITIZE_FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-# Likewise. Code for sm_80 runs on 8.6 and 8.9 too, and as PTX on everything newer; that for sm_90a on 9.0 alone. Files
-# without such an end hold no code that only one of them has.
-ARCHITECTURES = {"_sm90a": ["sm_90a"], "_sm80": ["sm_80", "compute_80"], "": ["sm_80", "sm_90", "compute_80"]}
+# By the folder: code for sm_80 runs on 8.6 and 8.9 too, and as PTX on everything newer; that for sm_90a on 9.0 alone.
+# What both use is compiled for both.
+ARCHITECTURES = {"sm90": ["sm_90a"], "sm80": ["sm_80", "compute_80"], "common": ["sm_80", "sm_90", "compute_80"]}
 
 OLDEST_NVCC = 13
 
@@ -126,7 +126,10 @@ def build(
     for source in sources:
         stem = source.resolve().relative_to(ROOT).with_suffix("")
         cuda = source.suffix == ".cu"
-        own = [*NVCC_FLAGS, *nvcc_flags, *architecture_flags(stem.name)] if cuda else [*flags, *tier_flags(stem.name)]
+        if cuda:
+            own = [*NVCC_FLAGS, *nvcc_flags, *architecture_flags(stem.parent.name)]
+        else:
+            own = [*flags, *tier_flags(stem.name)]
         objects.append(f"{stem}.o")
         lines += [
             f"build {stem}.o: {'compile_cuda' if cuda else 'compile'} {path(source)}",
@@ -145,9 +148,8 @@ def tier_flags(stem: str) -> list[str]:
     return next((flags for suffix, flags in TIER_FLAGS.items() if stem.endswith(suffix)), [])
 
 
-def architecture_flags(stem: str) -> list[str]:
-    codes = next(codes for suffix, codes in ARCHITECTURES.items() if stem.endswith(suffix))
-    return [f"-gencode=arch={code.replace('sm_', 'compute_')},code={code}" for code in codes]
+def architecture_flags(folder: str) -> list[str]:
+    return [f"-gencode=arch={code.replace('sm_', 'compute_')},code={code}" for code in ARCHITECTURES[folder]]
 
 
 def path(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Every probe of the Hopper layer and every kernel alone, through the library of the emulator's tests.
+"""Every probe of the kernel layer and every kernel alone, through the library of the emulator's tests.
 
 What a probe must write is computed without the layer's own formulas, and small integers make every sum exact: each
 result has one right value. What the probes wrote goes to golden/<device>.npz; put it into python_tests/cuda/golden

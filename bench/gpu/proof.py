@@ -196,7 +196,7 @@ class Proof:
     def command(self, stage: Stage) -> list:
         under = []
         if stage.sanitizer and not self.options.rehearse:
-            under = [sanitizer(), "--tool", stage.sanitizer, "--kernel-name", "kns=hopper", "--error-exitcode", "9"]
+            under = [sanitizer(), "--tool", stage.sanitizer, "--kernel-name", "kns=nlora", "--error-exitcode", "9"]
         bounded = ["--bounded"] if "bounded" in stage.needs else []
         return [*under, "stage.py", stage.cells, "--name", stage.name, "--out", self.out, *bounded, *self.rehearse()]
 

@@ -4,7 +4,7 @@
 #include "layer.h"
 #include "machine.h"
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 
 void issue(Groups& groups, Site site) {
     if (groups.agent == 0) {
@@ -159,9 +159,9 @@ void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int32_t colum
 }
 
 }  // namespace
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator
 
-namespace hopper {
+namespace nlora::cuda {
 
 using namespace emulator;
 
@@ -352,4 +352,4 @@ void wait_cp_async(int pending, Site site) {
     }
 }
 
-}  // namespace hopper
+}  // namespace nlora::cuda

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 
 // A line of kernel source, taken from the caller by default arguments.
 struct Site {
@@ -124,4 +124,4 @@ struct Region {
     void reset(uint8_t* base, size_t length, bool initialised);
 };
 
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator

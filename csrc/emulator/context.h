@@ -1,4 +1,4 @@
-// Host side of csrc/cuda/context.cuh on the emulator: "device" memory is host memory the run knows about.
+// Host side of csrc/cuda/common/context.cuh on the emulator: "device" memory is host memory the run knows about.
 #pragma once
 
 #include <cstring>
@@ -6,11 +6,11 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/states.h"
+#include "../cuda/common/states.h"
 #include "layer.h"
 #include "report.h"
 
-namespace hopper {
+namespace nlora::cuda {
 
 struct LaunchShape {
     uint32_t grid, block, cluster, shared_bytes, registers;
@@ -101,4 +101,4 @@ inline TensorMap tensor_map(const void* data, uint64_t rows, uint64_t columns, u
     return {bytes, rows, columns, row_bytes, box_rows, box_columns, swizzle};
 }
 
-}  // namespace hopper
+}  // namespace nlora::cuda

@@ -11,7 +11,7 @@
 #include <ucontext.h>
 #endif
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 namespace {
 
 Fiber* running;
@@ -51,12 +51,12 @@ void Fiber::first_frame() {
 #if defined(__x86_64__)
 
 // Saves the callee-saved registers and swaps stacks; swapcontext would make a system call each time.
-extern "C" void hopper_switch_stack(void** save, void* load);
+extern "C" void nlora_switch_stack(void** save, void* load);
 asm(R"(
     .text
-    .globl hopper_switch_stack
-    .type hopper_switch_stack, @function
-hopper_switch_stack:
+    .globl nlora_switch_stack
+    .type nlora_switch_stack, @function
+nlora_switch_stack:
     pushq %rbp
     pushq %rbx
     pushq %r12
@@ -72,7 +72,7 @@ hopper_switch_stack:
     popq %rbx
     popq %rbp
     ret
-    .size hopper_switch_stack, .-hopper_switch_stack
+    .size nlora_switch_stack, .-nlora_switch_stack
 )");
 
 namespace {
@@ -93,11 +93,11 @@ void Fiber::start(void (*entry)()) {
 
 void Fiber::resume() {
     running = this;
-    hopper_switch_stack(&outside, context_);
+    nlora_switch_stack(&outside, context_);
 }
 
 void Fiber::suspend() {
-    hopper_switch_stack(&context_, outside);
+    nlora_switch_stack(&context_, outside);
 }
 
 #else
@@ -131,4 +131,4 @@ void Fiber::suspend() {
 
 #endif
 
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 
 constexpr size_t kStackBytes = 64 * 1024;
 
@@ -34,4 +34,4 @@ private:
     void (*entry_)() = nullptr;
 };
 
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <sstream>
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 
 Machine* machine = nullptr;
 
@@ -404,4 +404,4 @@ Report run(const Run& setup, std::vector<Buffer>& buffers, const std::function<v
     return current.report;
 }
 
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator

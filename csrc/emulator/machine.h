@@ -8,12 +8,12 @@
 #include <random>
 #include <unordered_map>
 
-#include "../cuda/spin.h"
+#include "../cuda/common/spin.h"
 #include "clock.h"
 #include "fiber.h"
 #include "report.h"
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kWarpgroup = 128;
@@ -291,4 +291,4 @@ void finish(Groups& groups, Time group);
 // Blocks until all but the newest `pending` groups are done; they are then known to the calling agent.
 void wait_groups(Groups& groups, uint32_t pending);
 
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator

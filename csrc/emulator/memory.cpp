@@ -1,7 +1,7 @@
 // Shadow memory: every access is checked against all earlier ones that it overlaps.
 #include "machine.h"
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 
 void Region::reset(uint8_t* base, size_t length, bool initialised) {
     bytes = base;
@@ -180,4 +180,4 @@ Region& global_region(const void* address, size_t bytes) {
     machine->fail("out of bounds", where() + ": " + std::to_string(bytes) + " bytes outside every buffer of the run");
 }
 
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator

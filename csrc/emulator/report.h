@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 
 struct Run {
     uint32_t grid = 1;
@@ -48,4 +48,4 @@ struct Buffer {
 // ends the run; the same setup and seed give the same report. One run at a time in a process.
 Report run(const Run& setup, std::vector<Buffer>& buffers, const std::function<void()>& kernel);
 
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator

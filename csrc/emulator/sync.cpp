@@ -2,7 +2,7 @@
 #include "layer.h"
 #include "machine.h"
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 namespace {
 
 void complete_phase(MBarrier& barrier) {
@@ -208,9 +208,9 @@ void note_remote_access(Block& target, const Access& access, const char* what) {
     target.remote_accesses.push_back({access, what});
 }
 
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator
 
-namespace hopper {
+namespace nlora::cuda {
 
 using namespace emulator;
 
@@ -399,4 +399,4 @@ void ticket_reset(uint32_t* counter, Site site) {
     *counter = 0;
 }
 
-}  // namespace hopper
+}  // namespace nlora::cuda

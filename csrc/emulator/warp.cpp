@@ -5,7 +5,7 @@
 #include "layer.h"
 #include "machine.h"
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 namespace {
 
 // Runs `act(lane, argument)` for all lanes of the warp in turn, each under its own identity.
@@ -55,9 +55,9 @@ void set_registers(uint32_t registers, bool increase) {
 }
 
 }  // namespace
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator
 
-namespace hopper {
+namespace nlora::cuda {
 
 using namespace emulator;
 
@@ -182,4 +182,4 @@ float widen(uint16_t bits, bool is_bf16) {
     return is_bf16 ? __builtin_bit_cast(float, uint32_t(bits) << 16) : float(__builtin_bit_cast(_Float16, bits));
 }
 
-}  // namespace hopper
+}  // namespace nlora::cuda

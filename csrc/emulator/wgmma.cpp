@@ -4,7 +4,7 @@
 #include "layer.h"
 #include "machine.h"
 
-namespace hopper::emulator {
+namespace nlora::cuda::emulator {
 namespace {
 
 // One lane's part of a warpgroup's wgmma.
@@ -226,9 +226,9 @@ void wait_for_warp(int pending) {
 }
 
 }  // namespace
-}  // namespace hopper::emulator
+}  // namespace nlora::cuda::emulator
 
-namespace hopper {
+namespace nlora::cuda {
 
 using namespace emulator;
 
@@ -273,4 +273,4 @@ void wait_wgmma(int pending, Site site) {
     self.agent->known.seen.raise(self.warp->wgmma.agent, self.warp->wgmma.known);
 }
 
-}  // namespace hopper
+}  // namespace nlora::cuda

@@ -12,13 +12,14 @@
 #include <thread>
 #include <vector>
 
-#include "cuda/current.h"
-#include "cuda/plan.h"
-#include "cuda/states.h"
+#include "cuda/common/current.h"
+#include "cuda/sm90/plan.h"
+#include "cuda/common/states.h"
 
 namespace {
 
-using namespace hopper;
+using namespace nlora::cuda;
+using namespace nlora::cuda::sm90;
 
 int failures = 0;
 
@@ -223,13 +224,13 @@ void check_states() {
     return static_cast<void*>(memory.back().data());
   };
   States states;
-  std::map<hopper::Sequence, std::pair<uint32_t*, size_t>> given;
+  std::map<nlora::cuda::Sequence, std::pair<uint32_t*, size_t>> given;
   std::mt19937_64 random(1);
   uint32_t mark = 0;
   for (int call = 0; call < 3000; ++call) {
-    const hopper::Sequence sequence{reinterpret_cast<void*>(random() % 20), random() % 8 ? 0 : random() % 5,
+    const nlora::cuda::Sequence sequence{reinterpret_cast<void*>(random() % 20), random() % 8 ? 0 : random() % 5,
                                     random() % 4 ? 0 : random() % 300};
-    const size_t count = hopper::State::size(uint32_t(1 + random() % (call % 100 ? 9000 : 200000)));
+    const size_t count = nlora::cuda::State::size(uint32_t(1 + random() % (call % 100 ? 9000 : 200000)));
     uint32_t* words = states.words(sequence, count, allocate);
     auto& mine = given[sequence];
     if (mine.first == words) {
@@ -261,23 +262,23 @@ void check_current() {
   for (const std::vector<int>& before : {std::vector<int>{}, {1}, {2}, {1, 2}, {2, 1}, {3, 3}}) {
     FakeDriver driver{before};
     {
-      const hopper::Current<FakeDriver, int> outer(driver, 1);
+      const nlora::cuda::Current<FakeDriver, int> outer(driver, 1);
       EXPECT(driver.current() == 1, "%zu contexts", before.size());
-      const hopper::Current<FakeDriver, int> inner(driver, 2);
+      const nlora::cuda::Current<FakeDriver, int> inner(driver, 2);
       EXPECT(driver.current() == 2, "%zu contexts", before.size());
     }
     EXPECT(driver.stack == before, "%zu contexts before, %zu after", before.size(), driver.stack.size());
     driver.fails = true;
     try {
-      const hopper::Current<FakeDriver, int> failing(driver, 4);
+      const nlora::cuda::Current<FakeDriver, int> failing(driver, 4);
       EXPECT(false, "a failing push is an error");
     } catch (const std::runtime_error&) {
     }
     EXPECT(driver.stack == before, "%zu contexts before a failure, %zu after", before.size(), driver.stack.size());
   }
-  std::set<uint64_t> numbers = {0, hopper::thread_number()};
-  for (int i = 0; i < 20; ++i) std::thread([&] { numbers.insert(hopper::thread_number()); }).join();
-  EXPECT(numbers.size() == 22 && numbers.count(hopper::thread_number()), "%zu threads", numbers.size());
+  std::set<uint64_t> numbers = {0, nlora::cuda::thread_number()};
+  for (int i = 0; i < 20; ++i) std::thread([&] { numbers.insert(nlora::cuda::thread_number()); }).join();
+  EXPECT(numbers.size() == 22 && numbers.count(nlora::cuda::thread_number()), "%zu threads", numbers.size());
 }
 
 struct Layer {

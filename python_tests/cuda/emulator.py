@@ -60,8 +60,8 @@ def emulator():
     ]
     objects = []
     # The launches that ship with it, compiled for the emulator as they are.
-    for source in sorted([*EMULATOR.glob("*.cpp"), *(EMULATOR / "tests").glob("*.cpp"), *CUDA.glob("*.cu")]):
-        objects.append(f"{source.stem}.o")
+    for source in sorted([*EMULATOR.glob("*.cpp"), *(EMULATOR / "tests").glob("*.cpp"), *CUDA.glob("*/*.cu")]):
+        objects.append(f"{source.relative_to(ROOT / 'csrc').with_suffix('.o')}")
         lines.append(f"build {objects[-1]}: compile {source}")
     lines.append(f"build libemulator.so: link {' '.join(objects)}")
     return ctypes.CDLL(str(ninja(lines, "libemulator.so")))
@@ -256,9 +256,10 @@ SYNCHRONISATION = re.compile(
 
 
 def synchronisation_calls(source):
-    """line -> name of every synchronisation call in a file of csrc/cuda."""
+    """line -> name of every synchronisation call in a file of csrc/cuda, which is known by its name alone."""
     calls = {}
-    for number, line in enumerate((CUDA / source).read_text().splitlines(), 1):
+    (path,) = CUDA.glob(f"*/{source}")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
         for name in SYNCHRONISATION.findall(line.split("//")[0]):
             assert number not in calls, f"{source}:{number}: one synchronisation call a line"
             calls[number] = name

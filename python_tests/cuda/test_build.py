@@ -90,7 +90,7 @@ def test_newer_devices_have_ptx_of_what_is_not_hoppers_alone():
 def test_nothing_spills_and_every_register_fits(kernels):
     print(f"\n{'architecture':<13}{'registers':>10}{'stack':>6}{'local':>6}{'wgmma':>6}  kernel")
     for (arch, name), (figures, code) in sorted(kernels.items()):
-        readable = re.sub(r"^_ZN6hopper\d+|EvNS_.*$", "", name)
+        readable = re.sub(r"^_ZN5nlora4cuda(4sm\d\d)?\d+|EvNS_.*$", "", name)
         wgmma = code.count("HGMMA")
         print(f"{arch:<13}{figures['REG']:>10}{figures['STACK']:>6}{figures['LOCAL']:>6}{wgmma:>6}  {readable}")
         _, registers, _ = KERNELS[kernel_of(name)]
@@ -125,7 +125,7 @@ def test_a_call_that_fails_is_named_with_its_shapes():
 
 
 def test_a_layer_is_two_launches_and_four_back_without_a_driver():
-    if not list(ROOT.glob("build/temp.*/nlora_kernels._C/csrc/cuda/launch.o")):
+    if not list(ROOT.glob("build/temp.*/nlora_kernels._C/csrc/cuda/common/launch.o")):
         pytest.skip("the extension was not built in this folder")
     command = [sys.executable, ROOT / "bench" / "gpu" / "host_cuda.py", "--rounds", "1", "--calls", "3"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""docs/hopper_layer.md: its example compiles and runs, its report is the real one, its table knows every rule."""
+"""docs/kernel_layer.md: its example compiles and runs, its report is the real one, its table knows every rule."""
 
 import os
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from python_tests.cuda.emulator import BUILD, EMULATOR, ROOT, emulator
 
-PAGE = (ROOT / "docs" / "hopper_layer.md").read_text()
+PAGE = (ROOT / "docs" / "kernel_layer.md").read_text()
 EXAMPLE = re.search(r"```cpp\n(.*?)```", PAGE, re.DOTALL)[1]
 
 

@@ -1,4 +1,4 @@
-"""Every primitive of the Hopper layer, one probe kernel each: the emulator against values computed independently,
+"""Every primitive of the kernel layer, one probe kernel each: the emulator against values computed independently,
 CuTe's layouts, and what devices wrote."""
 
 import importlib.metadata

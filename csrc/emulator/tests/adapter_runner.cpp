@@ -1,10 +1,10 @@
 // The small kernels of an adapter behind a C interface: fold, core of LoRA², finish of a gradient.
-#include "../../cuda/core.cuh"
-#include "../../cuda/finish.cuh"
-#include "../../cuda/fold.cuh"
+#include "../../cuda/common/core.cuh"
+#include "../../cuda/common/finish.cuh"
+#include "../../cuda/common/fold.cuh"
 #include "runner.h"
 
-namespace hopper::tests {
+namespace nlora::cuda::tests {
 namespace {
 
 void run_case(Context& context, const Case& c) {
@@ -29,10 +29,11 @@ void run_case(Context& context, const Case& c) {
 }
 
 }  // namespace
-}  // namespace hopper::tests
 
-HOPPER_ENTRY int run_adapter(const hopper::tests::Case* c, const hopper::tests::Options* options,
-                           hopper::tests::Outcome* outcome) {
-    return hopper::tests::guarded(*options, *outcome,
-                                  [&](hopper::Context& context) { hopper::tests::run_case(context, *c); });
+NLORA_ENTRY int run_adapter(const Case* c, const Options* options,
+                           Outcome* outcome) {
+    return guarded(*options, *outcome,
+                                  [&](Context& context) { run_case(context, *c); });
 }
+
+}  // namespace nlora::cuda::tests

@@ -1,8 +1,11 @@
 // The kernels for sm_80 behind a C interface.
-#include "../../cuda/ampere_launch.cuh"
+#include "../../cuda/sm80/ampere_launch.cuh"
 #include "runner.h"
 
-namespace hopper::tests {
+namespace nlora::cuda::tests {
+
+using namespace sm80;
+
 namespace {
 
 struct PlacesProblem {
@@ -42,10 +45,10 @@ void run_case(Context& context, const Case& c) {
         product.shrink = in(6);
         product.p = product.shrink ? out(4) : in(4);
         product.wide = in(5);
-        launch_ampere_product(context, product);
+        launch_product(context, product);
     } else if (c.kernel == 1) {
         const auto gradients = gradients_of(c, matrices);
-        launch_ampere_gradients(context, gradients.data(), uint32_t(gradients.size()));
+        launch_gradients(context, gradients.data(), uint32_t(gradients.size()));
     } else {
         const PlacesProblem problem{static_cast<uint32_t*>(out(0).data)};
         c.number == 128 ? run_places<AmpereLarge>(context, c.flag, problem)
@@ -55,21 +58,22 @@ void run_case(Context& context, const Case& c) {
 }
 
 }  // namespace
-}  // namespace hopper::tests
 
 extern "C" uint32_t ampere_splits(uint32_t m, uint32_t n, uint32_t w, uint32_t processors) {
-    return hopper::AmpereSplits::choose(m, n, w, processors);
+    return AmpereSplits::choose(m, n, w, processors);
 }
 
-HOPPER_ENTRY int ampere_takes_large(uint32_t m, uint32_t n, uint32_t processors) {
-    hopper::AmpereProblem problem{};
+NLORA_ENTRY int ampere_takes_large(uint32_t m, uint32_t n, uint32_t processors) {
+    AmpereProblem problem{};
     problem.m = m;
     problem.n = n;
-    return hopper::takes_large_tiles(problem, processors);
+    return takes_large_tiles(problem, processors);
 }
 
-HOPPER_ENTRY int run_ampere(const hopper::tests::Case* c, const hopper::tests::Options* options,
-                          hopper::tests::Outcome* outcome) {
-    return hopper::tests::guarded(*options, *outcome,
-                                  [&](hopper::Context& context) { hopper::tests::run_case(context, *c); });
+NLORA_ENTRY int run_ampere(const Case* c, const Options* options,
+                          Outcome* outcome) {
+    return guarded(*options, *outcome,
+                                  [&](Context& context) { run_case(context, *c); });
 }
+
+}  // namespace nlora::cuda::tests

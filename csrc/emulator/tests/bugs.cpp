@@ -2,10 +2,10 @@
 // emulator must say which rule is broken, on every seed.
 #include <cstring>
 
-#include "../../cuda/context.cuh"
+#include "../../cuda/common/context.cuh"
 #include "runner.h"
 
-namespace hopper::tests {
+namespace nlora::cuda::tests {
 namespace {
 
 constexpr uint32_t kTileBytes = 8192;   // 64 × 64 elements
@@ -619,45 +619,45 @@ struct Bug {
     uint32_t resident = 0;
 };
 
-#define HOPPER_BUG(name, rule, ...) {name, rule, &__VA_ARGS__ false>, &__VA_ARGS__ true>}
+#define NLORA_BUG(name, rule, ...) {name, rule, &__VA_ARGS__ false>, &__VA_ARGS__ true>}
 
 const Bug kBugs[] = {
-    HOPPER_BUG("wrong_slot", "race|uninitialised read", wrong_slot<),
+    NLORA_BUG("wrong_slot", "race|uninitialised read", wrong_slot<),
     {"refill_without_release", "race", &refill_without_release<false>, &refill_without_release<true>,
      {1, 64, 1, 32 * 1024, 168}},
-    HOPPER_BUG("too_few_bytes", "transaction bytes", wrong_byte_count<-16,),
-    HOPPER_BUG("too_many_bytes", "transaction bytes", wrong_byte_count<16,),
-    HOPPER_BUG("one_arrival_too_many", "mbarrier arrivals", one_arrival_too_many<),
-    HOPPER_BUG("unfenced_barrier", "missing proxy fence", unfenced_barrier<),
-    HOPPER_BUG("barrier_before_init", "race|mbarrier not initialised", barrier_before_init<),
-    HOPPER_BUG("misaligned_tile", "alignment", misaligned_tile<),
-    HOPPER_BUG("invalid_map", "tensor map", invalid_map<),
-    HOPPER_BUG("exit_before_load", "exit with work in flight", exit_before_load<),
-    HOPPER_BUG("store_to_barrier", "control word", store_to_barrier<),
-    HOPPER_BUG("crowded_barriers", "control word", crowded_barriers<),
-    HOPPER_BUG("plain_flag_read", "control word", plain_flag_read<),
-    HOPPER_BUG("crowded_flags", "control word", crowded_flags<),
+    NLORA_BUG("too_few_bytes", "transaction bytes", wrong_byte_count<-16,),
+    NLORA_BUG("too_many_bytes", "transaction bytes", wrong_byte_count<16,),
+    NLORA_BUG("one_arrival_too_many", "mbarrier arrivals", one_arrival_too_many<),
+    NLORA_BUG("unfenced_barrier", "missing proxy fence", unfenced_barrier<),
+    NLORA_BUG("barrier_before_init", "race|mbarrier not initialised", barrier_before_init<),
+    NLORA_BUG("misaligned_tile", "alignment", misaligned_tile<),
+    NLORA_BUG("invalid_map", "tensor map", invalid_map<),
+    NLORA_BUG("exit_before_load", "exit with work in flight", exit_before_load<),
+    NLORA_BUG("store_to_barrier", "control word", store_to_barrier<),
+    NLORA_BUG("crowded_barriers", "control word", crowded_barriers<),
+    NLORA_BUG("plain_flag_read", "control word", plain_flag_read<),
+    NLORA_BUG("crowded_flags", "control word", crowded_flags<),
     {"flag_stored_over", "race", &flag_stored_over<false>, &flag_stored_over<true>, {2, 32, 1, 1024, 168}},
     {"flag_added_and_stored", "race", &flag_added_and_stored<false>, &flag_added_and_stored<true>,
      {2, 32, 1, 1024, 168}},
-    HOPPER_BUG("warps_race", "race|uninitialised read", warps_race<),
+    NLORA_BUG("warps_race", "race|uninitialised read", warps_race<),
     {"lanes_race", "race|uninitialised read", &lanes_race<false>, &lanes_race<true>, {1, 128, 1, 1024, 168}, true},
-    HOPPER_BUG("never_written", "uninitialised read", never_written<),
-    HOPPER_BUG("beyond_shared", "out of bounds", beyond_shared<),
-    HOPPER_BUG("beyond_global", "out of bounds", beyond_global<),
+    NLORA_BUG("never_written", "uninitialised read", never_written<),
+    NLORA_BUG("beyond_shared", "out of bounds", beyond_shared<),
+    NLORA_BUG("beyond_global", "out of bounds", beyond_global<),
     {"blocks_race", "race", &blocks_race<false>, &blocks_race<true>, {2, 64, 1, 1024, 168}},
-    HOPPER_BUG("half_a_warp", "divergent collective", half_a_warp<),
-    HOPPER_BUG("barrier_after_branch", "divergent collective", barrier_after_branch<),
-    HOPPER_BUG("changing_participants", "named barrier", changing_participants<),
-    HOPPER_BUG("differing_counts", "named barrier", differing_counts<),
-    HOPPER_BUG("cp_async_unwaited", "race", cp_async_unwaited<),
-    HOPPER_BUG("cp_async_unfenced", "missing proxy fence", cp_async_unfenced<),
-    HOPPER_BUG("no_fence_in_one_warp", "missing proxy fence", unfenced_staging<Fences::NotInWarp3,),
-    HOPPER_BUG("fence_after_barrier", "missing proxy fence", unfenced_staging<Fences::OnlyAfterBarrier,),
-    HOPPER_BUG("unordered_staging", "race|uninitialised read|missing proxy fence", unordered_staging<),
-    HOPPER_BUG("restaging", "race", restaging<),
-    HOPPER_BUG("wait_in_another_thread", "race", wait_in_another_thread<),
-    HOPPER_BUG("exit_before_store", "exit with work in flight", exit_before_store<),
+    NLORA_BUG("half_a_warp", "divergent collective", half_a_warp<),
+    NLORA_BUG("barrier_after_branch", "divergent collective", barrier_after_branch<),
+    NLORA_BUG("changing_participants", "named barrier", changing_participants<),
+    NLORA_BUG("differing_counts", "named barrier", differing_counts<),
+    NLORA_BUG("cp_async_unwaited", "race", cp_async_unwaited<),
+    NLORA_BUG("cp_async_unfenced", "missing proxy fence", cp_async_unfenced<),
+    NLORA_BUG("no_fence_in_one_warp", "missing proxy fence", unfenced_staging<Fences::NotInWarp3,),
+    NLORA_BUG("fence_after_barrier", "missing proxy fence", unfenced_staging<Fences::OnlyAfterBarrier,),
+    NLORA_BUG("unordered_staging", "race|uninitialised read|missing proxy fence", unordered_staging<),
+    NLORA_BUG("restaging", "race", restaging<),
+    NLORA_BUG("wait_in_another_thread", "race", wait_in_another_thread<),
+    NLORA_BUG("exit_before_store", "exit with work in flight", exit_before_store<),
     {"read_wait_before_flag", "race", &publishing<Publish::ReadWait, false>, &publishing<Publish::ReadWait, true>,
      {2, 128, 1, 32 * 1024, 168}},
     {"relaxed_flag", "race", &publishing<Publish::RelaxedFlag, false>, &publishing<Publish::RelaxedFlag, true>,
@@ -668,14 +668,14 @@ const Bug kBugs[] = {
      &publishing<Publish::NoConsumerFence, true>, {2, 128, 1, 32 * 1024, 168}},
     {"no_flag_wait", "race|uninitialised read", &publishing<Publish::NoFlagWait, false>,
      &publishing<Publish::NoFlagWait, true>, {2, 128, 1, 32 * 1024, 168}},
-    HOPPER_BUG("no_wgmma_fence", "missing wgmma_fence", multiplying<Mma::NoFence,),
-    HOPPER_BUG("wgmma_of_unfenced_writes", "missing proxy fence", multiplying<Mma::NoProxyFence,),
-    HOPPER_BUG("early_release", "race", multiplying<Mma::EarlyRelease,),
-    HOPPER_BUG("accumulator_read_in_flight", "accumulator in flight", multiplying<Mma::ReadInFlight,),
-    HOPPER_BUG("accumulator_written_in_flight", "accumulator in flight", multiplying<Mma::WriteInFlight,),
-    HOPPER_BUG("no_wgmma_wait", "exit with work in flight", multiplying<Mma::NoWait,),
-    HOPPER_BUG("differing_descriptors", "descriptor", multiplying<Mma::Descriptors,),
-    HOPPER_BUG("one_warp_does_not_wait", "race", multiplying<Mma::NoFullWait,),
+    NLORA_BUG("no_wgmma_fence", "missing wgmma_fence", multiplying<Mma::NoFence,),
+    NLORA_BUG("wgmma_of_unfenced_writes", "missing proxy fence", multiplying<Mma::NoProxyFence,),
+    NLORA_BUG("early_release", "race", multiplying<Mma::EarlyRelease,),
+    NLORA_BUG("accumulator_read_in_flight", "accumulator in flight", multiplying<Mma::ReadInFlight,),
+    NLORA_BUG("accumulator_written_in_flight", "accumulator in flight", multiplying<Mma::WriteInFlight,),
+    NLORA_BUG("no_wgmma_wait", "exit with work in flight", multiplying<Mma::NoWait,),
+    NLORA_BUG("differing_descriptors", "descriptor", multiplying<Mma::Descriptors,),
+    NLORA_BUG("one_warp_does_not_wait", "race", multiplying<Mma::NoFullWait,),
     {"local_arrive_at_peer", "scope", &reaching_across<Peer::LocalArrive, false>,
      &reaching_across<Peer::LocalArrive, true>, {2, 64, 2, 1024, 168}},
     {"block_scope_wait", "scope", &reaching_across<Peer::BlockScopeWait, false>,
@@ -685,14 +685,14 @@ const Bug kBugs[] = {
     {"unsynced_start", "race|mbarrier not initialised", &reaching_across<Peer::UnsyncedStart, false>,
      &reaching_across<Peer::UnsyncedStart, true>, {2, 64, 2, 1024, 168}},
     {"arrive_twice", "cluster barrier", &arrive_twice<false>, &arrive_twice<true>, {2, 64, 2, 1024, 168}},
-    HOPPER_BUG("circular", "deadlock", circular<),
+    NLORA_BUG("circular", "deadlock", circular<),
     {"static_order", "deadlock", &static_order<false>, &static_order<true>, {4, 32, 1, 1024, 168}, false, 2},
     {"register_shortage", "deadlock", &register_shortage<false>, &register_shortage<true>,
      {1, 384, 1, 1024, 168}},
-    HOPPER_BUG("uneven_registers", "setmaxnreg", uneven_registers<),
+    NLORA_BUG("uneven_registers", "setmaxnreg", uneven_registers<),
 };
 
-#undef HOPPER_BUG
+#undef NLORA_BUG
 
 void run_case(Context& context, const Bug& bug, bool broken) {
     std::vector<uint16_t> ones(64 * 64, 0x3F80);
@@ -710,21 +710,22 @@ void run_case(Context& context, const Bug& bug, bool broken) {
 }
 
 }  // namespace
-}  // namespace hopper::tests
 
 extern "C" int bug_count() {
-    return int(std::size(hopper::tests::kBugs));
+    return int(std::size(kBugs));
 }
 
 // "name,rule or rules,1 if it needs lane clocks"
 extern "C" void bug_text(int index, char* text, int size) {
-    const auto& bug = hopper::tests::kBugs[index];
+    const auto& bug = kBugs[index];
     std::snprintf(text, size_t(size), "%s,%s,%d", bug.name, bug.rule, bug.lanes_only);
 }
 
-extern "C" int run_bug(int index, int broken, const hopper::tests::Options* options,
-                       hopper::tests::Outcome* outcome) {
-    const auto& bug = hopper::tests::kBugs[index];
-    return hopper::tests::guarded(*options, *outcome,
-                                  [&](hopper::Context& context) { run_case(context, bug, broken != 0); });
+extern "C" int run_bug(int index, int broken, const Options* options,
+                       Outcome* outcome) {
+    const auto& bug = kBugs[index];
+    return guarded(*options, *outcome,
+                                  [&](Context& context) { run_case(context, bug, broken != 0); });
 }
+
+}  // namespace nlora::cuda::tests

@@ -1,8 +1,11 @@
 // The GEMM behind a C interface: compiled by a host compiler for the emulator and by nvcc for a device.
-#include "../../cuda/gemm_launch.cuh"
+#include "../../cuda/sm90/gemm_launch.cuh"
 #include "runner.h"
 
-namespace hopper::tests {
+namespace nlora::cuda::tests {
+
+using namespace sm90;
+
 namespace {
 
 // One launch; the operands and results as in Product, all host memory.
@@ -28,7 +31,7 @@ void run_tile(Context& context, int32_t tile, const Product& product, uint32_t b
 // every flag, before and, but for the flags, after.
 void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t* control) {
     const auto bytes = [](const Matrix& x) {
-        return size_t((x.rows - 1) * x.row_stride + x.cols) * (x.dtype == nlora::Dtype::kFloat32 ? 4 : 2);
+        return size_t((x.rows - 1) * x.row_stride + x.cols) * (x.dtype == Dtype::kFloat32 ? 4 : 2);
     };
     size_t words = 0;
     for (const GemmCase* c = cases; c < cases + count; ++c) {
@@ -67,11 +70,12 @@ void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t*
 }
 
 }  // namespace
-}  // namespace hopper::tests
 
-HOPPER_ENTRY int run_gemm(const hopper::tests::GemmCase* cases, int32_t count, uint32_t* control,
-                        const hopper::tests::Options* options, hopper::tests::Outcome* outcome) {
-    return hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) {
+NLORA_ENTRY int run_gemm(const GemmCase* cases, int32_t count, uint32_t* control,
+                        const Options* options, Outcome* outcome) {
+    return guarded(*options, *outcome, [&](Context& context) {
         run_cases(context, cases, count, control);
     });
 }
+
+}  // namespace nlora::cuda::tests

@@ -1,9 +1,9 @@
 // Gather and residual behind a C interface: compiled by a host compiler for the emulator and by nvcc for a device.
-#include "../../cuda/gather.cuh"
-#include "../../cuda/residual.cuh"
+#include "../../cuda/common/gather.cuh"
+#include "../../cuda/common/residual.cuh"
 #include "runner.h"
 
-namespace hopper::tests {
+namespace nlora::cuda::tests {
 namespace {
 
 // Layer l of W begins at `weight` + l·layer_stride; everything else is contiguous, layer after layer.
@@ -74,16 +74,17 @@ void residual(Context& context, const NystromCase& c) {
 }
 
 }  // namespace
-}  // namespace hopper::tests
 
-HOPPER_ENTRY int run_gather(const hopper::tests::NystromCase* c, const hopper::tests::Options* options,
-                          hopper::tests::Outcome* outcome) {
-    return hopper::tests::guarded(*options, *outcome,
-                                  [&](hopper::Context& context) { hopper::tests::gather(context, *c); });
+NLORA_ENTRY int run_gather(const NystromCase* c, const Options* options,
+                          Outcome* outcome) {
+    return guarded(*options, *outcome,
+                                  [&](Context& context) { gather(context, *c); });
 }
 
-HOPPER_ENTRY int run_residual(const hopper::tests::NystromCase* c, const hopper::tests::Options* options,
-                            hopper::tests::Outcome* outcome) {
-    return hopper::tests::guarded(*options, *outcome,
-                                  [&](hopper::Context& context) { hopper::tests::residual(context, *c); });
+NLORA_ENTRY int run_residual(const NystromCase* c, const Options* options,
+                            Outcome* outcome) {
+    return guarded(*options, *outcome,
+                                  [&](Context& context) { residual(context, *c); });
 }
+
+}  // namespace nlora::cuda::tests

@@ -1,11 +1,11 @@
 // The probes behind a C interface: compiled by a host compiler for the emulator and by nvcc for a device.
 #include <cstring>
 
-#include "../../cuda/context.cuh"
+#include "../../cuda/common/context.cuh"
 #include "probes.cuh"
 #include "runner.h"
 
-namespace hopper::tests {
+namespace nlora::cuda::tests {
 namespace {
 
 // How to lay a row-major matrix of 16-bit elements over a buffer.
@@ -128,17 +128,16 @@ void run_case(Context& context, const ProbeCase& c) {
 }
 
 }  // namespace
-}  // namespace hopper::tests
 
-HOPPER_ENTRY int run_probe(const hopper::tests::ProbeCase* c, const hopper::tests::Options* options,
-                         hopper::tests::Outcome* outcome) {
-    return hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) { run_case(context, *c); });
+NLORA_ENTRY int run_probe(const ProbeCase* c, const Options* options,
+                         Outcome* outcome) {
+    return guarded(*options, *outcome, [&](Context& context) { run_case(context, *c); });
 }
 
 // The device's name goes into outcome->text.
-HOPPER_ENTRY int name_device(const hopper::tests::Options* options, hopper::tests::Outcome* outcome) {
+NLORA_ENTRY int name_device(const Options* options, Outcome* outcome) {
     std::string name;
-    const int status = hopper::tests::guarded(*options, *outcome, [&](hopper::Context& context) {
+    const int status = guarded(*options, *outcome, [&](Context& context) {
         name = context.name();
     });
     if (status == 0) {
@@ -146,3 +145,5 @@ HOPPER_ENTRY int name_device(const hopper::tests::Options* options, hopper::test
     }
     return status;
 }
+
+}  // namespace nlora::cuda::tests

@@ -2,9 +2,9 @@
 // the emulator and on a device: inputs are small integers, so every sum is exact.
 #pragma once
 
-#include "../../cuda/hopper.cuh"
+#include "../../cuda/common/layer.cuh"
 
-namespace hopper::tests {
+namespace nlora::cuda::tests {
 
 struct ProbeProblem {
     TensorMap a, b;
@@ -344,4 +344,4 @@ __global__ void convert_kernel(const __grid_constant__ ProbeProblem p) {
     }
 }
 
-}  // namespace hopper::tests
+}  // namespace nlora::cuda::tests

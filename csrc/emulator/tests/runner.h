@@ -5,28 +5,28 @@
 #include <stdexcept>
 #include <string>
 
-#include "../../cuda/context.cuh"
-#include "../../cuda/gradient.h"
+#include "../../cuda/common/context.cuh"
+#include "../../cuda/common/gradient.h"
 #include "../../ops.h"
 
 // NOTE: nvcc hides a function whose arguments have a type of an unnamed namespace.
-#define HOPPER_ENTRY extern "C" __attribute__((visibility("default")))
+#define NLORA_ENTRY extern "C" __attribute__((visibility("default")))
 
-namespace hopper::tests {
+namespace nlora::cuda::tests {
 
 // Matrices of a case: copied to the memory of the run, and the results back.
 class Matrices {
 public:
     explicit Matrices(Context& context) : context_(context) {}
 
-    nlora::Matrix input(nlora::Matrix matrix) {
+    Matrix input(Matrix matrix) {
         if (matrix) {
             matrix.data = context_.input(matrix.data, bytes(matrix));
         }
         return matrix;
     }
 
-    nlora::Matrix output(nlora::Matrix matrix) {
+    Matrix output(Matrix matrix) {
         if (matrix) {
             results_.push_back({matrix.data, context_.output(bytes(matrix)), bytes(matrix)});
             matrix.data = results_.back().device;
@@ -47,9 +47,9 @@ private:
     };
 
     // From the first element to the last.
-    static size_t bytes(const nlora::Matrix& matrix) {
+    static size_t bytes(const Matrix& matrix) {
         const int64_t elements = (matrix.rows - 1) * matrix.row_stride + (matrix.cols - 1) * matrix.col_stride + 1;
-        return size_t(elements) * (matrix.dtype == nlora::Dtype::kFloat32 ? 4 : 2);
+        return size_t(elements) * (matrix.dtype == Dtype::kFloat32 ? 4 : 2);
     }
 
     Context& context_;
@@ -62,13 +62,13 @@ struct Case {
     int32_t number;   // of splits, or what else the kernel counts
     int32_t flag;
     float scaling;
-    nlora::Matrix matrices[9];
+    Matrix matrices[9];
 };
 
 // The gradients of a case: wide, narrow and slices of each, all of case.number splits.
 inline std::vector<Gradient> gradients_of(const Case& c, Matrices& matrices) {
     std::vector<Gradient> gradients;
-    for (const nlora::Matrix* m = c.matrices; m != c.matrices + 9 && *m; m += 3) {
+    for (const Matrix* m = c.matrices; m != c.matrices + 9 && *m; m += 3) {
         gradients.push_back({matrices.input(m[0]), matrices.input(m[1]), matrices.output(m[2]), uint32_t(c.number)});
     }
     return gradients;
@@ -122,4 +122,4 @@ int guarded(const Options& options, Outcome& outcome, Body body) {
     }
 }
 
-}  // namespace hopper::tests
+}  // namespace nlora::cuda::tests

@@ -4,9 +4,11 @@
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 
-#include "../../../cuda/layout.cuh"
+#include "../../../cuda/common/layout.cuh"
 
 namespace {
+
+namespace ours = nlora::cuda;
 
 int differences = 0;
 
@@ -23,8 +25,8 @@ void compare_accumulators() {
     for (int thread = 0; thread < 128; ++thread) {
         for (int i = 0; i < N / 2; ++i) {
             const int index = layout(thread, i);
-            const auto row = int(hopper::accumulator_row(thread / 32, thread % 32, i));
-            const auto column = int(hopper::accumulator_column(thread % 32, i));
+            const auto row = int(ours::accumulator_row(thread / 32, thread % 32, i));
+            const auto column = int(ours::accumulator_column(thread % 32, i));
             expect(index % 64 == row, "accumulator row", thread, i);
             expect(index / 64 == column, "accumulator column", thread, i);
         }
@@ -32,10 +34,10 @@ void compare_accumulators() {
 }
 
 template <int Bits>
-void compare_swizzle(hopper::Swizzle mode) {
+void compare_swizzle(ours::Swizzle mode) {
     const cute::Swizzle<Bits, 4, 3> swizzle;
     for (int address = 0; address < 4096; ++address) {
-        expect(swizzle(address) == int(hopper::swizzled(address, mode)), "swizzle", Bits, address);
+        expect(swizzle(address) == int(ours::swizzled(address, mode)), "swizzle", Bits, address);
     }
 }
 
@@ -55,31 +57,31 @@ void compare_tile(const Tensor& tile, Linear linear, const char* what) {
     for (int row = 0; row < 128; ++row) {
         for (int k = 0; k < 64; ++k) {
             const auto offset = reinterpret_cast<const uint8_t*>(&tile(row, k)) - memory;
-            expect(uint32_t(offset) == hopper::swizzled(linear(row, k), hopper::Swizzle::B128), what, row, k);
+            expect(uint32_t(offset) == ours::swizzled(linear(row, k), ours::Swizzle::B128), what, row, k);
         }
     }
 }
 
 void compare_descriptor(uint32_t start, uint32_t leading, uint32_t stride, cute::SM90::GMMA::LayoutType type,
-                        hopper::Swizzle mode) {
+                        ours::Swizzle mode) {
     cute::GmmaDescriptor expected;
     expected.bitfield.start_address_ = uint16_t((start & 0x3FFFF) >> 4);
     expected.bitfield.leading_byte_offset_ = uint16_t(leading >> 4);
     expected.bitfield.stride_byte_offset_ = uint16_t(stride >> 4);
     expected.bitfield.base_offset_ = 0;
     expected.bitfield.layout_type_ = uint8_t(type);
-    const uint64_t ours = hopper::matrix_descriptor(start, leading, stride, mode);
-    expect(uint64_t(expected) == ours, "descriptor", int(start), int(stride));
+    const uint64_t made = ours::matrix_descriptor(start, leading, stride, mode);
+    expect(uint64_t(expected) == made, "descriptor", int(start), int(stride));
 }
 
 // The strides that CuTe itself derives for a tile.
 template <cute::SM90::GMMA::Major MajorMode, class Tensor>
-void compare_derived_descriptor(const Tensor& tile, uint64_t ours, const char* what) {
+void compare_derived_descriptor(const Tensor& tile, uint64_t made, const char* what) {
     const auto slice = cute::local_tile(tile, cute::Shape<cute::_128, cute::_16>{}, cute::make_coord(0, 0));
     const uint64_t derived = cute::SM90::GMMA::make_gmma_desc<MajorMode>(slice);
     // The start address is this process's; a swizzled K-major operand has no use for the leading offset.
     const uint64_t mask = MajorMode == cute::SM90::GMMA::Major::MN ? ~0ull << 16 : ~0ull << 32;
-    expect((derived & mask) == (ours & mask), what, 0, 0);
+    expect((derived & mask) == (made & mask), what, 0, 0);
 }
 
 }  // namespace
@@ -90,20 +92,20 @@ int main() {
     compare_accumulators<64>();
     compare_accumulators<128>();
     compare_accumulators<256>();
-    compare_swizzle<3>(hopper::Swizzle::B128);
-    compare_swizzle<2>(hopper::Swizzle::B64);
-    compare_swizzle<1>(hopper::Swizzle::B32);
-    compare_swizzle<0>(hopper::Swizzle::None);
+    compare_swizzle<3>(ours::Swizzle::B128);
+    compare_swizzle<2>(ours::Swizzle::B64);
+    compare_swizzle<1>(ours::Swizzle::B32);
+    compare_swizzle<0>(ours::Swizzle::None);
     // As one TMA box leaves it, and as two boxes of 64 elements by 64 k, one after another.
     const auto k_major = tile_of(Layout_K_SW128_Atom<Element>{}, cute::Step<cute::_1, cute::_2>{});
     const auto mn_major = tile_of(Layout_MN_SW128_Atom<Element>{}, cute::Step<cute::_2, cute::_1>{});
     compare_tile(k_major, [](int row, int k) { return row * 128 + k * 2; }, "K-major tile");
     compare_tile(mn_major, [](int row, int k) { return row / 64 * 8192 + k * 128 + row % 64 * 2; }, "MN-major tile");
-    compare_derived_descriptor<Major::K>(k_major, hopper::k_major_descriptor(0), "derived K-major descriptor");
-    compare_derived_descriptor<Major::MN>(mn_major, hopper::mn_major_descriptor(0, 64), "derived MN-major descriptor");
-    compare_descriptor(0x1C400, 16, 1024, LayoutType::B128, hopper::Swizzle::B128);
-    compare_descriptor(0x38000, 8192, 512, LayoutType::B64, hopper::Swizzle::B64);
-    compare_descriptor(0x400, 2048, 256, LayoutType::B32, hopper::Swizzle::B32);
-    compare_descriptor(0x10, 128, 64, LayoutType::INTERLEAVE, hopper::Swizzle::None);
+    compare_derived_descriptor<Major::K>(k_major, ours::k_major_descriptor(0), "derived K-major descriptor");
+    compare_derived_descriptor<Major::MN>(mn_major, ours::mn_major_descriptor(0, 64), "derived MN-major descriptor");
+    compare_descriptor(0x1C400, 16, 1024, LayoutType::B128, ours::Swizzle::B128);
+    compare_descriptor(0x38000, 8192, 512, LayoutType::B64, ours::Swizzle::B64);
+    compare_descriptor(0x400, 2048, 256, LayoutType::B32, ours::Swizzle::B32);
+    compare_descriptor(0x10, 128, 64, LayoutType::INTERLEAVE, ours::Swizzle::None);
     return differences != 0;
 }

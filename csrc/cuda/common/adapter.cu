@@ -1,0 +1,13 @@
+#include "core.cuh"
+#include "finish.cuh"
+#include "fold.cuh"
+
+namespace nlora::cuda {
+
+template void launch_fold(Stream&, const Matrix&, const Matrix&, float, const Matrix&);
+template void launch_finishes(Stream&, const Finish*, uint32_t);
+template void launch_core(Stream&, const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix&);
+template void launch_core_backward(Stream&, const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix&,
+                                   const Matrix&, const Matrix&, const Matrix&);
+
+}  // namespace nlora::cuda
