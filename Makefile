@@ -56,7 +56,7 @@ sanitize: $(READY)
 # Everything that a GPU can show, in one call of under ten minutes; the results go to $OUT. FLAGS="--only bench", --resume,
 # or --rehearse without a GPU. It builds what it needs by itself, under PYTHON=python3 as well.
 gpu-proof: $(filter .venv/%,$(READY))
-	$(PYTHON) bench/gpu/proof.py --out $(OUT) $(FLAGS)
+	$(PYTHON) -m bench.gpu.proof --out $(OUT) $(FLAGS)
 
 extension: $(filter .venv/%,$(READY))
 	$(PYTHON) setup.py -q build_ext --inplace

@@ -1,10 +1,5 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_addoption(parser):
@@ -26,7 +21,7 @@ def cap(request):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     """What the figures depend on; pytest-benchmark adds the commit and the rest."""
-    from nlora_kernels import doctor
+    from nlora_kernels.cli import doctor
 
     found = doctor.report()
     cpu = found["cpu"] | {"kernels_use": config.getoption("--cap") or found["cpu"]["kernels_use"]}

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from shapes import WITH_BIAS, Cell
 from torch import Tensor, nn
 
 import nlora_kernels as nk
+from bench.cells import WITH_BIAS, Cell
 from nlora_kernels import testing
 
 PEFT = ("peft", "peft_base_dtype", "peft_compiled")

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from timing import interleave, median_ratio
+
+from bench.timing import interleave, median_ratio
 
 
 def seconds_of(request) -> float:

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-import rows
-import shapes
 import torch
 from torch import Tensor, nn
 
 import nlora_kernels as nk
+from bench import cells, rows
 from nlora_kernels import testing
 
 
@@ -32,7 +31,7 @@ class Case(NamedTuple):
 
 
 CHEAP = ("lora", "slora", "nlora", "nlora_residual", "nlora_optimal_residual")
-BLOCK = tuple(shapes.MODELS["Llama-2-7B"])
+BLOCK = tuple(cells.MODELS["Llama-2-7B"])
 CASES = [
     Case(
         "DeBERTa-v3-base",
@@ -85,7 +84,7 @@ class Block:
     def __init__(self, case: Case, impl: str):
         generator = torch.Generator().manual_seed(0)
         self.impl, self.r = impl, case.r
-        sizes = [shapes.MODELS[case.model][layer] for layer in case.layers]
+        sizes = [cells.MODELS[case.model][layer] for layer in case.layers]
         self.weights = [torch.randn(N, K, generator=generator) / math.sqrt(K) for K, N in sizes]
         self.linears = [nn.Linear(*size, bias=False, device="meta") for size in sizes]
         for linear in self.linears:
@@ -133,7 +132,7 @@ def test_init(benchmark, request, case, impl):
     error = target.check()
     for other in others.values():
         other.check()
-    sizes = [shapes.MODELS[case.model][layer] for layer in case.layers]
+    sizes = [cells.MODELS[case.model][layer] for layer in case.layers]
     touched = sum(K * N for K, N in sizes)
     what = "all linear layers of a block" if len(case.layers) > 1 else case.layers[0]
     info = {"model": case.model, "layer": what, "shape": f"{case.model} {what}", "r": case.r, "dtype": "float32"}

@@ -7,13 +7,12 @@ To measure as on a CPU without AVX-512, limit both sides: --cap avx2, and in the
 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
-import implementations
 import pytest
-import rows
-import shapes
-from timing import peak_bytes, saved_bytes
 
-CASES = [(cell, name) for cell in shapes.CELLS for name in implementations.names(cell)]
+from bench import cells, implementations, rows
+from bench.timing import peak_bytes, saved_bytes
+
+CASES = [(cell, name) for cell in cells.CELLS for name in implementations.names(cell)]
 
 
 @pytest.mark.parametrize("cell, impl", CASES, ids=[f"{cell}-{name}" for cell, name in CASES])

@@ -9,15 +9,14 @@ import statistics
 
 import peft
 import pytest
-import rows
-import shapes
 import torch
 from torch import nn
 
 import nlora_kernels as nk
+from bench import cells, rows
 from nlora_kernels.lora2 import RankAllocator, native, orthogonal_penalty
 
-SHAPES = {name.replace(".", "_"): shape for name, shape in shapes.MODELS["DeBERTa-v3-base"].items()}
+SHAPES = {name.replace(".", "_"): shape for name, shape in cells.MODELS["DeBERTa-v3-base"].items()}
 BLOCKS, R, K = 12, 8, 8
 DELTA_T = 10
 SCHEDULE = {"target_rank": 2, "total_steps": 100_000, "t_init": 0, "t_final": 50_000, "delta_t": DELTA_T}

@@ -1,8 +1,9 @@
 """The ceilings of the roofline: what the library's large product and a copy reach on this machine."""
 
 import pytest
-import rows
 import torch
+
+from bench import rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"], ids="smoke-{}".format)

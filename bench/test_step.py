@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import peft
 import pytest
-import rows
-import shapes
 import torch
-from timing import peak_bytes, saved_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench import cells, rows
+from bench.timing import peak_bytes, saved_bytes
 from nlora_kernels import backends
 from nlora_kernels.peft import LoRA2Config, NLoraConfig, fuse
 
@@ -30,7 +29,7 @@ class Case(NamedTuple):
     smoke: bool = False
 
     def build(self) -> LlamaForCausalLM:
-        layers = shapes.MODELS[self.model]
+        layers = cells.MODELS[self.model]
         hidden, intermediate = layers["gate_proj"]
         config = LlamaConfig(
             vocab_size=self.vocabulary,

@@ -1,7 +1,7 @@
 """Fused three-matrix LoRA kernels: y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ, and the LoRA² chain, behind torch autograd.
 
-Importing the package imports torch and nothing else; `peft`, `trainer`, `lora2`, `checkpoint`, `plotting`, `benchmarks`
-and `doctor` are loaded when first used. Where PEFT is imported too, before or after, it knows the adapter types.
+Importing the package imports torch and nothing else; `peft`, `trainer`, `lora2`, `checkpoint`, `plotting`
+and `cli` are loaded when first used. Where PEFT is imported too, before or after, it knows the adapter types.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from .ops import lora2_core, lora2_linear, lora_linear
 __version__ = "0.1.0"
 __all__ = ["LoRA2Linear", "NLoraLinear", "backends", "init", "lora2_core", "lora2_linear", "lora_linear"]
 
-_LAZY = ("benchmarks", "checkpoint", "doctor", "lora2", "peft", "plotting", "trainer", "tuning", "verify")
+_LAZY = ("checkpoint", "cli", "lora2", "peft", "plotting", "trainer", "tuning")
 
 
 def __getattr__(name: str):

@@ -92,7 +92,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def draw_ranks(ranks: RankMap, path: str | Path) -> None:
     """Writes the heat map of kept ranks to a PNG."""
-    figure = _figure(1.5 + 0.7 * len(ranks.columns), 1.5 + 0.35 * len(ranks.rows))
+    figure = new_figure(1.5 + 0.7 * len(ranks.columns), 1.5 + 0.35 * len(ranks.rows))
     axes = figure.subplots()
     cells = [[float("nan") if value is None else value for value in row] for row in ranks.kept]
     image = axes.imshow(cells, cmap="viridis", aspect="auto", vmin=0)
@@ -110,7 +110,7 @@ def draw_ranks(ranks: RankMap, path: str | Path) -> None:
 
 def draw_training(log: list[dict], path: str | Path) -> None:
     """Writes the curves of loss and, where it was logged, of the rank budget to a PNG."""
-    figure = _figure(6, 3.5)
+    figure = new_figure(6, 3.5)
     axes = figure.subplots()
     [loss] = axes.plot([entry["step"] for entry in log], [entry["loss"] for entry in log], color="tab:blue")
     axes.set(xlabel="step", ylabel="training loss")
@@ -162,7 +162,7 @@ def made_folder(out: str | Path) -> Path:
     return out
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     # NOTE: not through pyplot, which opens displays and keeps every figure.
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """Time of a layer against the base product alone and against every baseline, in one process and by turns.
 
-A cell is a layer of bench/shapes.py with every implementation of bench/implementations.py. Each is checked against fp64
+A cell is a layer of bench/cells.py with every implementation of bench/implementations.py. Each is checked against fp64
 first, then captured over rotated buffers larger than three times L2, and the graphs are replayed by turns with the base
 layer's: base, first, second, …, base, … A figure is the median of the ratios to the base of the same round, with the
 20th and 80th percentile. The same is timed eagerly, from Python, as a second figure.
@@ -12,15 +12,15 @@ import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
-import implementations
 import peft  # noqa: F401  (so that it is there before the clock runs)
 import torch
 import torch.nn.functional as F
-from layers import emulate, named
-from shapes import MODELS, Cell
-from timing import median_ratio
 
 import nlora_kernels as nk
+from bench import implementations
+from bench.cells import MODELS, Cell
+from bench.gpu.layers import emulate, named
+from bench.timing import median_ratio
 
 NAMES = ("lean", "cuda", "triton", "peft", "peft_base_dtype")
 # Of a stage that a CPU stands in for.

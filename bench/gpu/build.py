@@ -1,6 +1,6 @@
 """What the stages need built: used as it is where it was built before and loads, else built here.
 
-python bench/gpu/build.py extension|"device library"|triton [--rehearse]
+python -m bench.gpu.build extension|"device library"|triton [--rehearse]
 """
 
 import argparse
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 BOUNDED = ROOT / "build" / "bounded"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -80,7 +79,6 @@ def device_library(rehearse: bool) -> None:
 
 def triton(rehearse: bool) -> None:
     """The kernels of the Triton stages into Triton's cache, in as many processes as there are processors but two."""
-    sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "gpu")]
     calls = list(dict.fromkeys(triton_calls(rehearse)))
     workers = max(1, len(os.sched_getaffinity(0)) - 2)
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin) as pool:
@@ -109,12 +107,8 @@ def triton_calls(rehearse: bool) -> list[Call]:
     bf16, fp16, fp32 = "bfloat16", "float16", "float32"
     if rehearse:
         return [Call(fp16, fp16, (37, 72, 136, 16))]
-    import layers
-    import stress
-    import tune
-    from shapes import WITH_BIAS
-
-    import bench
+    from bench.cells import WITH_BIAS
+    from bench.gpu import bench, layers, stress, tune
 
     found = [Call(*dtypes, shape, bias=True) for shape in layers.TRITON for dtypes in ((bf16, fp32), (fp16, fp16))]
     odd = layers.TRITON_ODD[1:]

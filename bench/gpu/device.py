@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nlora_kernels.verify import child
+from nlora_kernels.cli.verify import child
 
 ROUNDS, WARM_MS = 30, 300
 

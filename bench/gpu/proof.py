@@ -23,10 +23,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from stage import UNFINISHED, lines_of
+from bench.gpu.stage import UNFINISHED, lines_of
 
-FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # NOTE: by its file, for the package imports torch.
 _spec = importlib.util.spec_from_file_location("process", ROOT / "nlora_kernels" / "process.py")
@@ -131,7 +130,7 @@ class Proof:
 
     def run(self, stages: list[Stage]) -> int:
         for name in dict.fromkeys(need for stage in stages for need in stage.needs):
-            self.builds[name] = self.start(f"build-{name}", ["build.py", name, *self.rehearse()], held=False)
+            self.builds[name] = self.start(f"build-{name}", ["build", name, *self.rehearse()], held=False)
         self.write()
         pending, alive, following = list(stages), True, {}
         while pending:
@@ -149,7 +148,7 @@ class Proof:
                 result = {"status": SKIPPED, "why": "no time was left"}
             else:
                 child = following.pop(stage.name, None) or self.start(stage.name, self.command(stage), stage)
-                check = self.start("alive", ["stage.py", "alive", *self.rehearse()])
+                check = self.start("alive", ["stage", "alive", *self.rehearse()])
                 # They import what they need while this one runs, and then wait.
                 for upcoming in filter(self.ready, pending[:1]):
                     if upcoming.name not in following:
@@ -194,22 +193,20 @@ class Proof:
         return ended
 
     def command(self, stage: Stage) -> list:
-        under = []
-        if stage.sanitizer and not self.options.rehearse:
-            under = [sanitizer(), "--tool", stage.sanitizer, "--kernel-name", "kns=nlora", "--error-exitcode", "9"]
         bounded = ["--bounded"] if "bounded" in stage.needs else []
-        return [*under, "stage.py", stage.cells, "--name", stage.name, "--out", self.out, *bounded, *self.rehearse()]
+        return ["stage", stage.cells, "--name", stage.name, "--out", self.out, *bounded, *self.rehearse()]
 
     def rehearse(self) -> list[str]:
         return ["--rehearse"] if self.options.rehearse else []
 
     def start(self, name: str, command: list, stage: Stage | None = None, held: bool = True) -> process.Child:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        """Runs a module of this folder with its arguments, which `command` is."""
+        environment, under = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}, []
         if stage and self.options.rehearse:
             environment |= stage.rehearsed_in
-        script = next(word for word in command if str(word).endswith(".py"))
-        at = command.index(script)
-        command = [*command[:at], sys.executable, FOLDER / script, *command[at + 1 :]]
+        elif stage and stage.sanitizer:
+            under = [sanitizer(), "--tool", stage.sanitizer, "--kernel-name", "kns=nlora", "--error-exitcode", "9"]
+        command = [*under, sys.executable, "-m", f"bench.gpu.{command[0]}", *command[1:]]
         file = open(self.out / f"{name.replace(' ', '-')}.log", "w+b")
         return process.start(command, file, env=environment, cwd=ROOT, held=held)
 
@@ -269,7 +266,7 @@ class Proof:
     def alive(self, check: process.Child) -> bool:
         """Whether a fresh process can still multiply on the device."""
         for attempt in range(ATTEMPTS):
-            check = check if attempt == 0 else self.start("alive", ["stage.py", "alive", *self.rehearse()])
+            check = check if attempt == 0 else self.start("alive", ["stage", "alive", *self.rehearse()])
             ended = self.go(check, time.monotonic() + min(ALIVE, max(LEAST, self.left())), ALIVE)
             if ended.status == "ok":
                 return True

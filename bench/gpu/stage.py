@@ -1,6 +1,6 @@
 """One stage of the proof: its cells one after the other, each a line when it begins and a line when it ends.
 
-    python bench/gpu/stage.py MODULE:FUNCTION --name STAGE --out DIR [--rehearse]      as proof.py starts it
+    python -m bench.gpu.stage MODULE:FUNCTION --name STAGE --out DIR [--rehearse]      as proof.py starts it
 
 It imports what it needs and waits for a line that says for how many seconds it may go on; then it runs the cells that
 cells.jsonl does not hold yet. A cell returns its figures or raises. Exit status 1 after a failed cell, 3 where time ran
@@ -16,9 +16,6 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
 UNFINISHED = 3
 
 
@@ -32,15 +29,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.bounded and not options.rehearse:
         load_bounded()
-    import device
     import torch
 
+    from bench.gpu import device
     from nlora_kernels import process
 
     # What started it may be a sanitizer.
     process.end_with_parent()
     module, _, function = options.cells.partition(":")
-    cells = alive if module == "alive" else getattr(importlib.import_module(module), function)
+    cells = alive if module == "alive" else getattr(importlib.import_module(f"bench.gpu.{module}"), function)
     words = sys.stdin.readline()
     if not words:
         # Whoever started this is gone, or needs it no more.
@@ -98,7 +95,7 @@ def load_bounded() -> None:
     """Takes the extension that build.py built with --bound-spins for that of the package."""
     import importlib.util
 
-    import build
+    from bench.gpu import build
 
     spec = importlib.util.spec_from_file_location("nlora_kernels._C", build.bounded_extension())
     module = importlib.util.module_from_spec(spec)

@@ -69,7 +69,7 @@ def launches(machine, backend, shape, dtype, streams, graph=False) -> dict:
 
 
 def cells(machine) -> dict:
-    from layers import emulate
+    from bench.gpu.layers import emulate
 
     emulate(machine)
     bf16, fp16 = torch.bfloat16, torch.float16

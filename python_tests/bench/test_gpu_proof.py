@@ -13,22 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu import device, proof, stage
 from python_tests import ROOT
-
-FOLDER = ROOT / "bench" / "gpu"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is for machines with CUDA, and needs their kernel")
 
 
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    for folder in (ROOT / "bench", FOLDER):
-        monkeypatch.syspath_prepend(str(folder))
-
-
 def start(out, *arguments):
-    command = [sys.executable, FOLDER / "proof.py", "--rehearse", "--out", out, *arguments]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "bench.gpu.proof", "--rehearse", "--out", out, *arguments]
+    return subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def run(out, *arguments):
@@ -51,25 +46,22 @@ def left_of(out) -> list[str]:
 
 
 def test_every_stage_has_cells_that_need_no_gpu_to_be_listed(tmp_path):
-    import device
-    import proof
-
     class Absent(device.Gpu):
         def __init__(self):
             self.out = tmp_path
 
-    for stage in proof.STAGES:
-        module, function = stage.cells.split(":")
-        cells = getattr(importlib.import_module(module), function)(Absent())
-        assert cells and all(map(callable, cells.values())), stage.name
-        assert set(stage.needs) <= proof.BUILDS.keys()
-    names = [stage.name for stage in proof.STAGES]
+    for each in proof.STAGES:
+        module, function = each.cells.split(":")
+        cells = getattr(importlib.import_module(f"bench.gpu.{module}"), function)(Absent())
+        assert cells and all(map(callable, cells.values())), each.name
+        assert set(each.needs) <= proof.BUILDS.keys()
+    names = [each.name for each in proof.STAGES]
     assert len(set(names)) == len(names)
 
 
 def test_the_runner_itself_never_imports_torch():
-    code = "import sys, proof; assert 'torch' not in sys.modules and proof.process.STATUSES"
-    assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER).returncode == 0
+    code = "import sys\nfrom bench.gpu import proof\nassert 'torch' not in sys.modules and proof.process.STATUSES"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_the_environment_names_the_folder_of_the_results():
@@ -96,8 +88,6 @@ def test_a_hang_and_a_crash_cost_one_cell_each(tmp_path):
 
 
 def test_a_stage_that_ends_otherwise_than_it_should_fails_the_whole(tmp_path, monkeypatch):
-    import proof
-
     stages = [stage._replace(ends="ok") for stage in proof.FAULTS if stage.name == "crash"]
     options = proof.arguments(["--rehearse", "--out", str(tmp_path)])
     assert proof.Proof(options).run(stages) == 1
@@ -144,8 +134,6 @@ def test_an_interrupt_takes_the_stages_with_it(tmp_path):
 
 
 def test_a_line_that_was_cut_short_is_passed_over(tmp_path):
-    import stage
-
     file = tmp_path / "cells.jsonl"
     file.write_text('{"stage": "a", "cell": "b"}\n{"stage": "a", "ce')
     assert stage.lines_of(file) == [{"stage": "a", "cell": "b"}]
@@ -156,21 +144,22 @@ def test_a_folder_may_hold_an_extension_in_place_of_the_packages_own(tmp_path):
     own = pytest.importorskip("nlora_kernels._C").__file__
     other = str(shutil.copy(own, tmp_path / "_C.so"))
     code = f"""
-import build, stage
+from bench.gpu import build, stage
 build.bounded_extension = lambda: {other!r}
 stage.load_bounded()
 from nlora_kernels.backends import native
 assert native._C.__file__ == {other!r}, native._C.__file__
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, env=environment, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
 
 
 def test_the_extension_is_built_without_reading_pyproject():
     """An older setuptools refuses what it says of the licence."""
     code = """
-import build, setup, setuptools
+import setup, setuptools
+from bench.gpu import build
 built = []
 setup.NinjaBuild.build_extension = lambda self, extension: built.append(extension.name)
 setup.NinjaBuild.copy_extensions_to_source = lambda self: None
@@ -183,13 +172,11 @@ build.loads = lambda *_: False
 build.extension(rehearse=True)
 assert built == ["nlora_kernels._C"], built
 """
-    ran = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
 
 
 def test_a_backend_whose_layers_hung_or_crashed_is_not_timed(tmp_path):
-    import device
-
     machine = device.Rehearsal(tmp_path)
     assert machine.sound("cuda")
     for status, sound in (("ok", True), ("failed", True), ("timeout", False), ("crashed", False)):

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import nlora_kernels as nk
-from nlora_kernels import backends, cache, cli, doctor, tuning
+from nlora_kernels import backends, cache, cli, tuning
 from nlora_kernels.backends import verified
+from nlora_kernels.cli import doctor
 from python_tests import ROOT
 
 built = pytest.mark.skipif(backends.native._C is None, reason="the package was built without C++ kernels")

@@ -17,9 +17,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nlora_kernels import backends, cache, cli, process, verify
+from nlora_kernels import backends, cache, cli, process
 from nlora_kernels.backends import TABLE, lean, reference, verified
-from nlora_kernels.verify import cases, child
+from nlora_kernels.cli import verify
+from nlora_kernels.cli.verify import cases, child
 from python_tests import ROOT
 
 IDENTITY = {"gpu": "NVIDIA Fake", "capability": "9.0", "driver": "1.0", "torch": "2", "triton": "3"}
@@ -368,7 +369,7 @@ if "backend" not in task:
     sys.exit()
 way = ways[task["backend"] + " " + task["dtype"]]
 if way == "honest":
-    from nlora_kernels.verify import child
+    from nlora_kernels.cli.verify import child
     child.Host.identity = lambda self: identity
     child.start(json.dumps(task | {{"rehearse": True, "backend": "lean"}}), report)
     sys.exit()
@@ -567,7 +568,7 @@ def test_nothing_is_verified_unasked(monkeypatch):
     import torch, nlora_kernels as nk
     subprocess.Popen.__init__ = refused
     nk.lora_linear(torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2))
-    assert "nlora_kernels.verify" not in sys.modules
+    assert "nlora_kernels.cli" not in sys.modules
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)

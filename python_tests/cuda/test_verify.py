@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from nlora_kernels import verify
 from nlora_kernels.backends import cuda
-from nlora_kernels.verify import cases, child
+from nlora_kernels.cli import verify
+from nlora_kernels.cli.verify import cases, child
 from python_tests.cuda import emulated
 
 TASK = {"nonce": "0123abcd" * 4, "backend": "cuda"}

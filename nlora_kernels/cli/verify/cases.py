@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import backends
+from ... import backends
 
 # What trains, by method. LoRA² has its own five; "dropout" is SLoRA with the mask inside the operation.
 METHODS = {

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from nlora_kernels import benchmarks, cli
+from bench import report
+from nlora_kernels import cli
 from python_tests import ROOT
 
 
@@ -67,11 +68,9 @@ def cells(line):
 
 
 def test_the_tables_hold_every_row_and_where_it_comes_from(run):
-    report = benchmarks.markdown(benchmarks.load(run))
-    assert (
-        "CPU (R) X, 2 threads, kernels for avx2; torch 9.9; 2030-01-02, commit 0123456789ab (with changes)." in report
-    )
-    lines = [cells(line) for line in report.splitlines() if line.startswith("|")]
+    text = report.markdown(report.load(run))
+    assert "CPU (R) X, 2 threads, kernels for avx2; torch 9.9; 2030-01-02, commit 0123456789ab (with changes)." in text
+    lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
     header = lines[0]
     assert header[-4:] == ["PEFT", "lean", "cpu", "vs PEFT"]
     small, large, core = lines[2:5]
@@ -101,7 +100,7 @@ def test_the_bars_show_figures_bound_and_losses(monkeypatch, tmp_path):
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
-    benchmarks.draw_bars(ROWS[:6], tmp_path / "x.png")
+    report.draw_bars(ROWS[:6], tmp_path / "x.png")
     [axes] = drawn[0].axes
     widths = [patch.get_width() for patch in axes.patches if patch.get_width()]
     assert widths == [1.5, 1.25, 1.75, 1.4, 1.1]
@@ -122,12 +121,12 @@ def test_without_matplotlib_there_is_text(run):
 
 
 def test_results_are_kept_per_device_and_merged(run, tmp_path):
-    results = benchmarks.load(run)
-    path = benchmarks.save(results, tmp_path / "results")
+    results = report.load(run)
+    path = report.save(results, tmp_path / "results")
     assert path.name == "cpu-r-x-avx2.json"
-    assert benchmarks.markdown(benchmarks.load(path)) == benchmarks.markdown(results)
-    later = benchmarks.Results(results.provenance | {"date": "2031-01-01"}, [row("cpu", 1.5, 1.01)])
-    merged = benchmarks.load(benchmarks.save(later, tmp_path / "results"))
+    assert report.markdown(report.load(path)) == report.markdown(results)
+    later = report.Results(results.provenance | {"date": "2031-01-01"}, [row("cpu", 1.5, 1.01)])
+    merged = report.load(report.save(later, tmp_path / "results"))
     assert len(merged.rows) == len(ROWS) and merged.provenance["date"] == "2031-01-01"
     assert [r["ratio_to_floor"] for r in merged.rows if (r["impl"], r.get("r"), r["op"]) == ("cpu", 8, "both")] == [
         1.5,
@@ -139,14 +138,20 @@ def test_results_are_kept_per_device_and_merged(run, tmp_path):
 def test_the_readme_gets_the_table_between_its_markers(run, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench:cpu -->\nstale\n<!-- /bench -->\nafter\n")
-    command = [sys.executable, str(ROOT / "bench" / "table.py"), "readme", str(readme), str(run)]
+    command = [sys.executable, "-m", "bench.report", "readme", str(readme), str(run)]
     for _ in range(2):
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, cwd=ROOT)
         text = readme.read_text()
         assert text.startswith("before\n<!-- bench:cpu -->\n\nCPU (R) X") and text.endswith("<!-- /bench -->\nafter\n")
         assert "stale" not in text and text.count("| 1.75 (1.74–1.77) |") == 1
     with pytest.raises(ValueError, match="must hold <!-- bench:cpu --> once"):
-        benchmarks.insert("nothing", "table")
+        report.insert("nothing", "table")
+
+
+def test_without_a_checkout_the_command_says_so(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.plot, "CHECKOUT", tmp_path)
+    assert cli.main(["plot", "bench", str(run)]) == 1
+    assert "plot bench needs a checkout of the repository" in capsys.readouterr().err
 
 
 def test_bad_files(run, tmp_path, capsys):

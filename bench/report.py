@@ -1,8 +1,14 @@
 """Reports on benchmark results: Markdown tables, and PNG charts where matplotlib is installed.
 
+    python -m nlora_kernels plot bench run.json                      tables and charts of a run
+    python -m bench.report save run.json ...                         into bench/results/<device>.json; rows not measured
+                                                                     again stay
+    python -m bench.report readme README.md bench/results/NAME.json  between <!-- bench:cpu --> and <!-- /bench -->
+
 Reads what `pytest bench --benchmark-json=FILE` writes, and the shorter files that `save` makes of it.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -10,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plotting import _figure, made_folder
+from nlora_kernels.plotting import made_folder, new_figure
 
 # Everything that is compared, in the order of the tables, with its label and colour: ours in blue and green.
 LABELS = {
@@ -150,7 +156,7 @@ def draw_bars(rows: list[dict[str, Any]], path: str | Path) -> None:
     cells = _cells(rows)
     impls = [name for name in LABELS if name != "floor" and any(name in cell for cell in cells.values())]
     limit = max(1.5, min(4.0, 1.1 * max(row["ratio_to_floor"] for row in rows)))
-    figure = _figure(9, 1.5 + 0.17 * sum(len(cell) + 0.4 for cell in cells.values()))
+    figure = new_figure(9, 1.5 + 0.17 * sum(len(cell) + 0.4 for cell in cells.values()))
     axes = figure.subplots()
     middles, top = [], 0.0
     for cell in cells.values():
@@ -188,7 +194,7 @@ def draw_roofline(results: Results, path: str | Path) -> None:
     roofs = {(row["impl"], row["dtype"]): row for row in results.of("roof")}
     bandwidth = roofs["copy", "float32"]["gbytes_per_second"]
     rows = [row for row in results.of("forward", "backward", "both") if "flop_per_byte" in row]
-    figure = _figure(8, 5)
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     lowest = min(1.0, *(row["flop_per_byte"] / 2 for row in rows))
     highest = max(row["flop_per_byte"] * 2 for row in rows)
@@ -300,3 +306,26 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    saving = commands.add_parser("save")
+    saving.add_argument("runs", nargs="+", type=Path)
+    saving.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    readme = commands.add_parser("readme")
+    readme.add_argument("text", type=Path)
+    readme.add_argument("results", nargs="+", type=Path)
+    readme.add_argument("--marker", default="bench:cpu")
+    args = parser.parse_args()
+    if args.command == "save":
+        for run in args.runs:
+            print(save(load(run), args.out))
+        return
+    table = "\n".join(markdown(load(path)) for path in args.results)
+    args.text.write_text(insert(args.text.read_text(), table, args.marker))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ computed again here, from data that the child did not know before. What passed, 
 the record by which `backends.select` chooses (`backends.verified`).
 """
 
+import argparse
 import datetime
 import json
 import math
@@ -22,10 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import backends, cache, process
-from ..backends import verified
+from ... import backends, cache, process
+from ...backends import verified
 from . import child
 from .cases import REAL, REHEARSED, Case, Sizes, cases_of
+
+HELP = "prove the fused kernels on this GPU and have them chosen where they are faster; exit status 1 if one fails"
 
 # Seconds: of everything; of one backend and dtype; of asking what the machine is; and too few to begin anything with.
 LIMIT, PATIENCE, GREETING, TOO_FEW = 115.0, 40.0, 30.0, 3.0
@@ -42,6 +45,22 @@ REHEARSAL = (
     ("lean", "float32", "lie", "failed"),
 )
 NOT_TRIED = "not tried, for the time was over: run it again, for what has been compiled is kept"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", type=int, default=0, metavar="INDEX", help="as torch counts, default %(default)s")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"end after so long, default {LIMIT:.0f}")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="go through all of it without a GPU, with processes that hang, crash and lie; no record is kept",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    file, results = verify(args.gpu, rehearse=args.rehearse, limit=args.limit)
+    print("nothing was written" if args.rehearse else f"wrote {file}")
+    return 0 if all(result.well for result in results) else 1
 
 
 class Result(NamedTuple):

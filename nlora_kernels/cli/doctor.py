@@ -4,6 +4,7 @@ Every backend that can run is tried on a small layer and held to the error budge
 it ran here and was right. Problems are what makes results wrong or slow; notes are what one may want to know.
 """
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__, backends, fusion, ops, testing, tuning
-from .backends import native, verified
+from .. import __version__, backends, fusion, ops, testing, tuning
+from ..backends import native, verified
 
 # Oldest versions that work, as in pyproject.toml, and what each optional package is for.
+HELP = "say what this machine can run and what is wrong, with exit status 1 if anything is"
+
 OLDEST = {"torch": "2.11", "triton": "3.6", "peft": "0.21", "transformers": "5"}
 OPTIONAL = {
     "triton": ("triton", "the backend triton"),
@@ -45,6 +48,25 @@ PLANS = {
 INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 UNPROVEN = "it has not passed its tests on such hardware"
 SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape",
+        nargs=4,
+        type=int,
+        metavar=("M", "K", "N", "R"),
+        help="say which way a layer takes: tokens, in, out, rank",
+    )
+    parser.add_argument("--dtype", default="float32", help="of that layer, default %(default)s")
+    parser.add_argument("--model", metavar="DIR", help="folder of a saved model whose configuration is checked too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = report(args.shape, args.dtype, args.model)
+    print(json.dumps(found, indent=2) if args.json else text(found))
+    return 1 if found["problems"] else 0
 
 
 def report(
@@ -177,7 +199,7 @@ def _build(problems: list[str]) -> dict[str, Any]:
     if not built:
         remedy = "then install it again" if {"g++", "clang++"} & compilers.keys() else "install g++ first"
         problems.append(f"no C++ kernels, so the CPU runs library products: {native.cpu.unavailable()}; {remedy}")
-        stale = sorted(path.name for path in Path(__file__).parent.glob("_C.*"))
+        stale = sorted(path.name for path in verified.PACKAGE.glob("_C.*"))
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         if stale and f"_C{suffix}" not in stale:
             problems.append(f"the kernels were built for another Python: found {', '.join(stale)}, expected _C{suffix}")
@@ -390,12 +412,12 @@ def _path(name: str, x: Tensor, weight: Tensor, R: int) -> str | None:
     if name == "cpu":
         return PLANS[native.cpu.plan(x.dtype, M, K, N, R)]
     if name == "cuda":
-        from .backends.cuda import launch
+        from ..backends.cuda import launch
 
         hopper = launch.capability(x.device) == (9, 0)
         return "one launch each for y and for dx" if hopper else "two launches each for y and for dx"
     if name == "triton":
-        from .backends.triton import launch
+        from ..backends.triton import launch
 
         tf32, aligned = launch.tf32(x.dtype), launch.aligned(*(launch.Layout(*launch.layout(t)) for t in (x, weight)))
         device = launch.target(x.get_device())

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, fusion, init, ops, testing
-from ..backends import Dropout, Needs, verified
+from ... import backends, fusion, init, ops, testing
+from ...backends import Dropout, Needs, verified
 from .cases import METHODS, NORMS_AND_SOLVES, REAL, REHEARSED, Case, Sizes, cases_of, dtype_of
 
 SCALING, P_DROPPED, SEED = 0.7, 0.3, 2**40 + 7
