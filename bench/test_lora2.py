@@ -14,7 +14,8 @@ from torch import nn
 
 import nlora_kernels as nk
 from bench import cells, rows
-from nlora_kernels.lora2 import RankAllocator, native, orthogonal_penalty
+from nlora_kernels.backends.cpu import lora2 as native
+from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
 
 SHAPES = {name.replace(".", "_"): shape for name, shape in cells.MODELS["DeBERTa-v3-base"].items()}
 BLOCKS, R, K = 12, 8, 8

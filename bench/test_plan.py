@@ -8,7 +8,7 @@ import torch
 from bench.rows import seconds_of
 from bench.timing import interleave, median_ratio
 from nlora_kernels import backends, testing
-from nlora_kernels.backends import Needs
+from nlora_kernels.backends import Call, Needs
 from nlora_kernels.cli.doctor import PLANS
 
 SIZES = [(1, 4096, 4096), (16, 768, 768), (512, 768, 768), (512, 768, 3072), (2048, 768, 768), (512, 4096, 4096)]
@@ -19,15 +19,17 @@ CASES = [(dtype, R, size) for dtype in ("float32", "bfloat16") for R in (8, 64, 
 @pytest.mark.parametrize("dtype, R, size", CASES, ids=[f"{d}-r{R}-{M}x{K}x{N}" for d, R, (M, K, N) in CASES])
 def test_plan(benchmark, request, dtype, R, size):
     """The rule loses at most 10 % to the best of all plans, forward and backward together."""
-    cpu = backends.native.cpu
+    cpu = backends.TABLE["cpu"]
     p = testing.problem(*size, R, dtype=getattr(torch, dtype))
     chosen = cpu.plan(p.x.dtype, *size, R)
     T, needs = p.x @ p.lora_A.T, Needs(True, False, True, True, True, False)
-    adapter = p.lora_A, p.lora_B, p.lora_N
+    call = Call(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, p.scaling)
 
     def run(plan):
-        y, _ = cpu.forward(p.x, p.weight, *adapter, p.bias, p.scaling, plan=plan)
-        return y, cpu.backward(p.dy, p.x, T, p.weight, *adapter, p.scaling, needs, plan=plan).x
+        return cpu.forward_by(plan, call)[0], cpu.backward_by(plan, call, p.dy, T, needs).x
+
+    def run_chosen():
+        return cpu.forward(call)[0], cpu.backward(call, p.dy, T, needs).x
 
     # A folded weight of half precision rounds small updates away, so there it is no plan.
     plans = [plan for plan in PLANS if dtype == "float32" or plan != "folded"]
@@ -41,7 +43,7 @@ def test_plan(benchmark, request, dtype, R, size):
     others = {plan: lambda plan=plan: run(plan) for plan in plans if plan != chosen}
     # Without a plan, because backward may have another than forward. In turn, it would always follow folding, which
     # empties the caches.
-    times = interleave(benchmark, lambda: run(None), others, seconds_of(request), shuffled=True)
+    times = interleave(benchmark, run_chosen, others, seconds_of(request), shuffled=True)
     benchmark.extra_info.update(chosen=chosen, **{plan: statistics.median(t) for plan, t in times.items()})
     for plan in others:
         # The lower percentile: only a loss that shows in most rounds counts.

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from .backends import drops_inside
-from .ops.checks import DTYPES, PLAIN
+from .backends.base import PLAIN
+from .ops.checks import DTYPES
 
 # The hooks that every module of the process runs.
 _GLOBAL_HOOKS = (

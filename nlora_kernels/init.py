@@ -137,8 +137,7 @@ def subtract_with(
     left, right = B.to(dtype), A.to(dtype)
     left = left * -scaling if N is None else left @ (N.to(dtype) * -scaling)
     if weight.dtype == dtype:
-        product_adder = getattr(backends.select(None, weight, operation="initialisation"), "product_adder", None)
-        add = product_adder and product_adder(weight, left, right)
+        add = backends.select(None, weight, operation="initialisation").product_adder(weight, left, right)
         if add and commit(*steps, given=add):
             torch.autograd.graph.increment_version(weight)
         else:
@@ -203,8 +202,7 @@ def lora2(
 
 def _kernel(name: str, weight: Tensor, r: int):
     """A kernel for this weight of a backend named by NLORA_BACKEND or verified on its device; None if there is none."""
-    initialisation = getattr(backends.select(None, weight, operation="initialisation"), "initialisation", None)
-    return getattr(initialisation(weight, r), name, None) if initialisation else None
+    return getattr(backends.select(None, weight, operation="initialisation").initialisation(weight, r), name, None)
 
 
 def _optimal_core(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -57,9 +57,9 @@ def tune(folder: Path | str | None = None, dtype: torch.dtype = torch.bfloat16) 
 
     It goes to the user's cache folder where none is given. Raises ValueError where Triton cannot run on a GPU.
     """
-    from .backends import triton
+    from .backends import TABLE, triton
 
-    reason = triton.unavailable() or (triton.interpreted() and "TRITON_INTERPRET is set")
+    reason = TABLE["triton"].unavailable() or (triton.interpreted() and "TRITON_INTERPRET is set")
     if reason:
         raise ValueError(f"tuning needs a GPU on which Triton runs: {reason}")
     from .backends.triton import launch

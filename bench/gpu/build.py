@@ -143,7 +143,7 @@ def compile_call(call: Call) -> int:
 def make_call(call: Call) -> None:
     import torch
 
-    from nlora_kernels import tuning
+    from nlora_kernels import backends, tuning
     from nlora_kernels.backends import Dropout, Needs
     from nlora_kernels.backends.triton import extended, launch, linear
 
@@ -167,9 +167,10 @@ def make_call(call: Call) -> None:
                 extended.widen(*operands, None, 1.0, transposed=transposed, tile=tile, single=single)
         return
     dropout = Dropout(0.3, torch.empty((), dtype=torch.int64, device="meta")) if call.dropout else None
-    y, T = linear.forward(x, weight, A, B, core, bias, 1.0, dropout)
+    layer = backends.Call(x, weight, A, B, core, bias, dropout=dropout)
+    y, T = linear.forward(layer)
     needs = Needs(True, False, not call.inttune, not call.inttune, call.core, False)
-    linear.backward(dy, x, T, weight, A, B, core, 1.0, needs, dropout)
+    linear.backward(layer, dy, T, needs)
 
 
 BUILDS = {

@@ -123,10 +123,10 @@ def costs(nk, M, K, N, R, dtype, adapter_dtype, calls) -> dict:
 
     def backend(needs):
         """The same below the public function, which a profiler would send to the operator of the meta device."""
-        module, adapter = nk.backends.TABLE["triton"], (weight, A, B, core)
-        y, T = module.forward(x, *adapter, None, 0.5)
+        triton, call = nk.backends.TABLE["triton"], nk.backends.Call(x, weight, A, B, core, scaling=0.5)
+        y, T = triton.forward(call)
         if needs:
-            module.backward(dy, x, T, *adapter, 0.5, nk.backends.Needs(True, False, True, True, True, False))
+            triton.backward(call, dy, T, nk.backends.Needs(True, False, True, True, True, False))
 
     launches = ctypes.c_int.in_dll(Stub, "launches")
     figures = {}

@@ -99,10 +99,10 @@ def measured(calls: int) -> dict:
         import torch
 
         import nlora_kernels as nk
-        from nlora_kernels.backends import cuda
+        from nlora_kernels.backends import TABLE, cuda
         from nlora_kernels.backends.cuda import launch
 
-        cuda.unavailable = lambda: None
+        TABLE["cuda"].unavailable = lambda: None
         cuda.misplaced = lambda name, t: None
         queue = extension.CudaQueue(0, 0)
         launch.queue = lambda t: queue

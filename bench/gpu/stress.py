@@ -22,14 +22,14 @@ def triton_step(p):
 
 
 def cuda_step(p):
-    from nlora_kernels.backends import Needs, cuda
+    from nlora_kernels.backends import TABLE, Call, Needs
 
-    adapter = p.weight, p.lora_A, p.lora_B, p.lora_N
+    call = Call(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, p.scaling)
     everything = Needs(x=True, weight=False, lora_A=True, lora_B=True, lora_N=True, bias=False)
 
     def step():
-        y, T = cuda.forward(p.x, *adapter, p.bias, p.scaling)
-        grads = cuda.backward(p.dy, p.x, T, *adapter, p.scaling, everything)
+        y, T = TABLE["cuda"].forward(call)
+        grads = TABLE["cuda"].backward(call, p.dy, T, everything)
         return y, T, *(grad for grad in grads if grad is not None)
 
     return step

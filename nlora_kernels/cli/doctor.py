@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, backends, fusion, ops, testing, tuning
-from ..backends import native, verified
+from ..backends import Call, native, verified
 
 # Oldest versions that work, as in pyproject.toml, and what each optional package is for.
 HELP = "say what this machine can run and what is wrong, with exit status 1 if anything is"
@@ -198,7 +198,7 @@ def _build(problems: list[str]) -> dict[str, Any]:
     compilers = {name: path for name in ("g++", "clang++", "nvcc") if (path := shutil.which(name))}
     if not built:
         remedy = "then install it again" if {"g++", "clang++"} & compilers.keys() else "install g++ first"
-        problems.append(f"no C++ kernels, so the CPU runs library products: {native.cpu.unavailable()}; {remedy}")
+        problems.append(f"no C++ kernels, so the CPU runs library products: {native.missing()}; {remedy}")
         stale = sorted(path.name for path in verified.PACKAGE.glob("_C.*"))
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         if stale and f"_C{suffix}" not in stale:
@@ -259,7 +259,7 @@ def _backends(problems: list[str]) -> dict[str, Any]:
             if len(set(refusals.values())) > 1 or None in refusals.values():
                 found[name]["devices"][device] = {
                     "dtypes": {**refusals, **faults},
-                    "by_default": device in backends.TABLE[name].VERIFIED_ON,
+                    "by_default": device in backends.TABLE[name].verified_on,
                     "verified": _passed(name, device),
                 }
     return found
@@ -296,7 +296,7 @@ def _verified(notes: list[str]) -> list[dict[str, Any]]:
 def _try(name: str, device: str, dtype: torch.dtype) -> tuple[str | None, str | None]:
     """(why a backend does not take a small layer, what went wrong when it did)"""
     p = testing.problem(19, 40, 24, 5, dtype=dtype, device=device)
-    refusal = backends.TABLE[name].unsupported(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N)
+    refusal = backends.TABLE[name].unsupported(Call(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N))
     if refusal:
         return refusal, None
     try:
@@ -378,11 +378,10 @@ def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) ->
     def empty(rows: int, cols: int, to: str) -> Tensor:
         return torch.empty(rows, cols, dtype=DTYPES[to], device=device)
 
-    call = empty(M, K, dtype), empty(N, K, dtype), *(empty(*s, adapter) for s in ((R, K), (N, R), (R, R))), None
+    call = Call(empty(M, K, dtype), empty(N, K, dtype), *(empty(*s, adapter) for s in ((R, K), (N, R), (R, R))))
     chosen, path = None, None
     try:
-        module = backends.select(None, call[0], call)
-        chosen = next(name for name, entry in backends.TABLE.items() if entry is module)
+        chosen = backends.select(None, call.x, call).name
         path = _path(chosen, *call[:2], R)
     except ValueError as error:
         problems.append(f"the layer cannot run: {error}")
@@ -390,8 +389,8 @@ def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) ->
     for name, module in backends.TABLE.items():
         if name == chosen:
             break
-        reason = module.unavailable() or module.unsupported(*call)
-        if not reason and not backends.preferred() and device not in module.VERIFIED_ON:
+        reason = module.unavailable() or module.unsupported(call)
+        if not reason and not backends.preferred() and device not in module.verified_on:
             slower = dtype in _passed(name, device)
             reason = "what is chosen was faster in `verify`" if slower else f"by name only: {UNPROVEN}"
         passed_over[name] = reason or f"NLORA_BACKEND={backends.preferred()}"
@@ -410,7 +409,7 @@ def _path(name: str, x: Tensor, weight: Tensor, R: int) -> str | None:
     """What a backend does with a layer of these sizes."""
     (M, K), N = x.shape, weight.shape[0]
     if name == "cpu":
-        return PLANS[native.cpu.plan(x.dtype, M, K, N, R)]
+        return PLANS[backends.TABLE["cpu"].plan(x.dtype, M, K, N, R)]
     if name == "cuda":
         from ..backends.cuda import launch
 

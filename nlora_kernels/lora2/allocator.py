@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import native
+from ..backends.cpu import lora2 as native
 from .kernels import kernels
 from .layers import Layer, layers
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..backends import reference
+from ..backends import REFERENCE
 from . import autograd
 from .checks import check_lora2_core, check_lora_linear, check_memory, fits, fits_core, foreign
 
@@ -99,7 +99,7 @@ def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | No
         return handle_torch_function(lora2_core, parts, *parts)
     check_lora2_core(*parts)
     if foreign(lora_u=lora_u, lora_E=lora_E, lora_U=lora_U, mask=mask):
-        return reference.lora2_core(*parts)
+        return REFERENCE.lora2_core(*parts)
     return autograd.core(*parts)
 
 

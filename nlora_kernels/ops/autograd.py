@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import Dropout, Needs, reference
+from ..backends import REFERENCE, Call, Dropout, Needs
 from . import register
 from .checks import resolved
 from .register import watched
@@ -68,7 +68,7 @@ def core(lora_u, lora_E, lora_U, mask, backend="") -> Tensor:
     """U·diag(E ⊙ mask)·u"""
     tensors = (lora_u, lora_E, lora_U)
     if composing():
-        return reference.lora2_core(*tensors, mask)
+        return REFERENCE.lora2_core(*tensors, mask)
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         return register.core_forward(*tensors, mask, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -95,8 +95,8 @@ def composed(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed) ->
     weight, bias = _cast(weight, bias, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if type(lora_N) is tuple:
-            lora_N = reference.lora2_core(*lora_N)
-        A, B, N = reference.adapters_in(x.dtype, lora_A, lora_B, lora_N)
+            lora_N = REFERENCE.lora2_core(*lora_N)
+        A, B, N = Call(x, weight, lora_A, lora_B, lora_N).adapter
         dropped = Dropout(dropout, seed)(_rows(x)).view(x.shape) if dropout else x
         T = F.linear(dropped, A)
         return F.linear(x, weight, bias) + scaling * F.linear(T if N is None else F.linear(T, N), B)
@@ -132,7 +132,7 @@ class _Lora2Linear(torch.autograd.Function):
         parts = lora_u, lora_E, lora_U, mask
         if _differentiates():
             # The core as a function of its parts.
-            saved[5] = reference.lora2_core(*parts)
+            saved[5] = REFERENCE.lora2_core(*parts)
         dx, dweight, dv, dV, dcore, dbias = _linear_backward(ctx, saved, dy)
         du = dE = dU = None
         if dcore is not None:
@@ -222,12 +222,12 @@ def _differentiable_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, 
                 "second derivatives need x, which is not kept where lora_A is frozen: call lora_A.requires_grad_(), or "
                 "use torch.func, which keeps it"
             )
-        return reference.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, drop)
+        return REFERENCE.backward(Call(x, weight, lora_A, lora_B, lora_N, None, scaling, drop), dy, T, needs)
 
 
 def _core_backward(d_core, lora_u, lora_E, lora_U, mask, backend) -> tuple[Tensor, Tensor, Tensor]:
     if _differentiates():
-        return reference.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
+        return REFERENCE.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
     return register.core_backward(d_core, lora_u, lora_E, lora_U, mask, backend)
 
 

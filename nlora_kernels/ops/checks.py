@@ -6,18 +6,10 @@ import numbers
 import torch
 from torch import Tensor
 
+from ..backends.base import PLAIN
+
 REAL = (numbers.Real, torch.SymFloat, torch.SymInt)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-# The types of PyTorch's own tensors. Of any other, only PyTorch's operations know where and what its values are.
-PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def plain(t: Tensor) -> bool:
-    """Whether a kernel may read a tensor where it lies: PyTorch's own, strided, without a sign kept as a flag.
-
-    That its storage is there is seen when its address is asked for.
-    """
-    return type(t) in PLAIN and t.layout is torch.strided and not t.is_neg()
 
 
 def check_dense(**tensors: Tensor | None) -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Dropout, Needs
+from ..backends import Call, Dropout, Needs
+from ..backends.base import PLAIN
 from ..imports import when_imported
-from .checks import PLAIN
 
 # What PyTorch itself keeps active while nothing but plain eager mode is.
 _ORDINARY = torch._C._dispatch_tls_local_include_set().raw_repr()
@@ -68,8 +68,8 @@ def _register(schema: str):
 )
 def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     drop = Dropout(dropout, seed) if dropout else None
-    module = backends.select(backend, x, (x, weight, lora_A, lora_B, lora_N, drop))
-    return module.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop)
+    call = Call(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop)
+    return backends.select(backend, x, call).forward(call)
 
 
 @torch.library.register_fake("nlora_kernels::lora_linear")
@@ -83,8 +83,8 @@ def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
 )
 def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
     drop = Dropout(dropout, seed) if dropout else None
-    module = backends.select(backend, dy, (dy, weight, lora_A, lora_B, lora_N, drop), "backward")
-    grads = module.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, Needs(*needs), drop)
+    call = Call(x, weight, lora_A, lora_B, lora_N, None, scaling, drop)
+    grads = backends.select(backend, dy, call, "backward").backward(call, dy, T, Needs(*needs))
     return [grad for grad in grads if grad is not None]
 
 
@@ -112,8 +112,8 @@ def _(lora_u, lora_E, lora_U, mask, backend):
     "-> (Tensor du, Tensor dE, Tensor dU)"
 )
 def core_backward(d_core, lora_u, lora_E, lora_U, mask, backend):
-    module = backends.select(backend, lora_E, operation="lora2_core")
-    return module.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
+    chosen = backends.select(backend, lora_E, operation="lora2_core")
+    return chosen.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
 
 
 @torch.library.register_fake("nlora_kernels::lora2_core_backward")

@@ -8,8 +8,7 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels import testing
-from nlora_kernels.backends import TABLE, cuda, reference
-from nlora_kernels.backends import triton as triton_backend
+from nlora_kernels.backends import REFERENCE, TABLE, cuda, triton
 
 
 def test_available_names_every_backend():
@@ -53,11 +52,10 @@ def test_every_reason_why_cuda_cannot_run_is_given(monkeypatch):
     [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True), ("3.6.1", "3.0.0", False)],
 )
 def test_an_interpreter_that_numpy_broke_is_said_by_versions(monkeypatch, triton_version, numpy_version, fits):
-    numpy, triton = pytest.importorskip("numpy"), pytest.importorskip("triton")
-    monkeypatch.setattr(triton, "__version__", triton_version)
-    monkeypatch.setattr(numpy, "__version__", numpy_version)
-    monkeypatch.setattr(triton_backend, "interpreted", lambda: True)
-    reason = triton_backend.unavailable.__wrapped__()
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", triton_version)
+    monkeypatch.setattr(pytest.importorskip("numpy"), "__version__", numpy_version)
+    monkeypatch.setattr(triton, "interpreted", lambda: True)
+    reason = triton.unavailable.__wrapped__()
     if fits:
         assert reason is None
     else:
@@ -69,14 +67,14 @@ def test_an_interpreter_that_numpy_broke_is_said_by_versions(monkeypatch, triton
 def calls(monkeypatch):
     """The names of the backends that ran."""
     ran = []
-    for name, module in TABLE.items():
-        forward = module.forward
+    for name, backend in TABLE.items():
+        forward = backend.forward
 
         def recorded(*args, name=name, forward=forward):
             ran.append(name)
             return forward(*args)
 
-        monkeypatch.setattr(module, "forward", recorded)
+        monkeypatch.setattr(backend, "forward", recorded)
     return ran
 
 
@@ -103,18 +101,18 @@ def test_a_named_backend_never_falls_back(monkeypatch, calls):
 
 
 def test_without_a_name_only_a_backend_verified_on_the_device_runs(monkeypatch, calls):
-    for module in TABLE.values():
-        if module is not reference:
-            monkeypatch.setattr(module, "VERIFIED_ON", frozenset({"cuda"}))
+    for backend in TABLE.values():
+        if backend is not REFERENCE:
+            monkeypatch.setattr(backend, "verified_on", frozenset({"cuda"}))
     linear()
     linear(backend="lean")
     assert calls == ["reference", "lean"]
 
 
 def test_without_a_name_a_backend_that_cannot_take_the_call_is_passed_over(monkeypatch, calls):
-    for module in TABLE.values():
-        if module is not reference:
-            monkeypatch.setattr(module, "unsupported", lambda *call: "too small")
+    for backend in TABLE.values():
+        if backend is not REFERENCE:
+            monkeypatch.setattr(backend, "unsupported", lambda *call: "too small")
     linear()
     assert calls == ["reference"]
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from nlora_kernels import backends, cache, tuning
-from nlora_kernels.backends import TABLE, Dropout, cuda, lean, triton, verified
+from nlora_kernels.backends import TABLE, Call, Dropout, verified
 from python_tests import ROOT
 
 GPU = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+cuda, triton, lean = (TABLE[name] for name in ("cuda", "triton", "lean"))
 LARGE, SMALL = (2048, 4096, 4096, 16), (16, 768, 768, 8)
 
 
@@ -50,7 +51,8 @@ def tensor(*shape, dtype=BF16):
 def chosen(shape=LARGE, operation="forward", dtype=BF16, adapter=FP32, dropout=None):
     M, K, N, R = shape
     first = tensor(M, K, dtype=dtype)
-    call = first, tensor(N, K, dtype=dtype), tensor(R, K, dtype=adapter), tensor(N, R, dtype=adapter), None, dropout
+    weight, adapters = tensor(N, K, dtype=dtype), (tensor(*shape, dtype=adapter) for shape in ((R, K), (N, R)))
+    call = Call(first, weight, *adapters, dropout=dropout)
     return backends.select(None, first, call, operation)
 
 
@@ -267,7 +269,7 @@ def test_nothing_is_said_where_nothing_can_be_done(monkeypatch):
         monkeypatch.setattr(triton, "unavailable", lambda: None)
         again()
         x = torch.randn(3, 4)
-        assert "cpu" in backends.select(None, x, (x, x, x, x, None, None)).VERIFIED_ON
+        assert "cpu" in backends.select(None, x, Call(x, x, x, x)).verified_on
 
 
 @pytest.mark.parametrize(

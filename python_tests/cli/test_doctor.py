@@ -73,20 +73,20 @@ def test_the_text_names_every_backend_and_what_it_can(light, capsys):
 
 
 def test_a_backend_that_computes_wrong_is_found(light, monkeypatch, capsys):
-    right = backends.lean.forward
+    right = backends.TABLE["lean"].forward
 
-    def wrong(x, *rest):
-        y, T = right(x, *rest)
+    def wrong(call):
+        y, T = right(call)
         # The last element alone, and by a little.
         y[-1, -1] += 0.01
         return y, T
 
-    monkeypatch.setattr(backends.lean, "forward", wrong)
+    monkeypatch.setattr(backends.TABLE["lean"], "forward", wrong)
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "backend 'lean' on cpu, float32: wrong results: y is off by" in out
     assert "backend 'reference'" not in out
-    monkeypatch.setattr(backends.lean, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(backends.TABLE["lean"], "forward", lambda *_: 1 / 0)
     assert any("ZeroDivisionError" in problem for problem in doctor.report()["problems"])
 
 
@@ -115,7 +115,7 @@ def test_every_plan_is_described():
     shapes = [(M, 768, 768, R) for M in (1, 16, 17, 4096) for R in (1, 32, 33, 256)]
     for dtype in ("float32", "bfloat16", "float16"):
         if backends.native._C:
-            assert {backends.native.cpu.plan(doctor.DTYPES[dtype], *shape) for shape in shapes} <= doctor.PLANS.keys()
+            assert {backends.TABLE["cpu"].plan(doctor.DTYPES[dtype], *shape) for shape in shapes} <= doctor.PLANS.keys()
 
 
 def test_what_was_passed_over_has_a_reason(light):

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nlora_kernels import backends, cache, cli, process
-from nlora_kernels.backends import TABLE, lean, reference, verified
+from nlora_kernels.backends import REFERENCE, TABLE, verified
 from nlora_kernels.cli import verify
 from nlora_kernels.cli.verify import cases, child
 from python_tests import ROOT
@@ -72,12 +72,12 @@ def test_an_honest_report_passes(honest):
 
 def test_every_method_shape_and_kind_is_asked_for():
     for backend in backends.ON_GPU:
-        for dtype in TABLE[backend].DTYPES:
+        for dtype in TABLE[backend].proved_for:
             asked = cases.cases_of(backend, verified.short(dtype), cases.REAL)
             assert len({case.name for case in asked}) == len(asked)
             budgets = [case for case in asked if case.kind == "budget"]
             assert len({case.shape for case in budgets}) >= 12
-            drops = {"dropout"} if TABLE[backend].DROPS_INSIDE else set()
+            drops = {"dropout"} if TABLE[backend].drops_inside else set()
             assert {case.detail for case in budgets} == set(cases.METHODS) - {"dropout"} | drops
             assert {case.adapter for case in budgets} == {"float32", verified.short(dtype)}
             assert {case.kind for case in asked} == {"witness", "budget", "repeats", "replay", "time"}
@@ -198,7 +198,7 @@ def test_a_report_of_another_machine_is_no_proof(honest):
 @pytest.mark.parametrize("by", [0.01, math.nan])
 def test_kernels_that_are_wrong_are_found_twice(monkeypatch, operation, result, by):
     """One element, by a little: by the figures of the child, and by the parent from the witness."""
-    right = getattr(reference, operation)
+    right = getattr(REFERENCE, operation)
 
     def wrong(*args):
         results = right(*args)
@@ -206,7 +206,7 @@ def test_kernels_that_are_wrong_are_found_twice(monkeypatch, operation, result, 
         t[-1, -1] += by
         return results
 
-    monkeypatch.setattr(reference, operation, wrong)
+    monkeypatch.setattr(REFERENCE, operation, wrong)
     task = {"nonce": "a" * 32, "backend": "reference", "dtype": "float32"}
     sizes = cases.REHEARSED
     asked = cases.cases_of("reference", "float32", sizes)
@@ -218,10 +218,10 @@ def test_kernels_that_are_wrong_are_found_twice(monkeypatch, operation, result, 
 
 
 def test_kernels_that_do_not_repeat_are_found(monkeypatch):
-    right, calls = lean.forward, []
+    right, calls = TABLE["lean"].forward, []
 
-    def unsteady(x, *rest):
-        y, T = right(x, *rest)
+    def unsteady(call):
+        y, T = right(call)
         calls.append(None)
         # Below every budget, and only sometimes.
         if len(calls) % 3 == 0:
@@ -398,7 +398,7 @@ def fake(monkeypatch, tmp_path):
         named = [key.split() for key in ways if key.split()[0] in TABLE]
         for name in backends.ON_GPU:
             dtypes = tuple(getattr(torch, dtype) for backend, dtype in named if backend == name)
-            monkeypatch.setattr(TABLE[name], "DTYPES", dtypes)
+            monkeypatch.setattr(TABLE[name], "proved_for", dtypes)
         reasons = dict.fromkeys(TABLE) | dict(reasons)
         machine = {"identity": IDENTITY, "backends": reasons, "alive": alive}
         code = CHILD.format(identity=IDENTITY, ways=ways, machine=machine, flag=str(tmp_path / "asked"))

@@ -2,7 +2,7 @@
 
 import ctypes
 
-from nlora_kernels.backends import cuda
+from nlora_kernels.backends import TABLE, cuda
 from nlora_kernels.backends.cuda import launch, nystrom
 from python_tests.cuda.emulator import Matrix, call, emulator, nystrom_case, run_case
 
@@ -65,6 +65,6 @@ def install(monkeypatch, **options):
     for module in (cuda, launch, nystrom):
         monkeypatch.setattr(module, "_C", extension)
     monkeypatch.setattr(launch, "queue", lambda t: None)
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(TABLE["cuda"], "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "misplaced", lambda name, t: None)
     return extension

@@ -8,7 +8,7 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels import testing
-from nlora_kernels.backends import TABLE, Needs, cuda
+from nlora_kernels.backends import TABLE, Call, Needs
 from python_tests.cuda import emulated
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -61,15 +61,15 @@ def test_a_wrong_result_is_outside_the_budget(monkeypatch, ampere):
 def test_each_gradient_is_the_same_whatever_else_is_wanted(monkeypatch, ampere, core):
     emulated.install(monkeypatch, ampere=ampere)
     p = testing.problem(37, 72, 136, 16, dtype=BF16, adapter_dtype=FP32, core=core)
-    _, T = cuda.forward(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, p.scaling)
-    tensors = p.weight, p.lora_A, p.lora_B, p.lora_N, p.scaling
-    everything = cuda.backward(p.dy, p.x, T, *tensors, Needs(*[True] * 4, core, True))
+    call = Call(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, p.scaling)
+    _, T = TABLE["cuda"].forward(call)
+    everything = TABLE["cuda"].backward(call, p.dy, T, Needs(*[True] * 4, core, True))
     for wanted in itertools.product([False, True], repeat=4 if core else 3):
         dx, dA, dB, dN = wanted if core else (*wanted, False)
         # What is not needed is not there.
         x = p.x if dA else None
         saved = T if dB or dN else None
-        grads = cuda.backward(p.dy, x, saved, *tensors, Needs(dx, False, dA, dB, dN, False))
+        grads = TABLE["cuda"].backward(call._replace(x=x), p.dy, saved, Needs(dx, False, dA, dB, dN, False))
         for name, needed in zip(Needs._fields, (dx, False, dA, dB, dN, False), strict=True):
             ours = getattr(grads, name)
             assert (ours is not None) == needed
@@ -195,8 +195,8 @@ def test_what_is_not_supported_is_refused_by_name(monkeypatch, changed, reason):
 
 
 def test_a_tensor_of_the_cpu_is_refused(monkeypatch):
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(TABLE["cuda"], "unavailable", lambda: None)
     p = testing.problem(8, 24, 24, 8, dtype=BF16)
     with pytest.raises(ValueError, match="x must be on a GPU, got cpu"):
         nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, backend="cuda")
-    assert TABLE["cuda"] is cuda and not cuda.VERIFIED_ON
+    assert not TABLE["cuda"].verified_on

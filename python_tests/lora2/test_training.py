@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import nlora_kernels as nk
-from nlora_kernels.lora2 import RankAllocator, native, orthogonal_penalty
+from nlora_kernels.backends.cpu import lora2 as native
+from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
 
 SCHEDULE = {"target_rank": 2, "total_steps": 30, "t_init": 4, "t_final": 8, "delta_t": 3}
 # r and k of the layers of the test model: equal ones, and all orders of r and k.

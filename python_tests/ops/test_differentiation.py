@@ -77,7 +77,7 @@ def test_second_derivatives_of_the_penalty(form, dtype):
 def test_first_derivatives_stay_the_kernels(method, monkeypatch):
     """Only who asks for a graph of the backward pays for one."""
     called = []
-    monkeypatch.setattr(nk.backends.reference, "backward", lambda *args: called.append(args))
+    monkeypatch.setattr(nk.backends.REFERENCE, "backward", lambda *args: called.append(args))
     function, tensors = operation(method)
     function(*tensors).sum().backward()
     assert not called and tensors[0].grad is not None

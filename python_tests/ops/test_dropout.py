@@ -9,11 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 import nlora_kernels as nk
 from nlora_kernels import testing
-from nlora_kernels.backends import TABLE, Dropout
+from nlora_kernels.backends import TABLE, Dropout, triton
 
 # With TRITON_INTERPRET=1, or on a GPU, Triton is tested too.
 BACKENDS = ["reference", "lean"] + ([] if TABLE["triton"].unavailable() else ["triton"])
-DEVICE = "cuda" if "triton" in BACKENDS and not TABLE["triton"].interpreted() else "cpu"
+DEVICE = "cuda" if "triton" in BACKENDS and not triton.interpreted() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 # Empty, one row, odd everywhere, a rank of a power of two, and one that a program does not hold whole.
 SHAPES = [(0, 12, 8, 3), (1, 33, 17, 5), (70, 48, 32, 24), (130, 96, 96, 8), (20, 40, 24, 257)]
@@ -268,7 +268,7 @@ def adapter_of(layer):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_layer_drops_inside_where_the_backend_gains_by_it(monkeypatch, layer, backend):
     monkeypatch.setenv("NLORA_BACKEND", backend)
-    monkeypatch.setattr(TABLE[backend], "DROPS_INSIDE", True)
+    monkeypatch.setattr(TABLE[backend], "drops_inside", True)
     base, (A, N, B), scaling = adapter_of(layer)
     x = torch.randn(7, 24, device=DEVICE)
     N = torch.eye(len(A), device=DEVICE) if N is None else N
@@ -292,7 +292,7 @@ def test_a_layer_drops_outside_elsewhere(monkeypatch, layer, backend):
     """With the mask of PyTorch's own dropout, as PEFT does."""
     monkeypatch.setenv("NLORA_BACKEND", backend)
     if not backend:
-        monkeypatch.setattr(TABLE["triton"], "VERIFIED_ON", frozenset())
+        monkeypatch.setattr(TABLE["triton"], "verified_on", frozenset())
     base, (A, N, B), scaling = adapter_of(layer.train())
     x = torch.randn(7, 24, device=DEVICE)
     N = torch.eye(len(A), device=DEVICE) if N is None else N

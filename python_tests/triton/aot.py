@@ -117,7 +117,7 @@ def compile_case(capability: int, case: str, ranks: list[int], rows: list[int], 
 
 
 def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool) -> None:
-    from nlora_kernels.backends import Dropout, Needs
+    from nlora_kernels.backends import Call, Dropout, Needs
     from nlora_kernels.backends.triton import core as lora2
     from nlora_kernels.backends.triton import linear, nystrom, training
 
@@ -128,12 +128,14 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
     A, core, B = meta(R, K), meta(R, R), meta(N, R)
     if dropout:
         drop = Dropout(0.1, meta(1, dtype=torch.int64))
-        y, T = linear.forward(x, weight, A, B, core, bias, 1.0, drop)
-        linear.backward(y, x, T, weight, A, B, core, 1.0, Needs(True, False, True, False, False, False), drop)
+        dropped = Call(x, weight, A, B, core, bias, dropout=drop)
+        y, T = linear.forward(dropped)
+        linear.backward(dropped, y, T, Needs(True, False, True, False, False, False))
         return
     for lora_N in (core, None):
-        y, T = linear.forward(x, weight, A, B, lora_N, bias, 1.0)
-        linear.backward(y, x, T, weight, A, B, lora_N, 1.0, Needs(True, False, True, True, lora_N is not None, False))
+        plain = Call(x, weight, A, B, lora_N, bias)
+        y, T = linear.forward(plain)
+        linear.backward(plain, y, T, Needs(True, False, True, True, lora_N is not None, False))
     u, E, U = meta(R, R), meta(R), meta(R, R)
     lora2.forward(u, E, U, E)
     lora2.backward(core, u, E, U, E)

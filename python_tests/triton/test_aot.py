@@ -21,10 +21,11 @@ tile = tuning.Tile(*{tile})
 tuning.wide_tile = lambda *_: tile
 
 def forward(M, K, N, R, dtype, adapter_dtype, dropout):
+    from nlora_kernels.backends import Call
     from nlora_kernels.backends.triton import linear
 
     shapes = (M, K), (N, K), (R, K), (N, R)
-    linear.forward(*(torch.empty(s, dtype=dtype, device="meta") for s in shapes), None, None, 1.0)
+    linear.forward(Call(*(torch.empty(s, dtype=dtype, device="meta") for s in shapes)))
 
 aot.LAYERS, aot.EDGES, aot.call = [(4096, 4096)], [], forward
 for entry in aot.compile_case({capability}, "bf16", [64], [4096]):

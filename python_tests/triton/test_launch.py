@@ -69,13 +69,12 @@ def layer(dtype=torch.bfloat16, core=True, M=256, K=64, N=64, R=16):
 
 def both(operands, scaling=0.5, dy=None):
     """Forward and backward; y stands for its own gradient where none is given."""
-    from nlora_kernels.backends import Needs
+    from nlora_kernels.backends import Call, Needs
     from nlora_kernels.backends.triton import linear
 
-    x, weight, A, B, core, bias = operands
-    y, T = linear.forward(x, weight, A, B, core, bias, scaling)
-    needs = Needs(True, False, True, True, core is not None, False)
-    linear.backward(y if dy is None else dy, x, T, weight, A, B, core, scaling, needs)
+    call = Call(*operands, scaling)
+    y, T = linear.forward(call)
+    linear.backward(call, y if dy is None else dy, T, Needs(True, False, True, True, call.lora_N is not None, False))
 
 
 def addresses(arguments):

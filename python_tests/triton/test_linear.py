@@ -11,14 +11,14 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels import testing, tuning
-from nlora_kernels.backends import TABLE, Dropout
-from nlora_kernels.backends.gradients import Needs
+from nlora_kernels.backends import TABLE, Call, Dropout, Needs
 
 # The interpreter has to be chosen before triton is imported, and then holds for the whole process.
 if TABLE["triton"].unavailable():
     reason = f"{TABLE['triton'].unavailable()}; `TRITON_INTERPRET=1 pytest {__file__}` runs these tests"
     pytest.skip(reason, allow_module_level=True)
 
+from nlora_kernels.backends import triton as backend  # noqa: E402
 from nlora_kernels.backends.triton import interpreted, launch, linear  # noqa: E402
 
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -233,11 +233,12 @@ def test_results_repeat_bitwise(small_tiles, form):
 @pytest.mark.parametrize("needed", testing.TENSORS)
 def test_each_gradient_alone(needed):
     p = testing.problem(19, 24, 18, 6, device=DEVICE)
-    _, T = linear.forward(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, p.scaling)
+    call = Call(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, p.scaling)
+    _, T = linear.forward(call)
     needs = Needs(*(name == needed for name in testing.TENSORS))
     x = p.x if needed in ("lora_A", "weight") else None
     T = T if needed in ("lora_B", "lora_N") else None
-    grads = linear.backward(p.dy, x, T, p.weight, p.lora_A, p.lora_B, p.lora_N, p.scaling, needs)
+    grads = linear.backward(call._replace(x=x), p.dy, T, needs)
     expected = testing.results(p)[f"d{needed}"]
     for name, grad in zip(testing.TENSORS, grads, strict=True):
         if name == needed:
@@ -251,8 +252,8 @@ def test_without_output_features_the_adapter_is_still_read(p):
     x, A = torch.randn(5, 12, device=DEVICE), torch.randn(3, 12, device=DEVICE)
     weight, B = torch.empty(0, 12, device=DEVICE), torch.empty(0, 3, device=DEVICE)
     dropout = Dropout(p, torch.tensor(7, device=DEVICE)) if p else None
-    y, T = linear.forward(x, weight, A, B, None, None, 1.0, dropout)
-    torch.testing.assert_close((y, T), TABLE["reference"].forward(x, weight, A, B, None, None, 1.0, dropout))
+    call = Call(x, weight, A, B, dropout=dropout)
+    torch.testing.assert_close(linear.forward(call), TABLE["reference"].forward(call))
 
 
 @pytest.mark.parametrize("dropout", [(0.0, None), (0.3, torch.tensor(5, device=DEVICE))], ids=["whole", "dropout"])
@@ -302,18 +303,18 @@ def test_what_cannot_run_says_why(monkeypatch):
     if interpreted():
         with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
             testing.results(testing.problem(3, 4, 5, 2, dtype=torch.bfloat16), nk.lora_linear, backend="triton")
-    TABLE["triton"].unavailable.cache_clear()
-    monkeypatch.setattr(TABLE["triton"], "interpreted", lambda: False)
+    backend.unavailable.cache_clear()
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert nk.backends.available()["triton"] == "compute capability 8.0 or newer is needed, got 7.5"
-    TABLE["triton"].unavailable.cache_clear()
+    backend.unavailable.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     with pytest.raises(ValueError, match="x must be on a GPU, got cpu"):
         testing.results(testing.problem(3, 4, 5, 2), nk.lora_linear, backend="triton")
     with pytest.raises(ValueError, match="lora_u must be on a GPU, got cpu"):
         nk.ops.autograd.core(torch.randn(4, 3), torch.randn(4), torch.randn(3, 4), None, "triton")
-    TABLE["triton"].unavailable.cache_clear()
+    backend.unavailable.cache_clear()
 
 
 def test_without_gpu_and_interpreter_the_reason_is_given():

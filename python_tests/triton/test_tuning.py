@@ -94,10 +94,10 @@ def test_the_nearest_measured_entry_goes_before_the_rule(table):
 
 
 def test_what_is_tuned_here_goes_to_the_users_cache_and_before_the_packages(table, tmp_path, monkeypatch):
-    from nlora_kernels.backends import triton
+    from nlora_kernels.backends import TABLE, triton
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(TABLE["triton"], "unavailable", lambda: None)
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tuning, "device_of", lambda index: HOPPER)

@@ -9,18 +9,16 @@ Each line's first half is one launch on Hopper, two elsewhere. Nothing here wait
 
 import ctypes
 import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .. import lean, native
-from ..gradients import Grads, Needs
+from .. import native
+from ..base import Call, Grads, Needs
+from ..lean import Lean
 from ..native import _C
 from . import launch
-
-# NOTE: no run on a GPU has been made yet.
-VERIFIED_ON: frozenset[str] = frozenset()
-DROPS_INSIDE = False
 
 DTYPES = (torch.bfloat16, torch.float16)
 ADAPTER_DTYPES = (torch.float32, *DTYPES)
@@ -31,7 +29,7 @@ MAX_RANK = 256
 def unavailable() -> str | None:
     reasons = []
     if _C is None:
-        reasons.append(native.cpu.unavailable())
+        reasons.append(native.missing())
     elif not hasattr(_C, "cuda_forward"):
         reasons.append("the package was built without nvcc (install it where the CUDA toolkit is)")
     if torch.version.cuda is None:
@@ -59,27 +57,6 @@ def _missing_device() -> list[str]:
     return [f"a device of compute capability 8.0 or newer is needed, got {got}"]
 
 
-def unsupported(x, weight, lora_A, lora_B, lora_N, dropout=None) -> str | None:
-    if dropout:
-        return "it has no dropout"
-    if x.dtype not in DTYPES:
-        return f"x must be bfloat16 or float16, got {_short(x.dtype)}"
-    # NOTE: no loop where nothing is wrong: this runs at every call.
-    core_dtype = lora_A.dtype if lora_N is None else lora_N.dtype
-    if not (lora_A.dtype in ADAPTER_DTYPES and lora_B.dtype in ADAPTER_DTYPES and core_dtype in ADAPTER_DTYPES):
-        for name, t in {"lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
-            if t is not None and t.dtype not in ADAPTER_DTYPES:
-                return f"{name} must be float32, bfloat16 or float16, got {_short(t.dtype)}"
-    (N, K), R = weight.shape, lora_A.shape[0]
-    if K % 8 or N % 8 or R % 8 or not K * N * R:
-        for name, size in {"in": K, "out": N, "r": R}.items():
-            if size % 8 or size == 0:
-                return f"{name} must be a multiple of 8, got {size}"
-    if R > MAX_RANK:
-        return f"r must be at most {MAX_RANK}, got {R}"
-    return launch.unaligned("weight", weight) or misplaced("x", x)
-
-
 def misplaced(name: str, t: Tensor) -> str | None:
     """Why a kernel cannot run on the device of a tensor."""
     if t.device.type != "cuda":
@@ -89,65 +66,92 @@ def misplaced(name: str, t: Tensor) -> str | None:
     return None
 
 
-def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None) -> tuple[Tensor, Tensor]:
-    (M, _), N, R = x.shape, weight.shape[0], lora_A.shape[0]
-    y, T = x.new_empty(M, N), x.new_empty(M, R)
-    if M:
-        x, A, bias = launch.aligned(x), launch.aligned(_in(x.dtype, lora_A)), launch.aligned(bias)
-        folded = x.new_empty(N, R)
-        _C.cuda_forward(launch.queue(x), x, weight, A, lora_B, lora_N, bias, y, T, folded, scaling)
-    return y, T
+class Cuda(Lean):
+    name = "cuda"
+    # NOTE: no run on a GPU has been made yet.
+    verified_on = frozenset()
+    proved_for = DTYPES
 
+    def unavailable(self) -> str | None:
+        return unavailable()
 
-def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dropout=None) -> Grads:
-    M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
-    if M == 0:
-        return lean.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs)
-    grads = Grads(
-        x=dy.new_empty(M, K) if needs.x else None,
-        # The gradient of the weight itself is a plain product of two large matrices: the library's is best.
-        weight=torch.mm(dy.T, x) if needs.weight else None,
-        lora_A=_new(lora_A) if needs.lora_A else None,
-        lora_B=_new(lora_B) if needs.lora_B else None,
-        lora_N=_new(lora_N) if needs.lora_N else None,
-        bias=dy.sum(0) if needs.bias else None,
-    )
-    made = grads.x, grads.lora_A, grads.lora_B, grads.lora_N
-    if any(t is not None for t in made):
-        dy, x, T = launch.aligned(dy), launch.aligned(x), launch.aligned(T)
-        # Only dx multiplies by it.
-        A = launch.aligned(_in(dy.dtype, lora_A)) if needs.x else lora_A
-        width = 2 * R if needs.lora_N else R
-        queue, wanted = launch.queue(dy), (needs.lora_A, needs.lora_B, needs.lora_N)
-        slices = dy.new_empty(1, _C.cuda_slice_floats(queue, M, K, N, R, *wanted), dtype=torch.float32)
-        workspace = dy.new_empty(N, width), dy.new_empty(M, width), slices
-        _C.cuda_backward(queue, dy, x, T, weight, A, lora_B, lora_N, *made, *workspace, scaling)
-    return grads
+    def unsupported(self, call: Call) -> str | None:
+        weight, lora_A, lora_B, lora_N = call.weight, call.lora_A, call.lora_B, call.lora_N
+        if call.dropout:
+            return "it has no dropout"
+        if weight.dtype not in DTYPES:
+            return f"x must be bfloat16 or float16, got {_short(weight.dtype)}"
+        # NOTE: no loop where nothing is wrong: this runs at every call.
+        core_dtype = lora_A.dtype if lora_N is None else lora_N.dtype
+        if not (lora_A.dtype in ADAPTER_DTYPES and lora_B.dtype in ADAPTER_DTYPES and core_dtype in ADAPTER_DTYPES):
+            for name, t in {"lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
+                if t is not None and t.dtype not in ADAPTER_DTYPES:
+                    return f"{name} must be float32, bfloat16 or float16, got {_short(t.dtype)}"
+        (N, K), R = weight.shape, lora_A.shape[0]
+        if K % 8 or N % 8 or R % 8 or not K * N * R:
+            for name, size in {"in": K, "out": N, "r": R}.items():
+                if size % 8 or size == 0:
+                    return f"{name} must be a multiple of 8, got {size}"
+        if R > MAX_RANK:
+            return f"r must be at most {MAX_RANK}, got {R}"
+        return launch.unaligned("weight", weight) or misplaced("x", weight)
 
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        x, weight, lora_A, lora_B, lora_N, bias, scaling, _ = call
+        (M, _), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+        y, T = x.new_empty(M, N), x.new_empty(M, R)
+        if M:
+            x, A, bias = launch.aligned(x), launch.aligned(_in(x.dtype, lora_A)), launch.aligned(bias)
+            folded = x.new_empty(N, R)
+            _C.cuda_forward(launch.queue(x), x, weight, A, lora_B, lora_N, bias, y, T, folded, scaling)
+        return y, T
 
-def lora2_core(lora_u, lora_E, lora_U, mask) -> Tensor:
-    _check_core(lora_u)
-    core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
-    launch.run("lora2_core", lora_u, lora_E, lora_U, _weights(mask), core)
-    return core
+    def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+        x, weight, lora_A, lora_B, lora_N, _, scaling, _ = call
+        M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
+        if M == 0:
+            return super().backward(call, dy, T, needs)
+        grads = Grads(
+            x=dy.new_empty(M, K) if needs.x else None,
+            # The gradient of the weight itself is a plain product of two large matrices: the library's is best.
+            weight=torch.mm(dy.T, x) if needs.weight else None,
+            lora_A=_new(lora_A) if needs.lora_A else None,
+            lora_B=_new(lora_B) if needs.lora_B else None,
+            lora_N=_new(lora_N) if needs.lora_N else None,
+            bias=dy.sum(0) if needs.bias else None,
+        )
+        made = grads.x, grads.lora_A, grads.lora_B, grads.lora_N
+        if any(t is not None for t in made):
+            dy, x, T = launch.aligned(dy), launch.aligned(x), launch.aligned(T)
+            # Only dx multiplies by it.
+            A = launch.aligned(_in(dy.dtype, lora_A)) if needs.x else lora_A
+            width = 2 * R if needs.lora_N else R
+            queue, wanted = launch.queue(dy), (needs.lora_A, needs.lora_B, needs.lora_N)
+            slices = dy.new_empty(1, _C.cuda_slice_floats(queue, M, K, N, R, *wanted), dtype=torch.float32)
+            workspace = dy.new_empty(N, width), dy.new_empty(M, width), slices
+            _C.cuda_backward(queue, dy, x, T, weight, A, lora_B, lora_N, *made, *workspace, scaling)
+        return grads
 
+    def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
+        _check_core(lora_u)
+        core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
+        launch.run("lora2_core", lora_u, lora_E, lora_U, _weights(mask), core)
+        return core
 
-def lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
-    _check_core(lora_u)
-    grads = _new(lora_u), _new(lora_E), _new(lora_U)
-    launch.run("lora2_core_backward", d_core, lora_u, lora_E, lora_U, _weights(mask), *grads)
-    return grads
+    def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
+        _check_core(lora_u)
+        grads = _new(lora_u), _new(lora_E), _new(lora_U)
+        launch.run("lora2_core_backward", d_core, lora_u, lora_E, lora_U, _weights(mask), *grads)
+        return grads
 
+    def initialisation(self, weight: Tensor, r: int) -> ModuleType | None:
+        if weight.dtype not in ADAPTER_DTYPES or weight.numel() == 0 or r > MAX_RANK or misplaced("weight", weight):
+            return None
+        if launch.unaligned("weight", weight):
+            return None
+        from . import nystrom
 
-def initialisation(weight: Tensor, r: int):
-    """The functions that initialise an adapter of this weight on its device, or None where they cannot take it."""
-    if weight.dtype not in ADAPTER_DTYPES or weight.numel() == 0 or r > MAX_RANK or misplaced("weight", weight):
-        return None
-    if launch.unaligned("weight", weight):
-        return None
-    from . import nystrom
-
-    return nystrom
+        return nystrom
 
 
 def _check_core(lora_u: Tensor) -> None:

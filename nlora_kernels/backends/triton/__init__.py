@@ -10,11 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..gradients import Grads, Needs
-
-# NOTE: no run on a GPU has been made yet.
-VERIFIED_ON: frozenset[str] = frozenset()
-DROPS_INSIDE = True
+from ..base import Backend, Call, Grads, Needs, plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,14 +46,6 @@ def _version(package: ModuleType) -> tuple[int, ...]:
     return tuple(int(part) for part in package.__version__.split(".")[:2])
 
 
-def unsupported(x, weight, lora_A, lora_B, lora_N, dropout=None) -> str | None:
-    if x.dtype not in DTYPES:
-        return f"x must be float32, bfloat16 or float16, got {x.dtype}"
-    if interpreted() and torch.bfloat16 in {t.dtype for t in (x, lora_A, lora_B, lora_N) if t is not None}:
-        return "Triton's interpreter computes bfloat16 wrongly"
-    return misplaced("x", x)
-
-
 def misplaced(name: str, t: Tensor) -> str | None:
     """Why a kernel cannot run on the device of a tensor."""
     if interpreted():
@@ -82,59 +70,68 @@ def interpreted() -> bool:
     return knobs.runtime.interpret
 
 
-def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None) -> tuple[Tensor, Tensor]:
-    from . import linear
+class Triton(Backend):
+    name = "triton"
+    # NOTE: no run on a GPU has been made yet.
+    verified_on = frozenset()
+    proved_for = DTYPES
+    drops_inside = True
 
-    return linear.forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout)
+    def unavailable(self) -> str | None:
+        return unavailable()
 
+    def unsupported(self, call: Call) -> str | None:
+        weight = call.weight
+        if weight.dtype not in DTYPES:
+            return f"x must be float32, bfloat16 or float16, got {weight.dtype}"
+        if interpreted() and torch.bfloat16 in {t.dtype for t in call[1:5] if t is not None}:
+            return "Triton's interpreter computes bfloat16 wrongly"
+        return misplaced("x", weight)
 
-def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dropout=None) -> Grads:
-    from . import linear
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        from . import linear
 
-    return linear.backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs, dropout)
+        return linear.forward(call)
 
+    def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+        from . import linear
 
-def initialisation(weight: Tensor, r: int):
-    """The functions that initialise an adapter of this weight on its device, or None where they cannot take it."""
-    if weight.dtype not in DTYPES or weight.is_meta or r > 256 or misplaced("weight", weight):
-        return None
-    if interpreted() and weight.dtype == torch.bfloat16:
-        return None
-    from . import nystrom
+        return linear.backward(call, dy, T, needs)
 
-    return nystrom
+    def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
+        from . import core
 
+        _check_core(lora_u)
+        return core.forward(lora_u, lora_E, lora_U, mask)
 
-def lora2_training(tensors: Sequence[Tensor], size: int = 1):
-    """The functions that train LoRA² adapters of these tensors, with r and k up to `size`; None if they cannot."""
-    like = tensors[0]
-    if like.dtype not in DTYPES or like.is_meta or misplaced("lora_E", like):
-        return None
-    if interpreted() and like.dtype == torch.bfloat16:
-        return None
-    # NOTE: ops imports the backends.
-    from ...ops.checks import plain
-    from . import launch, training
+    def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
+        from . import core
 
-    for t in tensors:
-        if not (plain(t) and t.is_contiguous() and t.dtype is like.dtype and t.device == like.device):
+        _check_core(lora_u)
+        return core.backward(d_core, lora_u, lora_E, lora_U, mask)
+
+    def initialisation(self, weight: Tensor, r: int) -> ModuleType | None:
+        if weight.dtype not in DTYPES or weight.is_meta or r > 256 or misplaced("weight", weight):
             return None
-    # Tables of addresses come from the host, which a CUDA graph cannot capture; PyTorch's operations need none.
-    return training if size <= training.LARGEST and not launch.capturing(like) else None
+        if interpreted() and weight.dtype == torch.bfloat16:
+            return None
+        from . import nystrom
 
+        return nystrom
 
-def lora2_core(lora_u, lora_E, lora_U, mask) -> Tensor:
-    from . import core
+    def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> ModuleType | None:
+        like = tensors[0]
+        if like.dtype not in DTYPES or like.is_meta or misplaced("lora_E", like):
+            return None
+        if interpreted() and like.dtype == torch.bfloat16:
+            return None
+        from . import launch, training
 
-    _check_core(lora_u)
-    return core.forward(lora_u, lora_E, lora_U, mask)
-
-
-def lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
-    from . import core
-
-    _check_core(lora_u)
-    return core.backward(d_core, lora_u, lora_E, lora_U, mask)
+        for t in tensors:
+            if not (plain(t) and t.is_contiguous() and t.dtype is like.dtype and t.device == like.device):
+                return None
+        # Tables of addresses come from the host, which a CUDA graph cannot capture; PyTorch's operations need none.
+        return training if size <= training.LARGEST and not launch.capturing(like) else None
 
 
 def _check_core(lora_u: Tensor) -> None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import tuning
-from ..dropout import Dropout
+from ..base import Dropout
 from . import launch
 from .cast import cast
 from .dropout import drop

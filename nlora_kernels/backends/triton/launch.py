@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import tuning
-from ..dropout import Dropout
+from ..base import Dropout
 from . import interpreted
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -13,17 +13,19 @@ tokens, so P is not made again.
 import torch
 from torch import Tensor
 
-from ..gradients import Grads, Needs
+from ..base import Call, Grads, Needs
 from .extended import widen
 from .narrow import narrow
 
 
-def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout=None) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout = call
     T, _, y = widen(x, weight, lora_A, lora_N, lora_B, bias, scaling, transposed=True, dropout=dropout)
     return y, T
 
 
-def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, needs: Needs, dropout=None) -> Grads:
+def backward(call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+    x, weight, lora_A, lora_B, lora_N, _, scaling, dropout = call
     dx = dA = dB = dN = None
     if needs.x:
         G, H, dx = widen(dy, weight, lora_B, lora_N, lora_A, None, scaling, transposed=False, dropout=dropout)

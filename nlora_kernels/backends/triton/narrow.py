@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import tuning
-from ..dropout import Dropout
+from ..base import Dropout
 from . import launch
 from .tiles import multiply, store_product, store_tile
 

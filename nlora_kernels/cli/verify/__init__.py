@@ -345,7 +345,7 @@ def _on_gpu(reasons: dict[str, str | None]) -> list[tuple[str, str, None, str]]:
     return [
         (name, verified.short(dtype), None, "passed")
         for name in backends.ON_GPU
-        for dtype in backends.TABLE[name].DTYPES
+        for dtype in backends.TABLE[name].proved_for
     ]
 
 

@@ -134,7 +134,7 @@ NORMS_AND_SOLVES = {"triton": ("rows", "cols", "solution")}
 
 def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
     """Everything that a backend must show for a dtype of x, in the order in which it is done."""
-    drops = backends.TABLE[backend].DROPS_INSIDE
+    drops = backends.TABLE[backend].drops_inside
     # PEFT keeps adapters in fp32 on a 16-bit base by default.
     adapters = list(dict.fromkeys(("float32", dtype)))
     found = [Case("witness", "nlora", WITNESS, adapter) for adapter in adapters]
@@ -152,7 +152,7 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
         found += [Case("time", op, shape, adapter) for shape in sizes.timed for op in ("forward", "backward")]
     if drops:
         found += [Case("time", "dropout", shape, "float32") for shape in sizes.dropped]
-    if hasattr(backends.TABLE[backend], "initialisation"):
+    if backends.TABLE[backend].proved_for:
         more = NORMS_AND_SOLVES.get(backend, ())
         shapes = [(1, *shape) for shape in sizes.initialised]
         found += [Case("time", "initialisation", shape, dtype, more=more) for shape in shapes]

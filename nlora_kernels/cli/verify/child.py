@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import backends, fusion, init, ops, testing
-from ...backends import Dropout, Needs, verified
+from ...backends import Call, Dropout, Needs, verified
 from .cases import METHODS, NORMS_AND_SOLVES, REAL, REHEARSED, Case, Sizes, cases_of, dtype_of
 
 SCALING, P_DROPPED, SEED = 0.7, 0.3, 2**40 + 7
@@ -248,9 +248,9 @@ def _forward_calls(case, module, backend, dtype, machine):
     adapter = p.lora_A, p.lora_B, p.lora_N
 
     def calls(by):
-        return [lambda w=w: by.forward(p.x, w, *adapter, None, SCALING) for w in weights]
+        return [lambda w=w: by.forward(Call(p.x, w, *adapter, scaling=SCALING)) for w in weights]
 
-    ours, lean = calls(module), calls(backends.lean)
+    ours, lean = calls(module), calls(backends.TABLE["lean"])
     rows = _sampled(p.x)
     wide = [t.double() for t in (p.x[rows], p.weight, *adapter)]
     exact = testing.plain_linear(*wide, scaling=SCALING)
@@ -260,12 +260,12 @@ def _forward_calls(case, module, backend, dtype, machine):
 def _backward_calls(case, module, backend, dtype, machine):
     p, weights = _large(case, dtype, machine)
     adapter = p.lora_A, p.lora_B, p.lora_N
-    _, T = backends.lean.forward(p.x, p.weight, *adapter, None, SCALING)
+    _, T = backends.TABLE["lean"].forward(Call(p.x, p.weight, *adapter, scaling=SCALING))
 
     def calls(by):
-        return [lambda w=w: by.backward(p.dy, p.x, T, w, *adapter, SCALING, ADAPTER) for w in weights]
+        return [lambda w=w: by.backward(Call(p.x, w, *adapter, scaling=SCALING), p.dy, T, ADAPTER) for w in weights]
 
-    ours, lean = calls(module), calls(backends.lean)
+    ours, lean = calls(module), calls(backends.TABLE["lean"])
     rows = _sampled(p.x)
     x, dy, weight, A, B, N = (t.double() for t in (p.x, p.dy, p.weight, *adapter))
     G, exact_T = dy @ B, x @ A.T
@@ -352,8 +352,8 @@ def _core_calls(case, module, backend, dtype, machine):
         return by.lora2_core(u, E, U, mask), *by.lora2_core_backward(d_core, u, E, U, mask)
 
     tensors = u, E, U, d_core
-    exact = results(backends.reference, *(t.double() for t in tensors))
-    ours, lean = (functools.partial(results, by, *tensors) for by in (module, backends.lean))
+    exact = results(backends.REFERENCE, *(t.double() for t in tensors))
+    ours, lean = (functools.partial(results, by, *tensors) for by in (module, backends.TABLE["lean"]))
     names = ("core", "du", "dE", "dU")
     return ([ours], [lean]), _against(u.dtype, dict(zip(names, zip(ours(), lean(), exact, strict=True), strict=True)))
 
@@ -440,7 +440,8 @@ def _refusal(case: Case, backend: str, dtype: str, device: torch.device) -> str 
 
     adapter = (empty(*shape, case.adapter) for shape in ((R, K), (N, R), (R, R)))
     mask = Dropout(P_DROPPED, torch.tensor(SEED, device=device)) if case.detail == "dropout" else None
-    return backends.TABLE[backend].unsupported(empty(M, K, dtype), empty(N, K, dtype), *adapter, mask)
+    call = Call(empty(M, K, dtype), empty(N, K, dtype), *adapter, dropout=mask)
+    return backends.TABLE[backend].unsupported(call)
 
 
 def run(case: Case, backend: str, dtype: str, machine: Gpu | Host, sizes: Sizes, seed: int) -> dict:

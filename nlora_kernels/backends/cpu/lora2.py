@@ -5,12 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..ops.checks import plain
-
-try:
-    from .. import _C
-except ImportError:
-    _C = None
+from ..base import plain
+from ..native import _C
 
 # Products of larger k×k matrices are better left to the library.
 MAX_K = 32

@@ -1,0 +1,178 @@
+"""What travels between the operations and a backend, and what a backend is."""
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The types of PyTorch's own tensors. Of any other, only PyTorch's operations know where and what its values are.
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def plain(t: Tensor) -> bool:
+    """Whether a kernel may read a tensor where it lies: PyTorch's own, strided, without a sign kept as a flag.
+
+    That its storage is there is seen when its address is asked for.
+    """
+    return type(t) in PLAIN and t.layout is torch.strided and not t.is_neg()
+
+
+class Dropout(NamedTuple):
+    """drop(x) = x ⊙ kept / (1 − p) on the adapter's branch, from a mask that is computed wherever it is needed.
+
+    No mask is stored. Whether an element is kept follows from the seed, its row and its column alone, so forward and
+    backward, and every backend, see the same mask:
+
+        mix(h):     h ^= h >> 16;  h *= 0x85ebca6b;  h ^= h >> 13;  h *= 0xc2b2ae35;  h ^= h >> 16
+        a = mix(low ^ mix(high ^ 1)),  b = mix(high ^ mix(low ^ 2))       of the seed's halves low and high
+        kept[row, col] = mix(mix(row ^ a) ^ mix(col ^ b)) >> 1  ≥  round(2³¹·p)
+
+    in 32-bit unsigned arithmetic; the multipliers are those of MurmurHash3. mix is a bijection, so all rows of a mask
+    have different keys, and all columns.
+    """
+
+    # The probability with which an element is zeroed.
+    p: float
+    # An int64 scalar tensor on x's device.
+    seed: Tensor
+
+    @property
+    def scale(self) -> float:
+        """What is kept is multiplied by it."""
+        return 1 / (1 - self.p) if self.p < 1 else 0.0
+
+    @property
+    def threshold(self) -> int:
+        """An element is kept if its 31 bits are not below."""
+        return min(round(self.p * 2**31), 2**31 - 1)
+
+    def kept(self, rows: int, cols: int) -> Tensor:
+        """Which elements of a (rows, cols) matrix are kept."""
+        low, high = self.seed & _WORD, self.seed >> 32 & _WORD
+        row, col = (torch.arange(n, device=self.seed.device) for n in (rows, cols))
+        row, col = _mix(row ^ _mix(low ^ _mix(high ^ 1))), _mix(col ^ _mix(high ^ _mix(low ^ 2)))
+        return _mix(row[:, None] ^ col) >> 1 >= self.threshold
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """drop(x) for x (M, K)."""
+        return torch.where(self.kept(*x.shape), x * self.scale, 0)
+
+
+# NOTE: int64 holds the words, for PyTorch does not compute with unsigned ones; the low half of a product is the same.
+_WORD = 0xFFFFFFFF
+
+
+def _mix(h: Tensor) -> Tensor:
+    h = (h ^ h >> 16) * 0x85EBCA6B & _WORD
+    h = (h ^ h >> 13) * 0xC2B2AE35 & _WORD
+    return h ^ h >> 16
+
+
+class Needs(NamedTuple):
+    """Which of the six inputs want a gradient."""
+
+    x: bool
+    weight: bool
+    lora_A: bool
+    lora_B: bool
+    lora_N: bool
+    bias: bool
+
+
+class Grads(NamedTuple):
+    """One gradient per input, each in its tensor's shape and dtype; None where not asked for."""
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    lora_N: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Call(NamedTuple):
+    """One call of `lora_linear`, every argument checked: x (M, K) in any strides, weight (N, K) and bias (N,) in x's
+    dtype, lora_A (R, K), lora_N (R, R) or None and lora_B (N, R) in any floating dtype.
+
+    x is None in a backward that has been promised not to need it, and so is the bias in every backward.
+    """
+
+    x: Tensor | None
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_N: Tensor | None = None
+    bias: Tensor | None = None
+    scaling: float = 1.0
+    dropout: Dropout | None = None
+
+    @property
+    def adapter(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and N in the dtype of the product; fp32 adapters on a bf16 base are the normal case."""
+        dtype, N = self.weight.dtype, self.lora_N
+        return self.lora_A.to(dtype), self.lora_B.to(dtype), None if N is None else N.to(dtype)
+
+    def drop(self, t: Tensor) -> Tensor:
+        """What the adapter reads of x, and of dx what comes from it."""
+        return self.dropout(t) if self.dropout else t
+
+
+class Backend:
+    """A way to compute the operations: one instance per backend in `backends.TABLE`.
+
+    It knows nothing of autograd, and is given what was checked. y (M, N) and T (M, R) are new contiguous tensors in x's
+    dtype; T = drop(x)·Aᵀ means the same in every backend, so the backward of one may follow the forward of another.
+    """
+
+    name: str
+    # Device types on which it is chosen without being named. Kernels of ours must have passed their tests on hardware
+    # of that type; library calls are taken to be right wherever PyTorch is.
+    verified_on: frozenset[str] = frozenset()
+    # The dtypes of x for which `verify` proves its kernels on the user's own GPU; none for what needs no proof there.
+    proved_for: tuple[torch.dtype, ...] = ()
+    # Whether dropout costs it less than a dropped copy of x does.
+    drops_inside = False
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine at all."""
+        return None
+
+    def unsupported(self, call: Call) -> str | None:
+        """Why it cannot take a call, forward or backward: x may be None, of whose dtype and device weight is."""
+        return None
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """(y, T)"""
+        raise NotImplementedError
+
+    def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+        """x and T are there where `needs` makes them necessary."""
+        raise NotImplementedError
+
+    def lora2_core(self, lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def lora2_core_backward(
+        self, d_core: Tensor, lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(du, dE, dU)"""
+        raise NotImplementedError
+
+    # What a backend may do beside, or leave to PyTorch.
+
+    def initialisation(self, weight: Tensor, r: int) -> ModuleType | None:
+        """For `init`, if it can take this weight: its own gather, squared_norms, subtract_ and solve_triangular, or
+        those of them that it has."""
+        return None
+
+    def product_adder(self, weight: Tensor, left: Tensor, right: Tensor) -> Callable[[], bool] | None:
+        """C that adds left·right to weight in place and returns True, or does nothing and returns False where PyTorch
+        is faster; None where it cannot."""
+        return None
+
+    def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> ModuleType | None:
+        """smooth, mask, penalty and penalty_backward of its own for `lora2`, if it can take adapters of these tensors
+        with r and k up to `size`."""
+        return None

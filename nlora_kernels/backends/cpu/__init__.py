@@ -1,0 +1,177 @@
+"""C++ kernels for CPUs behind the extension `_C` (csrc/cpu).
+
+A call is computed in one of four ways (`Cpu.plan`), which differ in who does the products:
+    whole     one C++ call each way: rows of weight are read in place for few rows of x, else packed (docs/cpu.md)
+    adapter   C++ writes the adapter's product, which reads and writes much and multiplies little; the library adds the
+              product with weight to it
+    library   `lean`
+    folded    the library's products with a scratch copy of weight + s·B·N·A, which many rows of x share; in fp32 alone,
+              for a half-precision weight would round small updates away
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import native
+from ..base import PLAIN, Call, Grads, Needs
+from ..lean import Lean
+from ..native import _C
+from . import lora2
+
+_CODES = {torch.float32: _C.float32, torch.bfloat16: _C.bfloat16, torch.float16: _C.float16} if _C else {}
+
+
+class Cpu(Lean):
+    name = "cpu"
+    verified_on = frozenset({"cpu"})
+
+    def unavailable(self) -> str | None:
+        return native.missing()
+
+    def unsupported(self, call: Call) -> str | None:
+        weight, lora_A, lora_B, lora_N = call.weight, call.lora_A, call.lora_B, call.lora_N
+        # NOTE: the usual call first, and no loop over its tensors: at a few tokens a layer costs as little as this.
+        if (
+            weight.is_cpu
+            and weight.dtype in _CODES
+            and lora_A.dtype in _CODES
+            and lora_B.dtype in _CODES
+            and (lora_N is None or lora_N.dtype in _CODES)
+            and not call.dropout
+        ):
+            return None
+        if call.dropout:
+            return "it has no dropout"
+        if weight.device.type != "cpu":
+            return f"tensors must be on the CPU, got {weight.device}"
+        for name, t in {"x": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
+            if t is not None and t.dtype not in _CODES:
+                return f"{name} must be float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
+        return None
+
+    def plan(self, dtype: torch.dtype, M: int, K: int, N: int, R: int, backward: bool = False) -> str:
+        """Which of the four ways computes a layer of these sizes fastest (bench/test_plan.py runs them all)."""
+        if _C.forked() and torch.get_num_threads() > 1:
+            # NOTE: OpenMP has lost its threads there, and the library would wait for them for ever.
+            torch.set_num_threads(1)
+        if not _C.cpu_multiplies(_CODES[dtype]):
+            return "whole"
+        # Products that the library's tiles are too large for; and those whose time goes into calls.
+        few, short = M <= 16, M * K * N <= 1 << 24
+        if dtype != torch.float32:
+            if M <= 4 or M <= 8 and short:
+                return "whole"
+            return "adapter" if R <= 32 or short else "library"
+        tier = _C.cpu_tier()
+        if M > 1 and M * K * N <= 1 << 16 and not backward and R <= 32:
+            # The calls take all of the time, one more a microsecond. For it x·Wᵀ has the bits of the base layer alone,
+            # and a small adapter's effect, the difference to that layer, is as exact as in PEFT.
+            return "adapter"
+        if few:
+            # Reading weight for dx, one row of dy leaves most of a register tile empty.
+            if not backward or R <= 32 and M > 1:
+                return "whole"
+        elif tier == "amx":
+            # Six products of bf16 for one of fp32: faster than any library, once the splitting pays.
+            if M >= 64:
+                return "whole"
+        elif R > 64 and M * (K + N) > 1.5 * K * N:
+            # Folding multiplies K·N·R once each way and spares every row the product of P with B, or of H with A.
+            return "folded"
+        elif M >= 256 and R <= 32 and tier != "portable":
+            return "whole"
+        return "adapter" if R <= 32 else "library"
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        (M, K), (N, _), R = call.x.shape, call.weight.shape, call.lora_A.shape[0]
+        return self.forward_by(self.plan(call.x.dtype, M, K, N, R), call)
+
+    def forward_by(self, plan: str, call: Call) -> tuple[Tensor, Tensor]:
+        if plan == "library":
+            return super().forward(call)
+        x, weight = call.x, call.weight
+        if plan == "folded":
+            return F.linear(x, _folded(call), call.bias), x @ call.lora_A.to(x.dtype).T
+        M, N, R = x.shape[0], weight.shape[0], call.lora_A.shape[0]
+        y, T = x.new_empty(M, N), x.new_empty(M, R)
+        inside = _rows(weight) if plan == "whole" else None
+        adapter, threads = (_rows(call.lora_A), call.lora_B, call.lora_N), torch.get_num_threads()
+        _C.cpu_forward(_rows(x), inside, *adapter, call.bias, y, T, call.scaling, threads)
+        return (y if plan == "whole" else y.addmm_(x, weight.T)), T
+
+    def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+        M, (N, K), R = dy.shape[0], call.weight.shape, call.lora_A.shape[0]
+        return self.backward_by(self.plan(dy.dtype, M, K, N, R, backward=True), call, dy, T, needs)
+
+    def backward_by(self, plan: str, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+        if plan == "library":
+            return super().backward(call, dy, T, needs)
+        x, weight, lora_A, lora_B, lora_N = call.x, call.weight, call.lora_A, call.lora_B, call.lora_N
+        if plan == "folded":
+            grads = super().backward(call, dy, T, needs._replace(x=False))
+            # NOTE: folding again costs less than keeping a copy of every weight from forward to backward.
+            return grads._replace(x=dy @ _folded(call) if needs.x else None)
+        M, (N, K), whole = dy.shape[0], weight.shape, plan == "whole"
+        dy, x, lora_A, inside = _rows(dy), _rows(x), _rows(lora_A), _rows(weight) if whole else None
+        grads = Grads(
+            x=dy.new_empty(M, K) if needs.x else None,
+            weight=torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight and whole else None,
+            lora_A=_new(lora_A) if needs.lora_A else None,
+            lora_B=_new(lora_B) if needs.lora_B else None,
+            lora_N=_new(lora_N) if needs.lora_N else None,
+            bias=dy.new_empty(N) if needs.bias else None,
+        )
+        threads = torch.get_num_threads()
+        _C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, *grads, call.scaling, threads)
+        if not whole and needs.x:
+            grads.x.addmm_(dy, weight)
+        if not whole and needs.weight:
+            grads = grads._replace(weight=dy.T @ x)
+        return grads
+
+    def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
+        if lora_u.dtype != torch.float32:
+            return super().lora2_core(lora_u, lora_E, lora_U, mask)
+        core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
+        mask = None if mask is None else mask.float()
+        _C.cpu_lora2_core(lora_u, lora_E, lora_U, mask, core)
+        return core
+
+    def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
+        if lora_u.dtype != torch.float32:
+            return super().lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
+        grads = _new(lora_u), _new(lora_E), _new(lora_U)
+        mask = None if mask is None else mask.float()
+        _C.cpu_lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask, *grads)
+        return grads
+
+    def product_adder(self, weight, left, right) -> Callable[[], bool] | None:
+        """weight += left·right when called; False, with nothing done, where the library is faster or must do it."""
+        for t in (weight, left, right):
+            if not t.is_cpu or t.dtype != torch.float32 or type(t) not in PLAIN:
+                return None
+        if weight.stride(1) != 1:
+            return None
+        return partial(_C.cpu_add_product, weight, left, right, torch.get_num_threads())
+
+    def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> ModuleType | None:
+        return lora2 if lora2.takes(tensors, size) else None
+
+
+def _folded(call: Call) -> Tensor:
+    A, B, N = call.adapter
+    return torch.addmm(call.weight, B if N is None else B @ N, A, alpha=call.scaling)
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """A matrix with its columns side by side, as the kernels read it."""
+    return t if t is None or t.is_contiguous() or t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _new(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
