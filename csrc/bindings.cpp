@@ -1,5 +1,5 @@
-// Python module nlora_kernels._C. A matrix is None, a tensor or the tuple (address, dtype, shape, strides) with a dtype of
-// `Dtype`; a vector is a matrix of one row. Arguments are checked by the caller.
+// Python module nlora_kernels._C. A matrix is a tensor or None, a vector a matrix of one row. Arguments are checked by the
+// caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,48 +7,93 @@
 
 namespace py = pybind11;
 using nlora::Matrix;
+using nlora::cpu::Core;
+
+namespace {
+
+// What torch.Tensor.__dlpack_c_exchange_api__ holds, the table of DLPack's C exchange API, and what it tells of a tensor.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t dims;
+  uint8_t code, bits;
+  uint16_t lanes;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct Exchange {
+  uint32_t major, minor;
+  void *previous, *allocate, *export_managed, *import_managed;
+  int (*read)(PyObject* tensor, DLTensor* out);
+};
+
+// NOTE: in all a tenth of what asking for address, shape, strides and dtype by Python's calls costs.
+class Tensors {
+ public:
+  Tensors() : type_(py::module_::import("torch").attr("Tensor")), is_neg_(type_.attr("is_neg")) {
+    const py::capsule table = type_.attr("__dlpack_c_exchange_api__");
+    exchange_ = table.get_pointer<const Exchange>();
+    if (exchange_->major != 1 || !exchange_->read) throw py::import_error("this PyTorch has another DLPack than version 1");
+  }
+
+  bool holds(py::handle object) const { return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr())); }
+
+  bool is_negative(py::handle tensor) const {
+    PyObject* self = tensor.ptr();
+    const auto result = py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), &self, 1, nullptr));
+    if (!result) throw py::error_already_set();
+    return result.ptr() == Py_True;
+  }
+
+  DLTensor read(py::handle tensor) const {
+    DLTensor result = {};
+    if (exchange_->read(tensor.ptr(), &result)) throw py::error_already_set();
+    return result;
+  }
+
+ private:
+  py::object type_, is_neg_;
+  const Exchange* exchange_;
+};
+
+const Tensors& tensors() {
+  static const Tensors& all = *new Tensors;
+  return all;
+}
+
+}  // namespace
 
 namespace pybind11::detail {
 
-// NOTE: a tensor's properties are read here, which costs half of what collecting them in Python does.
 template <>
 struct type_caster<Matrix> {
-  PYBIND11_TYPE_CASTER(Matrix, const_name("Tensor | tuple | None"));
+  PYBIND11_TYPE_CASTER(Matrix, const_name("Tensor | None"));
 
   bool load(handle source, bool) {
     value = Matrix();
     if (source.is_none()) return true;
-    object address, shape, strides;
-    if (PyTuple_Check(source.ptr())) {
-      if (PyTuple_GET_SIZE(source.ptr()) != 4) return false;
-      const auto item = [&](int i) { return reinterpret_borrow<object>(PyTuple_GET_ITEM(source.ptr(), i)); };
-      address = item(0), shape = item(2), strides = item(3);
-      value.dtype = nlora::Dtype(PyLong_AsLong(item(1).ptr()));
-    } else {
-      static const Names& names = *new Names;
-      if (checked(PyObject_CallMethodNoArgs(source.ptr(), names.is_neg.ptr())).ptr() == Py_True) {
-        // The sign is a flag of the view: read a copy that has it in memory, for as long as the call lasts.
-        resolved = checked(PyObject_CallMethodNoArgs(source.ptr(), names.resolve_neg.ptr()));
-        source = resolved;
-      }
-      address = checked(PyObject_CallMethodNoArgs(source.ptr(), names.data_ptr.ptr()));
-      shape = checked(PyObject_GetAttr(source.ptr(), names.shape.ptr()));
-      strides = checked(PyObject_CallMethodNoArgs(source.ptr(), names.stride.ptr()));
-      const object dtype = checked(PyObject_GetAttr(source.ptr(), names.dtype.ptr()));
-      int code = 0;
-      while (code < 3 && !dtype.is(names.dtypes[code])) ++code;
-      if (code == 3) return false;
-      value.dtype = nlora::Dtype(code);
+    if (!tensors().holds(source)) return false;
+    if (tensors().is_negative(source)) {
+      // The sign is a flag of the view: read a copy that has it in memory, for as long as the call lasts.
+      resolved_ = source.attr("resolve_neg")();
+      source = resolved_;
     }
-    if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(strides.ptr())) return false;
-    const Py_ssize_t dims = PyTuple_GET_SIZE(shape.ptr());
-    if (dims < 1 || dims > 2 || PyTuple_GET_SIZE(strides.ptr()) != dims) return false;
-    const auto number = [](const object& tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i)); };
-    value.data = PyLong_AsVoidPtr(address.ptr());
-    value.cols = number(shape, dims - 1), value.col_stride = number(strides, dims - 1);
-    value.rows = dims == 2 ? number(shape, 0) : 1;
-    value.row_stride = dims == 2 ? number(strides, 0) : value.cols * value.col_stride;
-    if (PyErr_Occurred()) throw error_already_set();
+    const DLTensor t = tensors().read(source);
+    constexpr uint8_t kFloat = 2, kBFloat = 4;
+    if (t.dims < 1 || t.dims > 2 || t.lanes != 1) return false;
+    if (t.code == kFloat && t.bits == 32) {
+      value.dtype = nlora::Dtype::kFloat32;
+    } else if (t.code == kFloat && t.bits == 16) {
+      value.dtype = nlora::Dtype::kFloat16;
+    } else if (t.code == kBFloat) {
+      value.dtype = nlora::Dtype::kBFloat16;
+    } else {
+      return false;
+    }
+    value.data = t.data;
+    value.cols = t.shape[t.dims - 1], value.col_stride = t.strides[t.dims - 1];
+    value.rows = t.dims == 2 ? t.shape[0] : 1;
+    value.row_stride = t.dims == 2 ? t.strides[0] : value.cols * value.col_stride;
     if (!value.data) {
       // NOTE: freed storage, and tensors that hold none of their own, have no address either.
       if (value.rows && value.cols) throw value_error("a tensor has no memory: its storage was freed, or is held elsewhere");
@@ -59,23 +104,34 @@ struct type_caster<Matrix> {
   }
 
  private:
-  object resolved;
+  object resolved_;
+};
 
-  struct Names {
-    str is_neg{"is_neg"}, resolve_neg{"resolve_neg"}, data_ptr{"data_ptr"}, shape{"shape"}, stride{"stride"}, dtype{"dtype"};
-    // In the order of Dtype.
-    object dtypes[3];
+// N, None, or u, E, U and mask of LoRA², the last of which has no gradient.
+template <>
+struct type_caster<Core> {
+  PYBIND11_TYPE_CASTER(Core, const_name("Tensor | tuple | None"));
 
-    Names() {
-      const module_ torch = module_::import("torch");
-      dtypes[0] = torch.attr("float32"), dtypes[1] = torch.attr("bfloat16"), dtypes[2] = torch.attr("float16");
-    }
-  };
-
-  static object checked(PyObject* result) {
-    if (!result) throw error_already_set();
-    return reinterpret_steal<object>(result);
+  bool load(handle source, bool convert) {
+    value = Core();
+    if (!PyTuple_Check(source.ptr())) return place(0, value.N, source, convert);
+    Matrix* const places[] = {&value.u, &value.E, &value.U, &value.mask};
+    const Py_ssize_t count = PyTuple_GET_SIZE(source.ptr());
+    if (count < 3 || count > 4) return false;
+    for (Py_ssize_t i = 0; i < count; ++i)
+      if (!place(i, *places[i], PyTuple_GET_ITEM(source.ptr(), i), convert)) return false;
+    return true;
   }
+
+ private:
+  bool place(Py_ssize_t index, Matrix& to, handle source, bool convert) {
+    if (!parts_[index].load(source, convert)) return false;
+    to = cast_op<Matrix&>(parts_[index]);
+    return true;
+  }
+
+  // For as long as the call lasts: a copy may be theirs.
+  make_caster<Matrix> parts_[4];
 };
 
 }  // namespace pybind11::detail
@@ -152,6 +208,7 @@ PYBIND11_MODULE(_C, m) {
   // Kernels do not touch Python objects.
   using free_threads = py::call_guard<py::gil_scoped_release>;
 
+  tensors();
   m.attr("float32") = int(nlora::Dtype::kFloat32);
   m.attr("bfloat16") = int(nlora::Dtype::kBFloat16);
   m.attr("float16") = int(nlora::Dtype::kFloat16);
@@ -170,8 +227,21 @@ PYBIND11_MODULE(_C, m) {
         "Whether the CPU multiplies this dtype in hardware.");
   m.def("forked", &forked, "Whether this is a child of fork(), where the kernels run on one thread.");
 
-  m.def("cpu_forward", &forward, free_threads());
-  m.def("cpu_backward", &backward, free_threads());
+  m.def(
+      "cpu_forward",
+      [](const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B, const Core& core, const Matrix& bias,
+         const Matrix& y, const Matrix& T, float scaling, int threads) {
+        forward({x, weight, A, B, core, bias, y, T, scaling, threads});
+      },
+      free_threads());
+  m.def(
+      "cpu_backward",
+      [](const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight, const Matrix& A, const Matrix& B,
+         const Core& core, const Matrix& dx, const Matrix& dweight, const Matrix& dA, const Matrix& dB, const Core& dcore,
+         const Matrix& dbias, float scaling, int threads) {
+        backward({dy, x, T, weight, A, B, core, dx, dweight, dA, dB, dcore, dbias, scaling, threads});
+      },
+      free_threads());
   m.def("cpu_add_product", &add_product, free_threads());
   m.def("cpu_lora2_core", &lora2_core, free_threads());
   m.def("cpu_lora2_core_backward", &lora2_core_backward, free_threads());

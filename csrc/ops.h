@@ -35,20 +35,41 @@ int64_t second_level_cache();
 // True in a child of fork(), where OpenMP has lost its threads: everything below then runs on the calling thread.
 bool forked();
 
+// The matrix between A and B: N (R, R); or, where u is there, that of LoRA², U·diag(E ⊙ mask)·u of u (r, R), E and
+// mask (1, r) and U (R, r), of which the mask may be missing; or none.
+struct Core {
+  Matrix N, u, E, U, mask;
+
+  explicit operator bool() const { return N || u; }
+};
+
 // T = x·Aᵀ, y = x·Wᵀ + bias + s·(T·Nᵀ)·Bᵀ. Without weight y holds all but x·Wᵀ.
-void forward(const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B, const Matrix& core,
-             const Matrix& bias, const Matrix& y, const Matrix& T, float scaling, int threads);
+struct Forward {
+  Matrix x, weight, A, B;
+  Core core;
+  Matrix bias;
+  Matrix y, T;
+  float scaling;
+  int threads;
+};
+void forward(Forward f);
 
-// G = dy·B, H = s·G·N, dx = dy·W + H·A, dA = Hᵀ·x, dB = s·dyᵀ·(T·Nᵀ), dN = s·Gᵀ·T, dW = dyᵀ·x, dbias = Σ dy.
-// Without weight dx holds H·A alone.
-void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight, const Matrix& A, const Matrix& B,
-              const Matrix& core, const Matrix& dx, const Matrix& dweight, const Matrix& dA, const Matrix& dB,
-              const Matrix& dcore, const Matrix& dbias, float scaling, int threads);
+// G = dy·B, H = s·G·N, dx = dy·W + H·A, dA = Hᵀ·x, dB = s·dyᵀ·(T·Nᵀ), dN = s·Gᵀ·T, dW = dyᵀ·x, dbias = Σ dy, those that
+// are there; of LoRA²'s du, dE and dU all or none. Without weight dx holds H·A alone.
+struct Backward {
+  Matrix dy, x, T, weight, A, B;
+  Core core;
+  Matrix dx, dweight, dA, dB;
+  Core dcore;
+  Matrix dbias;
+  float scaling;
+  int threads;
+};
+void backward(Backward b);
 
-// core = U·diag(E ⊙ mask)·u, and its gradients. u (r, k), E and mask (1, r), U (k, r).
-void lora2_core(const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask, const Matrix& core);
-void lora2_core_backward(const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
-                         const Matrix& du, const Matrix& dE, const Matrix& dU);
+// out = U·diag(E ⊙ mask)·u, and the gradients of u, E and U from that of N.
+void lora2_core(const Core& core, const Matrix& out);
+void lora2_core_backward(const Matrix& dN, const Core& core, const Core& dcore);
 
 // weight (N, K) += left (N, R)·right (R, K), all fp32 and weight with its columns side by side. False, with nothing done,
 // where the library does it faster.

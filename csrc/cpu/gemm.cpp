@@ -90,8 +90,6 @@ void pack(const Kernels& kernel, const Depth& depth, Matrix Summand::*side, Rang
   }
 }
 
-const float* values(const Matrix& m) { return static_cast<const float*>(m.data); }
-
 // The part of a product's k that is `depth`, for some rows of left.
 void place_left(const Kernels& kernel, const Depth& depth, Range rows, float* panels, Product& product) {
   product.k = depth.k;
@@ -180,6 +178,27 @@ Matrix slice(const Matrix& m, Range rows, Range cols) {
   const int64_t offset = rows.first * m.row_stride + cols.first * m.col_stride;
   const int64_t bytes = m.dtype == Dtype::kFloat32 ? 4 : 2;
   return {static_cast<char*>(m.data) + offset * bytes, m.dtype, rows.size, cols.size, m.row_stride, m.col_stride};
+}
+
+void copy(const Kernels& kernel, const Matrix& from, const Matrix& to) {
+  kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, from.cols, from.rows, int(to.row_stride),
+              from.rows * to.row_stride, values(to));
+}
+
+Matrix copied(const Kernels& kernel, const Matrix& m, int64_t unit, Scratch& scratch) {
+  const int64_t cols = round_up(m.cols, unit);
+  const Matrix result = fp32(scratch.take(m.rows * cols), m.rows, m.cols, cols);
+  copy(kernel, m, result);
+  return result;
+}
+
+Dots dots(const Matrix& rows, const Matrix& cols, const Matrix& out) {
+  Dots d = {};
+  d.rows = rows.data, d.dtype = rows.dtype, d.row = rows.row_stride;
+  d.cols = values(cols), d.col = cols.row_stride;
+  d.out = values(out), d.out_row = out.row_stride, d.out_col = out.col_stride;
+  d.m = rows.rows, d.n = cols.rows, d.k = rows.cols;
+  return d;
 }
 
 int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t left_cost, int64_t right_cost, int threads) {

@@ -16,10 +16,20 @@ inline Matrix fp32(float* data, int64_t rows, int64_t cols, int64_t row_stride) 
   return {data, Dtype::kFloat32, rows, cols, row_stride, 1};
 }
 
+// Of a matrix in fp32.
+inline float* values(const Matrix& m) { return static_cast<float*>(m.data); }
+
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Rows and columns of a view.
 Matrix slice(const Matrix& m, Range rows, Range cols);
+
+// Into fp32, with zeros up to the end of its rows.
+void copy(const Kernels& kernel, const Matrix& from, const Matrix& to);
+// m in fp32, rows padded with zeros to a multiple of unit, itself one of the vector width.
+Matrix copied(const Kernels& kernel, const Matrix& m, int64_t unit, Scratch& scratch);
+// out = rows·colsᵀ for fp32 cols padded to the vector width and fp32 out.
+Dots dots(const Matrix& rows, const Matrix& cols, const Matrix& out);
 
 // One summand of a product.
 struct Summand {

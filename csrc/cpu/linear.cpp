@@ -20,36 +20,13 @@ constexpr int64_t kSerial = 1 << 17;
 // The few multiply-adds of a product of three sizes are not worth a team of threads.
 int team(int threads, int64_t a, int64_t b, int64_t c) { return a * b * c < kSerial ? 1 : threads; }
 
-float* values(const Matrix& m) { return static_cast<float*>(m.data); }
-
-// Into fp32, with zeros up to the end of its rows.
-void copy(const Kernels& kernel, const Matrix& from, const Matrix& to) {
-  kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, from.cols, from.rows, int(to.row_stride),
-              from.rows * to.row_stride, values(to));
-}
-
-// m in fp32, rows padded with zeros to a multiple of unit.
-Matrix copied(const Kernels& kernel, const Matrix& m, int64_t unit, Scratch& scratch) {
-  const int64_t cols = round_up(m.cols, unit);
-  const Matrix result = fp32(scratch.take(m.rows * cols), m.rows, m.cols, cols);
-  copy(kernel, m, result);
-  return result;
-}
-
 void scale(const Matrix& m, float factor) {
   for (int64_t i = 0; i < m.rows; ++i)
     for (int64_t j = 0; j < m.row_stride; ++j) values(m)[i * m.row_stride + j] *= factor;
 }
 
-// out = rows·colsᵀ for fp32 cols padded to the vector width.
-Dots dots(const Matrix& rows, const Matrix& cols, const Matrix& out) {
-  Dots d = {};
-  d.rows = rows.data, d.dtype = rows.dtype, d.row = rows.row_stride;
-  d.cols = values(cols), d.col = cols.row_stride;
-  d.out = values(out), d.out_row = out.row_stride, d.out_col = out.col_stride;
-  d.m = rows.rows, d.n = cols.rows, d.k = rows.cols;
-  return d;
-}
+// Memory for an (R, R) matrix.
+Matrix square(int64_t R, Scratch& scratch) { return fp32(scratch.take(R * R), R, R, R); }
 
 // m in fp32 with its columns side by side: m itself, where it is so, or a copy.
 const float* row_vector(const Kernels& kernel, const Matrix& m, Scratch& scratch) {
@@ -78,8 +55,8 @@ void pack(const Kernels& kernel, const Sum& sum, int index, int count) {
 }
 
 // out[:, cols] = factor · Σ left·b, through `sums` (m, n) in fp32. `edge` holds kSumDepth · tile_cols values.
-void sum(const Kernels& kernel, std::initializer_list<Sum> parts, const Matrix& sums, Range cols, float factor,
-         float* edge, const Matrix& out) {
+void sum(const Kernels& kernel, const Sum (&parts)[2], const Matrix& sums, Range cols, float factor, float* edge,
+         const Matrix& out) {
   const int64_t m = out.rows, tile = kernel.tile_cols, whole = cols.size / tile * tile;
   bool started = false;
   const auto add = [&](const Sum& part, Range depth, const void* b, Dtype dtype, int64_t b_row, Range at) {
@@ -92,6 +69,7 @@ void sum(const Kernels& kernel, std::initializer_list<Sum> parts, const Matrix& 
     kernel.multiply(p);
   };
   for (const Sum& part : parts) {
+    if (!part.panels) break;
     for (int64_t k = 0; k < part.b.rows || (k == 0 && !started); k += kSumDepth) {
       const Range depth = {k, std::min(kSumDepth, part.b.rows - k)};
       const Matrix inner = slice(part.b, depth, {cols.first, whole});
@@ -119,33 +97,32 @@ void sum(const Kernels& kernel, std::initializer_list<Sum> parts, const Matrix& 
 }
 
 // y for few rows of x: W is read once, in place, and the adapter's r is a continuation of its k.
-void few_rows(const Kernels& kernel, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
-              const Matrix& core, const float* bias, const Matrix& y, const Matrix& T, float scaling, int threads,
-              Scratch& scratch) {
-  const int64_t M = x.rows, R = A.rows, N = y.cols, padded = round_up(R, kernel.width);
+void few_rows(const Kernels& kernel, const Forward& f, const float* bias, Scratch& scratch) {
+  const Matrix &x = f.x, &y = f.y;
+  const int64_t M = x.rows, R = f.A.rows, N = y.cols, padded = round_up(R, kernel.width);
   const bool fits = x.dtype == Dtype::kFloat32 && x.col_stride == 1 && x.cols % kernel.width == 0;
   const Matrix left = fits ? x : copied(kernel, x, kernel.width, scratch);
   const Matrix sums = fp32(scratch.take(M * padded), M, R, padded);
   std::memset(sums.data, 0, M * padded * sizeof(float));
-  kernel.dots(dots(A, left, transposed(sums)));
-  kernel.round(values(sums), padded, T);
+  kernel.dots(dots(f.A, left, transposed(sums)));
+  kernel.round(values(sums), padded, f.T);
   Matrix P = sums;
-  if (core) {
+  if (f.core.N) {
     P = fp32(scratch.take(M * padded), M, R, padded);
     std::memset(P.data, 0, M * padded * sizeof(float));
-    kernel.dots(dots(sums, copied(kernel, core, kernel.width, scratch), P));
+    kernel.dots(dots(sums, copied(kernel, f.core.N, kernel.width, scratch), P));
   }
-  scale(P, scaling);
+  scale(P, f.scaling);
   const Matrix right = fp32(scratch.take(N * padded), N, R, padded);
   const bool in_place = y.dtype == Dtype::kFloat32;
   const Matrix result = in_place ? y : fp32(scratch.take(M * N), M, N, N);
-  parallel(threads, [&](int index, int count) {
+  parallel(team(f.threads, M, x.cols, N), [&](int index, int count) {
     const Range cols = part(N, 16, index, count);
-    const Matrix mine = slice(right, cols, {0, R}), from = slice(B, cols, {0, R});
+    const Matrix mine = slice(right, cols, {0, R}), from = slice(f.B, cols, {0, R});
     kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, R, cols.size, int(padded), cols.size * padded,
                 values(mine));
     const Matrix out = slice(result, {0, M}, cols);
-    Dots d = dots(slice(weight, cols, {0, weight.cols}), left, transposed(out));
+    Dots d = dots(slice(f.weight, cols, {0, x.cols}), left, transposed(out));
     d.extra_rows = values(mine), d.extra_cols = values(P), d.extra = padded;
     d.start = bias ? bias + cols.first : nullptr;
     kernel.dots(d);
@@ -243,109 +220,162 @@ void widen(const Kernels& kernel, const Matrix& left, const Matrix& right, const
   });
 }
 
-}  // namespace
+// The narrow matrices of a backward: those of G = dy·B, H = s·G·N and P = s·T·Nᵀ that a gradient needs.
+class Narrow {
+ public:
+  Matrix G, H, P;
 
-void forward(const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B, const Matrix& core,
-             const Matrix& bias, const Matrix& y, const Matrix& T, float scaling, int threads) {
-  if (!x.rows) return;
-  if (forked()) threads = 1;
-  const Kernels& kernel = kernels();
-  Scratch scratch;
-  const float* start = row_vector(kernel, bias, scratch);
-  if (weight && x.rows <= kFewRows) {
-    threads = team(threads, x.rows, x.cols, y.cols);
-    return few_rows(kernel, x, weight, A, B, core, start, y, T, scaling, threads, scratch);
+  Narrow(const Kernels& kernel, const Backward& b, Scratch& scratch) {
+    const Matrix& N = b.core.N;
+    if (b.dx || b.dA || b.dcore) {
+      from_dy_.emplace(kernel, b.dy, transposed(b.B), N ? transposed(N) : N, b.scaling, Matrix(), scratch);
+      G = from_dy_->inner, H = from_dy_->outcome;
+    }
+    if (b.dB) {
+      from_T_.emplace(kernel, b.T, Matrix(), N, b.scaling, Matrix(), scratch);
+      P = from_T_->outcome;
+    }
   }
-  const Chain chain(kernel, x, A, core, scaling, T, scratch);
-  const Prepare prepare = [&](Range rows) { chain(rows); };
-  const bool fused = weight && chain.skinny();
-  if (!fused) chain.all(threads);
-  if (!weight) return widen(kernel, chain.outcome, transposed(B), start, y, threads, scratch);
-  gemm({{x, weight}, {chain.outcome, B}}, start, y, threads, fused ? &prepare : nullptr);
+
+  // Some rows, where the rank is small.
+  void operator()(Range rows) const {
+    if (from_dy_) (*from_dy_)(rows);
+    if (from_T_) (*from_T_)(rows);
+  }
+
+  void all(int threads) const {
+    if (from_dy_) from_dy_->all(threads);
+    if (from_T_) from_T_->all(threads);
+  }
+
+ private:
+  std::optional<Chain> from_dy_, from_T_;
+};
+
+// dx = dy·W + H·A, or H·A alone, with `narrow` on the way.
+void input_gradient(const Kernels& kernel, const Backward& b, const Narrow& narrow, Scratch& scratch) {
+  const auto all = [&](const Prepare* prepare) {
+    gemm({{b.dy, transposed(b.weight)}, {narrow.H, transposed(b.A)}}, nullptr, b.dx, b.threads, prepare);
+  };
+  if (b.dx && b.weight && b.A.rows <= kSkinny) {
+    const Prepare prepare = [&](Range rows) { narrow(rows); };
+    return all(&prepare);
+  }
+  narrow.all(b.threads);
+  if (b.dx && b.weight) return all(nullptr);
+  if (b.dx) widen(kernel, narrow.H, b.A, nullptr, b.dx, b.threads, scratch);
 }
 
-void backward(const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight, const Matrix& A, const Matrix& B,
-              const Matrix& core, const Matrix& dx, const Matrix& dweight, const Matrix& dA, const Matrix& dB,
-              const Matrix& dcore, const Matrix& dbias, float scaling, int threads) {
-  if (forked()) threads = 1;
-  const Kernels& kernel = kernels();
-  Scratch scratch;
-  const int64_t M = dy.rows, K = A.cols, N = dy.cols, R = A.rows;
-  const bool few = M <= kFewRows && weight, narrow_rank = R <= kSkinny;
-  const Matrix turned = core ? transposed(core) : core;
-  std::optional<Chain> to_dy, to_T;
-  Matrix G, H, P, ones;
-  if (dx || dA || dcore) {
-    to_dy.emplace(kernel, dy, transposed(B), turned, scaling, Matrix(), scratch);
-    G = to_dy->inner, H = to_dy->outcome;
+// dA, dB and dN of a rank that is not small.
+void rank_gradients(const Kernels& kernel, const Backward& b, const Narrow& narrow, Scratch& scratch) {
+  if (b.dA) gemm({{transposed(narrow.H), transposed(b.x)}}, nullptr, b.dA, b.threads);
+  if (b.dB) gemm({{transposed(b.dy), transposed(narrow.P)}}, nullptr, b.dB, b.threads);
+  if (!b.dcore) return;
+  const Matrix sums = square(b.A.rows, scratch);
+  gemm({{transposed(narrow.G), transposed(b.T)}}, nullptr, sums, b.threads);
+  scale(sums, b.scaling);
+  kernel.round(values(sums), sums.row_stride, b.dcore.N);
+}
+
+// Gradients that are sums of rows weighted by few columns, all in one parallel region. Each thread has its own columns of
+// each, so that nothing is added up across threads.
+class Sums {
+ public:
+  Sums(const Kernels& kernel, Scratch& scratch) : kernel_(kernel), scratch_(scratch) {}
+
+  // out = factor · Σ left·b
+  void add(const Matrix& out, float factor, std::initializer_list<std::pair<Matrix, Matrix>> products) {
+    if (!out) return;
+    Task& task = tasks_[count_++];
+    task.partial = fp32(scratch_.take(out.rows * out.cols), out.rows, out.cols, out.cols);
+    task.out = out, task.factor = factor;
+    Sum* sum = task.sums;
+    for (const auto& [left, b] : products) {
+      *sum++ = weighted(kernel_, left, b, scratch_);
+      work_ += left.rows * left.cols * b.cols;
+    }
   }
-  if (dB) {
-    to_T.emplace(kernel, T, Matrix(), core, scaling, Matrix(), scratch);
-    P = to_T->outcome;
+
+  void run(int threads) {
+    if (!count_) return;
+    const int64_t edge = kSumDepth * kernel_.tile_cols;
+    float* edges = scratch_.take(edge * threads);
+    parallel(team(threads, work_, 1, 1), [&](int index, int count) {
+      for (int i = 0; i < count_; ++i)
+        for (const Sum& each : tasks_[i].sums)
+          if (each.panels) pack(kernel_, each, index, count);
+      barrier(count);
+      for (int i = 0; i < count_; ++i) {
+        const Task& task = tasks_[i];
+        const Range cols = part(task.out.cols, kernel_.tile_cols, index, count);
+        sum(kernel_, task.sums, task.partial, cols, task.factor, edges + edge * index, task.out);
+      }
+    });
   }
-  const Prepare prepare = [&](Range rows) {
-    if (to_dy) (*to_dy)(rows);
-    if (to_T) (*to_T)(rows);
+
+ private:
+  struct Task {
+    Sum sums[2];
+    Matrix partial, out;
+    float factor;
   };
 
-  // Products of many rows.
-  if (dx && weight && !few && narrow_rank) {
-    gemm({{dy, transposed(weight)}, {H, transposed(A)}}, nullptr, dx, threads, &prepare);
-  } else {
-    if (narrow_rank) {
-      parallel(team(threads, M, N, R), [&](int index, int count) { prepare(part(M, 12, index, count)); });
-    } else {
-      if (to_dy) to_dy->all(threads);
-      if (to_T) to_T->all(threads);
-    }
-    if (dx && !weight) widen(kernel, H, A, nullptr, dx, threads, scratch);
-    if (dx && weight && !few) gemm({{dy, transposed(weight)}, {H, transposed(A)}}, nullptr, dx, threads);
-  }
-  if (dweight) gemm({{transposed(dy), transposed(x)}}, nullptr, dweight, threads);
-  if (!narrow_rank) {
-    if (dA) gemm({{transposed(H), transposed(x)}}, nullptr, dA, threads);
-    if (dB) gemm({{transposed(dy), transposed(P)}}, nullptr, dB, threads);
-    if (dcore) {
-      const Matrix sums = fp32(scratch.take(R * R), R, R, R);
-      gemm({{transposed(G), transposed(T)}}, nullptr, sums, threads);
-      scale(sums, scaling);
-      kernel.round(values(sums), R, dcore);
-    }
-  }
+  const Kernels& kernel_;
+  Scratch& scratch_;
+  Task tasks_[5] = {};
+  int count_ = 0;
+  int64_t work_ = 0;
+};
 
-  // Sums over rows, each thread its own columns of each, so that nothing is added up across threads.
-  const auto columns = [&](const Matrix& out) { return fp32(scratch.take(out.rows * out.cols), out.rows, out.cols, out.cols); };
-  const bool sum_dx = dx && few, sum_dA = dA && narrow_rank, sum_dB = dB && narrow_rank, sum_dcore = dcore && narrow_rank;
-  if (!sum_dx && !sum_dA && !sum_dB && !sum_dcore && !dbias) return;
-  Sum from_dy = {}, from_H = {}, to_dA = {}, to_dB = {}, to_dcore = {}, to_dbias = {};
-  Matrix dx_sums, dA_sums, dB_sums, dcore_sums, dbias_sums;
-  if (sum_dx) {
-    from_dy = weighted(kernel, dy, weight, scratch), from_H = weighted(kernel, H, A, scratch);
-    dx_sums = columns(dx);
+}  // namespace
+
+void forward(Forward f) {
+  if (!f.x.rows) return;
+  if (forked()) f.threads = 1;
+  const Kernels& kernel = kernels();
+  Scratch scratch;
+  if (f.core.u) f.core.N = square(f.A.rows, scratch), lora2_core(f.core, f.core.N);
+  const float* start = row_vector(kernel, f.bias, scratch);
+  if (f.weight && f.x.rows <= kFewRows) return few_rows(kernel, f, start, scratch);
+  const Chain chain(kernel, f.x, f.A, f.core.N, f.scaling, f.T, scratch);
+  const Prepare prepare = [&](Range rows) { chain(rows); };
+  const bool fused = f.weight && chain.skinny();
+  if (!fused) chain.all(f.threads);
+  if (!f.weight) return widen(kernel, chain.outcome, transposed(f.B), start, f.y, f.threads, scratch);
+  gemm({{f.x, f.weight}, {chain.outcome, f.B}}, start, f.y, f.threads, fused ? &prepare : nullptr);
+}
+
+void backward(Backward b) {
+  if (forked()) b.threads = 1;
+  const Kernels& kernel = kernels();
+  Scratch scratch;
+  const int64_t R = b.A.rows;
+  if (b.core.u) b.core.N = square(R, scratch), lora2_core(b.core, b.core.N);
+  if (b.dcore.u) b.dcore.N = square(R, scratch);
+  const Narrow narrow(kernel, b, scratch);
+  Sums sums(kernel, scratch);
+  if (b.weight && b.dy.rows <= kFewRows) {
+    // Of few rows, dx is a sum over those of weight.
+    narrow.all(b.threads);
+    sums.add(b.dx, 1.0f, {{b.dy, b.weight}, {narrow.H, b.A}});
+  } else {
+    input_gradient(kernel, b, narrow, scratch);
   }
-  if (sum_dA) to_dA = weighted(kernel, transposed(H), x, scratch), dA_sums = columns(dA);
-  if (sum_dB) to_dB = weighted(kernel, transposed(P), dy, scratch), dB_sums = columns(transposed(dB));
-  if (sum_dcore) to_dcore = weighted(kernel, transposed(G), T, scratch), dcore_sums = columns(dcore);
-  if (dbias) {
-    ones = fp32(scratch.take(M), 1, M, M);
-    std::fill_n(values(ones), M, 1.0f);
-    to_dbias = weighted(kernel, ones, dy, scratch), dbias_sums = columns(dbias);
+  if (b.dweight) gemm({{transposed(b.dy), transposed(b.x)}}, nullptr, b.dweight, b.threads);
+  if (R > kSkinny) {
+    rank_gradients(kernel, b, narrow, scratch);
+  } else {
+    sums.add(b.dA, 1.0f, {{transposed(narrow.H), b.x}});
+    sums.add(transposed(b.dB), 1.0f, {{transposed(narrow.P), b.dy}});
+    sums.add(b.dcore.N, b.scaling, {{transposed(narrow.G), b.T}});
   }
-  const int64_t edge = kSumDepth * kernel.tile_cols;
-  float* edges = scratch.take(edge * threads);
-  const int64_t rows = (sum_dx ? N : 0) + (sum_dA || sum_dB ? R : 1);
-  parallel(team(threads, M, K + N, rows), [&](int index, int count) {
-    const Range in = part(K, kernel.tile_cols, index, count), out = part(N, kernel.tile_cols, index, count);
-    float* mine = edges + edge * index;
-    for (const Sum* each : {&from_dy, &from_H, &to_dA, &to_dB, &to_dcore, &to_dbias})
-      if (each->panels) pack(kernel, *each, index, count);
-    barrier(count);
-    if (sum_dx) sum(kernel, {from_dy, from_H}, dx_sums, in, 1.0f, mine, dx);
-    if (sum_dA) sum(kernel, {to_dA}, dA_sums, in, 1.0f, mine, dA);
-    if (sum_dB) sum(kernel, {to_dB}, dB_sums, out, 1.0f, mine, transposed(dB));
-    if (dbias) sum(kernel, {to_dbias}, dbias_sums, out, 1.0f, mine, dbias);
-    if (sum_dcore) sum(kernel, {to_dcore}, dcore_sums, part(R, kernel.tile_cols, index, count), scaling, mine, dcore);
-  });
+  if (b.dbias) {
+    const Matrix ones = fp32(scratch.take(b.dy.rows), 1, b.dy.rows, b.dy.rows);
+    std::fill_n(values(ones), ones.cols, 1.0f);
+    sums.add(b.dbias, 1.0f, {{ones, b.dy}});
+  }
+  sums.run(b.threads);
+  if (b.dcore.u) lora2_core_backward(b.dcore.N, b.core, b.dcore);
 }
 
 }  // namespace nlora::cpu

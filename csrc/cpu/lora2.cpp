@@ -1,51 +1,65 @@
-// LoRA²: the k×k core of its inner chain. The matrices are tiny, so one thread and one pass over each do.
-#include "ops.h"
+// LoRA²: the k×k core of its inner chain. The matrices are tiny, so one thread does.
+#include "cpu/gemm.h"
 
 namespace nlora::cpu {
 namespace {
 
-float* at(const Matrix& m, int64_t row, int64_t col) {
-  return static_cast<float*>(m.data) + row * m.row_stride + col * m.col_stride;
+// E ⊙ mask in fp32.
+const float* weights(const Kernels& kernel, const Core& core, Scratch& scratch) {
+  const Matrix E = copied(kernel, core.E, kernel.width, scratch);
+  if (!core.mask) return values(E);
+  const Matrix mask = copied(kernel, core.mask, kernel.width, scratch);
+  for (int64_t i = 0; i < E.cols; ++i) values(E)[i] *= values(mask)[i];
+  return values(E);
 }
 
-float masked(const Matrix& E, const Matrix& mask, int64_t i) { return mask ? *at(E, 0, i) * *at(mask, 0, i) : *at(E, 0, i); }
+// The factors of diag(by) multiply the columns of m.
+void scale_columns(const Matrix& m, const float* by) {
+  for (int64_t i = 0; i < m.rows; ++i)
+    for (int64_t j = 0; j < m.cols; ++j) values(m)[i * m.row_stride + j] *= by[j];
+}
 
 }  // namespace
 
-void lora2_core(const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask, const Matrix& core) {
-  const int64_t r = u.rows, k = u.cols;
-  for (int64_t a = 0; a < k; ++a) {
-    for (int64_t b = 0; b < k; ++b) *at(core, a, b) = 0;
-    for (int64_t i = 0; i < r; ++i) {
-      const float weight = *at(U, a, i) * masked(E, mask, i);
-      for (int64_t b = 0; b < k; ++b) *at(core, a, b) += weight * *at(u, i, b);
-    }
-  }
+void lora2_core(const Core& core, const Matrix& out) {
+  const Kernels& kernel = kernels();
+  Scratch scratch;
+  const int64_t k = core.u.cols;
+  const Matrix U = copied(kernel, core.U, kernel.width, scratch);
+  scale_columns(U, weights(kernel, core, scratch));
+  const Matrix product = fp32(scratch.take(k * k), k, k, k);
+  kernel.dots(dots(U, copied(kernel, transposed(core.u), kernel.width, scratch), product));
+  kernel.round(values(product), k, out);
 }
 
-void lora2_core_backward(const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
-                         const Matrix& du, const Matrix& dE, const Matrix& dU) {
-  const int64_t r = u.rows, k = u.cols;
+void lora2_core_backward(const Matrix& dN, const Core& core, const Core& dcore) {
+  const Kernels& kernel = kernels();
+  Scratch scratch;
+  const int64_t r = core.u.rows, k = core.u.cols;
+  const float* e = weights(kernel, core, scratch);
+  const Matrix u = copied(kernel, core.u, kernel.width, scratch);
+  // dU = dN·uᵀ·diag(e)
+  const Matrix dU = fp32(scratch.take(k * r), k, r, r);
+  kernel.dots(dots(copied(kernel, dN, kernel.width, scratch), u, dU));
+  scale_columns(dU, e);
+  kernel.round(values(dU), r, dcore.U);
+  // Uᵀ·dN: the products of its rows with those of u are the gradient of E; du = diag(e)·Uᵀ·dN.
+  const Matrix du = fp32(scratch.take(r * k), r, k, k);
+  const Matrix turned = copied(kernel, transposed(core.U), kernel.width, scratch);
+  kernel.dots(dots(turned, copied(kernel, transposed(dN), kernel.width, scratch), du));
+  const float* mask = core.mask ? values(copied(kernel, core.mask, kernel.width, scratch)) : nullptr;
+  const Matrix dE = fp32(scratch.take(r), 1, r, r);
   for (int64_t i = 0; i < r; ++i) {
-    const float e = masked(E, mask, i);
-    // Row i of Uᵀ·dC goes to du; its product with row i of u is the gradient of E.
-    for (int64_t b = 0; b < k; ++b) *at(du, i, b) = 0;
-    for (int64_t a = 0; a < k; ++a) {
-      const float weight = *at(U, a, i);
-      float product = 0;
-      for (int64_t b = 0; b < k; ++b) {
-        *at(du, i, b) += weight * *at(dcore, a, b);
-        product += *at(dcore, a, b) * *at(u, i, b);
-      }
-      *at(dU, a, i) = product * e;
+    float sum = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      float& value = values(du)[i * k + j];
+      sum += value * values(u)[i * u.row_stride + j];
+      value *= e[i];
     }
-    float diagonal = 0;
-    for (int64_t b = 0; b < k; ++b) {
-      diagonal += *at(du, i, b) * *at(u, i, b);
-      *at(du, i, b) *= e;
-    }
-    *at(dE, 0, i) = mask ? diagonal * *at(mask, 0, i) : diagonal;
+    values(dE)[i] = mask ? sum * mask[i] : sum;
   }
+  kernel.round(values(du), k, dcore.u);
+  kernel.round(values(dE), r, dcore.E);
 }
 
 }  // namespace nlora::cpu

@@ -116,33 +116,48 @@ struct Shape {
   int64_t M, K, N, R;
 };
 
-void check(const Shape& s, Dtype dtype, Dtype adapter, bool with_core, bool with_weight, bool strided, int threads) {
+// What stands between A and B.
+enum class Between { kNothing, kN, kLora2 };
+
+void check(const Shape& s, Dtype dtype, Dtype adapter, Between between, bool with_weight, bool strided, int threads) {
   const auto [M, K, N, R] = s;
   char where[160];
   std::snprintf(where, sizeof where, "M=%d K=%d N=%d R=%d dtype=%d/%d core=%d weight=%d strided=%d threads=%d tier=%d",
-                int(M), int(K), int(N), int(R), int(dtype), int(adapter), with_core, with_weight, strided, threads,
+                int(M), int(K), int(N), int(R), int(dtype), int(adapter), int(between), with_weight, strided, threads,
                 int(nlora::cpu::tier()));
   const int64_t gap = strided ? 3 : 0;
   const float scaling = 0.5f;
   Tensor x = tensor(M, K, dtype, 1, true, gap), W = tensor(N, K, dtype, 2, true, gap), A = tensor(R, K, adapter, 3);
   Tensor B = tensor(N, R, adapter, 4, true, gap, strided), C = tensor(R, R, adapter, 5, true, gap, strided);
   Tensor bias = tensor(1, N, dtype, 6), dy = tensor(M, N, dtype, 7, true, gap);
-  const Matrix weight = with_weight ? W.view : Matrix(), core = with_core ? C.view : Matrix();
-  const auto eye = [&] {
-    std::vector<double> one(R * R);
-    for (int64_t i = 0; i < R; ++i) one[i * R + i] = 1;
-    return one;
-  };
-  const std::vector<double> inner = with_core ? C.exact : eye();
+  const int64_t r = R + 3;
+  Tensor u = tensor(r, R, adapter, 8, true, gap), E = tensor(1, r, adapter, 9), U = tensor(R, r, adapter, 10, true, gap, strided);
+  Tensor mask = tensor(1, r, Dtype::kFloat32, 11);
+  const Matrix weight = with_weight ? W.view : Matrix();
+  const bool masked = !strided;
+  std::vector<double> inner(R * R), weights = E.exact;
+  nlora::cpu::Core core = {};
+  double size = 1;  // bounds the sums of a row of `inner`
+  if (between == Between::kN) {
+    core.N = C.view, inner = C.exact, size = double(R);
+  } else if (between == Between::kLora2) {
+    core = {{}, u.view, E.view, U.view, masked ? mask.view : Matrix()};
+    std::vector<double> scaled = U.exact;
+    for (int64_t j = 0; masked && j < r; ++j) weights[j] *= mask.exact[j];
+    for (int64_t i = 0; i < R * r; ++i) scaled[i] *= weights[i % r];
+    inner = product(scaled, u.exact, R, r, R), size = double(R * r);
+  } else {
+    for (int64_t i = 0; i < R; ++i) inner[i * R + i] = 1;
+  }
 
   Tensor y = tensor(M, N, dtype, 0, false), T = tensor(M, R, dtype, 0, false);
-  nlora::cpu::forward(x.view, weight, A.view, B.view, core, bias.view, y.view, T.view, scaling, threads);
+  nlora::cpu::forward({x.view, weight, A.view, B.view, core, bias.view, y.view, T.view, scaling, threads});
   const auto exact_T = product(x.exact, A.exact, M, K, R, 1, false, true);
   const auto P = product(exact_T, inner, M, R, R, scaling, false, true);
   auto exact_y = product(P, B.exact, M, R, N, 1, false, true);
   if (with_weight) exact_y = add(exact_y, product(x.exact, W.exact, M, K, N, 1, false, true));
   for (int64_t i = 0; i < M * N; ++i) exact_y[i] += bias.exact[i % N];
-  const double wide = 2 + K + double(K) * R * (with_core ? R : 1);
+  const double wide = 2 + K + double(K) * R * size;
   compare("T", T, exact_T, 1 + K, where);
   compare("y", y, exact_y, wide, where);
 
@@ -152,19 +167,37 @@ void check(const Shape& s, Dtype dtype, Dtype adapter, bool with_core, bool with
     for (int64_t j = 0; j < R; ++j) kept[i * R + j] = read(T.view, i, j);
   Tensor dx = tensor(M, K, dtype, 0, false), dW = tensor(N, K, dtype, 0, false), dA = tensor(R, K, adapter, 0, false);
   Tensor dB = tensor(N, R, adapter, 0, false), dC = tensor(R, R, adapter, 0, false), dbias = tensor(1, N, dtype, 0, false);
-  nlora::cpu::backward(dy.view, x.view, T.view, weight, A.view, B.view, core, dx.view, dW.view, dA.view, dB.view,
-                       with_core ? dC.view : Matrix(), dbias.view, scaling, threads);
+  Tensor du = tensor(r, R, adapter, 0, false), dE = tensor(1, r, adapter, 0, false), dU = tensor(R, r, adapter, 0, false);
+  nlora::cpu::Core dcore = {};
+  if (between == Between::kN) dcore.N = dC.view;
+  if (between == Between::kLora2) dcore.u = du.view, dcore.E = dE.view, dcore.U = dU.view;
+  nlora::cpu::backward({dy.view, x.view, T.view, weight, A.view, B.view, core, dx.view, dW.view, dA.view, dB.view, dcore,
+                        dbias.view, scaling, threads});
   const auto G = product(dy.exact, B.exact, M, N, R);
   const auto H = product(G, inner, M, R, R, scaling);
   auto exact_dx = product(H, A.exact, M, R, K);
   if (with_weight) exact_dx = add(exact_dx, product(dy.exact, W.exact, M, N, K));
-  const double chain = double(R) * (with_core ? R : 1);
-  compare("dx", dx, exact_dx, 1 + N + N * chain, where);
+  compare("dx", dx, exact_dx, 1 + N + N * R * size, where);
   compare("dW", dW, product(dy.exact, x.exact, N, M, K, 1, true), 1 + M, where);
-  compare("dA", dA, product(H, x.exact, R, M, K, 1, true), 1 + M * N * (with_core ? R : 1.0), where);
+  compare("dA", dA, product(H, x.exact, R, M, K, 1, true), 1 + M * N * size, where);
   const auto kept_P = product(kept, inner, M, R, R, scaling, false, true);
-  compare("dB", dB, product(dy.exact, kept_P, N, M, R, 1, true), 1 + M * K * (with_core ? R : 1.0), where);
-  if (with_core) compare("dN", dC, product(G, kept, R, M, R, scaling, true), 1 + double(M) * N * K, where);
+  compare("dB", dB, product(dy.exact, kept_P, N, M, R, 1, true), 1 + M * K * size, where);
+  const auto dN = product(G, kept, R, M, R, scaling, true);
+  const double dN_size = 1 + double(M) * N * K;
+  if (between == Between::kN) compare("dN", dC, dN, dN_size, where);
+  if (between == Between::kLora2) {
+    // dU = dN·uᵀ·diag(e), du = diag(e)·Uᵀ·dN, dE = mask ⊙ diag(Uᵀ·dN·uᵀ)
+    auto exact_dU = product(dN, u.exact, R, R, r, 1, false, true), exact_du = product(U.exact, dN, r, R, R, 1, true);
+    std::vector<double> exact_dE(r);
+    for (int64_t i = 0; i < r; ++i)
+      for (int64_t j = 0; j < R; ++j) {
+        exact_dE[i] += exact_du[i * R + j] * u(i, j) * (masked ? mask(0, i) : 1);
+        exact_du[i * R + j] *= weights[i], exact_dU[j * r + i] *= weights[i];
+      }
+    compare("dU", dU, exact_dU, dN_size * R, where);
+    compare("du", du, exact_du, dN_size * R, where);
+    compare("dE", dE, exact_dE, dN_size * R * R, where);
+  }
   compare("dbias", dbias, product(std::vector<double>(M, 1), dy.exact, 1, M, N), 1 + M, where);
 }
 
@@ -199,8 +232,9 @@ int main(int argc, char** argv) {
         // Each shape takes another combination of the rest; over the shapes all of them come.
         const unsigned mix = unsigned(checks++) * 2654435761u >> 24;
         const Dtype adapter = mix & 1 ? dtype : Dtype::kFloat32;
-        check(s, dtype, adapter, mix & 2, true, mix & 4, mix & 8 ? 1 : 3);
-        check(s, dtype, adapter, mix & 2, false, mix & 4, mix & 8 ? 3 : 1);
+        const Between between = mix & 2 ? mix & 16 ? Between::kLora2 : Between::kN : Between::kNothing;
+        check(s, dtype, adapter, between, true, mix & 4, mix & 8 ? 1 : 3);
+        check(s, dtype, adapter, between, false, mix & 4, mix & 8 ? 3 : 1);
       }
     for (int64_t R : {8, 33, 160, 161})
       for (const Shape& s : {Shape{0, 5, 3, 0}, {0, 48, 8, 0}, {0, 16, 7, 0}, {0, 150, 130, 0}, {0, 97, 517, 0}})

@@ -120,7 +120,7 @@ class Cpu(Lean):
         dy, x, lora_A, inside = _rows(dy), _rows(x), _rows(lora_A), _rows(weight) if whole else None
         grads = Grads(
             x=dy.new_empty(M, K) if needs.x else None,
-            weight=torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight and whole else None,
+            weight=_new(weight) if needs.weight and whole else None,
             lora_A=_new(lora_A) if needs.lora_A else None,
             lora_B=_new(lora_B) if needs.lora_B else None,
             lora_N=_new(lora_N) if needs.lora_N else None,
@@ -135,19 +135,19 @@ class Cpu(Lean):
         return grads
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
-        if lora_u.dtype != torch.float32:
+        if lora_u.dtype not in _CODES:
             return super().lora2_core(lora_u, lora_E, lora_U, mask)
         core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
         mask = None if mask is None else mask.float()
-        _C.cpu_lora2_core(lora_u, lora_E, lora_U, mask, core)
+        _C.cpu_lora2_core((lora_u, lora_E, lora_U, mask), core)
         return core
 
     def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
-        if lora_u.dtype != torch.float32:
+        if lora_u.dtype not in _CODES:
             return super().lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
         grads = _new(lora_u), _new(lora_E), _new(lora_U)
         mask = None if mask is None else mask.float()
-        _C.cpu_lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask, *grads)
+        _C.cpu_lora2_core_backward(d_core, (lora_u, lora_E, lora_U, mask), grads)
         return grads
 
     def product_adder(self, weight, left, right) -> Callable[[], bool] | None:
@@ -174,4 +174,8 @@ def _rows(t: Tensor | None) -> Tensor | None:
 
 
 def _new(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    """A contiguous tensor of this shape and dtype."""
+    # NOTE: to name the format, or shape and dtype, costs twice the call.
+    if like.is_contiguous():
+        return torch.empty_like(like)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
