@@ -2,6 +2,7 @@
 
 from peft.tuners.lora import Linear
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .layer import FusedLinear
 
@@ -24,13 +25,19 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
-    layers = [module for module in model.modules() if type(module) is Linear]
-    if not layers and not any(isinstance(module, FusedLinear) for module in model.modules()):
+    fuse_layers(model)
+    if not any(isinstance(module, FusedLinear) for module in model.modules()):
         raise ValueError("model must have LoRA layers of PEFT on linear layers, got none")
-    for layer in layers:
-        # A layer's type is its behaviour: no attribute changes, so copies and pickles stay what they are.
-        layer.__class__ = FusedLinear
     return model
+
+
+def fuse_layers(model: nn.Module) -> None:
+    """The same of however many layers there are, or none."""
+    for module in model.modules():
+        # The output of nn.MultiheadAttention is never called.
+        if type(module) is Linear and not isinstance(module.get_base_layer(), NonDynamicallyQuantizableLinear):
+            # A layer's type is its behaviour: no attribute changes, so copies and pickles stay what they are.
+            module.__class__ = FusedLinear
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -208,14 +208,9 @@ class FusedLinear(Linear):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.get_base_layer()
 
-    def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs) -> None:
-        # Known from the layer: a model can hold both kinds, and the configuration has one flag.
-        self.fan_in_fan_out = fusion.is_conv1d(self.get_base_layer())
-        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
-
     def _get_name(self) -> str:
         # Printed, plain LoRA is PEFT's own layer, as it is to whoever asks for its type.
-        return Linear.__name__
+        return Linear.__name__ if type(self) is FusedLinear else super()._get_name()
 
     def extra_repr(self) -> str:
         return "fused by nlora_kernels"

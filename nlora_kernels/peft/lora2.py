@@ -94,9 +94,6 @@ class LoRA2Linear(FusedLinear):
         if source in self.lora_mask and target in self.lora_mask:
             self.lora_mask[target].weight.copy_(self.lora_mask[source].weight)
 
-    def _get_name(self) -> str:
-        return type(self).__name__
-
     # Forward
 
     def _weights(self, name: str) -> tuple[Tensor, ...]:

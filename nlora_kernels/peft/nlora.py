@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import onload_layer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
@@ -67,14 +68,28 @@ class NLoraLinear(FusedLinear):
     adapter_layer_names = (*FusedLinear.adapter_layer_names, "lora_N")
     other_param_names = (*FusedLinear.other_param_names, "lora_A0", "lora_N0", "lora_B0", "initial_scaling")
 
+    @classmethod
+    def adopt(cls, layer: nn.Module) -> bool:
+        """Makes a layer of plain LoRA one of this class, with the adapters that it has; whether it is one now."""
+        if type(layer) in (Linear, FusedLinear):
+            layer.__class__ = cls
+            layer._make_room()
+        return isinstance(layer, cls)
+
+    def _make_room(self) -> None:
+        """For cores, and for what belongs to them."""
+        # Known from the layer: a model can hold both kinds, and the configuration has one flag.
+        self.fan_in_fan_out = fusion.is_conv1d(self.get_base_layer())
+        self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0 = (nn.ModuleDict() for _ in range(4))
+        self.initial_scaling: dict[str, float] = {}
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        # The adapter whose initial product is out of the base weight now.
+        self.held: str | None = None
+
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: NLoraConfig, **kwargs) -> None:
         # NOTE: not in __init__, because PEFT's __init__ adds the first adapter.
         if "lora_N" not in self._modules:
-            self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0 = (nn.ModuleDict() for _ in range(4))
-            self.initial_scaling: dict[str, float] = {}
-            self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
-            # The adapter whose initial product is out of the base weight now.
-            self.held: str | None = None
+            self._make_room()
         if not getattr(config, "has_core", False):
             self._forget(adapter_name)
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
@@ -138,9 +153,6 @@ class NLoraLinear(FusedLinear):
         if self.held is None:
             return W
         return init.subtract_(W.clone(), *self._initial(self.held), -self.initial_scaling[self.held])
-
-    def _get_name(self) -> str:
-        return type(self).__name__ if self._modules.get("lora_N") else super()._get_name()
 
     # Forward
 
@@ -344,12 +356,17 @@ class NLoraLinear(FusedLinear):
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name != self.held:
             super().delete_adapter(adapter_name)
-            return
-        # An offloaded weight is brought back and away again.
-        with onload_layer(self):
-            self.restore()
-            super().delete_adapter(adapter_name)
-            self._hold_again()
+        else:
+            # An offloaded weight is brought back and away again.
+            with onload_layer(self):
+                self.restore()
+                super().delete_adapter(adapter_name)
+                self._hold_again()
+        if not self.lora_N:
+            # What is left is plain LoRA, until a core is added again.
+            for name in ("lora_N", "lora_A0", "lora_N0", "lora_B0", "initial_scaling", "held"):
+                delattr(self, name)
+            self.__class__ = FusedLinear
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names) -> nn.Module:
         base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)

@@ -24,14 +24,13 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, PeftType, _get_submodule
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.warning import PeftWarning
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from .. import fusion, patterns, saved
 from ..modules import check_alpha
 from . import base as base_weights
 from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
-from .layer import FusedLinear
+from .fuse import fuse_layers, unfuse
 from .lora2 import LoRA2Linear
 from .nlora import NLoraLinear, settle
 
@@ -41,12 +40,16 @@ class _FusedModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         before = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        # Meanwhile layers of plain LoRA are PEFT's own, made and named in its messages as with LoraConfig.
+        unfuse(model)
         try:
             _refuse_experts(model, self.peft_config[adapter_name])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             withdraw(model, adapter_name, before)
             raise
+        finally:
+            fuse_layers(model)
         _advise(model, self.peft_config[adapter_name])
 
     def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
@@ -197,7 +200,7 @@ class NLoraModel(_FusedModel):
             _fit_ranks(model, peft_config)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if not _is_lora(lora_config) and isinstance(target, LoraLayer) and not isinstance(target, NLoraLinear):
+        if not _is_lora(lora_config) and isinstance(target, LoraLayer) and not NLoraLinear.adopt(target):
             raise _unsupported(lora_config, target.get_base_layer(), current_key)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
@@ -205,19 +208,13 @@ class NLoraModel(_FusedModel):
 
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        has_core = not _is_lora(lora_config)
-        if _registered(lora_config, base):
+        if _is_lora(lora_config):
             return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-        # The output of nn.MultiheadAttention, which is never called, is left to PEFT.
-        linear = fusion.is_conv1d(base) or (
-            isinstance(base, nn.Linear) and not isinstance(base, NonDynamicallyQuantizableLinear)
-        )
-        if linear and (has_core or fusion.is_dense(base.weight)) and not kwargs.get("parameter_name"):
-            return NLoraLinear(target, adapter_name, config=lora_config, **kwargs)
-        if has_core:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        linear = isinstance(base, nn.Linear) or fusion.is_conv1d(base)
+        if not linear or kwargs.get("parameter_name"):
             raise _unsupported(lora_config, base, kwargs.get("target_name"))
-        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        return NLoraLinear(target, adapter_name, config=lora_config, **kwargs)
 
 
 class _PlainModel(NLoraModel):
@@ -409,7 +406,8 @@ def withdraw(model: nn.Module, adapter_name: str, before: set[str]) -> None:
             module.delete_adapter(adapter_name)
             continue
         parent, _, name = _get_submodules(model, key)
-        if isinstance(module, FusedLinear):
+        if isinstance(module, NLoraLinear):
+            # What is out of the base weight goes back.
             module.delete_adapter(adapter_name)
         setattr(parent, name, module.get_base_layer())
         removed.append(key)

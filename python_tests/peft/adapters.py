@@ -63,8 +63,9 @@ def reference_delta(layer, adapter):
         v, u, E, U, V, mask = (getattr(layer, f"lora_{kind}")[adapter].weight for kind in [*"vuEUV", "mask"])
         return s * V @ U @ torch.diag(E * mask) @ u @ v
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    N = layer.lora_N[adapter].weight if adapter in layer.lora_N else torch.eye(len(A))
-    if adapter not in layer.lora_N0:
+    cores = getattr(layer, "lora_N", {})
+    N = cores[adapter].weight if adapter in cores else torch.eye(len(A))
+    if adapter not in getattr(layer, "lora_N0", {}):
         return s * B @ N @ A
     A0, B0 = (layer.lora_A0[adapter].weight, layer.lora_B0[adapter].weight) if adapter in layer.lora_A0 else (A, B)
     return s * (B @ N @ A - B0 @ layer.lora_N0[adapter].weight @ A0)

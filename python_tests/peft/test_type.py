@@ -26,7 +26,8 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from peft.utils.warning import PeftWarning
 from torch import nn
 
-from nlora_kernels.peft import LoRA2Config, LoRA2Model, NLoraConfig, NLoraModel, fuse
+from nlora_kernels.peft import LoRA2Config, LoRA2Model, NLoraConfig, NLoraLinear, NLoraModel, fuse
+from nlora_kernels.peft.layer import FusedLinear
 from python_tests.peft.adapters import adapted, close, config, logits
 from python_tests.tiny import gpt2, llama, perturb, tokens
 
@@ -592,3 +593,58 @@ def test_plain_lora_is_told_by_pefts_own_names():
         hotswap.check_hotswap_configs_compatible(peft.IA3Config(), peft.IA3Config())
     with pytest.raises(ValueError, match="for r, 4 != 8"):
         hotswap.check_hotswap_configs_compatible(NLoraConfig(r=4), NLoraConfig(r=8))
+
+
+def names_itself(config, model) -> str:
+    """What PEFT says where the adapter "foobar" is a module to save too."""
+    config.modules_to_save = ["foobar"]
+    with pytest.raises(ValueError, match="almost certainly not the intended behavior") as refused:
+        peft.get_peft_model(model, config, "foobar")
+    return str(refused.value)
+
+
+def test_pefts_messages_name_its_own_layer():
+    said = {
+        name: names_itself(make(target_modules=["0"]), nn.Sequential(nn.Linear(6, 5))) for name, make in PLAIN.items()
+    }
+    assert said["plain"] == said["stock"] and str(Linear) in said["stock"]
+
+
+def test_a_second_adapter_is_named_so_too_and_leaves_the_first_fused():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 5)), PLAIN["plain"](target_modules=["0"]), "first")
+    layer, state = model.base_model.model[0], copy.deepcopy(model.state_dict())
+    assert type(layer) is FusedLinear
+    config = PLAIN["plain"](target_modules=["0"], modules_to_save=["second"])
+    with pytest.raises(ValueError, match=re.escape(f"is a child of {Linear}. ")):
+        model.add_adapter("second", config)
+    assert type(layer) is FusedLinear and state.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("order", ["plain first", "core first"])
+def test_plain_lora_and_a_core_on_one_layer(order, tmp_path):
+    x, base = torch.randn(3, 6), nn.Sequential(nn.Linear(6, 5))
+    configs = {"plain": PLAIN["plain"](target_modules=["0"]), "core": config("nlora_residual", target_modules=["0"])}
+    first, second = configs if order == "plain first" else reversed(configs)
+    model = peft.get_peft_model(copy.deepcopy(base), configs[first], first)
+    model.add_adapter(second, configs[second])
+    perturb(model)
+    layer = model.base_model.model[0]
+    assert isinstance(layer, NLoraLinear) and set(layer.lora_N) == {"core"} and layer.held == "core"
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / first, first)
+    loaded.load_adapter(tmp_path / second, second)
+    for each in (model, loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layer = each.base_model.model[0]
+        for name in configs:
+            each.set_adapter(name)
+            delta = layer.get_delta_weight(name)
+            torch.testing.assert_close(each(x), base(x) + x @ delta.T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_core_that_is_refused_leaves_plain_lora_as_it_was():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 5)), PLAIN["plain"](target_modules=["0"]))
+    layer, state, printed = model.base_model.model[0], copy.deepcopy(model.state_dict()), str(model)
+    with pytest.raises(ValueError, match="'0' cannot be adapted: r must be"):
+        model.add_adapter("core", config("nlora", target_modules=["0"], r=9))
+    assert type(layer) is FusedLinear and str(model) == printed
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
