@@ -125,3 +125,19 @@ def test_a_budget_for_few_elements_still_finds_what_is_wrong(M, K, N, R, dtype):
     for name in ("dlora_A", "dlora_B", "dlora_N"):
         # Not where the terms of a sum cancel, whose rounding weighs as much.
         assert sum(caught[name, seed] for seed in range(20)) >= 16, name
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0], ids=["mixed_signs", "one_sign"])
+def test_a_sum_in_any_order_is_as_uncertain_as_adding_one_after_the_other(mean):
+    generator = torch.Generator().manual_seed(0)
+    terms = torch.randn(200, generator=generator) + mean
+    shuffled = torch.stack([terms[torch.randperm(200, generator=generator)] for _ in range(2000)])
+    added = torch.zeros(2000)
+    for column in shuffled.T:
+        added += column
+    measured = (added.double() - terms.double().sum()).square().mean().sqrt()
+    with testing.AnyOrder(generator):
+        drawn = torch.stack([torch.ones(1, 200) @ terms[:, None] for _ in range(2000)])
+    stated = (drawn.double() - terms.double().sum()).square().mean().sqrt()
+    # A rounding error is largest where a binade begins: on average over a binade its variance is half of that.
+    assert measured <= 1.1 * stated <= 2.5 * measured
