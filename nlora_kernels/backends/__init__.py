@@ -91,6 +91,12 @@ def select(name: str | None, first: Tensor, call: Call | None = None, operation:
     return REFERENCE
 
 
+def makes_core(name: str | None) -> bool:
+    """Whether a call on the CPU may hold LoRA²'s factors in place of its core; `register` makes it where need be."""
+    name = name or preferred()
+    return TABLE[name].makes_core if name in TABLE else not name
+
+
 def drops_inside(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether dropout belongs inside the operation for a dtype on a device, because the backend there gains by it."""
     name = preferred()

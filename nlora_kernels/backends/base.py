@@ -88,8 +88,18 @@ class Grads(NamedTuple):
     weight: Tensor | None = None
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
-    lora_N: Tensor | None = None
+    # Of a call with factors (du, dE, dU).
+    lora_N: Tensor | tuple[Tensor, Tensor, Tensor] | None = None
     bias: Tensor | None = None
+
+
+class Factors(NamedTuple):
+    """The core of LoRA², U·diag(E ⊙ mask)·u, as what it is made of."""
+
+    lora_u: Tensor
+    lora_E: Tensor
+    lora_U: Tensor
+    mask: Tensor | None
 
 
 class Call(NamedTuple):
@@ -103,7 +113,8 @@ class Call(NamedTuple):
     weight: Tensor
     lora_A: Tensor
     lora_B: Tensor
-    lora_N: Tensor | None = None
+    # Factors where the backend `makes_core`.
+    lora_N: Tensor | Factors | None = None
     bias: Tensor | None = None
     scaling: float = 1.0
     dropout: Dropout | None = None
@@ -134,6 +145,8 @@ class Backend:
     proved_for: tuple[torch.dtype, ...] = ()
     # Whether dropout costs it less than a dropped copy of x does.
     drops_inside = False
+    # Whether it makes LoRA²'s core, and its gradients, inside forward and backward.
+    makes_core = False
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine at all."""

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import REFERENCE, Call, Dropout, Needs
+from ..backends import REFERENCE, Call, Dropout, Needs, makes_core
+from ..backends.base import Factors
 from . import register
 from .checks import resolved
 from .register import watched
@@ -57,7 +58,7 @@ def linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, back
         apply = function.apply if shown else function.apply_plainly
         return apply(x, weight, lora_A, lora_B, *(parts or (lora_N,)), bias, scaling, dropout, seed, backend, shown)
     if parts:
-        lora_N = register.core_forward(*parts, backend)
+        lora_N = _core_or_factors(x, parts, backend, shown)
     weight, bias = _cast(weight, bias, x.dtype)
     forward = register.forward if shown else register.forward.plainly
     y, _ = forward(_rows(x), weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
@@ -121,7 +122,7 @@ class _Lora2Linear(torch.autograd.Function):
         dx, dweight, dv, dV, du, dE, dU, _, dbias = ctx.needs_input_grad[:9]
         needs = dx, dweight, dv, dV, du or dE or dU, dbias
         parts = lora_u, lora_E, lora_U, mask
-        core = register.core_forward(*parts, backend)
+        core = _core_or_factors(x, parts, backend, shown)
         options = scaling, dropout, seed, backend
         return _linear_forward(ctx, needs, shown, x, weight, lora_v, lora_V, core, bias, *options, parts=parts)
 
@@ -133,9 +134,13 @@ class _Lora2Linear(torch.autograd.Function):
         if _differentiates():
             # The core as a function of its parts.
             saved[5] = REFERENCE.lora2_core(*parts)
+        elif saved[5] is None:
+            saved[5] = register.core_forward(*parts, ctx.call[3]) if register.dispatched(dy) else Factors(*parts)
         dx, dweight, dv, dV, dcore, dbias = _linear_backward(ctx, saved, dy)
         du = dE = dU = None
-        if dcore is not None:
+        if type(dcore) is tuple:
+            du, dE, dU = dcore
+        elif dcore is not None:
             du, dE, dU = _core_backward(dcore, *parts, ctx.call[3])
         return dx, dweight, dv, dV, du, dE, dU, None, dbias, None, None, None, None, None
 
@@ -177,7 +182,8 @@ def _keep(ctx, needs, x, T, weight, lora_A, lora_B, lora_N, bias, scaling, dropo
         weight,
         lora_A,
         lora_B,
-        lora_N,
+        # NOTE: the factors are kept as parts.
+        None if type(lora_N) is Factors else lora_N,
         seed,
         *parts,
     )
@@ -204,6 +210,13 @@ def _linear_backward(ctx, saved, dy) -> tuple[Tensor | None, ...]:
     if dbias is not None:
         dbias = dbias.to(bias_dtype)
     return dx, dweight, dA, dB, dN, dbias
+
+
+def _core_or_factors(x, parts, backend, shown) -> Tensor | Factors:
+    """LoRA²'s core, or what the backend itself makes it of."""
+    if not shown and x.is_cpu and makes_core(backend):
+        return Factors(*parts)
+    return register.core_forward(*parts, backend)
 
 
 def _differentiates() -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Call, Dropout, Needs
-from ..backends.base import PLAIN
+from ..backends.base import PLAIN, Factors
 from ..imports import when_imported
 
 # What PyTorch itself keeps active while nothing but plain eager mode is.
@@ -26,6 +26,12 @@ def watched() -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def dispatched(first: Tensor) -> bool:
+    """Whether an operator with this first tensor must be called by the dispatcher: others than plain eager mode want to
+    see it; or it is a gradient that no kernel can read, for the other tensors were looked at in forward."""
+    return watched() or type(first) not in PLAIN or first.is_neg()
 
 
 def _register(schema: str):
@@ -50,10 +56,7 @@ def _register(schema: str):
 
         @functools.wraps(implementation)
         def call(first: Tensor, *args):
-            # The first may be a gradient, whose sign may be a flag; the other tensors were looked at in forward.
-            if watched() or type(first) not in PLAIN or first.is_neg():
-                return operator(first, *args)
-            return plainly(first, *args)
+            return operator(first, *args) if dispatched(first) else plainly(first, *args)
 
         torch.library.impl(name, "default")(without_autocast)
         call.plainly = plainly
@@ -69,7 +72,10 @@ def _register(schema: str):
 def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     drop = Dropout(dropout, seed) if dropout else None
     call = Call(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop)
-    return backends.select(backend, x, call).forward(call)
+    chosen = backends.select(backend, x, call)
+    if type(lora_N) is Factors and not chosen.makes_core:
+        call = call._replace(lora_N=chosen.lora2_core(*lora_N))
+    return chosen.forward(call)
 
 
 @torch.library.register_fake("nlora_kernels::lora_linear")
@@ -84,7 +90,12 @@ def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
 def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
     drop = Dropout(dropout, seed) if dropout else None
     call = Call(x, weight, lora_A, lora_B, lora_N, None, scaling, drop)
-    grads = backends.select(backend, dy, call, "backward").backward(call, dy, T, Needs(*needs))
+    chosen = backends.select(backend, dy, call, "backward")
+    if type(lora_N) is Factors and not chosen.makes_core:
+        call = call._replace(lora_N=chosen.lora2_core(*lora_N))
+    grads = chosen.backward(call, dy, T, Needs(*needs))
+    if type(lora_N) is Factors and type(grads.lora_N) is Tensor:
+        grads = grads._replace(lora_N=chosen.lora2_core_backward(grads.lora_N, *lora_N))
     return [grad for grad in grads if grad is not None]
 
 

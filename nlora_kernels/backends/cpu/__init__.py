@@ -18,23 +18,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ..base import PLAIN, Call, Grads, Needs
+from ..base import PLAIN, Call, Factors, Grads, Needs
 from ..lean import Lean
 from ..native import _C
 from . import lora2
 
+# The plans of which our kernels see the adapter.
+_OWN = ("whole", "adapter")
 _CODES = {torch.float32: _C.float32, torch.bfloat16: _C.bfloat16, torch.float16: _C.float16} if _C else {}
 
 
 class Cpu(Lean):
     name = "cpu"
     verified_on = frozenset({"cpu"})
+    makes_core = True
 
     def unavailable(self) -> str | None:
         return native.missing()
 
     def unsupported(self, call: Call) -> str | None:
         weight, lora_A, lora_B, lora_N = call.weight, call.lora_A, call.lora_B, call.lora_N
+        if type(lora_N) is Factors:
+            lora_N = lora_N.lora_u
         # NOTE: the usual call first, and no loop over its tensors: at a few tokens a layer costs as little as this.
         if (
             weight.is_cpu
@@ -92,6 +97,9 @@ class Cpu(Lean):
         return self.forward_by(self.plan(call.x.dtype, M, K, N, R), call)
 
     def forward_by(self, plan: str, call: Call) -> tuple[Tensor, Tensor]:
+        if type(call.lora_N) is Factors:
+            core = _readable(call.lora_N) if plan in _OWN else self.lora2_core(*call.lora_N)
+            call = call._replace(lora_N=core)
         if plan == "library":
             return super().forward(call)
         x, weight = call.x, call.weight
@@ -109,6 +117,12 @@ class Cpu(Lean):
         return self.backward_by(self.plan(dy.dtype, M, K, N, R, backward=True), call, dy, T, needs)
 
     def backward_by(self, plan: str, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+        factors = call.lora_N if type(call.lora_N) is Factors else None
+        if factors and plan not in _OWN:
+            grads = self.backward_by(plan, call._replace(lora_N=self.lora2_core(*factors)), dy, T, needs)
+            if needs.lora_N:
+                grads = grads._replace(lora_N=self.lora2_core_backward(grads.lora_N, *factors))
+            return grads
         if plan == "library":
             return super().backward(call, dy, T, needs)
         x, weight, lora_A, lora_B, lora_N = call.x, call.weight, call.lora_A, call.lora_B, call.lora_N
@@ -117,13 +131,15 @@ class Cpu(Lean):
             # NOTE: folding again costs less than keeping a copy of every weight from forward to backward.
             return grads._replace(x=dy @ _folded(call) if needs.x else None)
         M, (N, K), whole = dy.shape[0], weight.shape, plan == "whole"
+        if factors:
+            lora_N = _readable(factors)
         dy, x, lora_A, inside = _rows(dy), _rows(x), _rows(lora_A), _rows(weight) if whole else None
         grads = Grads(
             x=dy.new_empty(M, K) if needs.x else None,
             weight=_new(weight) if needs.weight and whole else None,
             lora_A=_new(lora_A) if needs.lora_A else None,
             lora_B=_new(lora_B) if needs.lora_B else None,
-            lora_N=_new(lora_N) if needs.lora_N else None,
+            lora_N=(tuple([_new(t) for t in factors[:3]]) if factors else _new(lora_N)) if needs.lora_N else None,
             bias=dy.new_empty(N) if needs.bias else None,
         )
         threads = torch.get_num_threads()
@@ -138,16 +154,14 @@ class Cpu(Lean):
         if lora_u.dtype not in _CODES:
             return super().lora2_core(lora_u, lora_E, lora_U, mask)
         core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
-        mask = None if mask is None else mask.float()
-        _C.cpu_lora2_core((lora_u, lora_E, lora_U, mask), core)
+        _C.cpu_lora2_core(_readable(Factors(lora_u, lora_E, lora_U, mask)), core)
         return core
 
     def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
         if lora_u.dtype not in _CODES:
             return super().lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
         grads = _new(lora_u), _new(lora_E), _new(lora_U)
-        mask = None if mask is None else mask.float()
-        _C.cpu_lora2_core_backward(d_core, (lora_u, lora_E, lora_U, mask), grads)
+        _C.cpu_lora2_core_backward(d_core, _readable(Factors(lora_u, lora_E, lora_U, mask)), grads)
         return grads
 
     def product_adder(self, weight, left, right) -> Callable[[], bool] | None:
@@ -166,6 +180,12 @@ class Cpu(Lean):
 def _folded(call: Call) -> Tensor:
     A, B, N = call.adapter
     return torch.addmm(call.weight, B if N is None else B @ N, A, alpha=call.scaling)
+
+
+def _readable(factors: Factors) -> Factors:
+    """The factors with a mask that the kernels read."""
+    mask = factors.mask
+    return factors if mask is None or mask.dtype in _CODES else factors._replace(mask=mask.float())
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
