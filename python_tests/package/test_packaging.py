@@ -102,7 +102,7 @@ def test_the_wheel_is_typed_and_requires_no_torch(wheel):
 def test_every_extra_that_an_error_may_name_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"peft", "triton", "bench", "plot", "examples", "dev"} <= extras.keys()
-    for file in [*ROOT.glob("nlora_kernels/**/*.py"), *ROOT.glob("examples/*.py")]:
+    for file in [*ROOT.glob("nlora_kernels/**/*.py"), *ROOT.glob("examples/**/*.py")]:
         for named in file.read_text().split("nlora_kernels[")[1:]:
             extra = named.partition("]")[0]
             assert extra in extras or extra.startswith("{"), f"{file} names an extra that does not exist: {extra}"

@@ -1,0 +1,1 @@
+"""What the example scripts share: arguments, presets of the papers, methods, data, training and evaluation."""

@@ -1,0 +1,183 @@
+"""A run: its folder and checkpoints, its training through transformers.Trainer, Ctrl-C and --resume, its measures."""
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .arguments import OPTIMIZERS, read_object
+from .methods import prepare_trainer
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def check_output(args) -> None:
+    existing = next(path for path in (args.output.absolute(), *args.output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise SystemExit(f"--output {args.output}: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise SystemExit(f"--output {args.output}: {existing} cannot be written to")
+    methods = args.method
+    found = {method: last_checkpoint(args.output / method) for method in methods}
+    if not args.resume:
+        for method, checkpoint in found.items():
+            if checkpoint:
+                raise SystemExit(
+                    f"{checkpoint} is of a {method} run that was stopped: --resume goes on with it, another --output "
+                    "leaves it, and without it a new run can begin"
+                )
+    elif not any(found.values()):
+        places = " or ".join(str(args.output / method) for method in methods)
+        raise SystemExit(f"--resume needs a checkpoint in {places}, found none")
+    else:
+        for checkpoint in filter(None, found.values()):
+            check_checkpoint(checkpoint, args)
+
+
+def check_checkpoint(checkpoint: Path, args) -> None:
+    """It must be of a run with these arguments, as far as it says."""
+    config, state = (read_object(checkpoint / name) for name in ("adapter_config.json", "trainer_state.json"))
+    was = {"--rank": config.get("r"), "--batch-size": state.get("train_batch_size")}
+    if not args.epochs:
+        was["--steps"] = state.get("max_steps")
+    for option, value in was.items():
+        given = getattr(args, option[2:].replace("-", "_"))
+        if value != given:
+            raise SystemExit(f"--resume: {checkpoint} is of a run with {option} {value}, not {given}")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """What the Trainer wrote last for a run that has not ended."""
+    found = {
+        int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()
+    }
+    return found[max(found)] if found else None
+
+
+def count_steps(examples: int, args) -> int:
+    """Optimizer steps of a run, --epochs being turned into them."""
+    return math.ceil(args.epochs * examples / (args.batch_size * args.accumulation)) if args.epochs else args.steps
+
+
+class Trained(NamedTuple):
+    trainer: Any
+    speed: float  # tokens per second, padding not counted
+    seconds: float
+    peak: int  # bytes that were resident at most while this method trained, or on the accelerator if there is one
+    step: int
+    steps: int
+
+    @property
+    def curve(self) -> list[list[float]]:
+        """[step, training loss] of every log entry."""
+        return [[entry["step"], entry["loss"]] for entry in self.trainer.state.log_history if "loss" in entry]
+
+
+def train(model, method: str, lr: float, args, *, train_dataset, data_collator, **settings) -> Trained:
+    """Trains in place, to the end or to the step at which Ctrl-C comes. args.steps counts."""
+    import torch
+    import transformers
+
+    class StopWhenAsked(transformers.TrainerCallback):
+        asked = False
+
+        def ask(self, *_):
+            self.asked = True
+            print("\nstopping after this step; Ctrl-C again stops at once", flush=True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.asked:
+                control.should_save = control.should_training_stop = True
+
+    arguments = transformers.TrainingArguments(
+        output_dir=args.output / method,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulation,
+        learning_rate=lr,
+        optim=OPTIMIZERS[args.optim],
+        weight_decay=args.weight_decay,
+        lr_scheduler_type=args.scheduler,
+        warmup_steps=args.warmup,
+        seed=args.seed,
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or args.steps,
+        save_total_limit=1,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **settings,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=train_dataset, data_collator=data_collator)
+    prepare_trainer(trainer, method, args)
+    stop = StopWhenAsked()
+    trainer.add_callback(stop)
+    checkpoint = last_checkpoint(args.output / method)
+    seen = read_object(checkpoint / "trainer_state.json").get("num_input_tokens_seen", 0) if checkpoint else 0
+    forget_peak()
+    start = time.perf_counter()
+    previous = signal.signal(signal.SIGINT, stop.ask)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        stop.asked = True
+    except (OSError, RuntimeError, ValueError) as error:
+        if not checkpoint:
+            raise
+        raise SystemExit(f"--resume: {checkpoint} does not fit: {error}") from error
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    seconds = time.perf_counter() - start
+    model.eval()
+    speed = (trainer.state.num_input_tokens_seen - seen) / seconds
+    return Trained(trainer, speed, seconds, peak(), trainer.state.global_step, args.steps)
+
+
+def forget_peak() -> None:
+    """Begins a new measurement of `peak`."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # NOTE: Linux alone can; elsewhere the peak is that of the process so far.
+    if Path("/proc/self/clear_refs").exists():
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            # A container may forbid it.
+            return
+
+
+def peak() -> int:
+    """Bytes on the accelerator at most since `forget_peak`, or, without one, resident in memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_result(file: Path | None, entries: list[dict]) -> None:
+    """What was measured, one entry for each method, for `examples/compare.py`; in one step."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half = file.with_name(f".{file.name}.{os.getpid()}")
+        half.write_text(json.dumps(entries, indent=1) + "\n")
+        half.replace(file)
+
+
+def settings_of(args) -> dict:
+    """The arguments as JSON, without those that say where things are."""
+    left_out = ("output", "result", "resume", "save_steps", "preset", "method")
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in left_out}
