@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 # By the end of the file name: only these files may hold code that not every x86-64 CPU can run, and no other CPU any.
 TIER_FLAGS = {"_avx2": ["-mavx2", "-mfma", "-mf16c"], "_avx512": AVX512_FLAGS, "_amx": AVX512_FLAGS}
+TIER_FLAGS["_avx512bf16"] = [*AVX512_FLAGS, "-mavx512bf16"]
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 
 CPU_SOURCES = sorted(path for path in ROOT.glob("csrc/cpu/*.cpp") if X86 or not path.stem.endswith((*TIER_FLAGS,)))

@@ -1,5 +1,5 @@
 // What the CPU can do, asked once.
-#include "ops.h"
+#include "cpu/kernels.h"
 
 #include <atomic>
 
@@ -47,7 +47,7 @@ Tier detect() {
   return Tier::kPortable;
 }
 
-bool has_bf16() { return leaf7(1, 0) >> 5 & 1 || leaf7(0, 3) >> 22 & 1; }
+bool has_bf16() { return has_avx512_bf16() || leaf7(0, 3) >> 22 & 1; }
 bool has_fp16() { return leaf7(0, 3) >> 23 & 1 || leaf7(1, 0) >> 21 & 1; }
 #else
 Tier detect() { return Tier::kPortable; }
@@ -85,6 +85,10 @@ int64_t second_level_cache() {
 #endif
   return 512 << 10;
 }
+
+#if defined(__x86_64__) || defined(__i386__)
+bool has_avx512_bf16() { return leaf7(1, 0) >> 5 & 1; }
+#endif
 
 bool forked() { return in_child; }
 

@@ -195,7 +195,7 @@ Matrix copied(const Kernels& kernel, const Matrix& m, int64_t unit, Scratch& scr
 Dots dots(const Matrix& rows, const Matrix& cols, const Matrix& out) {
   Dots d = {};
   d.rows = rows.data, d.dtype = rows.dtype, d.row = rows.row_stride;
-  d.cols = values(cols), d.col = cols.row_stride;
+  d.cols = cols.data, d.col = cols.row_stride;
   d.out = values(out), d.out_row = out.row_stride, d.out_col = out.col_stride;
   d.m = rows.rows, d.n = cols.rows, d.k = rows.cols;
   return d;

@@ -28,7 +28,7 @@ Matrix slice(const Matrix& m, Range rows, Range cols);
 void copy(const Kernels& kernel, const Matrix& from, const Matrix& to);
 // m in fp32, rows padded with zeros to a multiple of unit, itself one of the vector width.
 Matrix copied(const Kernels& kernel, const Matrix& m, int64_t unit, Scratch& scratch);
-// out = rows·colsᵀ for fp32 cols padded to the vector width and fp32 out.
+// out = rows·colsᵀ in fp32, for cols padded as `Kernels` asks.
 Dots dots(const Matrix& rows, const Matrix& cols, const Matrix& out);
 
 // One summand of a product.

@@ -29,7 +29,7 @@ struct Dots {
   const void* rows;          // (m, k), k side by side
   Dtype dtype;
   int64_t row;               // distance of two rows, in elements
-  const float* cols;         // (n, padded k), zero past k
+  const void* cols;          // (n, padded k), zero past k; fp32, or bf16 for bf16_dots
   int64_t col;
   const float* extra_rows;   // (m, extra), nullptr for none; extra is a multiple of width
   const float* extra_cols;   // (n, extra)
@@ -45,6 +45,8 @@ struct Kernels {
   int tile_rows, tile_cols;  // the register tile of a Product
   void (*multiply)(const Product& product);
   void (*dots)(const Dots& dots);
+  // The same of bf16 rows and columns, these padded to 2·width, with subnormals for zero; nullptr where no unit does it.
+  void (*bf16_dots)(const Dots& dots);
   // Panels [k][size], `distance` values apart, from source(i, k) = source[i * row_stride + k * k_stride], zero past rows.
   void (*pack)(const void* source, Dtype dtype, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size,
                int64_t distance, float* panels);
@@ -55,5 +57,9 @@ struct Kernels {
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+
+// By avx512_bf16.
+bool has_avx512_bf16();
+void avx512_bf16_dots(const Dots& dots);
 
 }  // namespace nlora::cpu

@@ -4,136 +4,11 @@
 // NOTE: everything here has internal linkage and nothing of the standard library is used: an inline function shared
 // between files of different flags would let the linker put AVX code into the portable path.
 
-#include <cstdint>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "cpu/vectors.inl"
+#include "cpu/dots.inl"
 
 namespace nlora::cpu {
 namespace {
-
-typedef float Vec __attribute__((vector_size(kWidth * 4)));
-typedef float LooseVec __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(kWidth * 4)));
-typedef uint16_t Half __attribute__((vector_size(kWidth * 2)));
-typedef uint16_t LooseHalf __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-#define INLINE inline __attribute__((always_inline))
-
-// Conversions
-
-INLINE float to_float(float value) { return value; }
-
-INLINE float to_float(BFloat16 value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, 4);
-  return result;
-}
-
-INLINE float to_float(Float16 value) {
-  // Scaling by 2^112 moves the exponent from fp16's bias to fp32's, subnormals included.
-  const uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
-  float result;
-  __builtin_memcpy(&result, &magnitude, 4);
-  result *= 0x1p112f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &result, 4);
-  if (magnitude >= 0x7c00u << 13) bits = magnitude | 0x7f800000;
-  bits |= uint32_t(value.bits & 0x8000) << 16;
-  __builtin_memcpy(&result, &bits, 4);
-  return result;
-}
-
-INLINE void from_float(float value, float* out) { *out = value; }
-
-INLINE void from_float(float value, BFloat16* out) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-  out->bits = uint16_t((value != value ? bits | 0x400000 : rounded) >> 16);
-}
-
-INLINE void from_float(float value, Float16* out) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-  bits &= 0x7fffffff;
-  uint32_t half;
-  if (bits > 0x7f800000) {
-    half = 0x7e00;
-  } else if (bits >= 0x477ff000) {  // 65520 and above round to infinity
-    half = 0x7c00;
-  } else if (bits < 0x38800000) {  // a subnormal: adding 0.5 leaves it, rounded, in the last bits
-    float magnitude;
-    __builtin_memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    __builtin_memcpy(&half, &magnitude, 4);
-    half -= 0x3f000000;
-  } else {
-    half = (bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13;
-  }
-  out->bits = uint16_t(half | sign);
-}
-
-INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
-INLINE Vec load(const BFloat16* p) {
-  const Half half = *reinterpret_cast<const LooseHalf*>(p);
-  return (Vec)(__builtin_convertvector(half, Bits) << 16);
-}
-
-INLINE Vec load(const Float16* p) {
-#if defined(__AVX512F__)
-  // NOTE: the unmasked form draws a false warning from GCC 12.
-  return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)*reinterpret_cast<const LooseHalf*>(p));
-#elif defined(__F16C__)
-  return (Vec)_mm256_cvtph_ps((__m128i)*reinterpret_cast<const LooseHalf*>(p));
-#else
-  Vec result;
-  for (int i = 0; i < kWidth; ++i) result[i] = to_float(p[i]);
-  return result;
-#endif
-}
-
-INLINE void store(float* p, Vec value) { *reinterpret_cast<LooseVec*>(p) = value; }
-INLINE Vec broadcast(float value) { return Vec{} + value; }
-
-// A register of values in the dtype of a result.
-INLINE void round_vector(const float* from, float* to) { store(to, load(from)); }
-
-INLINE void round_vector(const float* from, BFloat16* to) {
-  const Vec value = load(from);
-  const Bits bits = (Bits)value, rounded = bits + 0x7fff + (bits >> 16 & 1), not_a_number = (Bits)(value != value);
-  const Bits result = (not_a_number & (bits | 0x400000)) | (~not_a_number & rounded);
-  *reinterpret_cast<LooseHalf*>(to) = __builtin_convertvector(result >> 16, Half);
-}
-
-INLINE void round_vector(const float* from, Float16* to) {
-#if defined(__AVX512F__)
-  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)load(from), _MM_FROUND_TO_NEAREST_INT);
-  __builtin_memcpy(to, &half, sizeof half);
-#elif defined(__F16C__)
-  const __m128i half = _mm256_cvtps_ph((__m256)load(from), _MM_FROUND_TO_NEAREST_INT);
-  __builtin_memcpy(to, &half, sizeof half);
-#else
-  for (int i = 0; i < kWidth; ++i) from_float(from[i], to + i);
-#endif
-}
-
-// A row of a result.
-template <class T>
-INLINE void round_row(const float* from, T* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) round_vector(from + i, to + i);
-  for (; i < n; ++i) from_float(from[i], to + i);
-}
 
 // Product
 
@@ -272,119 +147,11 @@ void multiply(const Product& p) {
   }
 }
 
-// Dots
-
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct Count : Count<N - 1, N - 1, I...> {};
-template <int... I>
-struct Count<0, I...> {
-  using Type = Lanes<I...>;
-};
-using AllLanes = Count<kWidth>::Type;
-
-// Halves two vectors by adding neighbours; the sums of `a` come first.
-template <int... I>
-INLINE Vec add_neighbours(Vec a, Vec b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
-}
-
-template <int ROWS, int COLS, class T>
-INLINE void dot_tile(const Dots& d, int64_t row, int64_t col) {
-  Vec sum[ROWS][COLS] = {};
-  const T* rows = static_cast<const T*>(d.rows) + row * d.row;
-  const float* cols = d.cols + col * d.col;
-  int64_t k = 0;
-  for (; k + kWidth <= d.k; k += kWidth) {
-    Vec left[ROWS];
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) left[i] = load(rows + i * d.row + k);
-#pragma GCC unroll 16
-    for (int j = 0; j < COLS; ++j) {
-      const Vec right = load(cols + j * d.col + k);
-#pragma GCC unroll 16
-      for (int i = 0; i < ROWS; ++i) sum[i][j] += left[i] * right;
-    }
-  }
-  if (k < d.k) {
-    // What is left of a row, padded with zeros: nothing past the row is read.
-    T tail[ROWS][kWidth] = {};
-    for (int i = 0; i < ROWS; ++i)
-      for (int64_t l = k; l < d.k; ++l) tail[i][l - k] = rows[i * d.row + l];
-#pragma GCC unroll 16
-    for (int j = 0; j < COLS; ++j) {
-      const Vec right = load(cols + j * d.col + k);
-#pragma GCC unroll 16
-      for (int i = 0; i < ROWS; ++i) sum[i][j] += load(tail[i]) * right;
-    }
-  }
-  if (d.extra_rows) {
-    const float* extra_rows = d.extra_rows + row * d.extra;
-    const float* extra_cols = d.extra_cols + col * d.extra;
-    for (k = 0; k < d.extra; k += kWidth) {
-#pragma GCC unroll 16
-      for (int j = 0; j < COLS; ++j) {
-        const Vec right = load(extra_cols + j * d.extra + k);
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i) sum[i][j] += load(extra_rows + i * d.extra + k) * right;
-      }
-    }
-  }
-  // COLS sums of kWidth lanes become one vector of COLS groups of lanes, and GROUP such vectors again one.
-  constexpr int kLanes = kWidth / COLS, GROUP = kLanes < 4 ? kLanes : 4;
-  Vec groups[(ROWS + GROUP - 1) / GROUP * GROUP] = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 16
-    for (int step = COLS / 2; step > 0; step /= 2)
-#pragma GCC unroll 16
-      for (int j = 0; j < step; ++j) sum[i][j] = add_neighbours(sum[i][2 * j], sum[i][2 * j + 1], AllLanes{});
-    groups[i] = sum[i][0];
-  }
-#pragma GCC unroll 16
-  for (int first = 0; first < ROWS; first += GROUP) {
-#pragma GCC unroll 16
-    for (int step = GROUP / 2; step > 0; step /= 2)
-#pragma GCC unroll 16
-      for (int i = 0; i < step; ++i)
-        groups[first + i] = add_neighbours(groups[first + 2 * i], groups[first + 2 * i + 1], AllLanes{});
-    alignas(64) float lanes[kWidth];
-    store(lanes, groups[first]);
-    for (int i = first; i < first + GROUP && i < ROWS; ++i) {
-      const float start = d.start ? d.start[row + i] : 0.0f;
-      for (int j = 0; j < COLS; ++j) {
-        float total = start;
-        const float* from = lanes + ((i - first) * COLS + j) * (kLanes / GROUP);
-        for (int l = 0; l < kLanes / GROUP; ++l) total += from[l];
-        d.out[(row + i) * d.out_row + (col + j) * d.out_col] = total;
-      }
-    }
-  }
-}
-
-template <int ROWS, class T>
-INLINE void dot_rows(const Dots& d, int64_t row) {
-  int64_t col = 0;
-  for (; col + kDotCols <= d.n; col += kDotCols) dot_tile<ROWS, kDotCols, T>(d, row, col);
-  if (kDotCols > 4 && col + 4 <= d.n) dot_tile<ROWS, 4, T>(d, row, col), col += 4;
-  if (col + 2 <= d.n) dot_tile<ROWS, 2, T>(d, row, col), col += 2;
-  if (col < d.n) dot_tile<ROWS, 1, T>(d, row, col);
-}
-
-template <class T>
-void dots_typed(const Dots& d) {
-  int64_t row = 0;
-  for (; row + kDotRows <= d.m; row += kDotRows) dot_rows<kDotRows, T>(d, row);
-  for (; row + 2 <= d.m; row += 2) dot_rows<2, T>(d, row);
-  for (; row < d.m; ++row) dot_rows<1, T>(d, row);
-}
-
 void dots(const Dots& d) {
   switch (d.dtype) {
-    case Dtype::kFloat32: return dots_typed<float>(d);
-    case Dtype::kBFloat16: return dots_typed<BFloat16>(d);
-    case Dtype::kFloat16: return dots_typed<Float16>(d);
+    case Dtype::kFloat32: return dots_typed<float, float>(d);
+    case Dtype::kBFloat16: return dots_typed<BFloat16, float>(d);
+    case Dtype::kFloat16: return dots_typed<Float16, float>(d);
   }
 }
 
@@ -507,7 +274,7 @@ void round(const float* from, int64_t from_row, const Matrix& to) {
   }
 }
 
-constexpr Kernels kKernels = {kWidth, kTileRows, kTileCols, multiply, dots, pack, round};
+constexpr Kernels kKernels = {kWidth, kTileRows, kTileCols, multiply, dots, nullptr, pack, round};
 
 }  // namespace
 }  // namespace nlora::cpu

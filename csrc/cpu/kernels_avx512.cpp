@@ -12,5 +12,12 @@ constexpr int kDotRows = 6, kDotCols = 4;
 #include "cpu/kernels.inl"
 
 namespace nlora::cpu {
-const Kernels& avx512_kernels() { return kKernels; }
+const Kernels& avx512_kernels() {
+  static const Kernels all = [] {
+    Kernels kernels = kKernels;
+    if (has_avx512_bf16()) kernels.bf16_dots = avx512_bf16_dots;
+    return kernels;
+  }();
+  return all;
+}
 }  // namespace nlora::cpu

@@ -96,15 +96,34 @@ void sum(const Kernels& kernel, const Sum (&parts)[2], const Matrix& sums, Range
   }
 }
 
+// m with zeros up to a multiple of unit in every row: m itself, where it is so, or a copy.
+Matrix padded_bf16(const Matrix& m, int64_t unit, Scratch& scratch) {
+  const int64_t cols = round_up(m.cols, unit);
+  if (cols == m.cols) return m;
+  uint16_t* to = reinterpret_cast<uint16_t*>(scratch.take(m.rows * cols / 2));
+  for (int64_t i = 0; i < m.rows; ++i) {
+    std::memcpy(to + i * cols, static_cast<uint16_t*>(m.data) + i * m.row_stride, m.cols * sizeof *to);
+    std::fill(to + i * cols + m.cols, to + (i + 1) * cols, uint16_t(0));
+  }
+  return {to, m.dtype, m.rows, m.cols, cols, 1};
+}
+
 // y for few rows of x: W is read once, in place, and the adapter's r is a continuation of its k.
 void few_rows(const Kernels& kernel, const Forward& f, const float* bias, Scratch& scratch) {
   const Matrix &x = f.x, &y = f.y;
   const int64_t M = x.rows, R = f.A.rows, N = y.cols, padded = round_up(R, kernel.width);
   const bool fits = x.dtype == Dtype::kFloat32 && x.col_stride == 1 && x.cols % kernel.width == 0;
   const Matrix left = fits ? x : copied(kernel, x, kernel.width, scratch);
+  const bool pairs = kernel.bf16_dots && x.dtype == Dtype::kBFloat16 && x.col_stride == 1;
+  const Matrix left_pairs = pairs ? padded_bf16(x, 2 * kernel.width, scratch) : Matrix();
+  // out = rows·xᵀ
+  const auto times_x = [&](const Matrix& rows, const Matrix& out) {
+    return dots(rows, pairs && rows.dtype == Dtype::kBFloat16 ? left_pairs : left, out);
+  };
+  const auto run = [&](const Dots& d) { (d.cols == left_pairs.data ? kernel.bf16_dots : kernel.dots)(d); };
   const Matrix sums = fp32(scratch.take(M * padded), M, R, padded);
   std::memset(sums.data, 0, M * padded * sizeof(float));
-  kernel.dots(dots(f.A, left, transposed(sums)));
+  run(times_x(f.A, transposed(sums)));
   kernel.round(values(sums), padded, f.T);
   Matrix P = sums;
   if (f.core.N) {
@@ -122,10 +141,10 @@ void few_rows(const Kernels& kernel, const Forward& f, const float* bias, Scratc
     kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, R, cols.size, int(padded), cols.size * padded,
                 values(mine));
     const Matrix out = slice(result, {0, M}, cols);
-    Dots d = dots(slice(f.weight, cols, {0, x.cols}), left, transposed(out));
+    Dots d = times_x(slice(f.weight, cols, {0, x.cols}), transposed(out));
     d.extra_rows = values(mine), d.extra_cols = values(P), d.extra = padded;
     d.start = bias ? bias + cols.first : nullptr;
-    kernel.dots(d);
+    run(d);
     if (!in_place) kernel.round(values(out), out.row_stride, slice(y, {0, M}, cols));
   });
 }
