@@ -15,7 +15,7 @@ from .ops import lora2_core, lora2_linear, lora_linear
 __version__ = "0.1.0"
 __all__ = ["LoRA2Linear", "NLoraLinear", "backends", "init", "lora2_core", "lora2_linear", "lora_linear"]
 
-_LAZY = ("checkpoint", "cli", "lora2", "peft", "plotting", "trainer", "tuning")
+_LAZY = ("checkpoint", "cli", "lora2", "peft", "plotting", "trainer")
 
 
 def __getattr__(name: str):

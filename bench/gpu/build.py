@@ -143,9 +143,10 @@ def compile_call(call: Call) -> int:
 def make_call(call: Call) -> None:
     import torch
 
-    from nlora_kernels import backends, tuning
+    from nlora_kernels import backends
     from nlora_kernels.backends import Dropout, Needs
-    from nlora_kernels.backends.triton import extended, launch, linear
+    from nlora_kernels.backends.triton import device, extended, linear
+    from nlora_kernels.backends.triton.tuning import rule
 
     M, K, N, R = call.shape
     dtype, adapter_dtype = getattr(torch, call.dtype), getattr(torch, call.adapter_dtype)
@@ -162,9 +163,9 @@ def make_call(call: Call) -> None:
     if call.tiles:
         transposed = call.tiles == "y"
         operands = (x, *(t if transposed or t is core else t.T.contiguous() for t in (weight, A, core, B)))
-        for tile in tuning.candidates(M, dtype, False, True, launch.target(x)):
+        for tile in rule.candidates(M, dtype, False, True, device.target(x.get_device())):
             for single in (False, True) if tile.m >= 64 and R <= 256 else (False,):
-                extended.widen(*operands, None, 1.0, transposed=transposed, tile=tile, single=single)
+                extended.product(*operands, None, 1.0, transposed=transposed, tile=tile, single=single)
         return
     dropout = Dropout(0.3, torch.empty((), dtype=torch.int64, device="meta")) if call.dropout else None
     layer = backends.Call(x, weight, A, B, core, bias, dropout=dropout)

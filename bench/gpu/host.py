@@ -185,15 +185,14 @@ def install(folder: Path) -> None:
 
     triton.runtime.driver.set_active(Driver())
 
-    from nlora_kernels import tuning
     from nlora_kernels.backends import triton as backend
-    from nlora_kernels.backends.triton import launch
+    from nlora_kernels.backends.triton import device
 
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda *_: (9, 0)
-    device = tuning.Device("stub", 90, 132, 232_448)
+    stub = device.Device("stub", 90, 132, 232_448)
     backend.misplaced = lambda name, t: None
-    launch.target = lambda x: device
+    device.target = lambda index: stub
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def launches(machine, dtype, shape, single) -> None:
     from nlora_kernels.backends.triton import extended
 
     p = testing.problem(*shape, dtype=dtype, device=machine.name)
-    *_, y = extended.widen(
+    *_, y = extended.product(
         p.x, p.weight, p.lora_A, p.lora_N, p.lora_B, p.bias, p.scaling, transposed=True, single=single
     )
     arguments = {n: getattr(p, n) for n in testing.TENSORS}

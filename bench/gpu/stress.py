@@ -18,7 +18,7 @@ def triton_step(p):
     from nlora_kernels.backends.triton import extended
 
     operands = (p.x, p.weight, p.lora_A, p.lora_N, p.lora_B, p.bias)
-    return lambda: extended.widen(*operands, p.scaling, transposed=True, single=True)
+    return lambda: extended.product(*operands, p.scaling, transposed=True, single=True)
 
 
 def cuda_step(p):

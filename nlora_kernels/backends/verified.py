@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import cache, tuning
+from .. import cache
+from .triton.tuning import rule, tables
 
 # Where the kernel modules of GPU drivers say their version.
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
@@ -63,8 +64,8 @@ class Record(NamedTuple):
         for (backend, *key), times in self.times.items():
             if key == [short(dtype), operation, short(adapter)]:
                 if shape:
-                    few = shape[0] <= tuning.FEW_ROWS
-                    alike = [time for time in times if (time.shape[0] <= tuning.FEW_ROWS) == few]
+                    few = shape[0] <= rule.FEW_ROWS
+                    alike = [time for time in times if (time.shape[0] <= rule.FEW_ROWS) == few]
                     if alike:
                         ratios[backend] = min(alike, key=lambda time: _distance(time.shape, shape)).ratio
                 else:
@@ -81,7 +82,7 @@ def identity_of(properties) -> dict[str, Any]:
     from .. import __version__
     from .native import _C
 
-    sources = [*sorted(PACKAGE.glob("backends/**/*.py")), PACKAGE / "tuning.py", *tuning.files(properties.name)]
+    sources = [*sorted(PACKAGE.glob("backends/**/*.py")), *tables.files(properties.name)]
     return {
         "gpu": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -208,7 +209,7 @@ def _folder() -> Path:
 
 
 def _stem(identity: dict[str, Any]) -> str:
-    return tuning.file_name(str(identity["gpu"])).removesuffix(".json")
+    return tables.file_name(str(identity["gpu"])).removesuffix(".json")
 
 
 def _triton() -> str | None:

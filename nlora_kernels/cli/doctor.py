@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, backends, fusion, ops, testing, tuning
+from .. import __version__, backends, fusion, ops, testing
 from ..backends import Call, native, verified
+from ..backends.triton.tuning import tables
 
 # Oldest versions that work, as in pyproject.toml, and what each optional package is for.
 HELP = "say what this machine can run and what is wrong, with exit status 1 if anything is"
@@ -310,11 +311,11 @@ def _try(name: str, device: str, dtype: torch.dtype) -> tuple[str | None, str | 
 
 def _tuned(notes: list[str], problems: list[str]) -> list[dict[str, Any]]:
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    files = {tuning.file_name(name): name for name in names}
+    files = {tables.file_name(name): name for name in names}
     found = []
-    for file in (file for folder in tuning.folders() for file in sorted(folder.glob("*.json"))):
+    for file in (file for folder in tables.folders() for file in sorted(folder.glob("*.json"))):
         try:
-            table = tuning.read(file)
+            table = tables.read(file)
         except (OSError, ValueError) as error:
             problems.append(f"{file} is no table of tiles, and is passed over: {error}")
             continue
@@ -416,12 +417,12 @@ def _path(name: str, x: Tensor, weight: Tensor, R: int) -> str | None:
         hopper = launch.capability(x.device) == (9, 0)
         return "one launch each for y and for dx" if hopper else "two launches each for y and for dx"
     if name == "triton":
-        from ..backends.triton import launch
+        from ..backends.triton import device, launch, tuning
 
         tf32, aligned = launch.tf32(x.dtype), launch.aligned(*(launch.Layout(*launch.layout(t)) for t in (x, weight)))
-        device = launch.target(x.get_device())
-        tile = tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, device)
-        single = tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, device)
+        on = device.target(x.get_device())
+        tile = tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, on)
+        single = tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, on)
         launches = "one launch" if single else "two launches"
         return f"{launches}, tiles of {tile.m}×{tile.n}×{tile.k}, {tile.warps} warps, {tile.stages} stages"
     return None

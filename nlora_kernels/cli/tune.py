@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..tune import tune
+from ..backends.triton.tuning.measure import tune
 
 HELP = "measure the tiles of the Triton kernels on this GPU and keep the best"
 

@@ -54,7 +54,7 @@ def test_every_reason_why_cuda_cannot_run_is_given(monkeypatch):
 def test_an_interpreter_that_numpy_broke_is_said_by_versions(monkeypatch, triton_version, numpy_version, fits):
     monkeypatch.setattr(pytest.importorskip("triton"), "__version__", triton_version)
     monkeypatch.setattr(pytest.importorskip("numpy"), "__version__", numpy_version)
-    monkeypatch.setattr(triton, "interpreted", lambda: True)
+    monkeypatch.setattr(triton.device, "interpreted", lambda: True)
     reason = triton.unavailable.__wrapped__()
     if fits:
         assert reason is None

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nlora_kernels import backends, cache, tuning
+from nlora_kernels import backends, cache
 from nlora_kernels.backends import TABLE, Call, Dropout, verified
+from nlora_kernels.backends.triton.tuning import tables
 from python_tests import ROOT
 
 GPU = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
@@ -146,7 +147,6 @@ def test_other_sources_are_another_identity(monkeypatch, tmp_path):
     (tmp_path / "backends").mkdir()
     kernel = tmp_path / "backends" / "kernel.py"
     kernel.write_text("x = 1")
-    (tmp_path / "tuning.py").write_text("")
     monkeypatch.setattr(verified, "PACKAGE", tmp_path)
     one = verified.identity(0)
     kernel.write_text("x = 2")
@@ -154,7 +154,7 @@ def test_other_sources_are_another_identity(monkeypatch, tmp_path):
     assert len({identity["kernels"] for identity in (before, one, two)}) == 3
     assert {**one, "kernels": 0} == {**before, "kernels": 0}
     # Measured tiles make other kernels.
-    cache.write(tuning.folders()[0] / tuning.file_name(GPU.name), '{"entries": []}')
+    cache.write(tables.folders()[0] / tables.file_name(GPU.name), '{"entries": []}')
     assert verified.identity(0)["kernels"] != two["kernels"]
 
 
@@ -323,7 +323,7 @@ def test_without_a_home_there_is_no_record_and_no_error(monkeypatch):
         assert chosen() is lean
     with pytest.raises(FileNotFoundError, match="neither XDG_CACHE_HOME nor HOME"):
         cache.folder()
-    assert tuning.folders() == [tuning.TUNED]
+    assert tables.folders() == [tables.TUNED]
 
 
 def test_the_folder_follows_the_platform(monkeypatch, tmp_path):

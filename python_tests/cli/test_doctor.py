@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import nlora_kernels as nk
-from nlora_kernels import backends, cache, cli, tuning
+from nlora_kernels import backends, cache, cli
 from nlora_kernels.backends import verified
+from nlora_kernels.backends.triton.tuning import tables
 from nlora_kernels.cli import doctor
 from python_tests import ROOT
 
@@ -169,7 +170,7 @@ def test_tuned_tables_are_listed(light, monkeypatch, tmp_path):
     mine.parent.mkdir(parents=True)
     mine.write_text(json.dumps({"device": "NVIDIA X", "entries": [{}, {}]}))
     (tmp_path / "nvidia-x.json").write_text(json.dumps({"device": "NVIDIA X", "entries": [{}]}))
-    monkeypatch.setattr(doctor.tuning, "TUNED", tmp_path)
+    monkeypatch.setattr(tables, "TUNED", tmp_path)
     found = doctor.report()
     assert [(t["device"], t["entries"], t["in_use"]) for t in found["tuned"]] == [
         ("NVIDIA X", 2, False),
@@ -252,10 +253,10 @@ def test_damaged_files_are_named(gpu, tmp_path):
         cache.write(table, text)
         found = doctor.report()
         assert any(f"{table} is no table of tiles, and is passed over" in problem for problem in found["problems"])
-        tuning._entries.cache_clear()
+        tables.entries.cache_clear()
         with pytest.warns(UserWarning, match="is no table of tiles"):
-            assert tuning._entries("NVIDIA X") == ()
-    tuning._entries.cache_clear()
+            assert tables.entries("NVIDIA X") == ()
+    tables.entries.cache_clear()
     assert any("is no record of `verify`, and is passed over" in note for note in found["notes"])
     assert any("await" in note for note in found["notes"])
 

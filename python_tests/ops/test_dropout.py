@@ -13,7 +13,7 @@ from nlora_kernels.backends import TABLE, Dropout, triton
 
 # With TRITON_INTERPRET=1, or on a GPU, Triton is tested too.
 BACKENDS = ["reference", "lean"] + ([] if TABLE["triton"].unavailable() else ["triton"])
-DEVICE = "cuda" if "triton" in BACKENDS and not triton.interpreted() else "cpu"
+DEVICE = "cuda" if "triton" in BACKENDS and not triton.device.interpreted() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 # Empty, one row, odd everywhere, a rank of a power of two, and one that a program does not hold whole.
 SHAPES = [(0, 12, 8, 3), (1, 33, 17, 5), (70, 48, 32, 24), (130, 96, 96, 8), (20, 40, 24, 257)]

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 
-from nlora_kernels import tuning
+from nlora_kernels.backends.triton.device import SHARED, Device
+from nlora_kernels.backends.triton.tuning import tables
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 # K, N: attention, gate and up, down of LLaMA-2-7B; attention and first feed-forward layer of BERT.
@@ -93,18 +94,19 @@ def compile_case(capability: int, case: str, ranks: list[int], rows: list[int], 
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
-    from nlora_kernels.backends.triton import launch
+    from nlora_kernels.backends.triton import device, launch
 
     triton.runtime.driver.set_active(Target(capability))
-    device = tuning.Device(name, capability, PROCESSORS[capability], tuning.SHARED[capability])
+    gpu = Device(name, capability, PROCESSORS[capability], SHARED[capability])
     compiled = {}
 
-    def run(kernel, grid, on, *, warps, stages=1, **arguments):
-        binary = kernel.warmup(**arguments, grid=grid, **launch.options(warps, stages))
+    def run(kernel, grid, on, *, warps, stages=1, meta=None, **arguments):
+        binary = kernel.warmup(**arguments, grid=grid, **launch.options(warps, stages, meta))
         if id(binary) not in compiled:
-            compiled[id(binary)] = binary, inspect(device, kernel.__name__, warps, stages, arguments, binary)
+            every = fields(meta) | arguments
+            compiled[id(binary)] = binary, inspect(gpu, kernel.__name__, warps, stages, every, binary)
 
-    launch.run, launch.target = run, lambda index: device
+    launch.run, device.target = run, lambda index: gpu
     launch.forget_plans()
     dtypes, _, dropout = case.partition(" ")
     dtype, adapter_dtype, tf32 = DTYPES[dtypes]
@@ -119,7 +121,7 @@ def compile_case(capability: int, case: str, ranks: list[int], rows: list[int], 
 def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool) -> None:
     from nlora_kernels.backends import Call, Dropout, Needs
     from nlora_kernels.backends.triton import core as lora2
-    from nlora_kernels.backends.triton import linear, nystrom, training
+    from nlora_kernels.backends.triton import linear, nystrom, penalty
 
     def meta(*shape, dtype=adapter_dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -139,7 +141,7 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
     u, E, U = meta(R, R), meta(R), meta(R, R)
     lora2.forward(u, E, U, E)
     lora2.backward(core, u, E, U, E)
-    train_lora2(K, N, min(R, training.LARGEST), meta)
+    train_lora2(K, N, min(R, penalty.LARGEST), meta)
     if R > min(K, N, 256):
         return
     rows = meta(R, dtype=torch.int64)
@@ -150,18 +152,28 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
 
 
 def train_lora2(K: int, N: int, r: int, meta) -> None:
-    from nlora_kernels.backends.triton import training
+    from nlora_kernels.backends.triton import allocator, penalty
 
     v, u, V, E = meta(r, K), meta(r, r), meta(N, r), meta(r)
     averages, flags = meta(2, r + 2 * r * r, dtype=torch.float32), meta(2, dtype=torch.int64)
     options = {"nonfinite": flags[0], "progress": flags[1], "hold": True}
-    training.smooth([r, r], [E, u, u], [E, u, u], *averages, 0.85, 0.85, **options)
+    allocator.smooth([r, r], [E, u, u], [E, u, u], *averages, 0.85, 0.85, **options)
     where, kept = meta(r, 1 + 2 * r, dtype=torch.int64), meta(r, dtype=torch.bool)
     for masks, scores in (([], None), ([E], None), ([E], averages[0, :r])):
-        training.mask([E], masks, *averages, where, where.to(torch.float32), scores, kept, 1)
+        allocator.mask([E], masks, *averages, where, where.to(torch.float32), scores, kept, 1)
     for squared in (True, False):
-        value, saved = training.penalty([v, u, V, u], squared, 1.0)
-        training.penalty_backward([v, u, V, u], saved, value)
+        value, saved = penalty.penalty([v, u, V, u], squared, 1.0)
+        penalty.penalty_backward([v, u, V, u], saved, value)
+
+
+def fields(meta) -> dict:
+    """What a kernel is compiled for by name, of equal names the first."""
+    found = {}
+    for name, value in meta._asdict().items() if meta else ():
+        found = (fields(value) if isinstance(value, tuple) else {name: value}) | found
+    if getattr(meta, "shrink", None):
+        found["PADDED_R"] = meta.shrink.BLOCK_N
+    return found
 
 
 def inspect(device, kernel: str, warps: int, stages: int, arguments: dict, binary) -> Compiled:
@@ -191,16 +203,19 @@ def inspect(device, kernel: str, warps: int, stages: int, arguments: dict, binar
         faults += protocol_faults(ptx)
     tile = "×".join(str(arguments[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PADDED_R", "BLOCK") if n in arguments)
     flags = {
-        "CORE": "core",
-        "TRANSPOSED": "T",
+        "core": "core",
         "A_TRANSPOSED": "aT",
         "B_TRANSPOSED": "bT",
-        "STORE_RAW": "raw",
-        "SPLIT": "split",
-        "DROPS": "drop",
-        "DROPOUT": "drop",
+        "raw": "raw",
+        "slices": "split",
+        "seed": "drop",
     }
-    notes = [note for flag, note in flags.items() if arguments.get(flag)]
+    # Of what is so, or is there.
+    notes = [
+        note
+        for name, note in flags.items()
+        if arguments.get(name) is True or isinstance(arguments.get(name), (torch.Tensor, tuple))
+    ]
     configuration = f"{tile} w{warps} s{stages} {' '.join(notes)}".rstrip()
     instructions = tuple(name for name, present in found.items() if present)
     return Compiled(
@@ -236,9 +251,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def matrix(everything: bool) -> list[tuple]:
     """The arguments of `compile_case` for each job: all of them, or those of the benchmarks."""
     if everything:
-        tables = [json.loads(file.read_text()) for file in sorted(tuning.TUNED.glob("*.json"))]
+        found = [json.loads(file.read_text()) for file in sorted(tables.TUNED.glob("*.json"))]
         jobs = [(capability, case, [rank], ROWS) for capability, case, rank in product(PROCESSORS, CASES, RANKS)]
-        return jobs + [(table["capability"], "bf16", RANKS, ROWS, table["name"]) for table in tables]
+        return jobs + [(table["capability"], "bf16", RANKS, ROWS, table["name"]) for table in found]
     return [
         (90, "bf16 dropout", [64], [16, 8192]),
         (80, "bf16+fp32 dropout", [64], [8192]),

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 # A process of its own: Triton keeps one target, and the interpreter may be on in this one.
 COMPILE = """
 import torch
-from nlora_kernels import tuning
+from nlora_kernels.backends.triton import tuning
 from python_tests.triton import aot
 
 tile = tuning.Tile(*{tile})

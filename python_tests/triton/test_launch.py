@@ -24,8 +24,7 @@ def install():
     address."""
     import triton
 
-    from nlora_kernels import tuning
-    from nlora_kernels.backends.triton import launch
+    from nlora_kernels.backends.triton import device, launch
     from python_tests.triton import aot
 
     launches = []
@@ -33,6 +32,8 @@ def install():
     def launcher(src, metadata):
         def record(x, y, z, stream, function, packed, launch_metadata, enter, exit_, *arguments):
             plain = dict(zip(src.fn.arg_names, map(argument, arguments), strict=True))
+            # Compiled in, and in the hash.
+            plain.pop("META", None)
             launches.append((metadata.hash, (x, y, z), plain))
 
         return record
@@ -46,6 +47,8 @@ def install():
                 tuple(value.block_shape),
                 value.padding,
             )
+        if isinstance(value, tuple):
+            return tuple(map(argument, value))
         return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
     class Recorder(aot.Target):
@@ -57,7 +60,7 @@ def install():
         )
 
     triton.runtime.driver.set_active(Recorder(90))
-    launch.target = lambda index: tuning.Device("recorder", 90, 132, 232_448)
+    device.target = lambda index: device.Device("recorder", 90, 132, 232_448)
     return launches
 
 
@@ -88,8 +91,7 @@ def without_addresses(arguments):
 
 def again_is_the_same_but_for_addresses_and_scaling(launches):
     """Under the tuning rule's two launches, and in one."""
-    from nlora_kernels import tuning
-    from nlora_kernels.backends.triton import launch
+    from nlora_kernels.backends.triton import launch, tuning
 
     for single in (False, True):
         tuning.single_launch = lambda *_, single=single: single
@@ -116,7 +118,7 @@ def again_is_the_same_but_for_addresses_and_scaling(launches):
         for operands, made in ((first, launches[:count]), (second, launches[count:])):
             product = next(arguments for name, _, arguments in made if "weight" in arguments)
             assert (product["x"][0], product["weight"][0]) == (operands[0].data_ptr(), operands[1].data_ptr())
-            assert product["bias"] == operands[5].data_ptr()
+            assert product["bias"] == (operands[5].data_ptr(), 1)
 
 
 def what_a_kernel_was_compiled_for_is_never_launched_with_another(launches):
@@ -193,7 +195,7 @@ def threads_launch_their_own_tensors(launches):
     assert not errors, errors
     products = [arguments for _, _, arguments in launches if "weight" in arguments and arguments["bias"]]
     expected = {(operands[0].data_ptr(), operands[1].data_ptr(), operands[5].data_ptr()) for operands in layers}
-    found = [(a["x"][0], a["weight"][0], a["bias"]) for a in products]
+    found = [(a["x"][0], a["weight"][0], a["bias"][0]) for a in products]
     assert len(found) == 160 and set(found) == expected
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nlora_kernels as nk
-from nlora_kernels import testing, tuning
+from nlora_kernels import testing
 from nlora_kernels.backends import TABLE, Call, Dropout, Needs
 
 # The interpreter has to be chosen before triton is imported, and then holds for the whole process.
@@ -19,10 +19,10 @@ if TABLE["triton"].unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 from nlora_kernels.backends import triton as backend  # noqa: E402
-from nlora_kernels.backends.triton import interpreted, launch, linear  # noqa: E402
+from nlora_kernels.backends.triton import device, launch, linear, tuning  # noqa: E402
 
-DEVICE = "cpu" if interpreted() else "cuda"
-DTYPES = [torch.float32, torch.float16] + ([] if interpreted() else [torch.bfloat16])
+DEVICE = "cpu" if device.interpreted() else "cuda"
+DTYPES = [torch.float32, torch.float16] + ([] if device.interpreted() else [torch.bfloat16])
 # M, K, N, R: empty, one row, odd everywhere, a rank that is no power of two, exceeds every size, or 256 and beyond.
 SHAPES = [
     (0, 12, 8, 3),
@@ -67,10 +67,10 @@ def small_tiles(monkeypatch):
     """Sets tiles so small that every loop, split and wait of the kernels is taken, and the form of the launch."""
 
     def configure(form="two", capability=80, processors=4, splits=3):
-        device = tuning.Device("small", capability, processors, 232_448)
+        small = device.Device("small", capability, processors, 232_448)
         tile = tuning.Tile(16, 16, 16, 4, 2)
         launch.forget_plans()
-        monkeypatch.setattr(launch, "target", lambda index: device)
+        monkeypatch.setattr(device, "target", lambda index: small)
         monkeypatch.setattr(tuning, "wide_tile", lambda *_: tile)
         monkeypatch.setattr(tuning, "narrow_tile", lambda M, N, K, columns, *_: (tile._replace(n=columns), splits))
         monkeypatch.setattr(tuning, "single_launch", lambda *_: form == "single")
@@ -300,11 +300,11 @@ def test_what_cannot_run_says_why(monkeypatch):
     u, E, U = (torch.randn(s, device=DEVICE, dtype=torch.float64) for s in ((4, 3), (4,), (3, 4)))
     with pytest.raises(ValueError, match="lora_u must be float32, bfloat16 or float16"):
         nk.ops.autograd.core(u, E, U, None, "triton")
-    if interpreted():
+    if device.interpreted():
         with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
             testing.results(testing.problem(3, 4, 5, 2, dtype=torch.bfloat16), nk.lora_linear, backend="triton")
     backend.unavailable.cache_clear()
-    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(device, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert nk.backends.available()["triton"] == "compute capability 8.0 or newer is needed, got 7.5"

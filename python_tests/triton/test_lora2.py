@@ -8,16 +8,18 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels.backends import TABLE
-from nlora_kernels.lora2 import RankAllocator, allocator, orthogonal_penalty, penalty
+from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
+from nlora_kernels.lora2 import allocator as rank_allocator
+from nlora_kernels.lora2 import penalty as penalty_of_model
 from python_tests.lora2 import test_training as equations
 
 if reason := TABLE["triton"].unavailable():
     pytest.skip(f"{reason}; TRITON_INTERPRET=1 pytest {__file__} runs these tests", allow_module_level=True)
 
-from nlora_kernels.backends.triton import interpreted, launch, training  # noqa: E402
+from nlora_kernels.backends.triton import allocator, device, launch, lora2, penalty  # noqa: E402
 
-DEVICE = "cpu" if interpreted() else "cuda"
-DTYPES = [torch.float32, torch.float16] + ([] if interpreted() else [torch.bfloat16])
+DEVICE = "cpu" if device.interpreted() else "cuda"
+DTYPES = [torch.float32, torch.float16] + ([] if device.interpreted() else [torch.bfloat16])
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,7 @@ def taken(monkeypatch):
         calls.append(found is not None)
         return found
 
-    for module in (allocator, penalty):
+    for module in (rank_allocator, penalty_of_model):
         monkeypatch.setattr(module, "kernels", kernels)
     return calls
 
@@ -39,15 +41,16 @@ def taken(monkeypatch):
 def blocks(request, monkeypatch):
     """Blocks so small that every loop of the kernels is taken."""
     if request.param == "small blocks":
-        for name, value in {"BLOCK": 16, "BLOCK_N": 16, "CHUNK": 32}.items():
-            monkeypatch.setattr(training, name, value)
+        monkeypatch.setattr(allocator, "BLOCK", 16)
+        monkeypatch.setattr(penalty, "BLOCK_N", 16)
+        monkeypatch.setattr(penalty, "CHUNK", 32)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="tests of a model on the CPU")
 @pytest.mark.parametrize(
     "test",
     [
-        lambda: equations.test_a_whole_run_equals_the_equations(0),
+        lambda: equations.test_a_whole_run_equals_the_equations(0, "rows"),
         equations.test_a_masked_value_may_regrow_until_the_mask_is_frozen,
         equations.test_ties_go_to_the_earlier_layer_then_the_smaller_index,
         lambda: equations.test_a_non_finite_gradient_leaves_everything_as_it_was(math.nan, "lora_U", 3),
@@ -82,7 +85,7 @@ def fill_gradients(model, seed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_steps_equal_those_of_pytorch(dtype, blocks, taken, monkeypatch):
     # More values than a block holds.
-    ranks = [(17, 3), (4, 4), (32, 20), (1, 1)] * (training.BLOCK // 54 + 2)
+    ranks = [(17, 3), (4, 4), (32, 20), (1, 1)] * (allocator.BLOCK // 54 + 2)
     model = net(ranks=ranks).to(dtype)
     twin = copy.deepcopy(model)
     ours, theirs = (
@@ -99,7 +102,7 @@ def test_steps_equal_those_of_pytorch(dtype, blocks, taken, monkeypatch):
         budget = ours.step()
         assert all(taken)
         with monkeypatch.context() as patch:
-            patch.setattr(allocator, "kernels", lambda *_: None)
+            patch.setattr(rank_allocator, "kernels", lambda *_: None)
             assert theirs.step() == budget
         torch.testing.assert_close(ours.exp_avg, theirs.exp_avg, rtol=1e-6, atol=0)
         torch.testing.assert_close(ours.exp_unc, theirs.exp_unc, rtol=1e-5, atol=1e-9)
@@ -194,7 +197,7 @@ def test_results_repeat_bitwise():
 def test_what_is_left_to_pytorch():
     takes = TABLE["triton"].lora2_training
     t = torch.zeros(4, 3, device=DEVICE)
-    assert takes([t, t], 32) is training
+    assert takes([t, t], 32) is lora2
     assert takes([t, t], 33) is None
     assert takes([t, t.half()]) is None
     assert takes([t, t.T]) is None
@@ -208,9 +211,9 @@ def test_the_backend_in_the_environment_decides(monkeypatch):
     from nlora_kernels.lora2.kernels import kernels
 
     t = torch.zeros(4, 3, device=DEVICE)
-    assert kernels([t]) is not training
+    assert kernels([t]) is not lora2
     monkeypatch.setenv("NLORA_BACKEND", "triton")
-    assert kernels([t]) is training
+    assert kernels([t]) is lora2
     monkeypatch.setenv("NLORA_BACKEND", "reference")
     assert kernels([t]) is None
 
@@ -220,7 +223,7 @@ def test_in_the_capture_of_a_graph_pytorch_takes_over_and_no_table_leaves_the_ho
     tensors = [t for layer in model for t in (layer.lora_v, layer.lora_u, layer.lora_V, layer.lora_U)]
     expected = orthogonal_penalty(model)
     gradients = torch.autograd.grad(expected, tensors)
-    value, saved = training.penalty([t.detach() for t in tensors], True, 1.0)
+    value, saved = penalty.penalty([t.detach() for t in tensors], True, 1.0)
     begun_outside = orthogonal_penalty(model)
     monkeypatch.setattr(launch, "capturing", lambda on: True)
     taken.clear()
@@ -235,10 +238,10 @@ def test_in_the_capture_of_a_graph_pytorch_takes_over_and_no_table_leaves_the_ho
     u, U, before = model[0].lora_u.detach(), model[0].lora_U.detach(), E.clone()
     for call in (
         lambda: torch.autograd.grad(begun_outside, tensors),
-        lambda: training.penalty(tensors, True, 1.0),
-        lambda: training.penalty_backward(tensors, saved, value),
-        lambda: training.smooth([4, 5], [E, u, U], [E, u, U], *averages, 0.9, 0.9, **flags, hold=False),
-        lambda: training.mask([E], [], *averages, where, where.float(), None, kept, 1),
+        lambda: penalty.penalty(tensors, True, 1.0),
+        lambda: penalty.penalty_backward(tensors, saved, value),
+        lambda: allocator.smooth([4, 5], [E, u, U], [E, u, U], *averages, 0.9, 0.9, **flags, hold=False),
+        lambda: allocator.mask([E], [], *averages, where, where.float(), None, kept, 1),
     ):
         with pytest.raises(RuntimeError, match="a CUDA graph cannot capture this call"):
             call()

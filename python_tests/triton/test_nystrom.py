@@ -10,10 +10,10 @@ from nlora_kernels.backends import TABLE
 if reason := TABLE["triton"].unavailable():
     pytest.skip(f"{reason}; TRITON_INTERPRET=1 pytest {__file__} runs these tests", allow_module_level=True)
 
-from nlora_kernels.backends.triton import interpreted, launch, nystrom  # noqa: E402
+from nlora_kernels.backends.triton import device, launch, nystrom  # noqa: E402
 
-DEVICE = "cpu" if interpreted() else "cuda"
-DTYPES = [torch.float32, torch.float16] + ([] if interpreted() else [torch.bfloat16])
+DEVICE = "cpu" if device.interpreted() else "cuda"
+DTYPES = [torch.float32, torch.float16] + ([] if device.interpreted() else [torch.bfloat16])
 
 
 def short(value):

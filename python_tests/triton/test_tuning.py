@@ -5,12 +5,14 @@ import itertools
 import pytest
 import torch
 
-from nlora_kernels import cli, tune, tuning
-from nlora_kernels.tuning import Device, Tile
+from nlora_kernels import cli
+from nlora_kernels.backends.triton import device, tuning
+from nlora_kernels.backends.triton.device import SHARED, Device
+from nlora_kernels.backends.triton.tuning import Tile, measure, tables
 
-HOPPER = Device("NVIDIA H200", 90, 132, tuning.SHARED[90])
-AMPERE = Device("NVIDIA A100", 80, 108, tuning.SHARED[80])
-SMALL = Device("NVIDIA GeForce RTX 4090", 89, 128, tuning.SHARED[89])
+HOPPER = Device("NVIDIA H200", 90, 132, SHARED[90])
+AMPERE = Device("NVIDIA A100", 80, 108, SHARED[80])
+SMALL = Device("NVIDIA GeForce RTX 4090", 89, 128, SHARED[89])
 BF16 = torch.bfloat16
 
 
@@ -58,10 +60,10 @@ def test_tuning_without_a_gpu_says_so(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "TUNED", tmp_path)
-    tuning.forget()
+    monkeypatch.setattr(tables, "TUNED", tmp_path)
+    tables.forget()
     yield tmp_path
-    tuning.forget()
+    tables.forget()
 
 
 def entry(shape, tile, us, rule_us=100.0, single=False):
@@ -73,7 +75,7 @@ def entry(shape, tile, us, rule_us=100.0, single=False):
 
 def test_the_nearest_measured_entry_goes_before_the_rule(table):
     near, far = [64, 128, 64, 4, 4], [128, 128, 64, 8, 4]
-    file = tuning.save(
+    file = tables.save(
         [
             entry([8192, 4096, 4096, 64], near, 90.0, single=True),
             entry([16384, 4096, 4096, 64], far, 90.0),
@@ -94,19 +96,19 @@ def test_the_nearest_measured_entry_goes_before_the_rule(table):
 
 
 def test_what_is_tuned_here_goes_to_the_users_cache_and_before_the_packages(table, tmp_path, monkeypatch):
-    from nlora_kernels.backends import TABLE, triton
+    from nlora_kernels.backends import triton
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(TABLE["triton"], "unavailable", lambda: None)
-    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(device, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tuning, "device_of", lambda index: HOPPER)
-    monkeypatch.setattr(tune, "SHAPES", ((8192, 4096, 4096, 64),))
+    monkeypatch.setattr(device, "of", lambda index: HOPPER)
+    monkeypatch.setattr(measure, "SHAPES", ((8192, 4096, 4096, 64),))
     shape, mine, theirs = [8192, 4096, 4096, 64], [64, 128, 64, 4, 4], [128, 128, 64, 8, 4]
-    monkeypatch.setattr(tune, "measure", lambda *call: entry(shape, mine, 95.0))
-    tuning.save([entry(shape, theirs, 90.0)], table, HOPPER)
+    monkeypatch.setattr(measure, "measure", lambda *call: entry(shape, mine, 95.0))
+    tables.save([entry(shape, theirs, 90.0)], table, HOPPER)
     assert tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*theirs)
-    file = tune.tune()
+    file = measure.tune()
     assert file == tmp_path / "cache" / "nlora_kernels" / "tuned" / "nvidia-h200.json"
-    assert tuning.files(HOPPER.name) == [file, table / "nvidia-h200.json"]
+    assert tables.files(HOPPER.name) == [file, table / "nvidia-h200.json"]
     assert tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*mine)

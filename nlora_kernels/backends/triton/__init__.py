@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import Backend, Call, Grads, Needs, plain
+from . import device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +25,7 @@ def unavailable() -> str | None:
         return f"triton cannot be imported ({error}); install nlora_kernels[triton]"
     if _version(triton) < (3, 6):
         reasons.append(f"triton 3.6 or newer is needed, got {triton.__version__}")
-    if not interpreted():
+    if not device.interpreted():
         if not torch.cuda.is_available():
             reasons.append("torch sees no GPU; set TRITON_INTERPRET=1 before triton is imported to run on the CPU")
         elif torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
@@ -48,26 +49,13 @@ def _version(package: ModuleType) -> tuple[int, ...]:
 
 def misplaced(name: str, t: Tensor) -> str | None:
     """Why a kernel cannot run on the device of a tensor."""
-    if interpreted():
+    if device.interpreted():
         return None
     if t.device.type != "cuda":
         return f"{name} must be on a GPU, got {t.device}"
-    if torch.version.hip is None and capability(t.device) < (8, 0):
+    if torch.version.hip is None and device.capability(t.device) < (8, 0):
         return f"{t.device} must have compute capability 8.0 or newer"
     return None
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in its interpreter, which takes CPU tensors."""
-    from triton import knobs
-
-    return knobs.runtime.interpret
 
 
 class Triton(Backend):
@@ -84,7 +72,7 @@ class Triton(Backend):
         weight = call.weight
         if weight.dtype not in DTYPES:
             return f"x must be float32, bfloat16 or float16, got {weight.dtype}"
-        if interpreted() and torch.bfloat16 in {t.dtype for t in call[1:5] if t is not None}:
+        if device.interpreted() and torch.bfloat16 in {t.dtype for t in call[1:5] if t is not None}:
             return "Triton's interpreter computes bfloat16 wrongly"
         return misplaced("x", weight)
 
@@ -113,7 +101,7 @@ class Triton(Backend):
     def initialisation(self, weight: Tensor, r: int) -> ModuleType | None:
         if weight.dtype not in DTYPES or weight.is_meta or r > 256 or misplaced("weight", weight):
             return None
-        if interpreted() and weight.dtype == torch.bfloat16:
+        if device.interpreted() and weight.dtype == torch.bfloat16:
             return None
         from . import nystrom
 
@@ -123,15 +111,15 @@ class Triton(Backend):
         like = tensors[0]
         if like.dtype not in DTYPES or like.is_meta or misplaced("lora_E", like):
             return None
-        if interpreted() and like.dtype == torch.bfloat16:
+        if device.interpreted() and like.dtype == torch.bfloat16:
             return None
-        from . import launch, training
+        from . import launch, lora2
 
         for t in tensors:
             if not (plain(t) and t.is_contiguous() and t.dtype is like.dtype and t.device == like.device):
                 return None
         # Tables of addresses come from the host, which a CUDA graph cannot capture; PyTorch's operations need none.
-        return training if size <= training.LARGEST and not launch.capturing(like) else None
+        return lora2 if size <= lora2.LARGEST and not launch.capturing(like) else None
 
 
 def _check_core(lora_u: Tensor) -> None:

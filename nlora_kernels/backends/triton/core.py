@@ -39,115 +39,56 @@ def backward(
 @launch.planned
 def planned(kernel, u, E, U, mask, d_core, index) -> launch.Launch:
     """The launch of a kernel; d_core is None where it is the forward's."""
-    u, E, U = launch.Layout(*u), launch.Layout(*E), launch.Layout(*U)
-    r, k = u.shape
+    operands = {"u": u, "E": E, "U": U, "mask": mask} | ({"d_core": d_core} if d_core else {})
+    layouts = {name: operand and launch.Layout(*operand) for name, operand in operands.items()}
+    r, k = layouts["u"].shape
     blocks = triton.cdiv(k, BLOCK)
-    of_d_core = {}
-    if d_core:
-        of_d_core = dict(zip(("d_core_stride_row", "d_core_stride_col"), launch.Layout(*d_core).strides, strict=True))
-    return launch.Launch(
-        kernel,
-        (triton.cdiv(r, BLOCK),) if d_core else (blocks, blocks),
-        warps=4,
-        r=r,
-        k=k,
-        u_stride_row=u.strides[0],
-        u_stride_col=u.strides[1],
-        E_stride=E.strides[0],
-        U_stride_row=U.strides[0],
-        U_stride_col=U.strides[1],
-        mask_stride=launch.Layout(*mask).strides[0] if mask else 0,
-        MASK=mask is not None,
-        BLOCK=BLOCK,
-        **of_d_core,
-    )
+    grid = (triton.cdiv(r, BLOCK),) if d_core else (blocks, blocks)
+    return launch.Launch(kernel, grid, warps=4, layouts=layouts, r=r, k=k, BLOCK=BLOCK)
 
 
 @triton.jit
-def singular_values(E, mask, E_stride, mask_stride, i, r, MASK: tl.constexpr):
+def singular_values(E, mask, i, r):
     """Λ and the mask at the indices i, in fp32, zero from r on."""
-    values = tl.load(E + i * E_stride, mask=i < r, other=0.0).to(tl.float32)
+    values = tl.load(E.data + i * E.stride, mask=i < r, other=0.0).to(tl.float32)
     kept = (i < r).to(tl.float32)
-    if MASK:
-        kept = tl.load(mask + i * mask_stride, mask=i < r, other=0).to(tl.float32)
+    if mask is not None:
+        kept = tl.load(mask.data + i * mask.stride, mask=i < r, other=0).to(tl.float32)
     return values * kept, kept
 
 
 @triton.jit
-def core_forward(
-    u,
-    E,
-    U,
-    mask,
-    core,
-    r,
-    k,
-    u_stride_row,
-    u_stride_col,
-    E_stride,
-    U_stride_row,
-    U_stride_col,
-    mask_stride,
-    MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def core_forward(u, E, U, mask, core, r, k, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK
     col = tl.program_id(1) * BLOCK
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    # fmt: off
     for s in range(0, r, BLOCK):
-        values, _ = singular_values(E, mask, E_stride, mask_stride, s + tl.arange(0, BLOCK), r, MASK)
-        left = load_tile(U, row, s, k, r, U_stride_row, U_stride_col, BLOCK, BLOCK, True, True, False)
-        right = load_tile(u, s, col, r, k, u_stride_row, u_stride_col, BLOCK, BLOCK, True, True, False)
+        values, _ = singular_values(E, mask, s + tl.arange(0, BLOCK), r)
+        left = load_tile(U, row, s, k, r, BLOCK, BLOCK)
+        right = load_tile(u, s, col, r, k, BLOCK, BLOCK)
         acc = tl.dot(left.to(tl.float32) * values[None, :], right.to(tl.float32), acc, input_precision="ieee")
-    # fmt: on
-    store_tile(core, acc, row, col, k, k, k, BLOCK, BLOCK)
+    store_tile(core, acc, row, col, k, k, BLOCK, BLOCK)
 
 
 @triton.jit
-def core_backward(
-    d_core,
-    u,
-    E,
-    U,
-    mask,
-    du,
-    dE,
-    dU,
-    r,
-    k,
-    d_core_stride_row,
-    d_core_stride_col,
-    u_stride_row,
-    u_stride_col,
-    E_stride,
-    U_stride_row,
-    U_stride_col,
-    mask_stride,
-    MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def core_backward(d_core, u, E, U, mask, du, dE, dU, r, k, BLOCK: tl.constexpr):
     """The gradients that belong to a block of singular values: rows of u, columns of U."""
     s = tl.program_id(0) * BLOCK
     i = s + tl.arange(0, BLOCK)
-    values, kept = singular_values(E, mask, E_stride, mask_stride, i, r, MASK)
+    values, kept = singular_values(E, mask, i, r)
     diagonal = tl.zeros((BLOCK,), tl.float32)
-    # fmt: off
     for a in range(0, k, BLOCK):
         rows = tl.zeros((BLOCK, BLOCK), tl.float32)  # (Uᵀ·dC)[s, a]
         cols = tl.zeros((BLOCK, BLOCK), tl.float32)  # (dC·uᵀ)[a, s]
         for b in range(0, k, BLOCK):
-            U_block = load_tile(U, b, s, k, r, U_stride_row, U_stride_col, BLOCK, BLOCK, True, True, False)
-            down = load_tile(d_core, b, a, k, k, d_core_stride_row, d_core_stride_col,
-                             BLOCK, BLOCK, True, True, False)
+            U_block = load_tile(U, b, s, k, r, BLOCK, BLOCK)
+            down = load_tile(d_core, b, a, k, k, BLOCK, BLOCK)
             rows = tl.dot(U_block.to(tl.float32).T, down.to(tl.float32), rows, input_precision="ieee")
-            u_block = load_tile(u, s, b, r, k, u_stride_row, u_stride_col, BLOCK, BLOCK, True, True, False)
-            across = load_tile(d_core, a, b, k, k, d_core_stride_row, d_core_stride_col,
-                               BLOCK, BLOCK, True, True, False)
+            u_block = load_tile(u, s, b, r, k, BLOCK, BLOCK)
+            across = load_tile(d_core, a, b, k, k, BLOCK, BLOCK)
             cols = tl.dot(across.to(tl.float32), u_block.to(tl.float32).T, cols, input_precision="ieee")
-        u_block = load_tile(u, s, a, r, k, u_stride_row, u_stride_col, BLOCK, BLOCK, True, True, False)
+        u_block = load_tile(u, s, a, r, k, BLOCK, BLOCK)
         diagonal += tl.sum(rows * u_block.to(tl.float32), 1)
-        store_tile(du, rows * values[:, None], s, a, r, k, k, BLOCK, BLOCK)
-        store_tile(dU, cols * values[None, :], a, s, k, r, r, BLOCK, BLOCK)
-    # fmt: on
+        store_tile(du, rows * values[:, None], s, a, r, k, BLOCK, BLOCK)
+        store_tile(dU, cols * values[None, :], a, s, k, r, BLOCK, BLOCK)
     tl.store(dE + i, (diagonal * kept).to(dE.dtype.element_ty), mask=i < r)

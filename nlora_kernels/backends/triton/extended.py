@@ -1,7 +1,8 @@
 """The product whose sum goes on over the rank, y = [x | P]·[W | B]ᵀ, after the narrow one or in one launch with it.
 
-Letters: M tokens, K features that are summed over, N features that come out, R rank. Forward and the gradient of x
-are the same kernels; they differ in the orientation in which they read the weight and the adapter.
+Letters: M tokens, K features that are summed over, N features that come out, R rank, and P the (M, R) matrix that
+follows x, which in the gradient of x is H. Forward and that gradient are the same kernels; they differ in the
+orientation in which they read the weight and the adapter.
 """
 
 from typing import NamedTuple
@@ -11,227 +12,105 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import tuning
 from ..base import Dropout
-from . import launch
+from . import device, launch, narrow, tuning
 from .cast import cast
 from .dropout import drop
-from .narrow import narrow
-from .tiles import multiply, store_product, store_tile
+from .tiles import Core, Matrix, Product, multiply, store_product, store_tile
 
 # Row blocks that share columns of the weight in L2.
 GROUP_M = 8
 
 
-@triton.jit
-def extended_tile(
-    x,
-    weight,
-    narrow,
-    wide,
-    bias,
-    y,
-    m,
-    n,
-    M,
-    N,
-    K,
-    R,
-    x_stride_row,
-    x_stride_col,
-    weight_stride_row,
-    weight_stride_col,
-    wide_stride_row,
-    wide_stride_col,
-    bias_stride,
-    flag,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    CHECK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    X_DESCRIPTOR: tl.constexpr,
-    WEIGHT_DESCRIPTOR: tl.constexpr,
-    WIDE_DESCRIPTOR: tl.constexpr,
-    BIAS: tl.constexpr,
-    WAIT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    seed,
-    threshold,
-    scale,
-    DROPOUT: tl.constexpr,
-):
-    """One tile of y = [x | narrow]·[weight ; wide] + bias: the sum over K goes on over R in the same accumulator.
+class Extended(NamedTuple):
+    """What a kernel of the extended product is compiled for: its sum over K, its sum over R, and, where it makes P too,
+    that product."""
 
-    Forward reads weight (N, K) and wide = lora_B (N, R) transposed; the gradient of x reads weight (K, N) and
-    wide = lora_A (R, N) as stored. With WAIT the flag of these rows is awaited between the two sums. With DROPOUT the
-    sum over R comes first, for it alone is masked.
+    features: Product
+    rank: Product
+    shrink: Product | None
+    core: Core | None
+    GROUP_M: int
+
+
+@triton.jit
+def extended_tile(x, weight, P, expand, bias, y, m, n, M, N, K, R, flag, seed, threshold, scale, META: tl.constexpr):
+    """One tile of y = [x | P]·[weight ; expand] + bias: the sum over K goes on over R in the same accumulator.
+
+    Forward reads weight (N, K) and expand = lora_B (N, R) transposed; the gradient of x reads weight (K, N) and
+    expand = lora_A (R, N) as stored. A flag of these rows, if any, is awaited between the two sums. With dropout, whose
+    seed is then there, the sum over R comes first, for it alone is masked.
     """
-    # fmt: off
+    BLOCK_M: tl.constexpr = META.features.BLOCK_M
+    BLOCK_N: tl.constexpr = META.features.BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if DROPOUT:
-        acc = multiply(acc, narrow, wide, m, n, M, N, 0, R, R, 1, wide_stride_row, wide_stride_col,
-                       BLOCK_M, BLOCK_N, BLOCK_R, True, False, TRANSPOSED, False, WIDE_DESCRIPTOR, DTYPE, PRECISION,
-                       None, 0, "")
+    if seed is not None:
+        acc = multiply(acc, Matrix(P, R, 1), expand, m, n, M, N, 0, R, None, 0, META.rank)
         acc = drop(acc, seed, threshold, m, n, BLOCK_M, BLOCK_N) * scale
-    acc = multiply(acc, x, weight, m, n, M, N, 0, K,
-                   x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
-                   BLOCK_M, BLOCK_N, BLOCK_K, CHECK_K, False, TRANSPOSED, X_DESCRIPTOR, WEIGHT_DESCRIPTOR,
-                   DTYPE, PRECISION, None, 0, "")
-    if WAIT:
+    acc = multiply(acc, x, weight, m, n, M, N, 0, K, None, 0, META.features)
+    if flag is not None:
         ready = tl.atomic_add(flag, 0, sem="acquire")
         while ready == 0:
             ready = tl.atomic_add(flag, 0, sem="acquire")
-    if not DROPOUT:
-        acc = multiply(acc, narrow, wide, m, n, M, N, 0, R, R, 1, wide_stride_row, wide_stride_col,
-                       BLOCK_M, BLOCK_N, BLOCK_R, True, False, TRANSPOSED, False, WIDE_DESCRIPTOR, DTYPE, PRECISION,
-                       None, 0, "")
-    # fmt: on
-    if BIAS:
+    if seed is None:
+        acc = multiply(acc, Matrix(P, R, 1), expand, m, n, M, N, 0, R, None, 0, META.rank)
+    if bias is not None:
         j = n + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias + j * bias_stride, mask=j < N, other=0.0).to(tl.float32)[None, :]
-    store_tile(y, acc, m, n, M, N, N, BLOCK_M, BLOCK_N)
+        acc += tl.load(bias.data + j * bias.stride, mask=j < N, other=0.0).to(tl.float32)[None, :]
+    store_tile(y, acc, m, n, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed"])
-def extended_product(
-    x,
-    weight,
-    narrow,
-    wide,
-    bias,
-    seed,
-    y,
-    M,
-    N,
-    K,
-    R,
-    x_stride_row,
-    x_stride_col,
-    weight_stride_row,
-    weight_stride_col,
-    wide_stride_row,
-    wide_stride_col,
-    bias_stride,
-    threshold,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    CHECK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    X_DESCRIPTOR: tl.constexpr,
-    WEIGHT_DESCRIPTOR: tl.constexpr,
-    WIDE_DESCRIPTOR: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """y = [x | narrow]·[weight ; wide] + bias, one tile a program; rows in groups, so that both operands stay in L2."""
+def extended_product(x, weight, P, expand, bias, y, seed, threshold, scale, M, N, K, R, META: tl.constexpr):
+    """y = [x | P]·[weight ; expand] + bias, one tile a program; rows in groups, so that both operands stay in L2."""
+    BLOCK_M: tl.constexpr = META.features.BLOCK_M
+    BLOCK_N: tl.constexpr = META.features.BLOCK_N
     tile = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first = tile // per_group * GROUP_M
-    group = tl.minimum(tiles_m - first, GROUP_M)
+    per_group = META.GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = tile // per_group * META.GROUP_M
+    group = tl.minimum(tiles_m - first, META.GROUP_M)
     inside = tile % per_group
-    # fmt: off
-    extended_tile(x, weight, narrow, wide, bias, y, (first + inside % group) * BLOCK_M, inside // group * BLOCK_N,
-                  M, N, K, R, x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
-                  wide_stride_row, wide_stride_col, bias_stride, None, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
-                  CHECK_K, TRANSPOSED, X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, False, DTYPE, PRECISION,
-                  seed, threshold, scale, DROPOUT)
-    # fmt: on
+    m, n = (first + inside % group) * BLOCK_M, inside // group * BLOCK_N
+    extended_tile(x, weight, P, expand, bias, y, m, n, M, N, K, R, None, seed, threshold, scale, META)
 
 
 @triton.jit
-def single_launch(
-    x,
-    weight,
-    shrink,
-    core,
-    wide,
-    bias,
-    raw,
-    narrow,
-    y,
-    state,
-    M,
-    N,
-    K,
-    R,
-    x_stride_row,
-    x_stride_col,
-    weight_stride_row,
-    weight_stride_col,
-    shrink_stride_row,
-    shrink_stride_col,
-    core_stride_row,
-    core_stride_col,
-    wide_stride_row,
-    wide_stride_col,
-    bias_stride,
-    alpha,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PADDED_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    CHECK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    X_DESCRIPTOR: tl.constexpr,
-    WEIGHT_DESCRIPTOR: tl.constexpr,
-    SHRINK_DESCRIPTOR: tl.constexpr,
-    WIDE_DESCRIPTOR: tl.constexpr,
-    CORE: tl.constexpr,
-    BIAS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def single_launch(x, weight, shrink, core, expand, bias, raw, P, y, state, M, N, K, R, alpha, META: tl.constexpr):
     """narrow_product and extended_product in one launch.
 
-    Programs draw items from a ticket. In each group of row blocks the items that compute raw and narrow come first and
+    Programs draw items from a ticket. In each group of row blocks the items that compute raw and P come first and
     raise the flag of their block; the tiles that need it wait for it only after their sum over K. An item waits for
     smaller tickets alone, so the launch advances whichever programs are resident.
 
     state: int32, all zero before and after: the ticket, how many programs have ended, then one flag for each row block.
     """
+    BLOCK_M: tl.constexpr = META.features.BLOCK_M
+    BLOCK_N: tl.constexpr = META.features.BLOCK_N
+    PADDED_R: tl.constexpr = META.shrink.BLOCK_N
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     items = tiles_m * (1 + tiles_n)
-    per_group = GROUP_M * (1 + tiles_n)
+    per_group = META.GROUP_M * (1 + tiles_n)
     item = tl.atomic_add(state, 1, sem="relaxed")
     while item < items:
-        first = item // per_group * GROUP_M
-        group = tl.minimum(tiles_m - first, GROUP_M)
+        first = item // per_group * META.GROUP_M
+        group = tl.minimum(tiles_m - first, META.GROUP_M)
         inside = item % per_group
-        # fmt: off
         if inside < group:
             block = first + inside
             m = block * BLOCK_M
-            acc = multiply(tl.zeros((BLOCK_M, PADDED_R), tl.float32), x, shrink, m, 0, M, R, 0, K,
-                           x_stride_row, x_stride_col, shrink_stride_row, shrink_stride_col,
-                           BLOCK_M, PADDED_R, BLOCK_K, CHECK_K, False, TRANSPOSED, X_DESCRIPTOR, SHRINK_DESCRIPTOR,
-                           DTYPE, PRECISION, None, 0, "")
-            store_product(acc, raw, narrow, core, m, 0, M, R, core_stride_row, core_stride_col, alpha,
-                          BLOCK_M, PADDED_R, True, CORE, TRANSPOSED, DTYPE, PRECISION)
+            acc = tl.zeros((BLOCK_M, PADDED_R), tl.float32)
+            acc = multiply(acc, x, shrink, m, 0, M, R, 0, K, None, 0, META.shrink)
+            store_product(acc, raw, P, core, m, 0, M, R, alpha, BLOCK_M, PADDED_R, META.core)
             # NOTE: one thread raises the flag; the barrier puts the stores of all the others before it.
             tl.debug_barrier()
             tl.atomic_xchg(state + 2 + block, 1, sem="release")
         else:
             block = first + (inside - group) % group
-            extended_tile(x, weight, narrow, wide, bias, y, block * BLOCK_M, (inside - group) // group * BLOCK_N,
-                          M, N, K, R, x_stride_row, x_stride_col, weight_stride_row, weight_stride_col,
-                          wide_stride_row, wide_stride_col, bias_stride, state + 2 + block,
-                          BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, CHECK_K, TRANSPOSED,
-                          X_DESCRIPTOR, WEIGHT_DESCRIPTOR, WIDE_DESCRIPTOR, BIAS, True, DTYPE, PRECISION,
-                          None, 0, 1.0, False)
-        # fmt: on
+            m, n = block * BLOCK_M, (inside - group) // group * BLOCK_N
+            flag = state + 2 + block
+            extended_tile(x, weight, P, expand, bias, y, m, n, M, N, K, R, flag, None, 0, 1.0, META)
         item = tl.atomic_add(state, 1, sem="relaxed")
     if tl.atomic_add(state + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         # No other program will draw a ticket or look at a flag.
@@ -240,23 +119,12 @@ def single_launch(
             tl.store(state + i, 0, mask=i < 2 + tiles_m)
 
 
-class Plan(NamedTuple):
-    """How the extended product is computed: the tile, whether the adapter is cast before, whether `launch` holds the
-    narrow product too, and if so how many counters it has."""
-
-    tile: tuning.Tile
-    cast: bool
-    single: bool
-    launch: launch.Launch
-    counters: int
-
-
-def widen(
+def product(
     x: Tensor,
     weight: Tensor,
     shrink: Tensor,
     core: Tensor | None,
-    wide: Tensor,
+    expand: Tensor,
     bias: Tensor | None,
     alpha: float,
     *,
@@ -265,121 +133,118 @@ def widen(
     single: bool | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(raw, narrow, y) = (x·shrink, alpha·raw·core, [x | narrow]·[weight ; wide] + bias), all in x's dtype.
+    """(raw, P, y) = (x·shrink, alpha·raw·core, [x | P]·[weight ; expand] + bias), all in x's dtype.
 
-    `transposed`: weight, shrink, core and wide are stored as the transpose of what is multiplied, as in forward.
+    `transposed`: weight, shrink, core and expand are stored as the transpose of what is multiplied, as in forward.
     dropout: of the adapter's input, which is x if transposed, else of what the adapter adds to y.
     tile, single: tile and number of launches in place of those that `tuning` chooses.
     """
-    M, dtype, device = x.shape[0], x.dtype, x.device
-    R, N = shrink.shape[0 if transposed else 1], weight.shape[0 if transposed else 1]
-    y = torch.empty((M, N), dtype=dtype, device=device)
-    how = dict(alpha=alpha, raw=True, b_transposed=transposed, core_transposed=transposed)
-    before, after = (dict(dropout=dropout, drops="a"), None) if transposed else ({}, dropout)
-    if M == 0 or N == 0:
-        return *narrow(x, shrink, core, **how, **before), y
     plan = planned(
         launch.layout(x),
         launch.layout(weight),
         launch.layout(shrink),
         launch.layout(core),
-        launch.layout(wide),
+        launch.layout(expand),
         launch.layout(bias),
         x.get_device(),
-        launch.tf32(dtype),
+        launch.tf32(x.dtype),
         transposed,
         tile,
         single,
         dropout is not None,
     )
     if plan.cast:
-        shrink, core, wide = cast(dtype, shrink, core, wide)
-    operands = dict(x=x, weight=weight, wide=wide, bias=bias, y=y)
-    if not plan.single:
-        raw, out = narrow(x, shrink, core, **how, **before)
-        plan.launch(x, narrow=out, **operands, **launch.mask(after))
-        return raw, out, y
-    raw, out = (torch.empty((M, R), dtype=dtype, device=device) for _ in range(2))
-    state = launch.counters(x, plan.counters)
-    plan.launch(x, shrink=shrink, core=core, raw=raw, narrow=out, state=state, alpha=float(alpha), **operands)
-    return raw, out, y
+        shrink, core, expand = cast(x.dtype, shrink, core, expand)
+    y = torch.empty(plan.shape, dtype=x.dtype, device=x.device)
+    if plan.single:
+        raw, P = (torch.empty((x.shape[0], plan.rank), dtype=x.dtype, device=x.device) for _ in range(2))
+        made = dict(shrink=shrink, core=core, raw=raw, state=launch.counters(x, plan.counters), alpha=float(alpha))
+    else:
+        of_x, of_y = (dropout, None) if transposed else (None, dropout)
+        how = dict(alpha=alpha, raw=True, b_transposed=transposed, core_transposed=transposed)
+        raw, P = narrow.product(x, shrink, core, **how, dropout=of_x, drops="a" if of_x else "")
+        made = launch.mask(of_y)
+    if plan.launch:
+        plan.launch(x, x=x, weight=weight, P=P, expand=expand, bias=bias, y=y, **made)
+    return raw, P, y
+
+
+class Plan(NamedTuple):
+    """How the extended product is computed: the shape of y and the rank, whether the adapter is cast before, whether
+    `launch`, which an empty y has not, holds the narrow product too, and if so how many counters it has."""
+
+    shape: tuple[int, int]
+    rank: int
+    cast: bool
+    single: bool
+    launch: launch.Launch | None
+    counters: int
 
 
 @launch.planned
-def planned(x, weight, shrink, core, wide, bias, index, tf32, transposed, tile, single, dropout) -> Plan:
-    x, weight, shrink, wide = (launch.Layout(*operand) for operand in (x, weight, shrink, wide))
+def planned(x, weight, shrink, core, expand, bias, index, tf32, transposed, tile, single, dropout) -> Plan:
+    x, weight, shrink, expand = (launch.Layout(*operand) for operand in (x, weight, shrink, expand))
     core, bias = core and launch.Layout(*core), bias and launch.Layout(*bias)
     (M, K), R = x.shape, shrink.shape[0 if transposed else 1]
     N = weight.shape[0 if transposed else 1]
-    device, aligned = launch.target(index), launch.aligned(x, weight)
-    tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, device)
+    if M == 0 or N == 0:
+        return Plan((M, N), R, False, False, None, 0)
+    on, aligned = device.target(index), launch.aligned(x, weight)
+    tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, on)
     if single is None:
         # What a mask costs in registers leaves none for two kinds of tile in one program.
-        single = not dropout and tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, device)
+        single = not dropout and tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, on)
     width = tuning.padded(R)
     rank_block = min(width, tile.k)
     # Where the adapter is of another dtype it is cast in registers, without a launch of its own. A program that holds
     # both kinds of tile, or a tile that fills its registers, has none left for that; and it must fit as it is stored.
     # NOTE: before Hopper a pipeline holds one stage less than it has.
-    held = tile._replace(k=rank_block, stages=tile.stages - (device.capability < 90))
-    fits = tuning.shared_bytes(held, x.dtype, wide.dtype) <= device.shared
+    held = tile._replace(k=rank_block, stages=tile.stages - (on.capability < 90))
+    fits = tuning.shared_bytes(held, x.dtype, expand.dtype) <= on.shared
     room = fits and not (single or tile.m * tile.n > 128 * 128 or x.dtype == torch.float32)
-    first = not room and any(o is not None and o.dtype != x.dtype for o in (shrink, core, wide))
+    first = not room and any(o is not None and o.dtype != x.dtype for o in (shrink, core, expand))
     if first:
-        shrink, wide = (launch.Layout(o.shape, (o.shape[1], 1), x.dtype, True) for o in (shrink, wide))
+        shrink, expand = (launch.Layout(o.shape, (o.shape[1], 1), x.dtype, True) for o in (shrink, expand))
         core = core and launch.Layout(core.shape, (core.shape[1], 1), x.dtype, True)
-    blocks = {"x": (tile.m, tile.k), "weight": (tile.k, tile.n), "wide": (rank_block, tile.n)}
-    blocks |= {"shrink": (tile.k, width)} if single else {}
-    layouts = {"x": x, "weight": weight, "wide": wide, "shrink": shrink}
-    blocks = {
-        name: block[::-1] if transposed and name != "x" else block
-        for name, block in blocks.items()
-        if launch.described(layouts[name], x.dtype, device)
-    }
-    arguments = dict(
-        blocks=blocks,
-        warps=tile.warps,
-        stages=tile.stages,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        x_stride_row=x.strides[0],
-        x_stride_col=x.strides[1],
-        weight_stride_row=weight.strides[0],
-        weight_stride_col=weight.strides[1],
-        wide_stride_row=wide.strides[0],
-        wide_stride_col=wide.strides[1],
-        bias_stride=bias.strides[0] if bias else 0,
+    layouts = {"x": x, "weight": weight, "expand": expand, "bias": bias}
+    blocks = {"x": (tile.m, tile.k), "weight": (tile.k, tile.n), "expand": (rank_block, tile.n)}
+    if single:
+        layouts |= {"shrink": shrink, "core": core}
+        blocks |= {"shrink": (tile.k, width)}
+    features = Product(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
-        BLOCK_R=rank_block,
-        GROUP_M=GROUP_M,
         CHECK_K=K % tile.k != 0,
-        TRANSPOSED=transposed,
-        X_DESCRIPTOR="x" in blocks,
-        WEIGHT_DESCRIPTOR="weight" in blocks,
-        WIDE_DESCRIPTOR="wide" in blocks,
-        BIAS=bias is not None,
+        A_TRANSPOSED=False,
+        B_TRANSPOSED=transposed,
+        DROPS="",
         DTYPE=launch.DTYPES[x.dtype],
         PRECISION=launch.precision(x.dtype, tf32),
     )
     rows = triton.cdiv(M, tile.m)
     tiles = rows * triton.cdiv(N, tile.n)
-    if not single:
-        masked = dropout and not transposed
-        return Plan(tile, first, False, launch.Launch(extended_product, (tiles,), DROPOUT=masked, **arguments), 0)
-    both = launch.Launch(
-        single_launch,
-        (min(device.processors, rows + tiles),),
-        shrink_stride_row=shrink.strides[0],
-        shrink_stride_col=shrink.strides[1],
-        core_stride_row=core.strides[0] if core else 0,
-        core_stride_col=core.strides[1] if core else 0,
-        PADDED_R=width,
-        SHRINK_DESCRIPTOR="shrink" in blocks,
-        CORE=core is not None,
-        **arguments,
+    made = launch.Launch(
+        single_launch if single else extended_product,
+        (min(on.processors, rows + tiles) if single else tiles,),
+        warps=tile.warps,
+        stages=tile.stages,
+        meta=Extended(
+            features,
+            rank=features._replace(BLOCK_K=rank_block, CHECK_K=True),
+            shrink=features._replace(BLOCK_N=width) if single else None,
+            core=Core(transposed, features.DTYPE, features.PRECISION) if single else None,
+            GROUP_M=GROUP_M,
+        ),
+        layouts=layouts,
+        blocks={
+            name: block[::-1] if transposed and name != "x" else block
+            for name, block in blocks.items()
+            if launch.described(layouts[name], x.dtype, on)
+        },
+        M=M,
+        N=N,
+        K=K,
+        R=R,
     )
-    return Plan(tile, first, True, both, 2 + rows)
+    return Plan((M, N), R, first, single, made, 2 + rows if single else 0)

@@ -16,13 +16,11 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ... import tuning
 from ..base import Dropout
-from . import interpreted
+from . import device
+from .tiles import Matrix, Vector
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# What the interpreter takes the CPU for.
-INTERPRETED = tuning.Device("interpreter", 80, 4, 232_448)
 # How many results of each plan are remembered: those of the layers of a model at the numbers of rows that it meets.
 PLANS = 2048
 # Streams whose counters are kept.
@@ -64,61 +62,98 @@ class Launch:
     """A kernel and its grid with all arguments that follow from the layouts of its operands.
 
     Args:
-        blocks: the blocks of those operands that are read by descriptors.
+        meta: what the kernel is compiled for, its argument META.
+        layouts: of those operands that are passed with their strides, or by descriptors; of others the address is.
+        blocks: the blocks of those that are read by descriptors.
         arguments: what is the same at every call.
     """
 
-    def __init__(self, kernel, grid, *, warps: int, stages: int = 1, blocks: dict | None = None, **arguments):
-        self.kernel, self.grid, self.warps, self.stages = kernel, grid, warps, stages
-        self.blocks, self.arguments = blocks or {}, dict.fromkeys(kernel.arg_names) | arguments
-        self._again, self._descriptors = None, {}
+    def __init__(
+        self,
+        kernel,
+        grid: tuple[int, ...],
+        *,
+        warps: int,
+        stages: int = 1,
+        meta: tuple | None = None,
+        layouts: dict[str, Layout | None] | None = None,
+        blocks: dict[str, tuple[int, int]] | None = None,
+        **arguments,
+    ):
+        self.kernel, self.grid, self.warps, self.stages, self.meta = kernel, grid, warps, stages, meta
+        self.strides = {name: operand.strides for name, operand in (layouts or {}).items() if operand}
+        self.blocks, self.arguments = blocks or {}, arguments
+        self._again, self._operands, self._plain = None, {}, {}
 
-    def __call__(self, on: Tensor, **changing) -> None:
+    def __call__(self, on: Tensor, **operands) -> None:
         """Launches on the device of a tensor and on its current stream."""
         index = on.get_device()
         if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                return self._launch(on, changing)
-        self._launch(on, changing)
+                return self._launch(on, operands)
+        self._launch(on, operands)
 
-    def _launch(self, on: Tensor, changing: dict) -> None:
+    def _launch(self, on: Tensor, operands: dict) -> None:
         if self._again is None:
-            return self._first(on, changing)
-        arguments = self.arguments.copy()
-        for name, value in changing.items():
+            return self._first(on, operands)
+        arguments = self._plain.copy()
+        for name, value in operands.items():
             if isinstance(value, Tensor):
-                if name in self._descriptors:
-                    descriptor = object.__new__(TensorDescriptor)
-                    descriptor.__dict__.update(self._descriptors[name], base=value)
-                    value = descriptor
-                else:
+                how = self._operands.get(name)
+                if how is None:
                     value = value.data_ptr()
+                elif type(how) is tuple:
+                    value = (value.data_ptr(), *how)
+                else:
+                    descriptor = object.__new__(TensorDescriptor)
+                    descriptor.__dict__.update(how, base=value)
+                    value = descriptor
             arguments[name] = value
         self._again(*arguments.values())
 
-    def _first(self, on: Tensor, changing: dict) -> None:
+    def _first(self, on: Tensor, operands: dict) -> None:
         """By Triton's own way, which compiles the kernel where it has not been, and looks at all arguments."""
-        made = {name: TensorDescriptor.from_tensor(changing[name], list(block)) for name, block in self.blocks.items()}
-        arguments = self.arguments | changing | made
-        compiled = run(self.kernel, self.grid, on, warps=self.warps, stages=self.stages, **arguments)
+        made = {name: strided(operands[name]) for name in self.strides if operands.get(name) is not None}
+        made |= {name: TensorDescriptor.from_tensor(operands[name], list(block)) for name, block in self.blocks.items()}
+        names = [name for name in self.kernel.arg_names if name != "META"]
+        arguments = dict.fromkeys(names) | self.arguments | operands | made
+        compiled = run(self.kernel, self.grid, on, warps=self.warps, stages=self.stages, meta=self.meta, **arguments)
         if compiled is not None:
-            self._descriptors = {name: vars(descriptor) | {"base": None} for name, descriptor in made.items()}
+            descriptors = {name: vars(made[name]) | {"base": None} for name in self.blocks}
+            self._operands = self.strides | descriptors
+            # In the order in which the kernel takes them, and with all of its constants.
+            self._plain = dict.fromkeys(self.kernel.arg_names) | self.arguments
             self._again = compiled[(*self.grid, 1, 1)[:3]]
 
 
-def run(kernel, grid: tuple[int, ...], on: Tensor, *, warps: int, stages: int = 1, **arguments):
+def strided(t: Tensor) -> Matrix | Vector:
+    """A tensor as a kernel takes it that reads it in any strides."""
+    return (Matrix if t.ndim == 2 else Vector)(t, *t.stride())
+
+
+def run(
+    kernel, grid: tuple[int, ...], on: Tensor, *, warps: int, stages: int = 1, meta: tuple | None = None, **arguments
+):
     """Launches a kernel on the device of a tensor and on its current stream; what was compiled, if anything was."""
     with torch.cuda.device_of(on):
-        return kernel[grid](**arguments, **options(warps, stages))
+        return kernel[grid](**arguments, **options(warps, stages, meta))
 
 
-def options(warps: int, stages: int) -> dict:
-    """How a kernel is compiled."""
+def options(warps: int, stages: int, meta: tuple | None) -> dict:
+    """How a kernel is compiled, and what for."""
     chosen = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if torch.version.hip is None:
         # NOTE: unbounded, ptxas spills a few registers wherever that makes room for one more program.
         chosen["maxnreg"] = min(255, 65_536 // (32 * warps))
+    if meta is not None:
+        chosen["META"] = meta if device.interpreted() else constant(meta).value
     return chosen
+
+
+def constant(value) -> tl.constexpr:
+    """A constant whose members are constants."""
+    # NOTE: Triton 3.6 takes the members of a constant tuple for values of Python, which not all of its language takes.
+    return tl.constexpr(type(value)(*map(constant, value)) if isinstance(value, tuple) else value)
 
 
 def capturing(on: Tensor) -> bool:
@@ -140,6 +175,11 @@ def to_device(table: Tensor, on: Tensor) -> Tensor:
             "make it outside of the capture"
         )
     return table.to(on.device, non_blocking=True)
+
+
+def table(rows: list[list[int]], on: Tensor) -> Tensor:
+    """What a kernel reads of each of its tensors, int64, on the device of a tensor."""
+    return to_device(torch.tensor(rows, dtype=torch.int64), on)
 
 
 _COUNTERS: dict[tuple[int, int], Tensor] = {}
@@ -176,12 +216,12 @@ def _outlasting(count: int, on: Tensor) -> Tensor:
         return another.submit(zeros).result()
 
 
-def described(operand: Layout, dtype: torch.dtype, device: tuning.Device) -> bool:
+def described(operand: Layout, dtype: torch.dtype, on: device.Device) -> bool:
     """Whether an operand is read by descriptors of its tiles: the device copies them by itself.
 
     It must be of the dtype of the product: what is cast passes through registers.
     """
-    return device.capability >= 90 and operand.dtype == dtype and aligned(operand)
+    return on.capability >= 90 and operand.dtype == dtype and aligned(operand)
 
 
 def aligned(*operands: Layout) -> bool:
@@ -197,11 +237,6 @@ def aligned(*operands: Layout) -> bool:
         and o.strides[0] * o.dtype.itemsize < 2**40
         for o in operands
     )
-
-
-def target(index: int) -> tuning.Device:
-    """The device of an index; -1 stands for the CPU."""
-    return INTERPRETED if interpreted() else tuning.device_of(index)
 
 
 def tf32(dtype: torch.dtype) -> bool:

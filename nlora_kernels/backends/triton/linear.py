@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from ..base import Call, Grads, Needs
-from .extended import widen
-from .narrow import narrow
+from . import extended, narrow
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout = call
-    T, _, y = widen(x, weight, lora_A, lora_N, lora_B, bias, scaling, transposed=True, dropout=dropout)
+    T, _, y = extended.product(x, weight, lora_A, lora_N, lora_B, bias, scaling, transposed=True, dropout=dropout)
     return y, T
 
 
@@ -28,15 +27,19 @@ def backward(call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
     x, weight, lora_A, lora_B, lora_N, _, scaling, dropout = call
     dx = dA = dB = dN = None
     if needs.x:
-        G, H, dx = widen(dy, weight, lora_B, lora_N, lora_A, None, scaling, transposed=False, dropout=dropout)
+        G, H, dx = extended.product(
+            dy, weight, lora_B, lora_N, lora_A, None, scaling, transposed=False, dropout=dropout
+        )
     elif needs.lora_A or needs.lora_N:
-        G, H = narrow(dy, lora_B, core=lora_N, alpha=scaling, raw=True)
+        G, H = narrow.product(dy, lora_B, core=lora_N, alpha=scaling, raw=True)
     if needs.lora_A:
-        dA = narrow(H, x, a_transposed=True, dtype=lora_A.dtype, dropout=dropout, drops="b")[1]
+        dA = narrow.product(H, x, a_transposed=True, dtype=lora_A.dtype, dropout=dropout, drops="b")[1]
     if needs.lora_N:
-        dN = narrow(G, T, a_transposed=True, alpha=scaling, dtype=lora_N.dtype)[1]
+        dN = narrow.product(G, T, a_transposed=True, alpha=scaling, dtype=lora_N.dtype)[1]
     if needs.lora_B:
-        dB = narrow(dy, T, core=lora_N, core_transposed=True, a_transposed=True, alpha=scaling, dtype=lora_B.dtype)[1]
+        dB = narrow.product(
+            dy, T, core=lora_N, core_transposed=True, a_transposed=True, alpha=scaling, dtype=lora_B.dtype
+        )[1]
     return Grads(
         x=dx,
         # The gradient of the weight itself is a plain product of two large matrices: the library's is best.

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import tuning
-from . import launch
-from .tiles import load_tile, store_tile
+from . import launch, tuning
+from .tiles import Matrix, load_tile, store_tile
 
 
 def gather(weight: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +31,7 @@ def gather(weight: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, 
         (sum(tiles),),
         on=weight,
         warps=4,
-        weight=weight,
+        weight=launch.strided(weight),
         rows=rows,
         cols=cols,
         A=A,
@@ -43,8 +42,6 @@ def gather(weight: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, 
         r=r,
         tiles_A=tiles[0],
         tiles_N=tiles[1],
-        stride_row=weight.stride(0),
-        stride_col=weight.stride(1),
         BLOCK_ROW=height,
         BLOCK_COL=width,
     )
@@ -64,23 +61,16 @@ def gather_submatrices(
     r,
     tiles_A,
     tiles_N,
-    stride_row,
-    stride_col,
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    # fmt: off
     if tile < tiles_A:
-        copy_tile(weight, rows, cols, A, tile, r, in_features, stride_row, stride_col,
-                  BLOCK_ROW, BLOCK_COL, True, False)
+        copy_tile(weight, rows, cols, A, tile, r, in_features, BLOCK_ROW, BLOCK_COL, True, False)
     elif tile < tiles_A + tiles_N:
-        copy_tile(weight, rows, cols, N, tile - tiles_A, r, r, stride_row, stride_col,
-                  BLOCK_ROW, BLOCK_COL, True, True)
+        copy_tile(weight, rows, cols, N, tile - tiles_A, r, r, BLOCK_ROW, BLOCK_COL, True, True)
     else:
-        copy_tile(weight, rows, cols, B, tile - tiles_A - tiles_N, out_features, r, stride_row, stride_col,
-                  BLOCK_ROW, BLOCK_COL, False, True)
-    # fmt: on
+        copy_tile(weight, rows, cols, B, tile - tiles_A - tiles_N, out_features, r, BLOCK_ROW, BLOCK_COL, False, True)
 
 
 @triton.jit
@@ -92,8 +82,6 @@ def copy_tile(
     tile,
     height,
     width,
-    stride_row,
-    stride_col,
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
     BY_ROW: tl.constexpr,
@@ -106,7 +94,9 @@ def copy_tile(
     source_row = tl.load(rows + i, mask=i < height, other=0) if BY_ROW else i.to(tl.int64)
     source_col = tl.load(cols + j, mask=j < width, other=0) if BY_COL else j.to(tl.int64)
     inside = (i < height)[:, None] & (j < width)[None, :]
-    values = tl.load(weight + source_row[:, None] * stride_row + source_col[None, :] * stride_col, mask=inside)
+    values = tl.load(
+        weight.data + source_row[:, None] * weight.stride_row + source_col[None, :] * weight.stride_col, mask=inside
+    )
     tl.store(out + i.to(tl.int64)[:, None] * width + j[None, :], values, mask=inside)
 
 
@@ -122,13 +112,11 @@ def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
         (down, across),
         on=weight,
         warps=4,
-        weight=weight,
+        weight=launch.strided(weight),
         of_rows=of_rows,
         of_cols=of_cols,
         out_features=out_features,
         in_features=in_features,
-        stride_row=weight.stride(0),
-        stride_col=weight.stride(1),
         BLOCK_ROW=height,
         BLOCK_COL=width,
     )
@@ -142,18 +130,13 @@ def sum_squares(
     of_cols,
     out_features,
     in_features,
-    stride_row,
-    stride_col,
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
 ):
     """The sums of one tile, to be added up over the tiles of its rows and of its columns."""
     row = tl.program_id(0) * BLOCK_ROW
     col = tl.program_id(1) * BLOCK_COL
-    # fmt: off
-    tile = load_tile(weight, row, col, out_features, in_features, stride_row, stride_col,
-                     BLOCK_ROW, BLOCK_COL, True, True, False).to(tl.float32)
-    # fmt: on
+    tile = load_tile(weight, row, col, out_features, in_features, BLOCK_ROW, BLOCK_COL).to(tl.float32)
     i = row + tl.arange(0, BLOCK_ROW)
     j = col + tl.arange(0, BLOCK_COL)
     tl.store(of_rows + tl.program_id(1) * out_features + i, tl.sum(tile * tile, 1), mask=i < out_features)
@@ -192,20 +175,17 @@ def subtract_(
         stages=tile.stages,
         addresses=launch.to_device(addresses, weight),
         # NOTE: they give the kernel the dtypes behind the addresses.
-        weight=weight,
+        weight=launch.strided(weight),
         A=A,
         B=B,
         N=N,
         out_features=out_features,
         in_features=in_features,
         r=r,
-        stride_row=weight.stride(0),
-        stride_col=weight.stride(1),
         scaling=scaling,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         PADDED_R=width,
-        CORE=N is not None,
         ALIGNED=bool((addresses % 16 == 0).all()),
         PRECISION="ieee" if exact else "tf32x3",
     )
@@ -221,46 +201,41 @@ def subtract_product(
     out_features,
     in_features,
     r,
-    stride_row,
-    stride_col,
     scaling,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PADDED_R: tl.constexpr,
-    CORE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Some rows of one weight: s·B·N is computed once and kept, then W goes through from left to right."""
     layers = tl.num_programs(1)
     slot = addresses + tl.program_id(1)
-    weight = pointer_at(slot, weight, ALIGNED)
-    A = pointer_at(slot + layers, A, ALIGNED)
-    B = pointer_at(slot + 2 * layers, B, ALIGNED)
+    weight = Matrix(pointer_at(slot, weight.data, ALIGNED), weight.stride_row, weight.stride_col)
+    A = Matrix(pointer_at(slot + layers, A, ALIGNED), in_features, 1)
+    B = Matrix(pointer_at(slot + 2 * layers, B, ALIGNED), r, 1)
     row = tl.program_id(0) * BLOCK_M
-    # fmt: off
-    left = load_tile(B, row, 0, out_features, r, r, 1, BLOCK_M, PADDED_R, True, True, False).to(tl.float32)
-    if CORE:
-        N = pointer_at(slot + 3 * layers, N, ALIGNED)
+    left = load_tile(B, row, 0, out_features, r, BLOCK_M, PADDED_R).to(tl.float32)
+    if N is not None:
+        N = Matrix(pointer_at(slot + 3 * layers, N, ALIGNED), r, 1)
         STRIP: tl.constexpr = min(PADDED_R, 32)
         product = tl.zeros((BLOCK_M, PADDED_R), tl.float32)
         for k in range(0, r, STRIP):
-            part = load_tile(B, row, k, out_features, r, r, 1, BLOCK_M, STRIP, True, True, False).to(tl.float32)
-            core = load_tile(N, k, 0, r, r, r, 1, STRIP, PADDED_R, True, True, False).to(tl.float32)
+            part = load_tile(B, row, k, out_features, r, BLOCK_M, STRIP).to(tl.float32)
+            core = load_tile(N, k, 0, r, r, STRIP, PADDED_R).to(tl.float32)
             product = tl.dot(part, core, product, input_precision=PRECISION)
         left = product
     left = left * -scaling
     for col in range(0, in_features, BLOCK_N):
-        right = load_tile(A, 0, col, r, in_features, in_features, 1, PADDED_R, BLOCK_N, True, True, False)
-        tile = load_tile(weight, row, col, out_features, in_features, stride_row, stride_col,
-                         BLOCK_M, BLOCK_N, True, True, False)
+        right = load_tile(A, 0, col, r, in_features, PADDED_R, BLOCK_N)
+        tile = load_tile(weight, row, col, out_features, in_features, BLOCK_M, BLOCK_N)
         tile = tl.dot(left, right.to(tl.float32), tile.to(tl.float32), input_precision=PRECISION)
         i = row + tl.arange(0, BLOCK_M)
         j = col + tl.arange(0, BLOCK_N)
-        pointers = weight + i.to(tl.int64)[:, None] * stride_row + j.to(tl.int64)[None, :] * stride_col
+        rows, cols = i.to(tl.int64)[:, None] * weight.stride_row, j.to(tl.int64)[None, :] * weight.stride_col
+        pointers = weight.data + rows + cols
         inside = (i < out_features)[:, None] & (j < in_features)[None, :]
-        tl.store(pointers, tile.to(weight.dtype.element_ty), mask=inside)
-    # fmt: on
+        tl.store(pointers, tile.to(weight.data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -285,15 +260,11 @@ def solve_triangular(R: Tensor, C: Tensor) -> Tensor:
             (triton.cdiv(n, 16),),
             on=C,
             warps=4,
-            R=R,
-            C=C,
+            R=launch.strided(R),
+            C=launch.strided(C),
             X=X,
             r=r,
             n=n,
-            R_stride_row=R.stride(0),
-            R_stride_col=R.stride(1),
-            C_stride_row=C.stride(0),
-            C_stride_col=C.stride(1),
             negligible=r * torch.finfo(torch.float32).eps,
             PADDED_R=tuning.padded(r),
             BLOCK_N=16,
@@ -302,35 +273,19 @@ def solve_triangular(R: Tensor, C: Tensor) -> Tensor:
 
 
 @triton.jit
-def back_substitute(
-    R,
-    C,
-    X,
-    r,
-    n,
-    R_stride_row,
-    R_stride_col,
-    C_stride_row,
-    C_stride_col,
-    negligible,
-    PADDED_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def back_substitute(R, C, X, r, n, negligible, PADDED_R: tl.constexpr, BLOCK_N: tl.constexpr):
     """Columns of X by back substitution: row after row from the last, each taken off all rows above it."""
     col = tl.program_id(0) * BLOCK_N
     i = tl.arange(0, PADDED_R)
-    # fmt: off
-    rest = load_tile(C, 0, col, r, n, C_stride_row, C_stride_col,
-                     PADDED_R, BLOCK_N, True, True, False).to(tl.float32)
-    # fmt: on
-    diagonal = tl.load(R + i * (R_stride_row + R_stride_col), mask=i < r, other=0.0).to(tl.float32)
+    rest = load_tile(C, 0, col, r, n, PADDED_R, BLOCK_N).to(tl.float32)
+    diagonal = tl.load(R.data + i * (R.stride_row + R.stride_col), mask=i < r, other=0.0).to(tl.float32)
     least = negligible * tl.max(tl.abs(diagonal), 0)
     for step in range(r):
         k = r - 1 - step
-        column = tl.load(R + i * R_stride_row + k * R_stride_col, mask=i <= k, other=0.0).to(tl.float32)
+        column = tl.load(R.data + i * R.stride_row + k * R.stride_col, mask=i <= k, other=0.0).to(tl.float32)
         pivot = tl.sum(tl.where(i == k, column, 0.0), 0)
         x = tl.sum(tl.where((i == k)[:, None], rest, 0.0), 0)
         x = tl.where(tl.abs(pivot) > least, x / tl.where(pivot == 0.0, 1.0, pivot), 0.0)
         # What is solved stays in its row; the rows above lose their share of it.
         rest = tl.where((i == k)[:, None], x[None, :], rest - tl.where(i < k, column, 0.0)[:, None] * x[None, :])
-    store_tile(X, rest, 0, col, r, n, n, PADDED_R, BLOCK_N)
+    store_tile(X, rest, 0, col, r, n, PADDED_R, BLOCK_N)

@@ -1,10 +1,13 @@
-"""Measures which tiles of the Triton kernels are fastest on the GPU at hand, for the table that `tuning` reads."""
+"""Measures which tiles of the Triton kernels are fastest on the GPU at hand, for the table of its kind."""
 
 from pathlib import Path
 
 import torch
 
-from . import cache, tuning
+from .... import cache, testing
+from ... import triton
+from .. import device
+from . import rule, tables
 
 # M, K, N, R that are measured: the linear layers of LLaMA-2-7B and BERT, and for the gradient of x their transposes.
 LAYERS = ((4096, 4096), (4096, 11008), (11008, 4096), (768, 768), (768, 3072), (3072, 768))
@@ -19,36 +22,35 @@ def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool
     """
     from triton.testing import do_bench
 
-    from . import testing
-    from .backends.triton import extended, launch
+    from .. import extended, launch
 
     p = testing.problem(M, K, N, R, dtype=dtype, device="cuda")
-    tf32, device = launch.tf32(dtype), launch.target(p.x.get_device())
+    tf32, on = launch.tf32(dtype), device.target(p.x.get_device())
     operands = (p.x, p.weight, p.lora_A, p.lora_N, p.lora_B)
     if not transposed:
         operands = (p.x, p.weight.T.contiguous(), p.lora_A.T.contiguous(), p.lora_N, p.lora_B.T.contiguous())
     times = {}
-    for tile in tuning.candidates(M, dtype, tf32, True, device):
+    for tile in rule.candidates(M, dtype, tf32, True, on):
         for single in (False, True) if tile.m >= 64 and R <= 256 else (False,):
 
             def step(tile=tile, single=single):
-                return extended.widen(*operands, None, 1.0, transposed=transposed, tile=tile, single=single)
+                return extended.product(*operands, None, 1.0, transposed=transposed, tile=tile, single=single)
 
             try:
                 times[tile, single] = do_bench(step, warmup=25, rep=100, return_mode="median")
             except Exception as error:
                 print(f"{tile} in {1 if single else 2} launches: {type(error).__name__}: {error}")
-    chosen = tuning.wide_tile(M, N, K, R, dtype, tf32, True, device)
-    rule = chosen, tuning.single_launch(M, N, K, R, dtype, tf32, True, chosen, device)
+    by_rule = rule.wide_tile(M, N, dtype, tf32, True, on)
+    by_rule = by_rule, rule.single_launch(M, R, dtype, True, by_rule, on)
     (tile, single), best = min(times.items(), key=lambda item: item[1])
     return {
-        "dtype": tuning.short(dtype),
+        "dtype": tables.short(dtype),
         "tf32": tf32,
         "shape": [M, N, K, R],
         "tile": list(tile),
         "single": single,
         "us": round(1000 * best, 2),
-        "rule_us": round(1000 * times.get(rule, best), 2),
+        "rule_us": round(1000 * times.get(by_rule, best), 2),
     }
 
 
@@ -57,17 +59,15 @@ def tune(folder: Path | str | None = None, dtype: torch.dtype = torch.bfloat16) 
 
     It goes to the user's cache folder where none is given. Raises ValueError where Triton cannot run on a GPU.
     """
-    from .backends import TABLE, triton
-
-    reason = TABLE["triton"].unavailable() or (triton.interpreted() and "TRITON_INTERPRET is set")
+    reason = triton.unavailable() or (device.interpreted() and "TRITON_INTERPRET is set")
     if reason:
         raise ValueError(f"tuning needs a GPU on which Triton runs: {reason}")
-    from .backends.triton import launch
+    from .. import launch
 
     # Where it cannot be written is found out before minutes are spent.
     folder = cache.folder() / "tuned" if folder is None else folder
     entries = [measure(*shape, dtype, transposed) for shape in SHAPES for transposed in (True, False)]
-    file = tuning.save(entries, folder, tuning.device_of(torch.cuda.current_device()))
-    tuning.forget()
+    file = tables.save(entries, folder, device.of(torch.cuda.current_device()))
+    tables.forget()
     launch.forget_plans()
     return file

@@ -1,33 +1,14 @@
-"""Which tile a Triton kernel runs with: measured entries where there are some, else a rule.
+"""The rule: a wave model. Among the tiles that the device can run, that whose waves of programs cost least.
 
-Letters: M rows, N columns and K summed features of a product, R rank. The rule is a wave model: among the tiles that
-the device can run, take the one whose waves of programs cost least. Measured entries are data in tuned/<device>.json,
-of the user's cache folder and of the package, and are written by `save`; the nearest entry of the same dtype is used if
-its shape lies within a factor of two in each dimension.
+Letters: M rows, N columns and K summed features of a product, R rank.
 """
 
-import functools
-import json
 import math
-import re
-import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from . import cache
-
-TUNED = Path(__file__).parent / "tuned"
-
-
-class Device(NamedTuple):
-    """What the rule knows of a GPU. `capability` is 80 for sm_80; `shared` is the bytes one program may use."""
-
-    name: str
-    capability: int
-    processors: int
-    shared: int
+from ..device import Device
 
 
 class Tile(NamedTuple):
@@ -40,8 +21,6 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Bytes of shared memory that one program may use, by compute capability.
-SHARED = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
 # What Triton takes beside the stages of operands: barriers, and scratch for the layouts of what is stored.
 RESERVED = 4_096
 
@@ -66,22 +45,8 @@ TF32_TILES = {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 4, 3): 0.6, Tile(1
 FEW_ROWS = 64
 
 
-@functools.cache
-def device_of(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        # Other vendors' devices get what Ampere gets: pointers and two launches.
-        return Device(properties.name, 80, properties.multi_processor_count, properties.shared_memory_per_block)
-    capability = properties.major * 10 + properties.minor
-    shared = getattr(properties, "shared_memory_per_block_optin", SHARED.get(capability, 101_376))
-    return Device(properties.name, capability, properties.multi_processor_count, shared)
-
-
-def wide_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device) -> Tile:
+def wide_tile(M: int, N: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device) -> Tile:
     """The tile of the extended product (M, K)·(K, N) and of the single launch. `aligned`: rows start at 16 bytes."""
-    measured = _measured(dtype, tf32, (M, N, K, R), device) if aligned else None
-    if measured:
-        return Tile(*measured["tile"])
     return min(candidates(M, dtype, tf32, aligned, device).items(), key=lambda c: _cost(M, N, *c, device))[0]
 
 
@@ -123,17 +88,12 @@ def narrow_tile(
     return tile, splits
 
 
-def single_launch(
-    M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, aligned: bool, tile: Tile, device: Device
-) -> bool:
+def single_launch(M: int, R: int, dtype: torch.dtype, aligned: bool, tile: Tile, device: Device) -> bool:
     """Whether the narrow product goes into the launch of the wide one: where it then fills the last wave.
 
     Its items are as many rows as a tile by R, so they pay from many rows on. Two kinds of tile in one program need its
     registers: up to a rank of 128 on Hopper, of 32 on Blackwell, and not on Ampere.
     """
-    measured = _measured(dtype, tf32, (M, N, K, R), device) if aligned else None
-    if measured:
-        return measured["single"]
     widest = {9: 128, 10: 32}.get(device.capability // 10, 0)
     return aligned and dtype != torch.float32 and R <= widest and M >= 2048 and tile.m >= 64
 
@@ -169,69 +129,3 @@ def _cost(M: int, N: int, tile: Tile, share: float, device: Device) -> tuple[flo
     """Waves times the work of a tile; among equals the smaller tile, whose last wave wastes less."""
     waves = math.ceil(math.ceil(M / tile.m) * math.ceil(N / tile.n) / device.processors)
     return waves * tile.m * tile.n / share, tile.m * tile.n
-
-
-def _measured(dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], device: Device) -> dict | None:
-    """The entry nearest to a shape, if no dimension is off by more than a factor of two."""
-    nearest, distance = None, 1.0
-    for entry in _entries(device.name):
-        if (entry["dtype"], entry["tf32"]) == (short(dtype), tf32):
-            far = max(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(shape, entry["shape"], strict=True))
-            if far < distance or far == distance == 1.0:
-                nearest, distance = entry, far
-    return nearest
-
-
-@functools.cache
-def _entries(name: str) -> tuple[dict, ...]:
-    found = []
-    for file in files(name):
-        try:
-            found += read(file)["entries"]
-        except (OSError, ValueError) as error:
-            warnings.warn(f"{file} is no table of tiles, and is passed over: {error}", stacklevel=2)
-    return tuple(found)
-
-
-def read(file: Path) -> dict:
-    """The table of a file. ValueError if it holds none."""
-    table = json.loads(file.read_text())
-    if not isinstance(table, dict) or not isinstance(table.get("entries"), list):
-        raise ValueError("it has no list of entries")
-    return table
-
-
-def folders() -> list[Path]:
-    """Where tables lie: what was measured on this machine goes before what came with the package."""
-    try:
-        return [cache.folder() / "tuned", TUNED]
-    except OSError:
-        return [TUNED]
-
-
-def files(device: str) -> list[Path]:
-    """The tables of a device, that whose entries go before the others' first."""
-    return [file for folder in folders() if (file := folder / file_name(device)).is_file()]
-
-
-def file_name(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def forget() -> None:
-    """Has the tables read anew."""
-    _entries.cache_clear()
-
-
-def save(entries: list[dict], folder: Path | str, device: Device) -> Path:
-    """Writes the table of a device; of two entries for one shape the one that gains more over the rule stays."""
-    best = {}
-    for entry in sorted(entries, key=lambda entry: entry["rule_us"] / entry["us"]):
-        best[entry["dtype"], entry["tf32"], *entry["shape"]] = entry
-    file = Path(folder) / file_name(device.name)
-    cache.write(file, json.dumps({**device._asdict(), "entries": list(best.values())}, indent=1) + "\n")
-    return file

@@ -1,0 +1,26 @@
+"""Which tile a Triton kernel runs with: that of the measured entry nearest to the shape (`tables`), else the rule's.
+
+Letters: M rows, N columns and K summed features of a product, R rank. `measure` makes the tables.
+"""
+
+import torch
+
+from ..device import Device
+from . import rule, tables
+from .rule import Tile, narrow_tile, padded, shared_bytes
+
+__all__ = ["Tile", "narrow_tile", "padded", "shared_bytes", "single_launch", "wide_tile"]
+
+
+def wide_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device) -> Tile:
+    """The tile of the extended product (M, K)·(K, N) and of the single launch. `aligned`: rows start at 16 bytes."""
+    measured = tables.nearest(dtype, tf32, (M, N, K, R), device) if aligned else None
+    return Tile(*measured["tile"]) if measured else rule.wide_tile(M, N, dtype, tf32, aligned, device)
+
+
+def single_launch(
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, aligned: bool, tile: Tile, device: Device
+) -> bool:
+    """Whether the narrow product goes into the launch of the wide one."""
+    measured = tables.nearest(dtype, tf32, (M, N, K, R), device) if aligned else None
+    return measured["single"] if measured else rule.single_launch(M, R, dtype, aligned, tile, device)
