@@ -95,6 +95,14 @@ def test_what_a_backend_can_initialise_is_asked_for():
         assert asked and all(case.results == {"A", "N", "B", "weight"} | there for case in asked)
 
 
+def test_kernels_that_train_lora2_are_asked_for_where_there_are_some():
+    for backend in backends.ON_GPU:
+        asked = [c for c in cases.cases_of(backend, "float16", cases.REAL) if c.detail == "lora2_training"]
+        assert len(asked) == (len(cases.REAL.trained) if backend == "triton" else 0)
+        # As `lora2` looks for them in the record.
+        assert all(c.kind == "time" and c.adapter == "float16" and max(c.shape[:2]) <= 32 for c in asked)
+
+
 def test_what_is_optional_is_what_the_backends_refuse():
     """By shape alone: a backend that refuses what it should take does not pass."""
     for case in cases.cases_of("cuda", "bfloat16", cases.REAL):

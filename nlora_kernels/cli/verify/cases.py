@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
 
     checked: shapes of the error budget. repeated, replayed: of bitwise repeats and of CUDA graphs. timed, dropped: of
     times, the latter with dropout. initialised: in, out and r of Nyström initialisation. cores: r and k of the core of
-    LoRA². runs: repeats of a shape. rounds: of timing.
+    LoRA². trained: r, k, layers and features of a model that trains LoRA². runs: repeats of a shape. rounds: of timing.
     """
 
     checked: tuple[tuple[int, int, int, int], ...]
@@ -37,6 +37,7 @@ class Sizes(NamedTuple):
     dropped: tuple[tuple[int, int, int, int], ...]
     initialised: tuple[tuple[int, int, int], ...]
     cores: tuple[tuple[int, int], ...]
+    trained: tuple[tuple[int, int, int, int], ...]
     runs: int
     rounds: int
 
@@ -76,6 +77,7 @@ REAL = Sizes(
     dropped=((2048, 768, 768, 16), (2048, 4096, 4096, 16), (8192, 4096, 4096, 64)),
     initialised=((768, 768, 8), (4096, 4096, 128), (4096, 11008, 64)),
     cores=((8, 8), (64, 32)),
+    trained=((8, 8, 24, 768), (32, 16, 4, 4096)),
     runs=200,
     rounds=15,
 )
@@ -87,6 +89,7 @@ REHEARSED = Sizes(
     dropped=((16, 64, 64, 8),),
     initialised=((40, 48, 8),),
     cores=((8, 8),),
+    trained=((4, 3, 2, 24),),
     runs=2,
     rounds=2,
 )
@@ -127,6 +130,7 @@ RESULTS_OF = {
     "dropout": (),
     "initialisation": ("A", "N", "B", "weight"),
     "lora2_core": ("core", "du", "dE", "dU"),
+    "lora2_training": ("penalty", "dv", "du", "dV", "dU", "mean", "spread", "E"),
 }
 # Of initialisation, where a backend has norms of rows and columns, and triangular solves, too.
 NORMS_AND_SOLVES = {"triton": ("rows", "cols", "solution")}
@@ -157,7 +161,14 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
         shapes = [(1, *shape) for shape in sizes.initialised]
         found += [Case("time", "initialisation", shape, dtype, more=more) for shape in shapes]
     found += [Case("time", "lora2_core", (r, k, 1, 1), dtype) for r, k in sizes.cores]
+    if backends.TABLE[backend].proved_for and trains_lora2(backend):
+        found += [Case("time", "lora2_training", shape, dtype) for shape in sizes.trained]
     return found
+
+
+def trains_lora2(backend: str) -> bool:
+    """Whether a backend has kernels of its own for the rank allocator and the orthogonality penalty."""
+    return type(backends.TABLE[backend]).lora2_training is not backends.Backend.lora2_training
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -8,6 +8,7 @@ is done. What the figures mean is the parent's to decide.
 
 import base64
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -27,7 +28,10 @@ from torch import Tensor
 
 from ... import backends, fusion, init, ops, testing
 from ...backends import Call, Dropout, Needs, verified
-from .cases import METHODS, NORMS_AND_SOLVES, REAL, REHEARSED, Case, Sizes, cases_of, dtype_of
+from ...lora2 import RankAllocator, orthogonal_penalty
+from ...lora2.penalty import FORMS
+from ...modules import LoRA2Linear
+from .cases import METHODS, NORMS_AND_SOLVES, REAL, REHEARSED, RESULTS_OF, Case, Sizes, cases_of, dtype_of
 
 SCALING, P_DROPPED, SEED = 0.7, 0.3, 2**40 + 7
 # Milliseconds that a timed batch of calls takes about, and how many calls it has at the most.
@@ -36,6 +40,8 @@ BATCH_MS, LONGEST_BATCH = 2.0, 50
 SAMPLED_ROWS = 32
 # Of a captured graph.
 REPLAYS = 3
+# More steps than any timing has.
+MANY = 10**6
 ADAPTER = Needs(x=True, weight=False, lora_A=True, lora_B=True, lora_N=True, bias=False)
 
 
@@ -358,12 +364,67 @@ def _core_calls(case, module, backend, dtype, machine):
     return ([ours], [lean]), _against(u.dtype, dict(zip(names, zip(ours(), lean(), exact, strict=True), strict=True)))
 
 
+def _training_calls(case, module, backend, dtype, machine):
+    """The orthogonality penalties of a model with their gradients, and a step of its rank allocator; every other one
+    masks."""
+    r, k, count, features = case.shape
+    own = dtype_of(case.adapter)
+    torch.manual_seed(r)
+    base = torch.nn.Linear(features, features, bias=False, device=machine.device, dtype=own)
+    model = torch.nn.ModuleList(LoRA2Linear.from_linear(base, r, k) for _ in range(count)).to(own)
+    for layer in model:
+        for t in (layer.lora_E, layer.lora_u, layer.lora_U):
+            t.data += 0.3 * torch.randn_like(t)
+    gradients = [torch.randn_like(t) for layer in model for t in (layer.lora_E, layer.lora_u, layer.lora_U)]
+
+    def stepped(by: str, dtype: torch.dtype) -> Callable:
+        trained = copy.deepcopy(model).to(dtype)
+        scored = [t for layer in trained for t in (layer.lora_E, layer.lora_u, layer.lora_U)]
+        for t, grad in zip(scored, gradients, strict=True):
+            t.grad = grad.to(dtype)
+        allocator = RankAllocator(trained, target_rank=1, total_steps=2 * MANY, t_init=0, t_final=0, delta_t=2)
+        # Half way, where much is masked.
+        allocator.t = MANY
+        vectors = [getattr(layer, f"lora_{name}") for name in ("v", "u", "V", "U") for layer in trained]
+
+        def step():
+            with _chosen(by):
+                penalty = torch.stack([orthogonal_penalty(trained, form) for form in FORMS])
+                grads = torch.autograd.grad(penalty.sum(), vectors)
+                allocator.step()
+            parts = (torch.cat([t.flatten() for t in grads[i : i + count]]) for i in range(0, 4 * count, count))
+            E = torch.cat([layer.lora_E.detach() for layer in trained])
+            return penalty.detach(), *parts, allocator.exp_avg, allocator.exp_unc, E
+
+        return step
+
+    ours, lean, exact = stepped(backend, own), stepped("lean", own), stepped("lean", torch.float64)
+    for _ in range(2):
+        compared = zip(ours(), lean(), exact(), strict=True)
+    return ([ours], [lean]), _against(own, dict(zip(RESULTS_OF["lora2_training"], compared, strict=True)))
+
+
+@contextlib.contextmanager
+def _chosen(backend: str):
+    """Has a backend chosen where a call names none, as training does."""
+    before = os.environ.get("NLORA_BACKEND")
+    os.environ["NLORA_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["NLORA_BACKEND"]
+        else:
+            os.environ["NLORA_BACKEND"] = before
+
+
 CALLS = {
     "forward": _forward_calls,
     "backward": _backward_calls,
     "dropout": _dropout_calls,
     "initialisation": _initialisation_calls,
     "lora2_core": _core_calls,
+    "lora2_training": _training_calls,
 }
 KINDS = {"witness": witness, "budget": budget, "repeats": repeats, "replay": replay, "time": timed}
 
@@ -431,6 +492,10 @@ def _refusal(case: Case, backend: str, dtype: str, device: torch.device) -> str 
     if case.detail == "lora2_core":
         return None
     M, K, N, R = case.shape
+    if case.detail == "lora2_training":
+        like = torch.empty(M, dtype=dtype_of(case.adapter), device=device)
+        kernels = backends.TABLE[backend].lora2_training([like], max(M, K))
+        return None if kernels else "it has no kernels for these adapters"
     if case.detail == "initialisation":
         weight = torch.empty(N, K, dtype=dtype_of(dtype), device=device)
         return None if backends.TABLE[backend].initialisation(weight, R) else "it has no kernels for this weight"
