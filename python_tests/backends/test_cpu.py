@@ -259,6 +259,38 @@ def test_lora2_core_and_its_gradients(r, k, mask):
         torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("poisoned", "plan")
+@pytest.mark.parametrize("plan", [*PLANS, "folded"], indirect=True)
+@pytest.mark.parametrize("mask", [None, torch.float32, torch.bool], ids=short)
+@pytest.mark.parametrize("M", [1, 40])
+def test_lora2_makes_its_core_inside_the_call(M, mask):
+    generator = torch.Generator().manual_seed(M)
+    K, N, r, k = 20, 12, 5, 3
+    shapes = {"x": (M, K), "weight": (N, K), "lora_v": (k, K), "lora_u": (r, k), "lora_E": (r,), "lora_U": (k, r)}
+    tensors = {n: torch.randn(shape, generator=generator) for n, shape in (shapes | {"lora_V": (N, k)}).items()}
+    kept = None if mask is None else (torch.rand(r, generator=generator) < 0.7).to(mask)
+    dy = torch.randn(M, N, generator=generator)
+
+    def linear(**t):
+        return nk.lora2_linear(**t, mask=kept, scaling=0.5)
+
+    def composed(lora_v, lora_u, lora_E, lora_U, lora_V, **t):
+        core = TABLE["reference"].lora2_core(lora_u, lora_E, lora_U, kept)
+        return testing.plain_linear(**t, lora_A=lora_v, lora_B=lora_V, lora_N=core, scaling=0.5)
+
+    actual = testing.outputs(linear, tensors, dy)
+    exact = testing.outputs(composed, {n: t.double() for n, t in tensors.items()}, dy.double())
+    for name, expected in exact.items():
+        torch.testing.assert_close(actual[name].double(), expected, rtol=1e-4, atol=1e-4)
+    # What wants to see operators sees the core, what kept factors goes on from them.
+    y = linear(**{n: t.requires_grad_() for n, t in tensors.items()})
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        grads = torch.autograd.grad(y, list(tensors.values()), dy)
+    assert "nlora_kernels::lora2_core_backward" in {event.key for event in profile.key_averages()}
+    for name, grad in zip(tensors, grads, strict=True):
+        torch.testing.assert_close(grad.double(), exact[f"d{name}"], rtol=1e-4, atol=1e-4)
+
+
 def test_a_call_it_cannot_take_is_refused_by_name():
     p = testing.problem(4, 3, 2, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16, got float64"):
