@@ -40,6 +40,7 @@ smoke: $(READY)
 lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(shell find csrc -name '*.[chi]*')
 
 # Every Triton kernel for every device, dtype and rank; `make gates` compiles what the benchmark shapes need.
 aot: $(READY)

@@ -33,10 +33,13 @@ class Tensors {
   Tensors() : type_(py::module_::import("torch").attr("Tensor")), is_neg_(type_.attr("is_neg")) {
     const py::capsule table = type_.attr("__dlpack_c_exchange_api__");
     exchange_ = table.get_pointer<const Exchange>();
-    if (exchange_->major != 1 || !exchange_->read) throw py::import_error("this PyTorch has another DLPack than version 1");
+    if (exchange_->major != 1 || !exchange_->read)
+      throw py::import_error("this PyTorch has another DLPack than version 1");
   }
 
-  bool holds(py::handle object) const { return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr())); }
+  bool holds(py::handle object) const {
+    return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr()));
+  }
 
   bool is_negative(py::handle tensor) const {
     PyObject* self = tensor.ptr();
@@ -96,7 +99,8 @@ struct type_caster<Matrix> {
     value.row_stride = t.dims == 2 ? t.strides[0] : value.cols * value.col_stride;
     if (!value.data) {
       // NOTE: freed storage, and tensors that hold none of their own, have no address either.
-      if (value.rows && value.cols) throw value_error("a tensor has no memory: its storage was freed, or is held elsewhere");
+      if (value.rows && value.cols)
+        throw value_error("a tensor has no memory: its storage was freed, or is held elsewhere");
       // An empty tensor has no address, but it is there.
       value.data = &value;
     }
@@ -223,22 +227,22 @@ PYBIND11_MODULE(_C, m) {
         throw py::value_error("name must be one of portable, avx2, avx512, amx, got '" + name + "'");
       },
       py::arg("name"), "Uses no instruction set above the named one from now on; returns the cap before.");
-  m.def("cpu_multiplies", [](int dtype) { return multiplies(nlora::Dtype(dtype)); }, py::arg("dtype"),
-        "Whether the CPU multiplies this dtype in hardware.");
+  m.def(
+      "cpu_multiplies", [](int dtype) { return multiplies(nlora::Dtype(dtype)); }, py::arg("dtype"),
+      "Whether the CPU multiplies this dtype in hardware.");
   m.def("forked", &forked, "Whether this is a child of fork(), where the kernels run on one thread.");
 
   m.def(
       "cpu_forward",
       [](const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B, const Core& core, const Matrix& bias,
-         const Matrix& y, const Matrix& T, float scaling, int threads) {
-        forward({x, weight, A, B, core, bias, y, T, scaling, threads});
-      },
+         const Matrix& y, const Matrix& T, float scaling,
+         int threads) { forward({x, weight, A, B, core, bias, y, T, scaling, threads}); },
       free_threads());
   m.def(
       "cpu_backward",
       [](const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight, const Matrix& A, const Matrix& B,
-         const Core& core, const Matrix& dx, const Matrix& dweight, const Matrix& dA, const Matrix& dB, const Core& dcore,
-         const Matrix& dbias, float scaling, int threads) {
+         const Core& core, const Matrix& dx, const Matrix& dweight, const Matrix& dA, const Matrix& dB,
+         const Core& dcore, const Matrix& dbias, float scaling, int threads) {
         backward({dy, x, T, weight, A, B, core, dx, dweight, dA, dB, dcore, dbias, scaling, threads});
       },
       free_threads());
@@ -257,7 +261,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_lora2_penalty",
       [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors, int64_t saved, bool squared,
-         int threads) { return lora2_penalty(vectors_of(sizes, tensors, {}), pointer<float>(saved), squared, threads); },
+         int threads) {
+        return lora2_penalty(vectors_of(sizes, tensors, {}), pointer<float>(saved), squared, threads);
+      },
       free_threads());
   m.def(
       "cpu_lora2_penalty_backward",

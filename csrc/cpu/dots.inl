@@ -36,7 +36,9 @@ struct Step<BFloat16, BFloat16> {
   static constexpr int kSize = 2 * kWidth;
   static INLINE __m512bh read(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static INLINE __m512bh read_col(const BFloat16* p) { return read(p); }
-  static INLINE void add(Vec& sum, __m512bh left, __m512bh right) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, left, right); }
+  static INLINE void add(Vec& sum, __m512bh left, __m512bh right) {
+    sum = (Vec)_mm512_dpbf16_ps((__m512)sum, left, right);
+  }
 };
 #endif
 

@@ -62,7 +62,8 @@ int64_t step_rows(const Kernels& kernel) { return round_up(kernel.width, kernel.
 
 // Columns of right packed at a time, of `cols` in all.
 int64_t block_cols(const Kernels& kernel, const Problem& p, int64_t cols) {
-  const int64_t limit = std::max<int64_t>(kernel.tile_cols, p.fitting / p.deepest / kernel.tile_cols * kernel.tile_cols);
+  const int64_t limit =
+      std::max<int64_t>(kernel.tile_cols, p.fitting / p.deepest / kernel.tile_cols * kernel.tile_cols);
   const int64_t blocks = std::max<int64_t>(1, (cols + limit - 1) / limit);
   return round_up((cols + blocks - 1) / blocks, kernel.tile_cols);
 }
@@ -82,7 +83,7 @@ int64_t own_size(const Kernels& kernel, const Problem& p) {
 }
 
 // Panels of `size` rows or columns.
-void pack(const Kernels& kernel, const Depth& depth, Matrix Summand::*side, Range rows, int size, float* panels) {
+void pack(const Kernels& kernel, const Depth& depth, Matrix Summand::* side, Range rows, int size, float* panels) {
   for (const Piece& piece : depth.pieces) {
     const Matrix from = slice(piece.summand->*side, rows, piece.range);
     kernel.pack(from.data, from.dtype, from.row_stride, from.col_stride, from.rows, from.cols, size, depth.k * size,
@@ -201,12 +202,15 @@ Dots dots(const Matrix& rows, const Matrix& cols, const Matrix& out) {
   return d;
 }
 
-int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t left_cost, int64_t right_cost, int threads) {
+int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t left_cost, int64_t right_cost,
+              int threads) {
   int best = 1;
   int64_t least = INT64_MAX;
   for (int cols = 1; cols <= threads; ++cols) {
     const int rows = threads / cols;
-    const auto largest = [](int64_t n, int64_t unit, int parts) { return round_up((round_up(n, unit) + parts - 1) / parts, unit); };
+    const auto largest = [](int64_t n, int64_t unit, int parts) {
+      return round_up((round_up(n, unit) + parts - 1) / parts, unit);
+    };
     const int64_t m = largest(out.rows, row_unit, rows), n = largest(out.cols, col_unit, cols);
     const int64_t cost = m * n + left_cost * m + right_cost * n;
     if (cost < least) least = cost, best = cols;
@@ -234,7 +238,8 @@ void gemm(const std::vector<Summand>& summands, const float* start, const Matrix
       (*prepare)(part(out.rows, 2 * kernel.tile_rows, index, count));
       barrier(count);
     }
-    const int by = grid_cols(out, kernel.tile_rows, kernel.tile_cols, p.depths[0].in_place ? 0 : kPackLeft, kPackRight, count);
+    const int by =
+        grid_cols(out, kernel.tile_rows, kernel.tile_cols, p.depths[0].in_place ? 0 : kPackLeft, kPackRight, count);
     const Range rows = part(out.rows, kernel.tile_rows, index / by, count / by);
     const Range cols = part(out.cols, kernel.tile_cols, index % by, by);
     if (index < count / by * by) run(kernel, p, rows, cols, all + index * own);

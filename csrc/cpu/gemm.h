@@ -42,7 +42,8 @@ using Prepare = std::function<void(Range rows)>;
 
 // The columns of the grid in which `threads` threads do least; the costs are those of packing a row of left and a column of
 // right, in multiply-adds of one k.
-int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t left_cost, int64_t right_cost, int threads);
+int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t left_cost, int64_t right_cost,
+              int threads);
 
 // out = start + Σ left·rightᵀ by panels packed to fp32. The summands share m and n, each has a k of its own; start (n,)
 // or nullptr.

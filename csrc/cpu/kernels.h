@@ -7,17 +7,17 @@ namespace nlora::cpu {
 
 // C (m, n) = init + a·b over k, then over tail_k with tail for a; b goes on where it was.
 struct Product {
-  const float* a;            // panels of tile_rows rows: [k][tile_rows] each, rows past m are zero; or rows in place,
-  int64_t a_panel;           // distance of two panels
-  int64_t a_row;             // distance of two rows, whose k lie side by side; 0 for panels
-  const float* tail;         // rows tail_row apart; only where a is in place
+  const float* a;  // panels of tile_rows rows: [k][tile_rows] each, rows past m are zero; or rows in place,
+  int64_t a_panel;  // distance of two panels
+  int64_t a_row;  // distance of two rows, whose k lie side by side; 0 for panels
+  const float* tail;  // rows tail_row apart; only where a is in place
   int64_t tail_row, tail_k;
-  const float* ahead;        // the rows that the next product reads in place, to be fetched, or nullptr
-  const void* b;             // strips of tile_cols columns; a strip's row of k holds them side by side
+  const float* ahead;  // the rows that the next product reads in place, to be fetched, or nullptr
+  const void* b;  // strips of tile_cols columns; a strip's row of k holds them side by side
   Dtype b_dtype;
-  int64_t b_strip, b_row;    // distance of two strips, and of two rows of a strip, in elements
-  const float* init;         // nullptr for zero
-  int64_t init_row;          // 0 to start every row from the same values
+  int64_t b_strip, b_row;  // distance of two strips, and of two rows of a strip, in elements
+  const float* init;  // nullptr for zero
+  int64_t init_row;  // 0 to start every row from the same values
   void* c;
   Dtype c_dtype;
   int64_t c_row;
@@ -26,22 +26,22 @@ struct Product {
 
 // out(i, j) = start(i) + Σ_k rows(i, k)·cols(j, k) + Σ_k extra_rows(i, k)·extra_cols(j, k)
 struct Dots {
-  const void* rows;          // (m, k), k side by side
+  const void* rows;  // (m, k), k side by side
   Dtype dtype;
-  int64_t row;               // distance of two rows, in elements
-  const void* cols;          // (n, padded k), zero past k; fp32, or bf16 for bf16_dots
+  int64_t row;  // distance of two rows, in elements
+  const void* cols;  // (n, padded k), zero past k; fp32, or bf16 for bf16_dots
   int64_t col;
-  const float* extra_rows;   // (m, extra), nullptr for none; extra is a multiple of width
-  const float* extra_cols;   // (n, extra)
+  const float* extra_rows;  // (m, extra), nullptr for none; extra is a multiple of width
+  const float* extra_cols;  // (n, extra)
   int64_t extra;
-  const float* start;        // (m,) or nullptr
+  const float* start;  // (m,) or nullptr
   float* out;
   int64_t out_row, out_col;
   int64_t m, n, k;
 };
 
 struct Kernels {
-  int width;                 // fp32 values in a register
+  int width;  // fp32 values in a register
   int tile_rows, tile_cols;  // the register tile of a Product
   void (*multiply)(const Product& product);
   void (*dots)(const Dots& dots);

@@ -109,7 +109,8 @@ void multiply_all(const Product& p) {
   const bool by_rows = p.k <= kShallow;
   const int64_t inner = by_rows ? strips : rows;
   for (int64_t i = 0; i < rows * strips; ++i) {
-    const int64_t row = (by_rows ? i / inner : i % inner) * kTileRows, col = (by_rows ? i % inner : i / inner) * kTileCols;
+    const int64_t row = (by_rows ? i / inner : i % inner) * kTileRows,
+                  col = (by_rows ? i % inner : i / inner) * kTileCols;
     if (!PANELS && p.ahead) {
       // Every tile fetches its share.
       const int64_t end = (i + 1) * p.k / (rows * strips);
@@ -214,7 +215,8 @@ void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t r
       const int count = int(rows - row < kWidth ? rows - row : kWidth);
       float* panel = panels + row / size * distance + row % size;
       if (size < kWidth) {
-        pack_rows<(kTileRows < kWidth ? kTileRows : kWidth)>(source + row * row_stride, row_stride, count, k, size, distance, panel);
+        pack_rows<(kTileRows < kWidth ? kTileRows : kWidth)>(source + row * row_stride, row_stride, count, k, size,
+                                                             distance, panel);
       } else {
         pack_rows<kWidth>(source + row * row_stride, row_stride, count, k, size, distance, panel);
       }

@@ -37,8 +37,8 @@ const float* row_vector(const Kernels& kernel, const Matrix& m, Scratch& scratch
 
 // A sum over the rows of b, weighted by left: left·b for a left of few rows.
 struct Sum {
-  Matrix left;    // (m, k)
-  Matrix b;       // (k, n), columns side by side
+  Matrix left;  // (m, k)
+  Matrix b;  // (k, n), columns side by side
   float* panels;  // of left: [ceil(m / tile_rows)][k][tile_rows]
 };
 
@@ -195,7 +195,8 @@ class Chain {
   void all(int threads) const {
     const int64_t M = left_.rows;
     if (skinny()) {
-      parallel(team(threads, M, inner.cols, left_.cols), [&](int index, int count) { (*this)(part(M, 12, index, count)); });
+      parallel(team(threads, M, inner.cols, left_.cols),
+               [&](int index, int count) { (*this)(part(M, 12, index, count)); });
       return;
     }
     if (outer_) gemm({{left_, outer_}}, nullptr, inner, threads);

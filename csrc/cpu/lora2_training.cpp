@@ -74,9 +74,8 @@ bool lora2_allocate(const std::vector<Lora2Layer>& layers, float* exp_avg, float
   }
   std::vector<int64_t> order(scores.size());
   std::iota(order.begin(), order.end(), 0);
-  std::nth_element(order.begin(), order.begin() + budget, order.end(), [&](int64_t a, int64_t b) {
-    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-  });
+  std::nth_element(order.begin(), order.begin() + budget, order.end(),
+                   [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
   std::memset(kept, 0, order.size());
   for (int64_t n = 0; n < budget; ++n) kept[order[n]] = 1;
   for (const Lora2Layer& l : layers) {

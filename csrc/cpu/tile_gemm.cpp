@@ -45,9 +45,9 @@ struct Problem {
   std::vector<Group> groups;
   const float* start;
   Matrix out;
-  bool onto;               // out is added to
-  bool in_sums;            // results are rounded or scattered, so they are summed elsewhere
-  int64_t rows, cols;      // of a block of left, and of the part of right that may be kept
+  bool onto;  // out is added to
+  bool in_sums;  // results are rounded or scattered, so they are summed elsewhere
+  int64_t rows, cols;  // of a block of left, and of the part of right that may be kept
   int64_t left, right, sums;  // sizes of a thread's buffers, in floats
 };
 
@@ -59,7 +59,8 @@ std::vector<Group> groups_of(const std::vector<Summand>& summands) {
     const int64_t parts = (steps + kGroupSteps - 1) / kGroupSteps;
     for (int64_t j = 0; j < parts; ++j) {
       const Range range = part(k, kTileStep, int(j), int(parts));
-      const TileRun run = {round_up(range.size, kTileStep) / kTileStep, planes(summands[i].left), planes(summands[i].right)};
+      const TileRun run = {round_up(range.size, kTileStep) / kTileStep, planes(summands[i].left),
+                           planes(summands[i].right)};
       if (groups.back().steps && groups.back().steps + run.steps > kGroupSteps + kGroupSteps / 4) groups.emplace_back();
       Group& group = groups.back();
       group.pieces.push_back({i, range});
@@ -87,8 +88,12 @@ bool in_range(const Seen& seen) {
 class Worker {
  public:
   Worker(const Problem& problem, float* own, Seen* seen)
-      : p_(problem), left_(reinterpret_cast<uint16_t*>(own)), right_(reinterpret_cast<uint16_t*>(own + p_.left)),
-        sums_(own + p_.left + p_.right), loose_(sums_ + p_.sums), seen_(seen) {}
+      : p_(problem),
+        left_(reinterpret_cast<uint16_t*>(own)),
+        right_(reinterpret_cast<uint16_t*>(own + p_.left)),
+        sums_(own + p_.left + p_.right),
+        loose_(sums_ + p_.sums),
+        seen_(seen) {}
 
   void run(Range rows, Range cols) {
     if (!rows.size) return;
@@ -117,7 +122,8 @@ class Worker {
         const Range at = {cols.first + first, std::min<int64_t>(kTilePanel, cols.size - first)};
         // NOTE: what no second block of rows will meet is written over while the cache still holds it.
         uint16_t* right = right_ + (blocks > 1 ? strip : together) * packed.right;
-        if (top == 0 && together == 0) split<false>(packed, {at.first, std::min(kTogether * kTilePanel, cols.size - first)}, right);
+        if (top == 0 && together == 0)
+          split<false>(packed, {at.first, std::min(kTogether * kTilePanel, cols.size - first)}, right);
         for (int64_t row = 0; row < block.size; row += kTilePanel) {
           const Range mine = {block.first + row, std::min<int64_t>(kTilePanel, block.size - row)};
           const uint16_t* left = left_ + row / kTilePanel * packed.left;
@@ -154,8 +160,8 @@ class Worker {
     int64_t row = LEFT ? from.row_stride : from.col_stride, size = LEFT ? from.cols : from.rows;
     if (from.dtype != Dtype::kFloat32 || (LEFT ? from.col_stride : from.row_stride) != 1) {
       const Matrix source = LEFT ? transposed(from) : from;
-      p_.kernel.pack(source.data, source.dtype, source.row_stride, source.col_stride, source.rows, source.cols, kTilePanel, 0,
-                     loose_);
+      p_.kernel.pack(source.data, source.dtype, source.row_stride, source.col_stride, source.rows, source.cols,
+                     kTilePanel, 0, loose_);
       values = loose_, row = size = kTilePanel;
     }
     return LEFT ? p_.tiles.split_left(values, row, from.rows, size, planes, panel)
@@ -166,7 +172,8 @@ class Worker {
   void multiply(int group, const uint16_t* left, const uint16_t* right, Range rows, Range cols, float* sums) {
     const Group& packed = p_.groups[group];
     const Matrix out = slice(p_.out, rows, cols);
-    const Matrix elsewhere = p_.sums ? fp32(sums, rows.size, cols.size, p_.cols) : fp32(loose_, rows.size, cols.size, kTilePanel);
+    const Matrix elsewhere =
+        p_.sums ? fp32(sums, rows.size, cols.size, p_.cols) : fp32(loose_, rows.size, cols.size, kTilePanel);
     const Matrix& partial = p_.in_sums ? elsewhere : out;
     TileProduct product = {};
     product.left = left, product.right = right;
@@ -187,7 +194,8 @@ class Worker {
 };
 
 // `block`, whole panels, bounds the rows of left that are multiplied at a time.
-Problem problem_of(const std::vector<Summand>& summands, const float* start, const Matrix& out, bool onto, int64_t block) {
+Problem problem_of(const std::vector<Summand>& summands, const float* start, const Matrix& out, bool onto,
+                   int64_t block) {
   const bool in_sums = out.dtype != Dtype::kFloat32 || out.col_stride != 1;
   Problem p = {kernels(), amx_tiles(), summands, groups_of(summands), start, out, onto, in_sums, 0, 0, 0, 0, 0};
   int64_t left = 1, right = 1;
@@ -195,7 +203,8 @@ Problem problem_of(const std::vector<Summand>& summands, const float* start, con
   const auto panels = [](int64_t bytes, int64_t values, int64_t lines) {
     return std::min(std::max(bytes / (2 * values), kTogether) * kTilePanel, round_up(lines, kTogether * kTilePanel));
   };
-  p.rows = std::min(block, panels(second_level_cache() / 8 * 5, left, out.rows)), p.cols = panels(kKept, right, out.cols);
+  p.rows = std::min(block, panels(second_level_cache() / 8 * 5, left, out.rows)),
+  p.cols = panels(kKept, right, out.cols);
   p.left = p.rows / kTilePanel * left / 2, p.right = p.cols / kTilePanel * right / 2;
   if (in_sums && p.groups.size() > 1) p.sums = std::min(kSumRows, out.rows) * p.cols;
   return p;

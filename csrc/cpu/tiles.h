@@ -30,7 +30,7 @@ struct TileProduct {
   const TileRun* runs;
   int runs_count;
   const float* init;  // nullptr for zero
-  int64_t init_row;   // 0 to start every row from the same values
+  int64_t init_row;  // 0 to start every row from the same values
   float* c;
   int64_t c_row;
   int m, n;

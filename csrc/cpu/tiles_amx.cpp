@@ -21,7 +21,9 @@ constexpr int64_t kTileValues = kTile * 2 * kTile, kPlaneValues = 2 * kTileValue
 // NOTE: the intrinsics take the number of a register as a token, which a template cannot give.
 struct Unit {
   template <int T>
-  static INLINE void zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+  static INLINE void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(T));
+  }
   template <int T>
   static INLINE void load(const void* from) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(int64_t(64)), "i"(T) : "memory");
@@ -31,7 +33,9 @@ struct Unit {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(T) : "memory");
   }
   template <int SUM, int LEFT, int RIGHT>
-  static INLINE void multiply() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT)); }
+  static INLINE void multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT));
+  }
   static INLINE void configure(const void* from) { asm volatile("ldtilecfg (%0)" ::"r"(from) : "memory"); }
   static INLINE void save(void* to) { asm volatile("sttilecfg (%0)" ::"r"(to) : "memory"); }
 };
@@ -43,7 +47,9 @@ struct Unit {
   static thread_local Bits tiles[8][kTile];
 
   template <int T>
-  static void zero() { __builtin_memset(tiles[T], 0, sizeof tiles[T]); }
+  static void zero() {
+    __builtin_memset(tiles[T], 0, sizeof tiles[T]);
+  }
   template <int T>
   static void load(const void* from) {
     for (int i = 0; i < kTile; ++i) tiles[T][i] = static_cast<const Bits*>(from)[i];
@@ -117,7 +123,10 @@ INLINE uint32_t largest(Bits values) {
 // Up to 16 of the values from `first` to `end`, then zeros.
 INLINE Bits some(const float* from, int64_t first, int64_t end) {
   const int64_t count = end - first;
-  return (Bits)_mm512_maskz_loadu_ps(__mmask16(count >= kTile ? 0xffff : count <= 0 ? 0 : (1 << count) - 1), from + first);
+  return (Bits)_mm512_maskz_loadu_ps(__mmask16(count >= kTile ? 0xffff
+                                               : count <= 0   ? 0
+                                                              : (1 << count) - 1),
+                                     from + first);
 }
 
 template <int PLANES>
@@ -134,8 +143,9 @@ uint32_t split_left(const float* from, int64_t from_row, int64_t rows, int64_t k
       }
 #pragma GCC unroll 3
       for (int i = 0; i < PLANES; ++i) {
-        const Halves both = __builtin_shufflevector((Halves)low[i], (Halves)high[i], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23,
-                                                    25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
+        const Halves both =
+            __builtin_shufflevector((Halves)low[i], (Halves)high[i], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27,
+                                    29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
         store(panel + i * kPlaneValues + row * kTileStep, (Bits)both);
       }
     }

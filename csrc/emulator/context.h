@@ -13,92 +13,92 @@
 namespace nlora::cuda {
 
 struct LaunchShape {
-    uint32_t grid, block, cluster, shared_bytes, registers;
+  uint32_t grid, block, cluster, shared_bytes, registers;
 };
 
 class Context {
-public:
-    // Where and how later launches run; grid, block and the like come from each launch.
-    emulator::Run setup;
-    // Of the last launch, with the lines of all; a launch after a report does nothing.
-    emulator::Report report;
+ public:
+  // Where and how later launches run; grid, block and the like come from each launch.
+  emulator::Run setup;
+  // Of the last launch, with the lines of all; a launch after a report does nothing.
+  emulator::Report report;
 
-    void* input(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::Input); }
-    void* inout(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::InOut); }
-    void* output(size_t bytes) { return add(nullptr, bytes, emulator::Memory::Output); }
-    // Zeroed, or a copy.
-    void* control(size_t bytes, const void* from = nullptr) { return add(from, bytes, emulator::Memory::Control); }
-    void fetch(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
-    // Of the device that this stands for.
-    int architecture = 90;
-    uint32_t processors() const { return 4; }
-    // No two contexts have the same.
-    const int id = next_id();
-    std::string name() const { return "emulator"; }
+  void* input(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::Input); }
+  void* inout(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::InOut); }
+  void* output(size_t bytes) { return add(nullptr, bytes, emulator::Memory::Output); }
+  // Zeroed, or a copy.
+  void* control(size_t bytes, const void* from = nullptr) { return add(from, bytes, emulator::Memory::Control); }
+  void fetch(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+  // Of the device that this stands for.
+  int architecture = 90;
+  uint32_t processors() const { return 4; }
+  // No two contexts have the same.
+  const int id = next_id();
+  std::string name() const { return "emulator"; }
 
-    template <class Parameters>
-    void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
-        if (report) {
-            return;
-        }
-        setup.grid = shape.grid;
-        setup.block = shape.block;
-        setup.cluster = shape.cluster;
-        setup.shared_bytes = shape.shared_bytes;
-        setup.registers = shape.registers;
-        auto lines = std::move(report.synchronisation_lines);
-        report = emulator::run(setup, buffers_, [&] { kernel(parameters); });
-        report.synchronisation_lines.merge(lines);
+  template <class Parameters>
+  void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
+    if (report) {
+      return;
     }
+    setup.grid = shape.grid;
+    setup.block = shape.block;
+    setup.cluster = shape.cluster;
+    setup.shared_bytes = shape.shared_bytes;
+    setup.registers = shape.registers;
+    auto lines = std::move(report.synchronisation_lines);
+    report = emulator::run(setup, buffers_, [&] { kernel(parameters); });
+    report.synchronisation_lines.merge(lines);
+  }
 
-private:
-    static int next_id() {
-        static int last = 0;
-        return ++last;
+ private:
+  static int next_id() {
+    static int last = 0;
+    return ++last;
+  }
+
+  // Output starts as NaN in every float format, control words as 0.
+  void* add(const void* from, size_t bytes, emulator::Memory memory) {
+    storage_.emplace_back((bytes + 127) / 128);
+    void* data = storage_.back().data();
+    std::memset(data, memory == emulator::Memory::Output ? 0xFF : 0, bytes);
+    if (from) {
+      std::memcpy(data, from, bytes);
     }
+    buffers_.push_back({data, bytes, memory});
+    return data;
+  }
 
-    // Output starts as NaN in every float format, control words as 0.
-    void* add(const void* from, size_t bytes, emulator::Memory memory) {
-        storage_.emplace_back((bytes + 127) / 128);
-        void* data = storage_.back().data();
-        std::memset(data, memory == emulator::Memory::Output ? 0xFF : 0, bytes);
-        if (from) {
-            std::memcpy(data, from, bytes);
-        }
-        buffers_.push_back({data, bytes, memory});
-        return data;
-    }
-
-    struct alignas(128) Line {
-        uint8_t bytes[128];
-    };
-    std::deque<std::vector<Line>> storage_;
-    std::vector<emulator::Buffer> buffers_;
+  struct alignas(128) Line {
+    uint8_t bytes[128];
+  };
+  std::deque<std::vector<Line>> storage_;
+  std::vector<emulator::Buffer> buffers_;
 };
 
 // Launches on a context, which takes the place of a stream.
 class Stream {
-public:
-    Stream(int, void* context) : context_(*static_cast<Context*>(context)) {}
+ public:
+  Stream(int, void* context) : context_(*static_cast<Context*>(context)) {}
 
-    uint32_t processors() const { return context_.processors(); }
-    int architecture() const { return context_.architecture; }
-    Sequence sequence() const { return {&context_}; }
-    void* allocate_zeroed(size_t bytes) const { return context_.control(bytes); }
+  uint32_t processors() const { return context_.processors(); }
+  int architecture() const { return context_.architecture; }
+  Sequence sequence() const { return {&context_}; }
+  void* allocate_zeroed(size_t bytes) const { return context_.control(bytes); }
 
-    template <class Parameters>
-    void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
-        context_.launch(shape, kernel, parameters);
-    }
+  template <class Parameters>
+  void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
+    context_.launch(shape, kernel, parameters);
+  }
 
-private:
-    Context& context_;
+ private:
+  Context& context_;
 };
 
 inline TensorMap tensor_map(const void* data, uint64_t rows, uint64_t columns, uint64_t row_bytes, uint32_t box_rows,
                             uint32_t box_columns, Swizzle swizzle) {
-    auto bytes = static_cast<uint8_t*>(const_cast<void*>(data));
-    return {bytes, rows, columns, row_bytes, box_rows, box_columns, swizzle};
+  auto bytes = static_cast<uint8_t*>(const_cast<void*>(data));
+  return {bytes, rows, columns, row_bytes, box_rows, box_columns, swizzle};
 }
 
 }  // namespace nlora::cuda

@@ -23,10 +23,10 @@ namespace nlora::cuda {
 
 // What a CUtensorMap says about a row-major matrix of 16-bit elements.
 struct alignas(64) TensorMap {
-    uint8_t* data;
-    uint64_t rows, columns, row_bytes;
-    uint32_t box_rows, box_columns;
-    Swizzle swizzle;
+  uint8_t* data;
+  uint64_t rows, columns, row_bytes;
+  uint32_t box_rows, box_columns;
+  Swizzle swizzle;
 };
 
 uint32_t thread_rank();
@@ -46,32 +46,32 @@ void store_global(void* address, const void* value, uint32_t bytes, emulator::Si
 
 template <class T>
 T ld_shared(uint32_t address, NLORA_SITE) {
-    static_assert(sizeof(T) == 4 || sizeof(T) == 16, "4 or 16 bytes");
-    T value;
-    load_shared(address, &value, sizeof(T), site);
-    return value;
+  static_assert(sizeof(T) == 4 || sizeof(T) == 16, "4 or 16 bytes");
+  T value;
+  load_shared(address, &value, sizeof(T), site);
+  return value;
 }
 
 template <class T>
 void st_shared(uint32_t address, T value, NLORA_SITE) {
-    static_assert(sizeof(T) == 4 || sizeof(T) == 16, "4 or 16 bytes");
-    store_shared(address, &value, sizeof(T), false, site);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 16, "4 or 16 bytes");
+  store_shared(address, &value, sizeof(T), false, site);
 }
 
 inline void st_cluster(uint32_t address, uint32_t value, NLORA_SITE) {
-    store_shared(address, &value, sizeof(value), true, site);
+  store_shared(address, &value, sizeof(value), true, site);
 }
 
 template <class T>
 T ld_global(const T* address, NLORA_SITE) {
-    T value;
-    load_global(address, &value, sizeof(T), site);
-    return value;
+  T value;
+  load_global(address, &value, sizeof(T), site);
+  return value;
 }
 
 template <class T>
 void st_global(T* address, T value, NLORA_SITE) {
-    store_global(address, &value, sizeof(T), site);
+  store_global(address, &value, sizeof(T), site);
 }
 
 // Each lane hands in 4 bytes and receives those of lane `source`.
@@ -79,28 +79,28 @@ uint32_t exchange(uint32_t bits, uint32_t source, emulator::Site site);
 
 template <class T>
 T exchange_value(T value, uint32_t source, emulator::Site site) {
-    static_assert(sizeof(T) == 4, "4 bytes");
-    return __builtin_bit_cast(T, exchange(__builtin_bit_cast(uint32_t, value), source, site));
+  static_assert(sizeof(T) == 4, "4 bytes");
+  return __builtin_bit_cast(T, exchange(__builtin_bit_cast(uint32_t, value), source, site));
 }
 
 template <class T>
 T shuffle(T value, uint32_t lane, NLORA_SITE) {
-    return exchange_value(value, lane % 32, site);
+  return exchange_value(value, lane % 32, site);
 }
 
 template <class T>
 T shuffle_xor(T value, uint32_t mask, NLORA_SITE) {
-    return exchange_value(value, (lane_rank() ^ mask) % 32, site);
+  return exchange_value(value, (lane_rank() ^ mask) % 32, site);
 }
 
 template <class T>
 T shuffle_up(T value, uint32_t delta, NLORA_SITE) {
-    return exchange_value(value, lane_rank() >= delta ? lane_rank() - delta : lane_rank(), site);
+  return exchange_value(value, lane_rank() >= delta ? lane_rank() - delta : lane_rank(), site);
 }
 
 template <class T>
 T shuffle_down(T value, uint32_t delta, NLORA_SITE) {
-    return exchange_value(value, lane_rank() + delta < 32 ? lane_rank() + delta : lane_rank(), site);
+  return exchange_value(value, lane_rank() + delta < 32 ? lane_rank() + delta : lane_rank(), site);
 }
 
 void sync_warp(NLORA_SITE);
@@ -112,14 +112,14 @@ void change_registers(uint32_t registers, bool increase, emulator::Site site);
 
 template <uint32_t Registers>
 void setmaxnreg_increase(NLORA_SITE) {
-    static_assert(Registers >= 24 && Registers <= 256 && Registers % 8 == 0, "24 to 256 in steps of 8");
-    change_registers(Registers, true, site);
+  static_assert(Registers >= 24 && Registers <= 256 && Registers % 8 == 0, "24 to 256 in steps of 8");
+  change_registers(Registers, true, site);
 }
 
 template <uint32_t Registers>
 void setmaxnreg_decrease(NLORA_SITE) {
-    static_assert(Registers >= 24 && Registers <= 256 && Registers % 8 == 0, "24 to 256 in steps of 8");
-    change_registers(Registers, false, site);
+  static_assert(Registers >= 24 && Registers <= 256 && Registers % 8 == 0, "24 to 256 in steps of 8");
+  change_registers(Registers, false, site);
 }
 
 void cluster_arrive(NLORA_SITE);
@@ -144,12 +144,12 @@ void wait_bulk(int pending, bool written, emulator::Site site);
 
 template <int Pending>
 void bulk_wait_read(NLORA_SITE) {
-    wait_bulk(Pending, false, site);
+  wait_bulk(Pending, false, site);
 }
 
 template <int Pending>
 void bulk_wait(NLORA_SITE) {
-    wait_bulk(Pending, true, site);
+  wait_bulk(Pending, true, site);
 }
 
 void fence_async_shared(NLORA_SITE);
@@ -170,19 +170,19 @@ void wait_wgmma(int pending, emulator::Site site);
 
 template <int Count>
 void wgmma_fence(float (&)[Count], NLORA_SITE) {
-    fence_accumulators(site);
+  fence_accumulators(site);
 }
 
 template <int N, class T, Major MajorA = Major::K, Major MajorB = Major::K, int Count>
 void wgmma(float (&d)[Count], uint64_t a_descriptor, uint64_t b_descriptor, bool accumulate, NLORA_SITE) {
-    static_assert(Count >= N / 2, "too few accumulators");
-    static_assert(N == 16 || N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "unsupported width");
-    issue_wgmma(d, N, std::is_same_v<T, bf16>, MajorA, MajorB, a_descriptor, b_descriptor, accumulate, site);
+  static_assert(Count >= N / 2, "too few accumulators");
+  static_assert(N == 16 || N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "unsupported width");
+  issue_wgmma(d, N, std::is_same_v<T, bf16>, MajorA, MajorB, a_descriptor, b_descriptor, accumulate, site);
 }
 
 template <int Pending, int Count>
 void wgmma_wait(float (&)[Count], NLORA_SITE) {
-    wait_wgmma(Pending, site);
+  wait_wgmma(Pending, site);
 }
 
 void store_matrix(uint32_t row, const uint32_t* r, bool transposed, emulator::Site site);
@@ -191,17 +191,17 @@ void multiply_fragments(float* d, const uint32_t* a, const uint32_t* b, bool is_
 
 template <bool Transposed = false>
 void stmatrix(uint32_t row, const uint32_t (&r)[4], NLORA_SITE) {
-    store_matrix(row, r, Transposed, site);
+  store_matrix(row, r, Transposed, site);
 }
 
 template <bool Transposed = false>
 void ldmatrix(uint32_t (&r)[4], uint32_t row, NLORA_SITE) {
-    load_matrix(r, row, Transposed, site);
+  load_matrix(r, row, Transposed, site);
 }
 
 template <class T>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], NLORA_SITE) {
-    multiply_fragments(d, a, b, std::is_same_v<T, bf16>, site);
+  multiply_fragments(d, a, b, std::is_same_v<T, bf16>, site);
 }
 
 uint16_t round_to_16(float value, bool is_bf16, emulator::Site site);
@@ -209,13 +209,13 @@ float widen(uint16_t bits, bool is_bf16);
 
 template <class T>
 uint32_t pack2(float low, float high, NLORA_SITE) {
-    constexpr bool is_bf16 = std::is_same_v<T, bf16>;
-    return round_to_16(low, is_bf16, site) | uint32_t(round_to_16(high, is_bf16, site)) << 16;
+  constexpr bool is_bf16 = std::is_same_v<T, bf16>;
+  return round_to_16(low, is_bf16, site) | uint32_t(round_to_16(high, is_bf16, site)) << 16;
 }
 
 template <class T>
 float to_float(T value) {
-    return widen(value.bits, std::is_same_v<T, bf16>);
+  return widen(value.bits, std::is_same_v<T, bf16>);
 }
 
 void cp_async(uint32_t to, const void* from, uint32_t bytes, NLORA_SITE);
@@ -224,7 +224,7 @@ void wait_cp_async(int pending, emulator::Site site);
 
 template <int Pending>
 void cp_async_wait(NLORA_SITE) {
-    wait_cp_async(Pending, site);
+  wait_cp_async(Pending, site);
 }
 
 }  // namespace nlora::cuda

@@ -31,11 +31,11 @@ struct Cluster;
 
 // What a thread is blocked on, put into words only when a deadlock is reported.
 struct Waiting {
-    std::string (*text)(const void* object, uint32_t argument) = nullptr;
-    const void* object = nullptr;
-    uint32_t argument = 0;
-    SpinRecord::Kind spin = SpinRecord::kNothing;   // a wait that spins on a device, for what is at `place`
-    uint64_t place = 0;
+  std::string (*text)(const void* object, uint32_t argument) = nullptr;
+  const void* object = nullptr;
+  uint32_t argument = 0;
+  SpinRecord::Kind spin = SpinRecord::kNothing;   // a wait that spins on a device, for what is at `place`
+  uint64_t place = 0;
 };
 
 // Threads blocked on one object; they become ready together.
@@ -43,13 +43,13 @@ using WaitList = std::vector<Thread*>;
 
 // Lanes of one collective instruction meet here; the last one acts for all.
 struct Meeting {
-    const char* operation = nullptr;
-    Site site;
-    uint32_t arrived = 0;
-    std::array<void*, kWarpgroup> arguments{};
-    std::array<uint64_t, kWarpgroup / kWarp> paths{};   // of each warp's first lane
-    uint32_t warps_seen = 0;
-    WaitList waiters;
+  const char* operation = nullptr;
+  Site site;
+  uint32_t arrived = 0;
+  std::array<void*, kWarpgroup> arguments{};
+  std::array<uint64_t, kWarpgroup / kWarp> paths{};   // of each warp's first lane
+  uint32_t warps_seen = 0;
+  WaitList waiters;
 };
 
 // Aligned instructions want all lanes to arrive together: after a branch with synchronisation in it, sync_warp first.
@@ -57,187 +57,185 @@ enum class Convergence { Needed, NotNeeded };
 
 // Groups of one asynchronous kind: operations join the open group, commit closes it, wait counts closed ones.
 struct Groups {
-    AgentId agent = 0;   // 0: unused so far
-    Time committed = 0;
-    Time known = 0;      // newest group whose completion a wait has established
-    Time last_group = 0; // of the newest operation
-    std::map<Time, uint32_t> unfinished;
-    Site last_issue;
-    WaitList waiters;
+  AgentId agent = 0;   // 0: unused so far
+  Time committed = 0;
+  Time known = 0;      // newest group whose completion a wait has established
+  Time last_group = 0; // of the newest operation
+  std::map<Time, uint32_t> unfinished;
+  Site last_issue;
+  WaitList waiters;
 
-    Time open() const { return committed + 1; }
-    bool finished(Time group) const { return unfinished.empty() || unfinished.begin()->first > group; }
-    bool unwaited() const { return last_issue.line && known < last_group; }
+  Time open() const { return committed + 1; }
+  bool finished(Time group) const { return unfinished.empty() || unfinished.begin()->first > group; }
+  bool unwaited() const { return last_issue.line && known < last_group; }
 };
 
 struct Thread {
-    Fiber fiber;
-    Block* block = nullptr;
-    Warp* warp = nullptr;
-    uint32_t rank = 0;
-    uint32_t lane = 0;
-    Agent* agent = nullptr;
-    std::unique_ptr<Agent> own_agent;   // lane mode
-    Groups bulk_read, bulk_write, cp_async;
-    bool at_cluster_barrier = false;
-    Time cluster_generation = 0;
-    bool finished = false;
-    uint64_t path = 0;                  // synchronisation calls since its warp was last together, as a hash
-    const char* operation = "";         // the layer call it is in
-    Site site;
-    Waiting waiting;
+  Fiber fiber;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  uint32_t rank = 0;
+  uint32_t lane = 0;
+  Agent* agent = nullptr;
+  std::unique_ptr<Agent> own_agent;   // lane mode
+  Groups bulk_read, bulk_write, cp_async;
+  bool at_cluster_barrier = false;
+  Time cluster_generation = 0;
+  bool finished = false;
+  uint64_t path = 0;                  // synchronisation calls since its warp was last together, as a hash
+  const char* operation = "";         // the layer call it is in
+  Site site;
+  Waiting waiting;
 };
 
 // Accumulators of a warpgroup while its wgmma operations own them: registers hold a NaN pattern meanwhile.
 struct Accumulators {
-    std::array<float*, kWarpgroup> registers;
-    uint32_t columns;
-    std::vector<float> values;   // 64 × columns, row-major
-    std::array<Time, 4> last_group;
-    std::array<bool, 4> written_back{};
+  std::array<float*, kWarpgroup> registers;
+  uint32_t columns;
+  std::vector<float> values;   // 64 × columns, row-major
+  std::array<Time, 4> last_group;
+  std::array<bool, 4> written_back{};
 };
 
 // What those registers hold, and anything computed from them.
 constexpr uint32_t kInFlight = 0x7FFADACC;
 
-inline bool is_in_flight(float value) {
-    return (__builtin_bit_cast(uint32_t, value) & 0x7FFFFFFF) == kInFlight;
-}
+inline bool is_in_flight(float value) { return (__builtin_bit_cast(uint32_t, value) & 0x7FFFFFFF) == kInFlight; }
 
 struct Warpgroup {
-    Meeting meeting;
-    std::vector<std::unique_ptr<Accumulators>> in_flight;
-    uint64_t last_due = 0;
+  Meeting meeting;
+  std::vector<std::unique_ptr<Accumulators>> in_flight;
+  uint64_t last_due = 0;
 };
 
 struct Warp {
-    Block* block = nullptr;
-    uint32_t rank = 0;
-    Agent own_agent;   // warp mode
-    Meeting meeting;
-    Groups wgmma;
-    bool wgmma_fenced = false;
-    uint32_t registers = 0;
-    uint32_t finished_lanes = 0;
+  Block* block = nullptr;
+  uint32_t rank = 0;
+  Agent own_agent;   // warp mode
+  Meeting meeting;
+  Groups wgmma;
+  bool wgmma_fenced = false;
+  uint32_t registers = 0;
+  uint32_t finished_lanes = 0;
 };
 
 struct MBarrier {
-    uint32_t offset;
-    Block* block;
-    uint32_t count, pending;
-    int64_t tx = 0;
-    int64_t in_flight = 0;    // bytes of loads issued for this phase that have not landed
-    Time phase = 0;           // completed phases
-    Time last_load = 0;       // phase that the newest TMA load completes
-    Site last_load_site;
-    AgentId agent;            // the TMA loads that complete here; the time is the phase
-    Access initialised;
-    bool fenced = false;
-    bool remote_arrivals = false;
-    Site last_arrival;
-    Knowledge collecting, released;
-    WaitList waiters;
+  uint32_t offset;
+  Block* block;
+  uint32_t count, pending;
+  int64_t tx = 0;
+  int64_t in_flight = 0;    // bytes of loads issued for this phase that have not landed
+  Time phase = 0;           // completed phases
+  Time last_load = 0;       // phase that the newest TMA load completes
+  Site last_load_site;
+  AgentId agent;            // the TMA loads that complete here; the time is the phase
+  Access initialised;
+  bool fenced = false;
+  bool remote_arrivals = false;
+  Site last_arrival;
+  Knowledge collecting, released;
+  WaitList waiters;
 };
 
 struct NamedBarrier {
-    uint32_t expected = 0, arrived = 0;
-    uint32_t warps = 0;         // of this generation
-    uint32_t participants = 0;  // of every generation
-    Site first;
-    Knowledge collecting;
-    WaitList waiters;
+  uint32_t expected = 0, arrived = 0;
+  uint32_t warps = 0;         // of this generation
+  uint32_t participants = 0;  // of every generation
+  Site first;
+  Knowledge collecting;
+  WaitList waiters;
 };
 
 // A peer's access to this block's shared memory: it must be known to be over before this block ends.
 struct RemoteAccess {
-    Access access;
-    const char* what;
+  Access access;
+  const char* what;
 };
 
 struct Block {
-    Cluster* cluster = nullptr;
-    uint32_t rank = 0;         // in the grid
-    uint32_t cluster_rank = 0;
-    std::vector<uint8_t> storage;
-    Region shared;
-    std::vector<std::unique_ptr<Thread>> threads;
-    std::vector<std::unique_ptr<Warp>> warps;
-    std::vector<std::unique_ptr<Warpgroup>> warpgroups;
-    std::map<uint32_t, MBarrier> barriers;
-    std::array<NamedBarrier, kNamedBarriers> named;
-    uint32_t free_registers = 0;
-    WaitList register_waiters;
-    std::vector<RemoteAccess> remote_accesses;
-    Clock at_exit;
-    uint32_t finished_threads = 0;
+  Cluster* cluster = nullptr;
+  uint32_t rank = 0;         // in the grid
+  uint32_t cluster_rank = 0;
+  std::vector<uint8_t> storage;
+  Region shared;
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<std::unique_ptr<Warpgroup>> warpgroups;
+  std::map<uint32_t, MBarrier> barriers;
+  std::array<NamedBarrier, kNamedBarriers> named;
+  uint32_t free_registers = 0;
+  WaitList register_waiters;
+  std::vector<RemoteAccess> remote_accesses;
+  Clock at_exit;
+  uint32_t finished_threads = 0;
 
-    bool finished() const { return finished_threads == threads.size(); }
+  bool finished() const { return finished_threads == threads.size(); }
 };
 
 struct Cluster {
-    std::vector<std::unique_ptr<Block>> blocks;
-    uint32_t arrived = 0;
-    Time generation = 0;
-    Knowledge collecting, released;
-    WaitList waiters;
+  std::vector<std::unique_ptr<Block>> blocks;
+  uint32_t arrived = 0;
+  Time generation = 0;
+  Knowledge collecting, released;
+  WaitList waiters;
 
-    uint32_t running_threads() const;
+  uint32_t running_threads() const;
 };
 
 struct Flag {
-    Knowledge released;
-    WaitList waiters;
-    Access writer{};       // of the last addition or store
-    bool stored = false;   // it was a store
+  Knowledge released;
+  WaitList waiters;
+  Access writer{};       // of the last addition or store
+  bool stored = false;   // it was a store
 };
 
 struct Machine {
-    explicit Machine(const Run& setup);
+  explicit Machine(const Run& setup);
 
-    Run setup;
-    Report report;
-    std::mt19937_64 random;
-    std::function<void()> kernel;
-    uint64_t step = 0;
-    Thread* self = nullptr;
-    AgentId next_agent = 1;
-    std::vector<std::unique_ptr<Cluster>> clusters, retired;
-    std::vector<Region> global;
-    std::unordered_map<uint64_t, Flag> flags;
+  Run setup;
+  Report report;
+  std::mt19937_64 random;
+  std::function<void()> kernel;
+  uint64_t step = 0;
+  Thread* self = nullptr;
+  AgentId next_agent = 1;
+  std::vector<std::unique_ptr<Cluster>> clusters, retired;
+  std::vector<Region> global;
+  std::unordered_map<uint64_t, Flag> flags;
 
-    AgentId new_agents(AgentId count);
-    uint64_t draw(uint64_t below) { return random() % below; }
+  AgentId new_agents(AgentId count);
+  uint64_t draw(uint64_t below) { return random() % below; }
 
-    // When asynchronous work takes place: delays from the next step to after most other work.
-    uint64_t late() { return step + 1 + draw(uint64_t(1) << draw(13)); }
-    void later(uint64_t due, std::function<void()> action) { pending.emplace(due, std::move(action)); }
+  // When asynchronous work takes place: delays from the next step to after most other work.
+  uint64_t late() { return step + 1 + draw(uint64_t(1) << draw(13)); }
+  void later(uint64_t due, std::function<void()> action) { pending.emplace(due, std::move(action)); }
 
-    // First thing in every layer call: maybe let others run. False if the mutation test deletes the call.
-    bool enter(Site site, const char* operation, bool synchronises);
-    void block_on(WaitList& list, Waiting waiting);
-    void wake(WaitList& list);
-    // Runs `act(arguments of all lanes)` when the last of `count` lanes arrives; the others wait for it.
-    void meet(Meeting& meeting, uint32_t count, uint32_t index, void* argument,
-              const std::function<void(void**)>& act, Convergence convergence = Convergence::Needed);
-    [[noreturn]] void fail(const char* rule, const std::string& text);
+  // First thing in every layer call: maybe let others run. False if the mutation test deletes the call.
+  bool enter(Site site, const char* operation, bool synchronises);
+  void block_on(WaitList& list, Waiting waiting);
+  void wake(WaitList& list);
+  // Runs `act(arguments of all lanes)` when the last of `count` lanes arrives; the others wait for it.
+  void meet(Meeting& meeting, uint32_t count, uint32_t index, void* argument, const std::function<void(void**)>& act,
+            Convergence convergence = Convergence::Needed);
+  [[noreturn]] void fail(const char* rule, const std::string& text);
 
-    void loop();
+  void loop();
 
-private:
-    std::vector<Thread*> ready;
-    std::multimap<uint64_t, std::function<void()>> pending;
-    uint32_t launched = 0;
-    uint64_t slow_salt = 0;
+ private:
+  std::vector<Thread*> ready;
+  std::multimap<uint64_t, std::function<void()>> pending;
+  uint32_t launched = 0;
+  uint64_t slow_salt = 0;
 
-    void launch_block(Cluster& cluster, uint32_t rank, uint32_t cluster_rank);
-    void launch_clusters();
-    void retire_clusters();
-    void finish_thread();
-    void check_block_exit(Block& block);
-    [[noreturn]] void deadlock();
-    void trap_spin();
-    bool slow(const Thread& thread) const;
-    static void thread_main();
+  void launch_block(Cluster& cluster, uint32_t rank, uint32_t cluster_rank);
+  void launch_clusters();
+  void retire_clusters();
+  void finish_thread();
+  void check_block_exit(Block& block);
+  [[noreturn]] void deadlock();
+  void trap_spin();
+  bool slow(const Thread& thread) const;
+  static void thread_main();
 };
 
 extern Machine* machine;
@@ -252,9 +250,9 @@ std::string where();
 
 // Who reads or writes: the identity that goes into the shadow, and all agents that must know of earlier accesses.
 struct Actor {
-    Access access;   // without bytes
-    std::vector<const Agent*> agents;
-    uint16_t block;
+  Access access;   // without bytes
+  std::vector<const Agent*> agents;
+  uint16_t block;
 };
 
 Actor thread_actor(Site site);
@@ -266,10 +264,10 @@ void check_write(Region& region, size_t offset, size_t bytes, const Actor& actor
 
 // The block and offset behind a 32-bit shared address; fails if [address, address + bytes) is out of bounds.
 struct SharedPlace {
-    Block* block;
-    uint32_t offset;
+  Block* block;
+  uint32_t offset;
 
-    uint8_t* bytes() const { return block->shared.bytes + offset; }
+  uint8_t* bytes() const { return block->shared.bytes + offset; }
 };
 
 SharedPlace shared_place(uint32_t address, size_t bytes, uint32_t alignment);

@@ -131,7 +131,8 @@ void check(const Shape& s, Dtype dtype, Dtype adapter, Between between, bool wit
   Tensor B = tensor(N, R, adapter, 4, true, gap, strided), C = tensor(R, R, adapter, 5, true, gap, strided);
   Tensor bias = tensor(1, N, dtype, 6), dy = tensor(M, N, dtype, 7, true, gap);
   const int64_t r = R + 3;
-  Tensor u = tensor(r, R, adapter, 8, true, gap), E = tensor(1, r, adapter, 9), U = tensor(R, r, adapter, 10, true, gap, strided);
+  Tensor u = tensor(r, R, adapter, 8, true, gap), E = tensor(1, r, adapter, 9),
+         U = tensor(R, r, adapter, 10, true, gap, strided);
   Tensor mask = tensor(1, r, Dtype::kFloat32, 11);
   const Matrix weight = with_weight ? W.view : Matrix();
   const bool masked = !strided;
@@ -166,13 +167,15 @@ void check(const Shape& s, Dtype dtype, Dtype adapter, Between between, bool wit
   for (int64_t i = 0; i < M; ++i)
     for (int64_t j = 0; j < R; ++j) kept[i * R + j] = read(T.view, i, j);
   Tensor dx = tensor(M, K, dtype, 0, false), dW = tensor(N, K, dtype, 0, false), dA = tensor(R, K, adapter, 0, false);
-  Tensor dB = tensor(N, R, adapter, 0, false), dC = tensor(R, R, adapter, 0, false), dbias = tensor(1, N, dtype, 0, false);
-  Tensor du = tensor(r, R, adapter, 0, false), dE = tensor(1, r, adapter, 0, false), dU = tensor(R, r, adapter, 0, false);
+  Tensor dB = tensor(N, R, adapter, 0, false), dC = tensor(R, R, adapter, 0, false),
+         dbias = tensor(1, N, dtype, 0, false);
+  Tensor du = tensor(r, R, adapter, 0, false), dE = tensor(1, r, adapter, 0, false),
+         dU = tensor(R, r, adapter, 0, false);
   nlora::cpu::Core dcore = {};
   if (between == Between::kN) dcore.N = dC.view;
   if (between == Between::kLora2) dcore.u = du.view, dcore.E = dE.view, dcore.U = dU.view;
-  nlora::cpu::backward({dy.view, x.view, T.view, weight, A.view, B.view, core, dx.view, dW.view, dA.view, dB.view, dcore,
-                        dbias.view, scaling, threads});
+  nlora::cpu::backward({dy.view, x.view, T.view, weight, A.view, B.view, core, dx.view, dW.view, dA.view, dB.view,
+                        dcore, dbias.view, scaling, threads});
   const auto G = product(dy.exact, B.exact, M, N, R);
   const auto H = product(G, inner, M, R, R, scaling);
   auto exact_dx = product(H, A.exact, M, R, K);
@@ -214,9 +217,9 @@ void check_add_product(int64_t N, int64_t K, int64_t R, int64_t gap, int threads
 
 int main(int argc, char** argv) {
   const bool all = argc > 1 && !std::strcmp(argv[1], "--long");
-  std::vector<Shape> shapes = {{0, 5, 3, 2},   {1, 1, 1, 1},    {1, 33, 17, 5},   {2, 1, 49, 3},   {16, 65, 1, 8},
-                               {17, 31, 47, 7}, {33, 130, 97, 9}, {50, 70, 100, 33}, {130, 300, 60, 4},
-                               {17, 2100, 200, 3}, {18, 400, 900, 2}, {20, 50, 60, 200},
+  std::vector<Shape> shapes = {{0, 5, 3, 2},      {1, 1, 1, 1},       {1, 33, 17, 5},    {2, 1, 49, 3},
+                               {16, 65, 1, 8},    {17, 31, 47, 7},    {33, 130, 97, 9},  {50, 70, 100, 33},
+                               {130, 300, 60, 4}, {17, 2100, 200, 3}, {18, 400, 900, 2}, {20, 50, 60, 200},
                                {66, 1400, 90, 3}, {70, 100, 50, 65}};
   if (all)
     for (int64_t M : {1, 16, 17, 65})

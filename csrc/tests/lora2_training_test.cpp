@@ -32,7 +32,8 @@ void expect(bool holds, const char* what, int64_t r, int64_t k, int64_t n) {
 bool near(double actual, double expected, double scale) { return std::fabs(actual - expected) <= 2e-6 * scale; }
 
 // ‖t·w·wᵀ·tᵀ − I‖² + ‖w·wᵀ − I‖² + ‖tᵀ·t − I‖², or the last two not squared.
-double penalty(const std::vector<double>& w, const std::vector<double>& t, int64_t r, int64_t k, int64_t n, bool squared) {
+double penalty(const std::vector<double>& w, const std::vector<double>& t, int64_t r, int64_t k, int64_t n,
+               bool squared) {
   const auto off = [](const std::vector<double>& m, int64_t rows, int64_t cols, bool outer) {
     const int64_t size = outer ? rows : cols;
     double sum = 0;
@@ -103,8 +104,8 @@ void check_allocator(int64_t r, int64_t k, int64_t budget) {
   };
   std::vector<Buffers> buffers;
   for (int n = 0; n < 2; ++n)
-    buffers.push_back({normal(r), normal(r * k), normal(k * r), std::vector<float>(r, NAN), normal(r), normal(r * k),
-                       normal(k * r)});
+    buffers.push_back(
+        {normal(r), normal(r * k), normal(k * r), std::vector<float>(r, NAN), normal(r), normal(r * k), normal(k * r)});
   std::vector<Lora2Layer> layers;
   for (Buffers& b : buffers)
     layers.push_back({b.E.data(), b.u.data(), b.U.data(), b.mask.data(), b.dE.data(), b.du.data(), b.dU.data(), r, k});

@@ -23,13 +23,13 @@ using namespace nlora::cuda::sm90;
 
 int failures = 0;
 
-#define EXPECT(condition, ...)                                                              \
-  do {                                                                                      \
-    if (!(condition) && ++failures <= 20) {                                                 \
-      std::printf("%s:%d: not so: %s, for ", __FILE__, __LINE__, #condition);               \
-      std::printf(__VA_ARGS__);                                                             \
-      std::printf("\n");                                                                    \
-    }                                                                                       \
+#define EXPECT(condition, ...)                                                \
+  do {                                                                        \
+    if (!(condition) && ++failures <= 20) {                                   \
+      std::printf("%s:%d: not so: %s, for ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                               \
+      std::printf("\n");                                                      \
+    }                                                                         \
   } while (false)
 
 struct Totals {
@@ -229,7 +229,7 @@ void check_states() {
   uint32_t mark = 0;
   for (int call = 0; call < 3000; ++call) {
     const nlora::cuda::Sequence sequence{reinterpret_cast<void*>(random() % 20), random() % 8 ? 0 : random() % 5,
-                                    random() % 4 ? 0 : random() % 300};
+                                         random() % 4 ? 0 : random() % 300};
     const size_t count = nlora::cuda::State::size(uint32_t(1 + random() % (call % 100 ? 9000 : 200000)));
     uint32_t* words = states.words(sequence, count, allocate);
     auto& mine = given[sequence];
@@ -336,8 +336,9 @@ void check_plans() {
             const double wide = TileCosts().wide(tile, sizes);
             const double item = std::max(wide, r ? TileCosts().narrow(tile, sizes, plan.tall) : 0);
             // Where K is short, tiles of every band wait for P.
-            EXPECT(std::fabs(plan.cycles - real) <= item * (k < 64 ? 2 : 1), "m %u, n %u, k %u, r %u, %u processors: %.0f, simulated %.0f", m,
-                   n, k, r, processors, plan.cycles, real);
+            EXPECT(std::fabs(plan.cycles - real) <= item * (k < 64 ? 2 : 1),
+                   "m %u, n %u, k %u, r %u, %u processors: %.0f, simulated %.0f", m, n, k, r, processors, plan.cycles,
+                   real);
             double& of_kind = std::min(n, k) < 256 ? narrowest : worst;
             for (const TileShape& other : kTiles) {
               for (uint32_t tall = 1; uint32_t(other.cluster) <= processors && tall <= kTallest; ++tall)
@@ -360,12 +361,10 @@ void check_ratios() {
     const char* name;
     uint32_t m, n, k, r;
     double one, planned;   // with items of P one tile high, and as planned: at most
-  } const cases[] = {{"4096 -> 4096", 8192, 4096, 4096, 16, 1.075, 1.019},
-                     {"4096 -> 4096", 8192, 4096, 4096, 64, 1.075, 1.019},
-                     {"4096 -> 4096", 8192, 4096, 4096, 128, 1.106, 1.059},
-                     {"4096 -> 4096", 8192, 4096, 4096, 256, 1.186, 1.186},
-                     {"4096 -> 4096", 2048, 4096, 4096, 64, 1.224, 1.029},
-                     {"11008 -> 4096", 8192, 4096, 11008, 64, 1.067, 1.007}};
+  } const cases[] = {
+      {"4096 -> 4096", 8192, 4096, 4096, 16, 1.075, 1.019},  {"4096 -> 4096", 8192, 4096, 4096, 64, 1.075, 1.019},
+      {"4096 -> 4096", 8192, 4096, 4096, 128, 1.106, 1.059}, {"4096 -> 4096", 8192, 4096, 4096, 256, 1.186, 1.186},
+      {"4096 -> 4096", 2048, 4096, 4096, 64, 1.224, 1.029},  {"11008 -> 4096", 8192, 4096, 11008, 64, 1.067, 1.007}};
   std::printf("\n%-14s%7s%5s%12s%12s%20s\n", "layer", "M", "r", "one tile", "as planned", "at 55 bytes/cycle");
   for (const auto& c : cases) {
     const ProductSizes sizes{c.m, c.n, c.k, c.r, c.r}, plain{c.m, c.n, c.k, 0, 0};
@@ -388,8 +387,8 @@ void check_ratios() {
 }
 
 void print_plans() {
-  const Layer layers[] = {{"llama2-7b q", 4096, 4096},     {"llama2-7b gate", 4096, 11008},
-                          {"llama2-7b down", 11008, 4096}, {"mistral-7b k", 4096, 1024},
+  const Layer layers[] = {{"llama2-7b q", 4096, 4096},      {"llama2-7b gate", 4096, 11008},
+                          {"llama2-7b down", 11008, 4096},  {"mistral-7b k", 4096, 1024},
                           {"mistral-7b gate", 4096, 14336}, {"deberta q", 768, 768},
                           {"deberta ffn", 768, 3072}};
   std::printf("\n%-18s%7s%5s  %-14s%10s   (132 processors)\n", "layer", "M", "r", "tile, P", "of floor");

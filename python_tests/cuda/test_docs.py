@@ -50,5 +50,5 @@ def test_page_explains_rule(rule):
 
 def test_every_rule_has_a_seeded_bug():
     table = (EMULATOR / "tests" / "bugs.cpp").read_text().split("const Bug kBugs[]")[1]
-    seeded = {rule for text in re.findall(r'"\w+", "([^"]+)"', table) for rule in text.split("|")}
+    seeded = {rule for text in re.findall(r'"\w+",\s+"([^"]+)"', table) for rule in text.split("|")}
     assert seeded == set(rules())

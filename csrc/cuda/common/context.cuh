@@ -31,138 +31,132 @@ namespace nlora::cuda {
 // What the waits that gave up noted: memory of the host, which outlives the trap. The process ends with saying it,
 // whoever met the error.
 inline std::vector<SpinRecord>& spin_records() {
-    static auto& records = *new std::vector<SpinRecord>(kSpinRecords);
-    return records;
+  static auto& records = *new std::vector<SpinRecord>(kSpinRecords);
+  return records;
 }
 
 inline std::string spin_report() {
-    std::string text;
-    for (const SpinRecord& record : spin_records()) {
-        text += record.kind ? "\n  " + record.text() : "";
-    }
-    return text;
+  std::string text;
+  for (const SpinRecord& record : spin_records()) {
+    text += record.kind ? "\n  " + record.text() : "";
+  }
+  return text;
 }
 
 #else
 
-inline std::string spin_report() {
-    return "";
-}
+inline std::string spin_report() { return ""; }
 
 #endif
 
 inline void check_cuda(cudaError_t status, const char* call) {
-    if (status != cudaSuccess) {
-        throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(status) + spin_report());
-    }
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(status) + spin_report());
+  }
 }
 
 // Runs body(a stream of its own), which no capture notices and which waits for nothing else, to its end.
 template <class Body>
 void aside(const char* what, Body body) {
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-    cudaStream_t stream = nullptr;
-    cudaError_t status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    if (status == cudaSuccess) {
-        status = body(stream);
-    }
-    if (status == cudaSuccess) {
-        status = cudaStreamSynchronize(stream);
-    }
-    if (stream) {
-        cudaStreamDestroy(stream);
-    }
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    check_cuda(status, what);
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  cudaStream_t stream = nullptr;
+  cudaError_t status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (status == cudaSuccess) {
+    status = body(stream);
+  }
+  if (status == cudaSuccess) {
+    status = cudaStreamSynchronize(stream);
+  }
+  if (stream) {
+    cudaStreamDestroy(stream);
+  }
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  check_cuda(status, what);
 }
 
 // The driver, taken at run time so that nothing links against it.
 class Driver {
-public:
-    static const Driver& get() {
-        static const Driver driver;
-        return driver;
-    }
+ public:
+  static const Driver& get() {
+    static const Driver driver;
+    return driver;
+  }
 
-    const decltype(&cuTensorMapEncodeTiled) encode_tiled =
-        found<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  const decltype(&cuTensorMapEncodeTiled) encode_tiled =
+      found<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
 
-    void check(CUresult status, const std::string& call) const {
-        if (status != CUDA_SUCCESS) {
-            const char* text = nullptr;
-            error_string_(status, &text);
-            throw std::runtime_error(call + " failed: " + (text ? text : "status " + std::to_string(int(status))));
-        }
+  void check(CUresult status, const std::string& call) const {
+    if (status != CUDA_SUCCESS) {
+      const char* text = nullptr;
+      error_string_(status, &text);
+      throw std::runtime_error(call + " failed: " + (text ? text : "status " + std::to_string(int(status))));
     }
+  }
 
-    CUcontext current() const {
-        CUcontext context = nullptr;
-        check(get_current_(&context), "cuCtxGetCurrent");
-        return context;
-    }
-    void push(CUcontext context) const {
-        check(push_(context), "cuCtxPushCurrent");
-    }
-    void pop() const {
-        CUcontext context;
-        pop_(&context);
-    }
+  CUcontext current() const {
+    CUcontext context = nullptr;
+    check(get_current_(&context), "cuCtxGetCurrent");
+    return context;
+  }
+  void push(CUcontext context) const { check(push_(context), "cuCtxPushCurrent"); }
+  void pop() const {
+    CUcontext context;
+    pop_(&context);
+  }
 
-    // Address of a variable in the code that a kernel is part of, null if it has none of that name.
-    void* variable(const void* kernel, const char* name) const {
-        cudaFunction_t function = nullptr;
-        check_cuda(cudaGetFuncBySymbol(&function, kernel), "cudaGetFuncBySymbol");
-        CUmodule module = nullptr;
-        check(get_module_(&module, function), "cuFuncGetModule");
-        CUdeviceptr address = 0;
-        const CUresult status = get_global_(&address, nullptr, module, name);
-        if (status != CUDA_ERROR_NOT_FOUND) {
-            check(status, "cuModuleGetGlobal");
-        }
-        return reinterpret_cast<void*>(address);
+  // Address of a variable in the code that a kernel is part of, null if it has none of that name.
+  void* variable(const void* kernel, const char* name) const {
+    cudaFunction_t function = nullptr;
+    check_cuda(cudaGetFuncBySymbol(&function, kernel), "cudaGetFuncBySymbol");
+    CUmodule module = nullptr;
+    check(get_module_(&module, function), "cuFuncGetModule");
+    CUdeviceptr address = 0;
+    const CUresult status = get_global_(&address, nullptr, module, name);
+    if (status != CUDA_ERROR_NOT_FOUND) {
+      check(status, "cuModuleGetGlobal");
     }
+    return reinterpret_cast<void*>(address);
+  }
 
-    // The context that the runtime uses on a device. Once used, it is kept.
-    CUcontext primary(int device) const {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        CUcontext& context = primary_[device];
-        if (!context) {
-            CUdevice found = 0;
-            check(get_device_(&found, device), "cuDeviceGet");
-            check(retain_(&context, found), "cuDevicePrimaryCtxRetain");
-        }
-        return context;
+  // The context that the runtime uses on a device. Once used, it is kept.
+  CUcontext primary(int device) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    CUcontext& context = primary_[device];
+    if (!context) {
+      CUdevice found = 0;
+      check(get_device_(&found, device), "cuDeviceGet");
+      check(retain_(&context, found), "cuDevicePrimaryCtxRetain");
     }
+    return context;
+  }
 
-private:
-    Driver() {
-        check(found<decltype(&cuInit)>("cuInit")(0), "cuInit");
+ private:
+  Driver() { check(found<decltype(&cuInit)>("cuInit")(0), "cuInit"); }
+
+  template <class Function>
+  static Function found(const char* name) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    check_cuda(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &result),
+               "cudaGetDriverEntryPointByVersion");
+    if (result != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error(std::string("the CUDA driver has no ") + name);
     }
+    return reinterpret_cast<Function>(function);
+  }
 
-    template <class Function>
-    static Function found(const char* name) {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        check_cuda(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &result),
-                   "cudaGetDriverEntryPointByVersion");
-        if (result != cudaDriverEntryPointSuccess) {
-            throw std::runtime_error(std::string("the CUDA driver has no ") + name);
-        }
-        return reinterpret_cast<Function>(function);
-    }
-
-    const decltype(&cuGetErrorString) error_string_ = found<decltype(&cuGetErrorString)>("cuGetErrorString");
-    const decltype(&cuCtxGetCurrent) get_current_ = found<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent");
-    const decltype(&cuCtxPushCurrent) push_ = found<decltype(&cuCtxPushCurrent)>("cuCtxPushCurrent");
-    const decltype(&cuCtxPopCurrent) pop_ = found<decltype(&cuCtxPopCurrent)>("cuCtxPopCurrent");
-    const decltype(&cuDeviceGet) get_device_ = found<decltype(&cuDeviceGet)>("cuDeviceGet");
-    const decltype(&cuDevicePrimaryCtxRetain) retain_ =
-        found<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
-    const decltype(&cuFuncGetModule) get_module_ = found<decltype(&cuFuncGetModule)>("cuFuncGetModule");
-    const decltype(&cuModuleGetGlobal) get_global_ = found<decltype(&cuModuleGetGlobal)>("cuModuleGetGlobal");
-    mutable std::mutex mutex_;
-    mutable std::map<int, CUcontext> primary_;
+  const decltype(&cuGetErrorString) error_string_ = found<decltype(&cuGetErrorString)>("cuGetErrorString");
+  const decltype(&cuCtxGetCurrent) get_current_ = found<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent");
+  const decltype(&cuCtxPushCurrent) push_ = found<decltype(&cuCtxPushCurrent)>("cuCtxPushCurrent");
+  const decltype(&cuCtxPopCurrent) pop_ = found<decltype(&cuCtxPopCurrent)>("cuCtxPopCurrent");
+  const decltype(&cuDeviceGet) get_device_ = found<decltype(&cuDeviceGet)>("cuDeviceGet");
+  const decltype(&cuDevicePrimaryCtxRetain) retain_ =
+      found<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
+  const decltype(&cuFuncGetModule) get_module_ = found<decltype(&cuFuncGetModule)>("cuFuncGetModule");
+  const decltype(&cuModuleGetGlobal) get_global_ = found<decltype(&cuModuleGetGlobal)>("cuModuleGetGlobal");
+  mutable std::mutex mutex_;
+  mutable std::map<int, CUcontext> primary_;
 };
 
 #ifdef NLORA_BOUND_SPINS
@@ -170,33 +164,33 @@ private:
 // Tells the code of a kernel, once on each device, where its waits may note that they gave up. A failure costs their
 // words alone: they trap all the same.
 inline void prepare_spin_records(int device, const void* kernel) {
-    static std::mutex mutex;
-    static auto& told = *new std::set<std::pair<int, const void*>>;
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (!told.insert({device, kernel}).second) {
-        return;
-    }
-    try {
-        std::vector<SpinRecord>& records = spin_records();
-        if (told.size() == 1) {
-            const unsigned flags = cudaHostRegisterPortable | cudaHostRegisterMapped;
-            check_cuda(cudaHostRegister(records.data(), kSpinRecords * sizeof(SpinRecord), flags), "cudaHostRegister");
-            std::atexit([] {
-                if (const std::string report = spin_report(); !report.empty()) {
-                    std::fprintf(stderr, "nlora_kernels:%s\n", report.c_str());
-                }
-            });
+  static std::mutex mutex;
+  static auto& told = *new std::set<std::pair<int, const void*>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!told.insert({device, kernel}).second) {
+    return;
+  }
+  try {
+    std::vector<SpinRecord>& records = spin_records();
+    if (told.size() == 1) {
+      const unsigned flags = cudaHostRegisterPortable | cudaHostRegisterMapped;
+      check_cuda(cudaHostRegister(records.data(), kSpinRecords * sizeof(SpinRecord), flags), "cudaHostRegister");
+      std::atexit([] {
+        if (const std::string report = spin_report(); !report.empty()) {
+          std::fprintf(stderr, "nlora_kernels:%s\n", report.c_str());
         }
-        void* mapped = nullptr;
-        check_cuda(cudaHostGetDevicePointer(&mapped, records.data(), 0), "cudaHostGetDevicePointer");
-        if (void* variable = Driver::get().variable(kernel, "nlora_spin_records")) {
-            aside("nlora_spin_records", [&](cudaStream_t stream) {
-                return cudaMemcpyAsync(variable, &mapped, sizeof(mapped), cudaMemcpyHostToDevice, stream);
-            });
-        }
-    } catch (const std::runtime_error& error) {
-        std::fprintf(stderr, "nlora_kernels: waits that give up will not say which they are: %s\n", error.what());
+      });
     }
+    void* mapped = nullptr;
+    check_cuda(cudaHostGetDevicePointer(&mapped, records.data(), 0), "cudaHostGetDevicePointer");
+    if (void* variable = Driver::get().variable(kernel, "nlora_spin_records")) {
+      aside("nlora_spin_records", [&](cudaStream_t stream) {
+        return cudaMemcpyAsync(variable, &mapped, sizeof(mapped), cudaMemcpyHostToDevice, stream);
+      });
+    }
+  } catch (const std::runtime_error& error) {
+    std::fprintf(stderr, "nlora_kernels: waits that give up will not say which they are: %s\n", error.what());
+  }
 }
 
 #else
@@ -206,157 +200,155 @@ inline void prepare_spin_records(int, const void*) {}
 #endif
 
 struct LaunchShape {
-    uint32_t grid, block, cluster, shared_bytes, registers;
+  uint32_t grid, block, cluster, shared_bytes, registers;
 };
 
 // Launches on one stream of a device, which is current while this lives.
 class Stream {
-public:
-    explicit Stream(int device = 0, void* stream = nullptr)
-        : device_(device), stream_(static_cast<cudaStream_t>(stream)), current_(Driver::get(), Driver::get().primary(device)) {}
+ public:
+  explicit Stream(int device = 0, void* stream = nullptr)
+      : device_(device),
+        stream_(static_cast<cudaStream_t>(stream)),
+        current_(Driver::get(), Driver::get().primary(device)) {}
 
-    uint32_t processors() const {
-        return uint32_t(attribute(cudaDevAttrMultiProcessorCount));
-    }
+  uint32_t processors() const { return uint32_t(attribute(cudaDevAttrMultiProcessorCount)); }
 
-    // 90 for compute capability 9.0.
-    int architecture() const {
-        return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-    }
+  // 90 for compute capability 9.0.
+  int architecture() const {
+    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  }
 
-    template <class Parameters>
-    void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
-        // The layer rounds the start of shared memory up to its alignment.
-        const uint32_t shared_bytes = shape.shared_bytes + kSharedAlignment;
-        prepare_spin_records(device_, reinterpret_cast<const void*>(kernel));
-        check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
-                   "cudaFuncSetAttribute");
-        cudaLaunchAttribute cluster;
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {shape.cluster, 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = shape.grid;
-        config.blockDim = shape.block;
-        config.dynamicSmemBytes = shared_bytes;
-        config.stream = stream_;
-        config.attrs = &cluster;
-        // NOTE: devices before sm_90 know no clusters, not even of one.
-        config.numAttrs = shape.cluster > 1;
-        check_cuda(cudaLaunchKernelEx(&config, kernel, parameters), "cudaLaunchKernelEx");
-    }
+  template <class Parameters>
+  void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
+    // The layer rounds the start of shared memory up to its alignment.
+    const uint32_t shared_bytes = shape.shared_bytes + kSharedAlignment;
+    prepare_spin_records(device_, reinterpret_cast<const void*>(kernel));
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    int(shared_bytes)),
+               "cudaFuncSetAttribute");
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {shape.cluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    config.attrs = &cluster;
+    // NOTE: devices before sm_90 know no clusters, not even of one.
+    config.numAttrs = shape.cluster > 1;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, parameters), "cudaLaunchKernelEx");
+  }
 
-    // What launches here come after one another with.
-    Sequence sequence() const {
-        cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-        unsigned long long graph = 0;
-        check_cuda(cudaStreamGetCaptureInfo(stream_, &status, &graph), "cudaStreamGetCaptureInfo");
-        // That handle is another stream in every thread.
-        const uint64_t thread = stream_ == cudaStreamPerThread ? thread_number() : 0;
-        return {stream_, thread, status == cudaStreamCaptureStatusActive ? graph : 0};
-    }
+  // What launches here come after one another with.
+  Sequence sequence() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long graph = 0;
+    check_cuda(cudaStreamGetCaptureInfo(stream_, &status, &graph), "cudaStreamGetCaptureInfo");
+    // That handle is another stream in every thread.
+    const uint64_t thread = stream_ == cudaStreamPerThread ? thread_number() : 0;
+    return {stream_, thread, status == cudaStreamCaptureStatusActive ? graph : 0};
+  }
 
-    // Zeroed memory that is never freed. It is no part of a graph that is being captured, and waits for nothing else.
-    void* allocate_zeroed(size_t bytes) const {
-        void* data = nullptr;
-        aside("allocation of control words", [&](cudaStream_t stream) {
-            const cudaError_t status = cudaMalloc(&data, bytes);
-            return status == cudaSuccess ? cudaMemsetAsync(data, 0, bytes, stream) : status;
-        });
-        return data;
-    }
+  // Zeroed memory that is never freed. It is no part of a graph that is being captured, and waits for nothing else.
+  void* allocate_zeroed(size_t bytes) const {
+    void* data = nullptr;
+    aside("allocation of control words", [&](cudaStream_t stream) {
+      const cudaError_t status = cudaMalloc(&data, bytes);
+      return status == cudaSuccess ? cudaMemsetAsync(data, 0, bytes, stream) : status;
+    });
+    return data;
+  }
 
-private:
-    int attribute(cudaDeviceAttr name) const {
-        int value = 0;
-        check_cuda(cudaDeviceGetAttribute(&value, name, device_), "cudaDeviceGetAttribute");
-        return value;
-    }
+ private:
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, name, device_), "cudaDeviceGetAttribute");
+    return value;
+  }
 
-    int device_;
-    cudaStream_t stream_;
-    Current<Driver, CUcontext> current_;
+  int device_;
+  cudaStream_t stream_;
+  Current<Driver, CUcontext> current_;
 };
 
 // The same with memory of its own, for tests.
 class Context : public Stream {
-public:
-    Context() = default;
-    Context(const Context&) = delete;
-    Context& operator=(const Context&) = delete;
+ public:
+  Context() = default;
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
 
-    ~Context() {
-        for (void* memory : allocated_) {
-            cudaFree(memory);
-        }
+  ~Context() {
+    for (void* memory : allocated_) {
+      cudaFree(memory);
     }
+  }
 
-    void* input(const void* from, size_t bytes) {
-        void* data = allocate(bytes);
-        check_cuda(cudaMemcpy(data, from, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
-        return data;
+  void* input(const void* from, size_t bytes) {
+    void* data = allocate(bytes);
+    check_cuda(cudaMemcpy(data, from, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    return data;
+  }
+
+  void* inout(const void* from, size_t bytes) { return input(from, bytes); }
+
+  void* output(size_t bytes) {
+    void* data = allocate(bytes);
+    check_cuda(cudaMemset(data, 0xFF, bytes), "cudaMemset");
+    return data;
+  }
+
+  // Zeroed, or a copy.
+  void* control(size_t bytes, const void* from = nullptr) {
+    if (from) {
+      return input(from, bytes);
     }
+    void* data = allocate(bytes);
+    check_cuda(cudaMemset(data, 0, bytes), "cudaMemset");
+    return data;
+  }
 
-    void* inout(const void* from, size_t bytes) {
-        return input(from, bytes);
-    }
+  void fetch(void* to, const void* from, size_t bytes) {
+    check_cuda(cudaDeviceSynchronize(), "kernel");
+    check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+  }
 
-    void* output(size_t bytes) {
-        void* data = allocate(bytes);
-        check_cuda(cudaMemset(data, 0xFF, bytes), "cudaMemset");
-        return data;
-    }
+  std::string name() const {
+    cudaDeviceProp properties;
+    check_cuda(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+    return properties.name;
+  }
 
-    // Zeroed, or a copy.
-    void* control(size_t bytes, const void* from = nullptr) {
-        if (from) {
-            return input(from, bytes);
-        }
-        void* data = allocate(bytes);
-        check_cuda(cudaMemset(data, 0, bytes), "cudaMemset");
-        return data;
-    }
+ private:
+  void* allocate(size_t bytes) {
+    void* data = nullptr;
+    check_cuda(cudaMalloc(&data, bytes), "cudaMalloc");
+    allocated_.push_back(data);
+    return data;
+  }
 
-    void fetch(void* to, const void* from, size_t bytes) {
-        check_cuda(cudaDeviceSynchronize(), "kernel");
-        check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
-    }
-
-    std::string name() const {
-        cudaDeviceProp properties;
-        check_cuda(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-        return properties.name;
-    }
-
-private:
-    void* allocate(size_t bytes) {
-        void* data = nullptr;
-        check_cuda(cudaMalloc(&data, bytes), "cudaMalloc");
-        allocated_.push_back(data);
-        return data;
-    }
-
-    std::vector<void*> allocated_;
+  std::vector<void*> allocated_;
 };
 
 // Map of a row-major matrix of 16-bit elements; reads outside it give 0, writes outside it are dropped.
 inline TensorMap tensor_map(const void* data, uint64_t rows, uint64_t columns, uint64_t row_bytes, uint32_t box_rows,
                             uint32_t box_columns, Swizzle swizzle) {
-    const CUtensorMapSwizzle modes[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                        CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_32B};
-    const cuuint64_t sizes[] = {columns, rows};
-    const cuuint64_t strides[] = {row_bytes};
-    const cuuint32_t box[] = {box_columns, box_rows};
-    const cuuint32_t steps[] = {1, 1};
-    TensorMap map;
-    // NOTE: all 16-bit formats move alike; only zero fill is asked for, which is the same bits in each.
-    const Driver& driver = Driver::get();
-    const CUresult status = driver.encode_tiled(
-        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides, box, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, modes[uint32_t(swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    driver.check(status, "cuTensorMapEncodeTiled");
-    return map;
+  const CUtensorMapSwizzle modes[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_SWIZZLE_64B,
+                                      CU_TENSOR_MAP_SWIZZLE_32B};
+  const cuuint64_t sizes[] = {columns, rows};
+  const cuuint64_t strides[] = {row_bytes};
+  const cuuint32_t box[] = {box_columns, box_rows};
+  const cuuint32_t steps[] = {1, 1};
+  TensorMap map;
+  // NOTE: all 16-bit formats move alike; only zero fill is asked for, which is the same bits in each.
+  const Driver& driver = Driver::get();
+  const CUresult status =
+      driver.encode_tiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides, box,
+                          steps, CU_TENSOR_MAP_INTERLEAVE_NONE, modes[uint32_t(swizzle)],
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  driver.check(status, "cuTensorMapEncodeTiled");
+  return map;
 }
 
 }  // namespace nlora::cuda

@@ -13,18 +13,18 @@ namespace nlora::cuda {
 //   wide (m, n), narrow (m, w)   of one 16-bit dtype, n and w multiples of 8, rows contiguous and aligned to 16 bytes
 //   slices (splits·n, w)         fp32, contiguous
 struct Gradient {
-    Matrix wide, narrow;
-    Matrix slices;
-    uint32_t splits;   // from GradientSplits or AmpereSplits: at most one for each step of rows
+  Matrix wide, narrow;
+  Matrix slices;
+  uint32_t splits;   // from GradientSplits or AmpereSplits: at most one for each step of rows
 };
 
 // Every slice has at least one step of rows.
 inline void check_splits(const Gradient& gradient, uint32_t step_rows) {
-    const int64_t steps = (gradient.wide.rows + step_rows - 1) / step_rows;
-    if (gradient.splits < 1 || gradient.splits > steps) {
-        throw std::invalid_argument("splits must be 1 to " + std::to_string(steps) + ", got " +
-                                    std::to_string(gradient.splits));
-    }
+  const int64_t steps = (gradient.wide.rows + step_rows - 1) / step_rows;
+  if (gradient.splits < 1 || gradient.splits > steps) {
+    throw std::invalid_argument("splits must be 1 to " + std::to_string(steps) + ", got " +
+                                std::to_string(gradient.splits));
+  }
 }
 
 // out = s·(Σ slices)·coreᵀ, or its transpose; the slices are added in order.
@@ -32,12 +32,12 @@ inline void check_splits(const Gradient& gradient, uint32_t step_rows) {
 //   core (w, w)              or none
 //   out (n, w), or (w, n) if transposed; core and out in any dtype and strides
 struct Finish {
-    Matrix slices;
-    uint32_t splits;
-    Matrix core;
-    Matrix out;
-    float scaling;
-    bool transposed;
+  Matrix slices;
+  uint32_t splits;
+  Matrix core;
+  Matrix out;
+  float scaling;
+  bool transposed;
 };
 
 }  // namespace nlora::cuda

@@ -11,36 +11,34 @@ namespace nlora::cuda {
 constexpr uint32_t kMostInGroup = 3;
 
 inline void check_group(uint32_t count) {
-    if (count < 1 || count > kMostInGroup) {
-        throw std::invalid_argument("a launch takes 1 to 3 problems, got " + std::to_string(count));
-    }
+  if (count < 1 || count > kMostInGroup) {
+    throw std::invalid_argument("a launch takes 1 to 3 problems, got " + std::to_string(count));
+  }
 }
 
 // Blocks are counted through the problems in order.
 template <class Problem>
 struct Group {
-    Problem items[kMostInGroup];
-    uint32_t blocks[kMostInGroup] = {};   // of each
-    uint32_t count = 0;
+  Problem items[kMostInGroup];
+  uint32_t blocks[kMostInGroup] = {};   // of each
+  uint32_t count = 0;
 
-    void add(const Problem& problem, uint32_t its_blocks) {
-        items[count] = problem;
-        blocks[count++] = its_blocks;
-    }
+  void add(const Problem& problem, uint32_t its_blocks) {
+    items[count] = problem;
+    blocks[count++] = its_blocks;
+  }
 
-    uint32_t total() const {
-        return blocks[0] + blocks[1] + blocks[2];
-    }
+  uint32_t total() const { return blocks[0] + blocks[1] + blocks[2]; }
 
-    // The problem of this block; `block` becomes its rank among those of the same problem.
-    __device__ __forceinline__ const Problem& of_block(uint32_t& block) const {
-        uint32_t item = 0;
-        block = block_rank();
-        while (item < kMostInGroup - 1 && block >= blocks[item]) {
-            block -= blocks[item++];
-        }
-        return items[item];
+  // The problem of this block; `block` becomes its rank among those of the same problem.
+  __device__ __forceinline__ const Problem& of_block(uint32_t& block) const {
+    uint32_t item = 0;
+    block = block_rank();
+    while (item < kMostInGroup - 1 && block >= blocks[item]) {
+      block -= blocks[item++];
     }
+    return items[item];
+  }
 };
 
 }  // namespace nlora::cuda

@@ -14,81 +14,79 @@ namespace nlora::cuda {
 namespace {
 
 std::string shape(const Matrix& matrix) {
-    return "(" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.cols) + ")";
+  return "(" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.cols) + ")";
 }
 
 // Runs body(stream) on the queue; a failure of CUDA becomes an error that names the operation() and its shapes.
 template <class Operation, class Body>
 void on(const Queue& queue, Operation operation, Body body) {
-    try {
-        Stream stream(queue.device, queue.stream);
-        body(stream);
-    } catch (const std::runtime_error& error) {
-        throw std::runtime_error(operation() + " on cuda:" + std::to_string(queue.device) + ": " + error.what());
-    }
+  try {
+    Stream stream(queue.device, queue.stream);
+    body(stream);
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(operation() + " on cuda:" + std::to_string(queue.device) + ": " + error.what());
+  }
 }
 
 // Control words for products of m rows on a stream.
 uint32_t* state(const Queue& queue, const Stream& stream, int64_t m) {
-    static std::mutex mutex;
-    // NOTE: never destroyed, for the driver may be gone before it.
-    static auto& states = *new std::map<int, States>;
-    const Sequence sequence = stream.sequence();
-    const std::lock_guard<std::mutex> lock(mutex);
-    return states[queue.device].words(sequence, state_words(m),
-                                      [&](size_t bytes) { return stream.allocate_zeroed(bytes); });
+  static std::mutex mutex;
+  // NOTE: never destroyed, for the driver may be gone before it.
+  static auto& states = *new std::map<int, States>;
+  const Sequence sequence = stream.sequence();
+  const std::lock_guard<std::mutex> lock(mutex);
+  return states[queue.device].words(sequence, state_words(m),
+                                    [&](size_t bytes) { return stream.allocate_zeroed(bytes); });
 }
 
 // Hopper's kernels hold for compute capability 9.0 alone, Ampere's from 8.0 on.
 struct Engine {
-    Stream& stream;
-    bool is_hopper = stream.architecture() == 90;
-    uint32_t processors = stream.processors();
+  Stream& stream;
+  bool is_hopper = stream.architecture() == 90;
+  uint32_t processors = stream.processors();
 
-    void fold(const Matrix& B, const Matrix& core, float scaling, const Matrix& out) const {
-        launch_fold(stream, B, core, scaling, out);
-    }
-    void product(const Product& product) const {
-        const auto launch = !is_hopper                            ? &sm80::launch_product<Stream>
-                            : product.a.dtype == Dtype::kBFloat16 ? &sm90::launch_planned<bf16, Stream>
-                                                                  : &sm90::launch_planned<fp16, Stream>;
-        launch(stream, product);
-    }
-    void gradients(const Gradient* gradients, uint32_t count) const {
-        is_hopper ? sm90::launch_gradients(stream, gradients, count) : sm80::launch_gradients(stream, gradients, count);
-    }
-    bool sums_beyond() const {
-        return is_hopper;
-    }
-    int64_t splits(int64_t m, int64_t n, int64_t w) const {
-        const auto choose = is_hopper ? &GradientSplits::choose : &AmpereSplits::choose;
-        return choose(uint32_t(m), uint32_t(n), uint32_t(w), processors);
-    }
-    void finishes(const Finish* finishes, uint32_t count) const {
-        launch_finishes(stream, finishes, count);
-    }
+  void fold(const Matrix& B, const Matrix& core, float scaling, const Matrix& out) const {
+    launch_fold(stream, B, core, scaling, out);
+  }
+  void product(const Product& product) const {
+    const auto launch = !is_hopper                            ? &sm80::launch_product<Stream>
+                        : product.a.dtype == Dtype::kBFloat16 ? &sm90::launch_planned<bf16, Stream>
+                                                              : &sm90::launch_planned<fp16, Stream>;
+    launch(stream, product);
+  }
+  void gradients(const Gradient* gradients, uint32_t count) const {
+    is_hopper ? sm90::launch_gradients(stream, gradients, count) : sm80::launch_gradients(stream, gradients, count);
+  }
+  bool sums_beyond() const { return is_hopper; }
+  int64_t splits(int64_t m, int64_t n, int64_t w) const {
+    const auto choose = is_hopper ? &GradientSplits::choose : &AmpereSplits::choose;
+    return choose(uint32_t(m), uint32_t(n), uint32_t(w), processors);
+  }
+  void finishes(const Finish* finishes, uint32_t count) const { launch_finishes(stream, finishes, count); }
 };
 
 std::string sizes(const Matrix& rows, const Matrix& weight, const Matrix& A) {
-    return shape(rows) + ", weight " + shape(weight) + ", lora_A " + shape(A);
+  return shape(rows) + ", weight " + shape(weight) + ", lora_A " + shape(A);
 }
 
 }  // namespace
 
 int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
-    Stream stream(queue.device, queue.stream);
-    return slice_floats(Engine{stream}, m, k, n, r, dA, dB, dcore);
+  Stream stream(queue.device, queue.stream);
+  return slice_floats(Engine{stream}, m, k, n, r, dA, dB, dcore);
 }
 
 void set_bytes_per_cycle(double bytes) {
-    if (!(bytes > 0)) {
-        throw std::invalid_argument("bytes must be positive, got " + std::to_string(bytes));
-    }
-    sm90::bytes_per_cycle() = bytes;
+  if (!(bytes > 0)) {
+    throw std::invalid_argument("bytes must be positive, got " + std::to_string(bytes));
+  }
+  sm90::bytes_per_cycle() = bytes;
 }
 
 void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y) {
-    on(queue, [&] { return "product of x " + shape(x) + ", weight " + shape(weight); }, [&](Stream& stream) {
+  on(
+      queue, [&] { return "product of x " + shape(x) + ", weight " + shape(weight); },
+      [&](Stream& stream) {
         Product product;
         product.a = x;
         product.b = weight;
@@ -96,56 +94,62 @@ void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Mat
         product.bias = bias;
         product.state = state(queue, stream, x.rows);
         Engine{stream}.product(product);
-    });
+      });
 }
 
 void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
              const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& folded,
              float scaling) {
-    on(queue, [&] { return "forward of x " + sizes(x, weight, A); }, [&](Stream& stream) {
-        forward(Engine{stream},
-                {x, weight, A, B, core, bias, y, T, folded, scaling, state(queue, stream, x.rows)});
-    });
+  on(
+      queue, [&] { return "forward of x " + sizes(x, weight, A); },
+      [&](Stream& stream) {
+        forward(Engine{stream}, {x, weight, A, B, core, bias, y, T, folded, scaling, state(queue, stream, x.rows)});
+      });
 }
 
 void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight,
               const Matrix& A, const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA,
-              const Matrix& dB, const Matrix& dcore, const Matrix& folded, const Matrix& shrunk,
-              const Matrix& slices, float scaling) {
-    on(queue, [&] { return "backward of dy " + sizes(dy, weight, A); }, [&](Stream& stream) {
-        backward(Engine{stream},
-                 {dy, x, T, weight, A, B, core, dx, dA, dB, dcore, folded, shrunk, static_cast<float*>(slices.data),
-                  scaling, state(queue, stream, dy.rows)});
-    });
+              const Matrix& dB, const Matrix& dcore, const Matrix& folded, const Matrix& shrunk, const Matrix& slices,
+              float scaling) {
+  on(
+      queue, [&] { return "backward of dy " + sizes(dy, weight, A); },
+      [&](Stream& stream) {
+        backward(Engine{stream}, {dy, x, T, weight, A, B, core, dx, dA, dB, dcore, folded, shrunk,
+                                  static_cast<float*>(slices.data), scaling, state(queue, stream, dy.rows)});
+      });
 }
 
 void lora2_core(const Queue& queue, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,
                 const Matrix& core) {
-    on(queue, [&] { return "LoRA² core of u " + shape(u); },
-       [&](Stream& stream) { launch_core(stream, u, E, U, mask, core); });
+  on(
+      queue, [&] { return "LoRA² core of u " + shape(u); },
+      [&](Stream& stream) { launch_core(stream, u, E, U, mask, core); });
 }
 
 void lora2_core_backward(const Queue& queue, const Matrix& dcore, const Matrix& u, const Matrix& E, const Matrix& U,
                          const Matrix& mask, const Matrix& du, const Matrix& dE, const Matrix& dU) {
-    on(queue, [&] { return "gradient of the LoRA² core of u " + shape(u); },
-       [&](Stream& stream) { launch_core_backward(stream, dcore, u, E, U, mask, du, dE, dU); });
+  on(
+      queue, [&] { return "gradient of the LoRA² core of u " + shape(u); },
+      [&](Stream& stream) { launch_core_backward(stream, dcore, u, E, U, mask, du, dE, dU); });
 }
 
 void gather(const Queue& queue, const std::vector<Matrix>& weight, const std::vector<const int64_t*>& rows,
             const std::vector<const int64_t*>& cols, const std::vector<Matrix>& A, const std::vector<Matrix>& core,
             const std::vector<Matrix>& B) {
-    on(queue, [&] { return "gather from weight " + shape(weight[0]); },
-       [&](Stream& stream) { launch_gather(stream, {weight, rows, cols, A, core, B}); });
+  on(
+      queue, [&] { return "gather from weight " + shape(weight[0]); },
+      [&](Stream& stream) { launch_gather(stream, {weight, rows, cols, A, core, B}); });
 }
 
 int64_t residual_bytes(const Matrix& weight, const Matrix& A, int64_t layers) {
-    return int64_t(residual_bytes(weight.dtype, A.dtype, weight.rows, weight.cols, A.rows, layers));
+  return int64_t(residual_bytes(weight.dtype, A.dtype, weight.rows, weight.cols, A.rows, layers));
 }
 
 void residual(const Queue& queue, const std::vector<Matrix>& weight, const std::vector<Matrix>& A,
               const std::vector<Matrix>& core, const std::vector<Matrix>& B, const Matrix& terms, float scaling) {
-    on(queue, [&] { return "residual of weight " + shape(weight[0]) + ", A " + shape(A[0]); },
-       [&](Stream& stream) { launch_residual(stream, {weight, A, core, B, scaling, terms.data}); });
+  on(
+      queue, [&] { return "residual of weight " + shape(weight[0]) + ", A " + shape(A[0]); },
+      [&](Stream& stream) { launch_residual(stream, {weight, A, core, B, scaling, terms.data}); });
 }
 
 }  // namespace nlora::cuda

@@ -15,138 +15,136 @@ namespace nlora::cuda {
 
 // Shapes as in csrc/ops.h. x, weight, A, bias, y and T are of one 16-bit dtype, B and core of any.
 struct Forward {
-    Matrix x, weight, A, B, core, bias;
-    Matrix y, T;
-    Matrix folded;   // (N, R) workspace in the dtype of x
-    float scaling;
-    uint32_t* state;
+  Matrix x, weight, A, B, core, bias;
+  Matrix y, T;
+  Matrix folded;   // (N, R) workspace in the dtype of x
+  float scaling;
+  uint32_t* state;
 };
 
 // dx, dA, dB and dcore are made where they are given, the last three in any dtype. Where x or T would not be used, it
 // may be missing.
 struct Backward {
-    Matrix dy, x, T, weight, A, B, core;
-    Matrix dx, dA, dB, dcore;
-    Matrix folded;   // [F | B] (N, 2R) workspace in the dtype of dy, or F (N, R) alone without dcore
-    Matrix shrunk;   // [H | G] (M, 2R), or H (M, R)
-    float* slices;   // slice_floats() of workspace
-    float scaling;
-    uint32_t* state;
+  Matrix dy, x, T, weight, A, B, core;
+  Matrix dx, dA, dB, dcore;
+  Matrix folded;   // [F | B] (N, 2R) workspace in the dtype of dy, or F (N, R) alone without dcore
+  Matrix shrunk;   // [H | G] (M, 2R), or H (M, R)
+  float* slices;   // slice_floats() of workspace
+  float scaling;
+  uint32_t* state;
 };
 
 inline Matrix columns_of(Matrix matrix, int64_t first, int64_t count) {
-    matrix.data = static_cast<char*>(matrix.data) + first * (matrix.dtype == Dtype::kFloat32 ? 4 : 2);
-    matrix.cols = count;
-    return matrix;
+  matrix.data = static_cast<char*>(matrix.data) + first * (matrix.dtype == Dtype::kFloat32 ? 4 : 2);
+  matrix.cols = count;
+  return matrix;
 }
 
 template <class Engine>
 void forward(const Engine& engine, const Forward& f) {
-    engine.fold(f.B, f.core, f.scaling, f.folded);
-    Product product;
-    product.a = f.x;
-    product.b = f.weight;
-    product.c = f.y;
-    product.bias = f.bias;
-    product.p = f.T;
-    product.wide = f.folded;
-    product.shrink = f.A;
-    product.major = Major::K;
-    product.state = f.state;
-    engine.product(product);
+  engine.fold(f.B, f.core, f.scaling, f.folded);
+  Product product;
+  product.a = f.x;
+  product.b = f.weight;
+  product.c = f.y;
+  product.bias = f.bias;
+  product.p = f.T;
+  product.wide = f.folded;
+  product.shrink = f.A;
+  product.major = Major::K;
+  product.state = f.state;
+  engine.product(product);
 }
 
 // Slices of dN where the product for dx sums them: enough for its last wave, few enough to be added up soon.
-inline int64_t product_splits(int64_t m) {
-    return std::min<int64_t>((m + 63) / 64, 64);
-}
+inline int64_t product_splits(int64_t m) { return std::min<int64_t>((m + 63) / 64, 64); }
 
 // Of the gradients that are wanted: dA is K wide, dB N, dN R.
 template <class Engine>
 int64_t slice_floats(const Engine& engine, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
-    const auto floats = [&](int64_t wide, bool wanted) { return wanted ? engine.splits(m, wide, r) * wide * r : 0; };
-    return floats(k, dA) + floats(n, dB) + std::max(floats(r, dcore), dcore ? product_splits(m) * r * r : 0);
+  const auto floats = [&](int64_t wide, bool wanted) { return wanted ? engine.splits(m, wide, r) * wide * r : 0; };
+  return floats(k, dA) + floats(n, dB) + std::max(floats(r, dcore), dcore ? product_splits(m) * r * r : 0);
 }
 
 // c = a·b by tiles of the engine alone.
 template <class Engine>
 void multiply(const Engine& engine, const Matrix& a, const Matrix& b, const Matrix& c, uint32_t* state) {
-    Product product;
-    product.a = a;
-    product.b = b;
-    product.c = c;
-    product.major = Major::MN;
-    product.state = state;
-    engine.product(product);
+  Product product;
+  product.a = a;
+  product.b = b;
+  product.c = c;
+  product.major = Major::MN;
+  product.state = state;
+  engine.product(product);
 }
 
 template <class Engine>
 void backward(const Engine& engine, const Backward& g) {
-    // The widest P that a product makes beside its result.
-    constexpr int64_t kWidest = 256;
-    const int64_t m = g.dy.rows, r = g.A.rows;
-    const bool wants_h = g.dx || g.dA, wants_g = bool(g.dcore);
-    const bool sums_core = engine.sums_beyond() && g.dx && wants_g && 2 * r <= kWidest;
-    float* slices = g.slices;
-    Matrix core_sums{slices, Dtype::kFloat32, 0, r, r, 1};
-    if (wants_h || wants_g) {
-        engine.fold(g.B, g.core, g.scaling, g.folded);
-    }
-    if (g.dx) {
-        const int64_t w = wants_g && 2 * r <= kWidest ? 2 * r : r;
-        Product product;
-        product.a = g.dy;
-        product.b = g.weight;
-        product.c = g.dx;
-        product.p = columns_of(g.shrunk, 0, w);
-        product.wide = g.A;
-        product.shrink = columns_of(g.folded, 0, w);
-        product.major = Major::MN;
-        product.state = g.state;
-        if (sums_core) {
-            core_sums.rows = product_splits(m) * r;
-            slices += core_sums.rows * r;
-            product.t = g.T;
-            product.slices = core_sums;
-        }
-        engine.product(product);
-        if (wants_g && w == r) {
-            multiply(engine, g.dy, columns_of(g.folded, r, r), columns_of(g.shrunk, r, r), g.state);
-        }
-    } else if (wants_h || wants_g) {
-        const int64_t first = wants_h ? 0 : r, count = wants_h && wants_g ? 2 * r : r;
-        multiply(engine, g.dy, columns_of(g.folded, first, count), columns_of(g.shrunk, first, count), g.state);
-    }
-    Gradient gradients[3];
-    Finish finishes[3];
-    uint32_t count = 0;
-    // out = scaling·wideᵀ·narrow·coreᵀ, or its transpose.
-    const auto contract = [&](const Matrix& out, const Matrix& wide, const Matrix& narrow, const Matrix& core,
-                              float scaling, bool transposed) {
-        const int64_t n = wide.cols, w = narrow.cols, splits = engine.splits(wide.rows, n, w);
-        const Matrix sums{slices, Dtype::kFloat32, splits * n, w, w, 1};
-        slices += splits * n * w;
-        gradients[count] = {wide, narrow, sums, uint32_t(splits)};
-        finishes[count++] = {sums, uint32_t(splits), core, out, scaling, transposed};
-    };
-    if (g.dA) {
-        contract(g.dA, g.x, columns_of(g.shrunk, 0, r), {}, 1, true);
-    }
-    if (g.dB) {
-        contract(g.dB, g.dy, g.T, g.core, g.scaling, false);
-    }
-    if (wants_g && !sums_core) {
-        contract(g.dcore, columns_of(g.shrunk, r, r), g.T, {}, g.scaling, false);
-    }
-    if (count) {
-        engine.gradients(gradients, count);
-    }
+  // The widest P that a product makes beside its result.
+  constexpr int64_t kWidest = 256;
+  const int64_t m = g.dy.rows, r = g.A.rows;
+  const bool wants_h = g.dx || g.dA, wants_g = bool(g.dcore);
+  const bool sums_core = engine.sums_beyond() && g.dx && wants_g && 2 * r <= kWidest;
+  float* slices = g.slices;
+  Matrix core_sums{slices, Dtype::kFloat32, 0, r, r, 1};
+  if (wants_h || wants_g) {
+    engine.fold(g.B, g.core, g.scaling, g.folded);
+  }
+  if (g.dx) {
+    const int64_t w = wants_g && 2 * r <= kWidest ? 2 * r : r;
+    Product product;
+    product.a = g.dy;
+    product.b = g.weight;
+    product.c = g.dx;
+    product.p = columns_of(g.shrunk, 0, w);
+    product.wide = g.A;
+    product.shrink = columns_of(g.folded, 0, w);
+    product.major = Major::MN;
+    product.state = g.state;
     if (sums_core) {
-        finishes[count++] = {core_sums, uint32_t(product_splits(m)), {}, g.dcore, g.scaling, false};
+      core_sums.rows = product_splits(m) * r;
+      slices += core_sums.rows * r;
+      product.t = g.T;
+      product.slices = core_sums;
     }
-    if (count) {
-        engine.finishes(finishes, count);
+    engine.product(product);
+    if (wants_g && w == r) {
+      multiply(engine, g.dy, columns_of(g.folded, r, r), columns_of(g.shrunk, r, r), g.state);
     }
+  } else if (wants_h || wants_g) {
+    const int64_t first = wants_h ? 0 : r, count = wants_h && wants_g ? 2 * r : r;
+    multiply(engine, g.dy, columns_of(g.folded, first, count), columns_of(g.shrunk, first, count), g.state);
+  }
+  Gradient gradients[3];
+  Finish finishes[3];
+  uint32_t count = 0;
+  // out = scaling·wideᵀ·narrow·coreᵀ, or its transpose.
+  const auto contract = [&](const Matrix& out, const Matrix& wide, const Matrix& narrow, const Matrix& core,
+                            float scaling, bool transposed) {
+    const int64_t n = wide.cols, w = narrow.cols, splits = engine.splits(wide.rows, n, w);
+    const Matrix sums{slices, Dtype::kFloat32, splits * n, w, w, 1};
+    slices += splits * n * w;
+    gradients[count] = {wide, narrow, sums, uint32_t(splits)};
+    finishes[count++] = {sums, uint32_t(splits), core, out, scaling, transposed};
+  };
+  if (g.dA) {
+    contract(g.dA, g.x, columns_of(g.shrunk, 0, r), {}, 1, true);
+  }
+  if (g.dB) {
+    contract(g.dB, g.dy, g.T, g.core, g.scaling, false);
+  }
+  if (wants_g && !sums_core) {
+    contract(g.dcore, columns_of(g.shrunk, r, r), g.T, {}, g.scaling, false);
+  }
+  if (count) {
+    engine.gradients(gradients, count);
+  }
+  if (sums_core) {
+    finishes[count++] = {core_sums, uint32_t(product_splits(m)), {}, g.dcore, g.scaling, false};
+  }
+  if (count) {
+    engine.finishes(finishes, count);
+  }
 }
 
 }  // namespace nlora::cuda

@@ -18,16 +18,14 @@ namespace nlora::cuda {
 // With t the launch sums the narrow gradient of what p holds beyond the adapter, w - r <= 128 and v <= 128 columns.
 // n, k, r, w and v are multiples of 8, as are row strides; data is aligned to 16 bytes.
 struct Product {
-    Matrix a, b, c, bias;
-    Matrix p, wide;
-    Matrix shrink;
-    Matrix t, slices;
-    Major major = Major::K;
-    uint32_t* state = nullptr;   // state_words(m) words, zero before the first launch; one launch at a time uses them
+  Matrix a, b, c, bias;
+  Matrix p, wide;
+  Matrix shrink;
+  Matrix t, slices;
+  Major major = Major::K;
+  uint32_t* state = nullptr;   // state_words(m) words, zero before the first launch; one launch at a time uses them
 };
 
-inline size_t state_words(int64_t m) {
-    return State::size(uint32_t(m));
-}
+inline size_t state_words(int64_t m) { return State::size(uint32_t(m)); }
 
 }  // namespace nlora::cuda

@@ -17,24 +17,24 @@ namespace nlora::cuda::sm90 {
 // do got it before the last draw of all, which moves the epoch on.
 template <class Tile>
 __device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, const State state, uint32_t count) {
-    const uint32_t clusters = grid_blocks() / Tile::kCluster;
-    uint32_t ticket, epoch = 0, parity = 1;
-    do {
-        mbarrier_wait_cluster(shared.ticket_empty(), parity);
-        ticket = ticket_take(state.ticket());
-        epoch = epoch ? epoch : next_epoch(flag_acquire(state.epoch()));
-        for (uint32_t rank = 0; rank < Tile::kCluster; ++rank) {
-            st_cluster(map_to_rank(shared.ticket(), rank), ticket);
-            st_cluster(map_to_rank(shared.epoch(), rank), epoch);
-            mbarrier_arrive_cluster(map_to_rank(shared.ticket_full(), rank));
-        }
-        parity ^= 1;
-    } while (ticket < count);
-    // Each cluster draws one ticket too many; the last of those draws is the last of all.
-    if (ticket == count + clusters - 1) {
-        ticket_reset(state.ticket());
-        flag_release_store(state.epoch(), epoch);
+  const uint32_t clusters = grid_blocks() / Tile::kCluster;
+  uint32_t ticket, epoch = 0, parity = 1;
+  do {
+    mbarrier_wait_cluster(shared.ticket_empty(), parity);
+    ticket = ticket_take(state.ticket());
+    epoch = epoch ? epoch : next_epoch(flag_acquire(state.epoch()));
+    for (uint32_t rank = 0; rank < Tile::kCluster; ++rank) {
+      st_cluster(map_to_rank(shared.ticket(), rank), ticket);
+      st_cluster(map_to_rank(shared.epoch(), rank), epoch);
+      mbarrier_arrive_cluster(map_to_rank(shared.ticket_full(), rank));
     }
+    parity ^= 1;
+  } while (ticket < count);
+  // Each cluster draws one ticket too many; the last of those draws is the last of all.
+  if (ticket == count + clusters - 1) {
+    ticket_reset(state.ticket());
+    flag_release_store(state.epoch(), epoch);
+  }
 }
 
 // Depth [begin, end) of a left operand (rows from m) and a right one (`width` rows from n) into the ring, 64 to a
@@ -43,48 +43,48 @@ template <class Tile, Major kLeft, Major kRight>
 __device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const TensorMap* a, const TensorMap* b,
                                            uint32_t m, uint32_t n, uint32_t width, uint32_t begin, uint32_t end,
                                            uint32_t rank, uint32_t& left, RingPosition<Tile::kStages>& ring) {
-    for (uint32_t k = begin; k < end; k += Tile::kBlockK) {
-        if (left-- == Tile::kStages) {
-            mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
-        }
-        const uint32_t full = shared.full(ring.slot);
-        mbarrier_wait_cluster(shared.empty(ring.slot), ring.parity ^ 1);
-        mbarrier_arrive_expect_tx(full, Tile::kBytesA + width * 128);
-        if constexpr (kLeft == Major::K) {
-            tma_load(shared.a(ring.slot), a, full, k, m);
-        } else {
-            for (uint32_t row = 0; row < Tile::kBlockM; row += 64) {
-                tma_load(shared.a(ring.slot) + row * 128, a, full, m + row, k);
-            }
-        }
-        // Each block of the cluster loads its share of b for all of them.
-        const auto load_share = [&](uint32_t line, uint32_t column, uint32_t row) {
-            if constexpr (Tile::kCluster == 1) {
-                tma_load(shared.b(ring.slot) + line * 128, b, full, column, row);
-            } else {
-                tma_load_multicast(shared.b(ring.slot) + line * 128, b, full, column, row, (1 << Tile::kCluster) - 1);
-            }
-        };
-        if constexpr (kRight == Major::K) {
-            const uint32_t share = rank * (width / Tile::kCluster);
-            load_share(share, k, n + share);
-        } else {
-            const uint32_t share = rank * (Tile::kBlockK / Tile::kCluster);
-            for (uint32_t column = 0; column < width; column += 64) {
-                load_share(column + share, n + column, k + share);
-            }
-        }
-        ring.advance();
+  for (uint32_t k = begin; k < end; k += Tile::kBlockK) {
+    if (left-- == Tile::kStages) {
+      mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
     }
+    const uint32_t full = shared.full(ring.slot);
+    mbarrier_wait_cluster(shared.empty(ring.slot), ring.parity ^ 1);
+    mbarrier_arrive_expect_tx(full, Tile::kBytesA + width * 128);
+    if constexpr (kLeft == Major::K) {
+      tma_load(shared.a(ring.slot), a, full, k, m);
+    } else {
+      for (uint32_t row = 0; row < Tile::kBlockM; row += 64) {
+        tma_load(shared.a(ring.slot) + row * 128, a, full, m + row, k);
+      }
+    }
+    // Each block of the cluster loads its share of b for all of them.
+    const auto load_share = [&](uint32_t line, uint32_t column, uint32_t row) {
+      if constexpr (Tile::kCluster == 1) {
+        tma_load(shared.b(ring.slot) + line * 128, b, full, column, row);
+      } else {
+        tma_load_multicast(shared.b(ring.slot) + line * 128, b, full, column, row, (1 << Tile::kCluster) - 1);
+      }
+    };
+    if constexpr (kRight == Major::K) {
+      const uint32_t share = rank * (width / Tile::kCluster);
+      load_share(share, k, n + share);
+    } else {
+      const uint32_t share = rank * (Tile::kBlockK / Tile::kCluster);
+      for (uint32_t column = 0; column < width; column += 64) {
+        load_share(column + share, n + column, k + share);
+      }
+    }
+    ring.advance();
+  }
 }
 
 // Waits until these rows of some pieces of p are in memory; the caller's TMA loads may then read them.
 __device__ __forceinline__ void await_p(const State state, uint32_t epoch, uint32_t row, uint32_t rows, uint32_t piece,
                                         uint32_t pieces) {
-    for (uint32_t flag = 0; flag < rows / 64 * pieces; ++flag) {
-        flag_wait(state.flag(row + flag / pieces * 64, piece + flag % pieces), epoch);
-    }
-    fence_async_global();
+  for (uint32_t flag = 0; flag < rows / 64 * pieces; ++flag) {
+    flag_wait(state.flag(row + flag / pieces * 64, piece + flag % pieces), epoch);
+  }
+  fence_async_global();
 }
 
 // What one work item needs, in the order in which multiply() takes it; gives the ticket's place back.
@@ -92,44 +92,43 @@ template <class Tile, Major kMajor, class T>
 __device__ __forceinline__ void load_item(const GemmShared<Tile> shared, const GemmProblem<T>& problem, uint32_t epoch,
                                           const Schedule::Item place, uint32_t rank,
                                           RingPosition<Tile::kStages>& ring) {
-    const uint32_t begin = problem.first(place), end = problem.last(place), r = problem.adapter(place);
-    const uint32_t width = problem.width(place, Tile::kBlockN);
-    const uint32_t stages = place.tall * ceil_div(end - begin, Tile::kBlockK) + ceil_div(r, Tile::kBlockK);
-    uint32_t left = stages < Tile::kStages ? Tile::kStages : stages;
-    if constexpr (kMajor == Major::MN) {
-        if (place.makes_slice) {
-            for (uint32_t row = begin; row < end; row += Tile::kBlockK) {
-                if (problem.w) {
-                    await_p(problem.state, epoch, row, 64, 0, ceil_div(problem.w, Tile::kBlockN));
-                }
-                load_depth<Tile, Major::MN, Major::MN>(shared, &problem.beyond, &problem.t, place.m, 0, width, row,
-                                                       row + 1, rank, left, ring);
-            }
-            return;
-        }
-    }
-#pragma unroll 1
-    for (uint32_t tile = 0; tile < place.tall; ++tile) {
-        load_depth<Tile, Major::K, kMajor>(shared, &problem.a, place.makes_p ? &problem.shrink : &problem.b,
-                                           place.m + tile * Tile::kClusterM, place.n, width, begin, end, rank, left,
-                                           ring);
-    }
-    for (uint32_t column = 0; column < r; column += Tile::kBlockN) {
+  const uint32_t begin = problem.first(place), end = problem.last(place), r = problem.adapter(place);
+  const uint32_t width = problem.width(place, Tile::kBlockN);
+  const uint32_t stages = place.tall * ceil_div(end - begin, Tile::kBlockK) + ceil_div(r, Tile::kBlockK);
+  uint32_t left = stages < Tile::kStages ? Tile::kStages : stages;
+  if constexpr (kMajor == Major::MN) {
+    if (place.makes_slice) {
+      for (uint32_t row = begin; row < end; row += Tile::kBlockK) {
         if (problem.w) {
-            await_p(problem.state, epoch, place.m, Tile::kBlockM, column / Tile::kBlockN, 1);
+          await_p(problem.state, epoch, row, 64, 0, ceil_div(problem.w, Tile::kBlockN));
         }
-        load_depth<Tile, Major::K, kMajor>(shared, &problem.p, &problem.wide, place.m, place.n, width, column,
-                                           r - column < Tile::kBlockN ? r : column + Tile::kBlockN, rank, left, ring);
+        load_depth<Tile, Major::MN, Major::MN>(shared, &problem.beyond, &problem.t, place.m, 0, width, row, row + 1,
+                                               rank, left, ring);
+      }
+      return;
     }
+  }
+#pragma unroll 1
+  for (uint32_t tile = 0; tile < place.tall; ++tile) {
+    load_depth<Tile, Major::K, kMajor>(shared, &problem.a, place.makes_p ? &problem.shrink : &problem.b,
+                                       place.m + tile * Tile::kClusterM, place.n, width, begin, end, rank, left, ring);
+  }
+  for (uint32_t column = 0; column < r; column += Tile::kBlockN) {
+    if (problem.w) {
+      await_p(problem.state, epoch, place.m, Tile::kBlockM, column / Tile::kBlockN, 1);
+    }
+    load_depth<Tile, Major::K, kMajor>(shared, &problem.p, &problem.wide, place.m, place.n, width, column,
+                                       r - column < Tile::kBlockN ? r : column + Tile::kBlockN, rank, left, ring);
+  }
 }
 
 // Tells the producers of all blocks whose loads fill this slot that this warp has read it.
 template <class Tile>
 __device__ __forceinline__ void release_stage(const GemmShared<Tile> shared, uint32_t slot) {
-    if (lane_rank() < Tile::kCluster) {
-        mbarrier_arrive_cluster(map_to_rank(shared.empty(slot), lane_rank()));
-    }
-    sync_warp();
+  if (lane_rank() < Tile::kCluster) {
+    mbarrier_arrive_cluster(map_to_rank(shared.empty(slot), lane_rank()));
+  }
+  sync_warp();
 }
 
 // acc[:, :width] += left tile · right tileᵀ over the 64 of one stage, as one commit group. The width is BLOCK_N or a
@@ -137,19 +136,19 @@ __device__ __forceinline__ void release_stage(const GemmShared<Tile> shared, uin
 template <class Tile, Major kLeft, Major kRight, class T, int kWidth = Tile::kBlockN>
 __device__ __forceinline__ void multiply_stage(float (&acc)[Tile::kBlockN / 2], uint64_t a, uint64_t b, uint32_t width,
                                                bool accumulate) {
-    if constexpr (kWidth > 64) {
-        if (width < kWidth) {
-            multiply_stage<Tile, kLeft, kRight, T, kWidth / 2>(acc, a, b, width, accumulate);
-            return;
-        }
+  if constexpr (kWidth > 64) {
+    if (width < kWidth) {
+      multiply_stage<Tile, kLeft, kRight, T, kWidth / 2>(acc, a, b, width, accumulate);
+      return;
     }
-    wgmma_fence(acc);
+  }
+  wgmma_fence(acc);
 #pragma unroll
-    for (int step = 0; step < Tile::kSteps; ++step) {
-        wgmma<kWidth, T, kLeft, kRight>(acc, advanced(a, step * step_bytes(kLeft)),
-                                        advanced(b, step * step_bytes(kRight)), accumulate || step > 0);
-    }
-    wgmma_commit();
+  for (int step = 0; step < Tile::kSteps; ++step) {
+    wgmma<kWidth, T, kLeft, kRight>(acc, advanced(a, step * step_bytes(kLeft)), advanced(b, step * step_bytes(kRight)),
+                                    accumulate || step > 0);
+  }
+  wgmma_commit();
 }
 
 // acc (64 × width) = left tile · right tileᵀ over the depth k, then over r. `across`: the left one is MN-major.
@@ -157,46 +156,46 @@ template <class Tile, Major kMajor, class T>
 __device__ __forceinline__ void multiply(float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared, uint32_t width,
                                          bool across, uint32_t k, uint32_t r, uint32_t consumer,
                                          RingPosition<Tile::kStages>& ring) {
-    const uint32_t k_stages = ceil_div(k, Tile::kBlockK), stages = k_stages + ceil_div(r, Tile::kBlockK);
-    uint32_t previous = 0;
-    for (uint32_t stage = 0; stage < stages; ++stage) {
-        const uint32_t depth = stage < k_stages ? Tile::kBlockK : r - (stage - k_stages) * Tile::kBlockK;
-        mbarrier_wait(shared.full(ring.slot), ring.parity);
-        // The tile's 64 rows of this consumer, or the box that has them as columns.
-        const uint32_t rows = shared.a(ring.slot) + consumer * 64 * 128;
-        const uint64_t a = across ? mn_major_descriptor(rows, Tile::kBlockK) : k_major_descriptor(rows);
-        const uint64_t b = kMajor == Major::K ? k_major_descriptor(shared.b(ring.slot))
-                                              : mn_major_descriptor(shared.b(ring.slot), Tile::kBlockK);
-        if (kMajor == Major::MN && across) {
-            constexpr int kWidest = Tile::kBlockN < 128 ? Tile::kBlockN : 128;
-            multiply_stage<Tile, Major::MN, Major::MN, T, kWidest>(acc, a, b, width, stage > 0);
-        } else if (depth >= Tile::kBlockK) {
-            multiply_stage<Tile, Major::K, kMajor, T>(acc, a, b, width, stage > 0);
-        } else {
-            // A small rank costs no more than its own steps. Each is a group: a loop cannot stay inside of one.
+  const uint32_t k_stages = ceil_div(k, Tile::kBlockK), stages = k_stages + ceil_div(r, Tile::kBlockK);
+  uint32_t previous = 0;
+  for (uint32_t stage = 0; stage < stages; ++stage) {
+    const uint32_t depth = stage < k_stages ? Tile::kBlockK : r - (stage - k_stages) * Tile::kBlockK;
+    mbarrier_wait(shared.full(ring.slot), ring.parity);
+    // The tile's 64 rows of this consumer, or the box that has them as columns.
+    const uint32_t rows = shared.a(ring.slot) + consumer * 64 * 128;
+    const uint64_t a = across ? mn_major_descriptor(rows, Tile::kBlockK) : k_major_descriptor(rows);
+    const uint64_t b = kMajor == Major::K ? k_major_descriptor(shared.b(ring.slot))
+                                          : mn_major_descriptor(shared.b(ring.slot), Tile::kBlockK);
+    if (kMajor == Major::MN && across) {
+      constexpr int kWidest = Tile::kBlockN < 128 ? Tile::kBlockN : 128;
+      multiply_stage<Tile, Major::MN, Major::MN, T, kWidest>(acc, a, b, width, stage > 0);
+    } else if (depth >= Tile::kBlockK) {
+      multiply_stage<Tile, Major::K, kMajor, T>(acc, a, b, width, stage > 0);
+    } else {
+      // A small rank costs no more than its own steps. Each is a group: a loop cannot stay inside of one.
 #pragma unroll 1
-            for (uint32_t step = 0; step * 16 < depth; ++step) {
-                wgmma_fence(acc);
-                wgmma<Tile::kBlockN, T, Major::K, kMajor>(acc, advanced(a, step * step_bytes(Major::K)),
-                                                          advanced(b, step * step_bytes(kMajor)), true);
-                wgmma_commit();
-            }
-        }
-        if (stage > 0) {
-            // One group stays in flight while the slot of the stage before it is refilled.
-            wgmma_wait<1>(acc);
-            release_stage(shared, previous);
-        }
-        previous = ring.slot;
-        ring.advance();
+      for (uint32_t step = 0; step * 16 < depth; ++step) {
+        wgmma_fence(acc);
+        wgmma<Tile::kBlockN, T, Major::K, kMajor>(acc, advanced(a, step * step_bytes(Major::K)),
+                                                  advanced(b, step * step_bytes(kMajor)), true);
+        wgmma_commit();
+      }
     }
-    wgmma_wait<0>(acc);
-    release_stage(shared, previous);
+    if (stage > 0) {
+      // One group stays in flight while the slot of the stage before it is refilled.
+      wgmma_wait<1>(acc);
+      release_stage(shared, previous);
+    }
+    previous = ring.slot;
+    ring.advance();
+  }
+  wgmma_wait<0>(acc);
+  release_stage(shared, previous);
 }
 
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
-    T low, high;
+  T low, high;
 };
 
 // acc + bias -> staging -> `to`, by the 128 threads of one consumer warpgroup; bias (columns) may be null.
@@ -204,72 +203,72 @@ template <class Tile, class T>
 __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared,
                                            uint32_t width, const TensorMap* to, const T* bias, uint32_t columns,
                                            const Schedule::Item place, uint32_t consumer, bool storing_thread) {
-    constexpr int kAtOnce = Tile::kBoxesAtOnce, kRounds = Tile::kBoxes / kAtOnce;
-    const uint32_t barrier = 1 + consumer;
-    const uint32_t lane = lane_rank();
-    const uint32_t row = warp_rank() % 4 * 16 + stmatrix_row(lane);
+  constexpr int kAtOnce = Tile::kBoxesAtOnce, kRounds = Tile::kBoxes / kAtOnce;
+  const uint32_t barrier = 1 + consumer;
+  const uint32_t lane = lane_rank();
+  const uint32_t row = warp_rank() % 4 * 16 + stmatrix_row(lane);
 #pragma unroll
-    for (int first = 0; first < Tile::kBlockN / 64; first += kAtOnce) {
-        if (first > 0 && first * 64 >= int(width)) {
-            break;
-        }
-        // The boxes may still feed an earlier store: of the previous item, or of this one some rounds ago.
-        if (storing_thread) {
-            if (first == 0) {
-                bulk_wait_read<0>();
-            } else {
-                bulk_wait_read<kRounds - 1>();
-            }
-        }
-        sync_warp();
-        bar_sync(barrier, 128);
-        const auto staging = [&](int box) { return shared.staging(consumer, box % Tile::kBoxes); };
-#pragma unroll
-        for (int block = first * 8; block < (first + kAtOnce) * 8; block += 2) {
-            if (block >= 8 && block * 8 >= int(width)) {
-                break;
-            }
-            uint32_t packed[4];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int i = 4 * (block + half);
-                float low = 0, high = 0;
-                const uint32_t column = place.n + accumulator_column(lane, i);
-                if (bias && column < columns) {
-                    const auto pair = ld_global(reinterpret_cast<const Pair<T>*>(bias + column));
-                    low = to_float(pair.low);
-                    high = to_float(pair.high);
-                }
-                packed[2 * half] = pack2<T>(acc[i] + low, acc[i + 1] + high);
-                packed[2 * half + 1] = pack2<T>(acc[i + 2] + low, acc[i + 3] + high);
-            }
-            const uint32_t line = staging(block / 8) + row * 128;
-            stmatrix(swizzled(line + stmatrix_chunk(lane, block % 8) * 16, Swizzle::B128), packed);
-        }
-        fence_async_shared();
-        bar_sync(barrier, 128);
-        if (storing_thread) {
-            for (int box = first; box < first + kAtOnce && box * 64 < int(width); ++box) {
-                tma_store(to, staging(box), place.n + box * 64, place.m + consumer * 64);
-            }
-            bulk_commit();
-        }
+  for (int first = 0; first < Tile::kBlockN / 64; first += kAtOnce) {
+    if (first > 0 && first * 64 >= int(width)) {
+      break;
     }
+    // The boxes may still feed an earlier store: of the previous item, or of this one some rounds ago.
+    if (storing_thread) {
+      if (first == 0) {
+        bulk_wait_read<0>();
+      } else {
+        bulk_wait_read<kRounds - 1>();
+      }
+    }
+    sync_warp();
+    bar_sync(barrier, 128);
+    const auto staging = [&](int box) { return shared.staging(consumer, box % Tile::kBoxes); };
+#pragma unroll
+    for (int block = first * 8; block < (first + kAtOnce) * 8; block += 2) {
+      if (block >= 8 && block * 8 >= int(width)) {
+        break;
+      }
+      uint32_t packed[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = 4 * (block + half);
+        float low = 0, high = 0;
+        const uint32_t column = place.n + accumulator_column(lane, i);
+        if (bias && column < columns) {
+          const auto pair = ld_global(reinterpret_cast<const Pair<T>*>(bias + column));
+          low = to_float(pair.low);
+          high = to_float(pair.high);
+        }
+        packed[2 * half] = pack2<T>(acc[i] + low, acc[i + 1] + high);
+        packed[2 * half + 1] = pack2<T>(acc[i + 2] + low, acc[i + 3] + high);
+      }
+      const uint32_t line = staging(block / 8) + row * 128;
+      stmatrix(swizzled(line + stmatrix_chunk(lane, block % 8) * 16, Swizzle::B128), packed);
+    }
+    fence_async_shared();
+    bar_sync(barrier, 128);
+    if (storing_thread) {
+      for (int box = first; box < first + kAtOnce && box * 64 < int(width); ++box) {
+        tma_store(to, staging(box), place.n + box * 64, place.m + consumer * 64);
+      }
+      bulk_commit();
+    }
+  }
 }
 
 // acc -> the 64 rows of a slice from `row` on.
 template <class Tile, class T>
 __device__ __forceinline__ void store_slice(const float (&acc)[Tile::kBlockN / 2], const GemmProblem<T>& problem,
                                             uint32_t slice, uint32_t row) {
-    const uint32_t lane = lane_rank();
+  const uint32_t lane = lane_rank();
 #pragma unroll
-    for (int i = 0; i < Tile::kBlockN / 2 && i < 64; i += 2) {
-        const uint32_t g = row + accumulator_row(warp_rank() % 4, lane, i), v = accumulator_column(lane, i);
-        if (g < problem.g && v < problem.v) {
-            st_global(reinterpret_cast<Pair<float>*>(problem.slices + (slice * problem.g + g) * problem.v + v),
-                      Pair<float>{acc[i], acc[i + 1]});
-        }
+  for (int i = 0; i < Tile::kBlockN / 2 && i < 64; i += 2) {
+    const uint32_t g = row + accumulator_row(warp_rank() % 4, lane, i), v = accumulator_column(lane, i);
+    if (g < problem.g && v < problem.v) {
+      st_global(reinterpret_cast<Pair<float>*>(problem.slices + (slice * problem.g + g) * problem.v + v),
+                Pair<float>{acc[i], acc[i + 1]});
     }
+  }
 }
 
 // The consumers' side of one work item.
@@ -277,122 +276,122 @@ template <class Tile, Major kMajor, class T>
 __device__ __forceinline__ void compute_item(const GemmShared<Tile> shared, const GemmProblem<T>& problem,
                                              uint32_t epoch, Schedule::Item place, uint32_t consumer,
                                              bool storing_thread, RingPosition<Tile::kStages>& ring) {
-    const bool makes_p = place.makes_p;
-    const uint32_t width = problem.width(place, Tile::kBlockN), end = place.m + place.tall * Tile::kClusterM;
+  const bool makes_p = place.makes_p;
+  const uint32_t width = problem.width(place, Tile::kBlockN), end = place.m + place.tall * Tile::kClusterM;
 #pragma unroll 1
-    for (; place.m < end; place.m += Tile::kClusterM) {
-        float acc[Tile::kBlockN / 2];
-        multiply<Tile, kMajor, T>(acc, shared, width, place.makes_slice, problem.last(place) - problem.first(place),
-                                  problem.adapter(place), consumer, ring);
-        if constexpr (kMajor == Major::MN) {
-            if (place.makes_slice) {
-                store_slice<Tile, T>(acc, problem, place.n, place.m + consumer * 64);
-                return;
-            }
-        }
-        store_tile<Tile, T>(acc, shared, width, makes_p ? &problem.p_out : &problem.c,
-                            makes_p ? nullptr : problem.bias, problem.n, place, consumer, storing_thread);
-        if (makes_p && storing_thread) {
-            bulk_wait<0>();
-            fence_async_global();
-            flag_release_store(problem.state.flag(place.m + consumer * 64, place.n / Tile::kBlockN), epoch);
-        }
-        sync_warp();
+  for (; place.m < end; place.m += Tile::kClusterM) {
+    float acc[Tile::kBlockN / 2];
+    multiply<Tile, kMajor, T>(acc, shared, width, place.makes_slice, problem.last(place) - problem.first(place),
+                              problem.adapter(place), consumer, ring);
+    if constexpr (kMajor == Major::MN) {
+      if (place.makes_slice) {
+        store_slice<Tile, T>(acc, problem, place.n, place.m + consumer * 64);
+        return;
+      }
     }
+    store_tile<Tile, T>(acc, shared, width, makes_p ? &problem.p_out : &problem.c, makes_p ? nullptr : problem.bias,
+                        problem.n, place, consumer, storing_thread);
+    if (makes_p && storing_thread) {
+      bulk_wait<0>();
+      fence_async_global();
+      flag_release_store(problem.state.flag(place.m + consumer * 64, place.n / Tile::kBlockN), epoch);
+    }
+    sync_warp();
+  }
 }
 
 template <class Tile, Major kMajor, class T>
 __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_constant__ GemmProblem<T> problem) {
-    const GemmShared<Tile> shared{shared_base()};
-    const uint32_t warp = warp_rank();
-    const uint32_t rank = Tile::kCluster == 1 ? 0 : cluster_rank();
-    const bool leader = elect_one();
-    const Schedule schedule(problem.m, problem.n, problem.w, Tile::kClusterM, Tile::kBlockN, problem.splits,
-                            problem.p_tall);
-    const auto own_place = [&](uint32_t ticket) {
-        Schedule::Item place = schedule.at(ticket);
-        place.m += rank * Tile::kBlockM;
-        return place;
-    };
-    constexpr uint32_t kConsumerWarps = 4 * Tile::kConsumers;
+  const GemmShared<Tile> shared{shared_base()};
+  const uint32_t warp = warp_rank();
+  const uint32_t rank = Tile::kCluster == 1 ? 0 : cluster_rank();
+  const bool leader = elect_one();
+  const Schedule schedule(problem.m, problem.n, problem.w, Tile::kClusterM, Tile::kBlockN, problem.splits,
+                          problem.p_tall);
+  const auto own_place = [&](uint32_t ticket) {
+    Schedule::Item place = schedule.at(ticket);
+    place.m += rank * Tile::kBlockM;
+    return place;
+  };
+  constexpr uint32_t kConsumerWarps = 4 * Tile::kConsumers;
 
+  if (warp == 0 && leader) {
+    prefetch_tensor_map(&problem.a);
+    prefetch_tensor_map(&problem.b);
+    prefetch_tensor_map(&problem.c);
+    if (problem.r) {
+      prefetch_tensor_map(&problem.p);
+      prefetch_tensor_map(&problem.wide);
+    }
+    if (problem.w) {
+      prefetch_tensor_map(&problem.shrink);
+      prefetch_tensor_map(&problem.p_out);
+    }
+    if (problem.splits) {
+      prefetch_tensor_map(&problem.beyond);
+      prefetch_tensor_map(&problem.t);
+    }
+    for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
+      mbarrier_init(shared.full(stage), 1);
+      mbarrier_init(shared.empty(stage), kConsumerWarps * Tile::kCluster);
+    }
+    mbarrier_init(shared.ticket_full(), 1);
+    mbarrier_init(shared.ticket_empty(), (kConsumerWarps + 1) * Tile::kCluster);
+    fence_barrier_init();
+  }
+  // Blocks touch each other's barriers, so all of the cluster must be ready.
+  if constexpr (Tile::kCluster == 1) {
+    sync_threads();
+  } else {
+    sync_warp();
+    cluster_sync();
+  }
+
+  RingPosition<Tile::kStages> ring;
+  uint32_t ticket_parity = 0;
+  if (warp < 4) {
+    setmaxnreg_decrease<Tile::kProducerRegisters>();
     if (warp == 0 && leader) {
-        prefetch_tensor_map(&problem.a);
-        prefetch_tensor_map(&problem.b);
-        prefetch_tensor_map(&problem.c);
-        if (problem.r) {
-            prefetch_tensor_map(&problem.p);
-            prefetch_tensor_map(&problem.wide);
+      for (;; ticket_parity ^= 1) {
+        mbarrier_wait_cluster(shared.ticket_full(), ticket_parity);
+        const auto ticket = ld_shared<uint32_t>(shared.ticket());
+        const auto epoch = ld_shared<uint32_t>(shared.epoch());
+        if (ticket >= schedule.count()) {
+          break;
         }
-        if (problem.w) {
-            prefetch_tensor_map(&problem.shrink);
-            prefetch_tensor_map(&problem.p_out);
-        }
-        if (problem.splits) {
-            prefetch_tensor_map(&problem.beyond);
-            prefetch_tensor_map(&problem.t);
-        }
-        for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
-            mbarrier_init(shared.full(stage), 1);
-            mbarrier_init(shared.empty(stage), kConsumerWarps * Tile::kCluster);
-        }
-        mbarrier_init(shared.ticket_full(), 1);
-        mbarrier_init(shared.ticket_empty(), (kConsumerWarps + 1) * Tile::kCluster);
-        fence_barrier_init();
+        load_item<Tile, kMajor, T>(shared, problem, epoch, own_place(ticket), rank, ring);
+      }
+    } else if (warp == 1 && leader && rank == 0) {
+      hand_out_tickets<Tile>(shared, problem.state, schedule.count());
     }
-    // Blocks touch each other's barriers, so all of the cluster must be ready.
-    if constexpr (Tile::kCluster == 1) {
-        sync_threads();
-    } else {
-        sync_warp();
-        cluster_sync();
+  } else {
+    setmaxnreg_increase<Tile::kConsumerRegisters>();
+    const uint32_t consumer = warp / 4 - 1;
+    const bool storing_thread = warp % 4 == 0 && leader;
+    for (;; ticket_parity ^= 1) {
+      mbarrier_wait_cluster(shared.ticket_full(), ticket_parity);
+      const auto ticket = ld_shared<uint32_t>(shared.ticket());
+      const auto epoch = ld_shared<uint32_t>(shared.epoch());
+      // All lanes have read them before one gives their place back.
+      sync_warp();
+      if (leader) {
+        mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
+      }
+      sync_warp();
+      if (ticket >= schedule.count()) {
+        break;
+      }
+      compute_item<Tile, kMajor, T>(shared, problem, epoch, own_place(ticket), consumer, storing_thread, ring);
     }
-
-    RingPosition<Tile::kStages> ring;
-    uint32_t ticket_parity = 0;
-    if (warp < 4) {
-        setmaxnreg_decrease<Tile::kProducerRegisters>();
-        if (warp == 0 && leader) {
-            for (;; ticket_parity ^= 1) {
-                mbarrier_wait_cluster(shared.ticket_full(), ticket_parity);
-                const auto ticket = ld_shared<uint32_t>(shared.ticket());
-                const auto epoch = ld_shared<uint32_t>(shared.epoch());
-                if (ticket >= schedule.count()) {
-                    break;
-                }
-                load_item<Tile, kMajor, T>(shared, problem, epoch, own_place(ticket), rank, ring);
-            }
-        } else if (warp == 1 && leader && rank == 0) {
-            hand_out_tickets<Tile>(shared, problem.state, schedule.count());
-        }
-    } else {
-        setmaxnreg_increase<Tile::kConsumerRegisters>();
-        const uint32_t consumer = warp / 4 - 1;
-        const bool storing_thread = warp % 4 == 0 && leader;
-        for (;; ticket_parity ^= 1) {
-            mbarrier_wait_cluster(shared.ticket_full(), ticket_parity);
-            const auto ticket = ld_shared<uint32_t>(shared.ticket());
-            const auto epoch = ld_shared<uint32_t>(shared.epoch());
-            // All lanes have read them before one gives their place back.
-            sync_warp();
-            if (leader) {
-                mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
-            }
-            sync_warp();
-            if (ticket >= schedule.count()) {
-                break;
-            }
-            compute_item<Tile, kMajor, T>(shared, problem, epoch, own_place(ticket), consumer, storing_thread, ring);
-        }
-        if (storing_thread) {
-            bulk_wait_read<0>();
-        }
+    if (storing_thread) {
+      bulk_wait_read<0>();
     }
-    // No block leaves while another may still reach into its shared memory.
-    if constexpr (Tile::kCluster > 1) {
-        sync_warp();
-        cluster_sync();
-    }
+  }
+  // No block leaves while another may still reach into its shared memory.
+  if constexpr (Tile::kCluster > 1) {
+    sync_warp();
+    cluster_sync();
+  }
 }
 
 }  // namespace nlora::cuda::sm90

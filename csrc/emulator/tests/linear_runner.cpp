@@ -6,59 +6,54 @@ namespace nlora::cuda::tests {
 namespace {
 
 struct LinearCase {
-    int32_t ampere;   // which engine
-    float scaling;
-    Matrix matrices[14];   // in the order of csrc/ops.h
+  int32_t ampere;   // which engine
+  float scaling;
+  Matrix matrices[14];   // in the order of csrc/ops.h
 };
 
 Queue queue(Context& context, bool ampere) {
 #ifdef __CUDACC__
-    (void)context, (void)ampere;
-    return {0, nullptr};
+  (void)context, (void)ampere;
+  return {0, nullptr};
 #else
-    context.architecture = ampere ? 80 : 90;
-    return {context.id, &context};
+  context.architecture = ampere ? 80 : 90;
+  return {context.id, &context};
 #endif
 }
 
 // x, weight, A, B, core, bias; y, T, folded.
 void run_forward(Context& context, const LinearCase& c) {
-    Matrices matrices(context);
-    auto in = [&](int i) { return matrices.input(c.matrices[i]); };
-    auto out = [&](int i) { return matrices.output(c.matrices[i]); };
-    forward(queue(context, c.ampere), in(0), in(1), in(2), in(3), in(4), in(5), out(6), out(7), out(8),
-                         c.scaling);
-    matrices.fetch();
+  Matrices matrices(context);
+  auto in = [&](int i) { return matrices.input(c.matrices[i]); };
+  auto out = [&](int i) { return matrices.output(c.matrices[i]); };
+  forward(queue(context, c.ampere), in(0), in(1), in(2), in(3), in(4), in(5), out(6), out(7), out(8), c.scaling);
+  matrices.fetch();
 }
 
 // dy, x, T, weight, A, B, core; dx, dA, dB, dcore, folded, shrunk, slices.
 void run_backward(Context& context, const LinearCase& c) {
-    Matrices matrices(context);
-    auto in = [&](int i) { return matrices.input(c.matrices[i]); };
-    auto out = [&](int i) { return matrices.output(c.matrices[i]); };
-    backward(queue(context, c.ampere), in(0), in(1), in(2), in(3), in(4), in(5), in(6), out(7), out(8),
-                          out(9), out(10), out(11), out(12), out(13), c.scaling);
-    matrices.fetch();
+  Matrices matrices(context);
+  auto in = [&](int i) { return matrices.input(c.matrices[i]); };
+  auto out = [&](int i) { return matrices.output(c.matrices[i]); };
+  backward(queue(context, c.ampere), in(0), in(1), in(2), in(3), in(4), in(5), in(6), out(7), out(8), out(9), out(10),
+           out(11), out(12), out(13), c.scaling);
+  matrices.fetch();
 }
 
 }  // namespace
 
-NLORA_ENTRY int run_linear_forward(const LinearCase* c, const Options* options,
-                                  Outcome* outcome) {
-    return guarded(*options, *outcome,
-                                  [&](Context& context) { run_forward(context, *c); });
+NLORA_ENTRY int run_linear_forward(const LinearCase* c, const Options* options, Outcome* outcome) {
+  return guarded(*options, *outcome, [&](Context& context) { run_forward(context, *c); });
 }
 
-NLORA_ENTRY int run_linear_backward(const LinearCase* c, const Options* options,
-                                   Outcome* outcome) {
-    return guarded(*options, *outcome,
-                                  [&](Context& context) { run_backward(context, *c); });
+NLORA_ENTRY int run_linear_backward(const LinearCase* c, const Options* options, Outcome* outcome) {
+  return guarded(*options, *outcome, [&](Context& context) { run_backward(context, *c); });
 }
 
 NLORA_ENTRY int64_t linear_slice_floats(int ampere, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB,
-                                       bool dcore) {
-    Context context;
-    return slice_floats(queue(context, ampere), m, k, n, r, dA, dB, dcore);
+                                        bool dcore) {
+  Context context;
+  return slice_floats(queue(context, ampere), m, k, n, r, dA, dB, dcore);
 }
 
 }  // namespace nlora::cuda::tests
