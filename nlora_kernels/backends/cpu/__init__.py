@@ -69,8 +69,10 @@ class Cpu(Lean):
         # Products that the library's tiles are too large for; and those whose time goes into calls.
         few, short = M <= 16, M * K * N <= 1 << 24
         if dtype != torch.float32:
-            # By pairs of bf16, 8 rows take as long as weight's way from memory.
-            if M <= 4 or M <= 8 and (short or dtype == torch.bfloat16):
+            # By pairs of bf16, 8 rows take as long as weight's way from memory. Of more, without AMX, the library's
+            # forward is no faster, and its dy·W takes ten times as long.
+            pairs = dtype == torch.bfloat16 and (M <= 8 or few and _C.cpu_tier() != "amx")
+            if M <= 4 or M <= 8 and short or pairs:
                 return "whole"
             return "adapter" if R <= 32 or short else "library"
         tier = _C.cpu_tier()
