@@ -5,7 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from .. import plotting
+from .. import plotting, study
 
 HELP = "draw what was trained or measured"
 CHECKOUT = Path(plotting.__file__).resolve().parents[1]
@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ranks.add_argument("--out", metavar="DIR", help="folder for the PNG files, default: the checkpoint's")
     ranks.set_defaults(plot=plotting.plot_ranks)
+    about = "methods compared: a table, curves of the loss and a forest plot"
+    compared = commands.add_parser("study", help=about, description=about)
+    compared.add_argument("file", help="what examples/compare.py wrote")
+    compared.add_argument("--out", metavar="DIR", help="folder for the Markdown and PNG files, default: the file's")
+    compared.set_defaults(plot=study.plot)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,0 +1,174 @@
+r"""Compare methods over learning rates, ranks and seeds on one task, and draw the study.
+
+    python examples/compare.py study.json --methods lora nlora lora2 --seeds 0 1 2 -- --task sst2 --data glue_data
+
+runs examples/glue.py (or, with --script finetune, examples/finetune.py) once for each method, rate, rank and seed; what
+follows -- goes to every run. Every method has the same number of rates: its own default times each of --factors. Runs
+that study.json has already are not run again, so that the same command goes on after Ctrl-C; --jobs run at once. At the
+end the table is printed and written, with curves of the loss and a forest plot, as `nlora-kernels plot study` does.
+
+--check N runs N of the finished cells again and compares their numbers.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from recipes.arguments import read_object, real, whole
+from recipes.glue import TASKS
+from recipes.methods import ADAPTERS, METHODS
+
+# Which metric a study ranks by, and whether more of it is better.
+SCRIPTS = {"glue": None, "finetune": ("loss", False)}
+
+
+class Cell(NamedTuple):
+    method: str
+    rank: int
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.method} rank={self.rank} lr={self.lr:g} seed={self.seed}"
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("study", type=Path, help="the JSON file that the study is kept in")
+    add("--script", choices=SCRIPTS, default="glue")
+    add("--methods", nargs="+", choices=METHODS, default=["lora", "slora", "nlora", "inttune", "lora2"])
+    add("--factors", nargs="+", type=real(0), default=[0.3, 1.0, 3.0], help="of each method's own learning rate")
+    add("--ranks", nargs="+", type=whole(1), default=[8])
+    add("--seeds", nargs="+", type=whole(0, 2**32 - 1), default=[0, 1, 2])
+    add("--jobs", type=whole(1), default=1, help="runs at once, each with its share of the cores")
+    add("--metric", help="(default: the task's first, or the held-out loss)")
+    add("--check", type=whole(0), default=0, metavar="N", help="run N finished cells again and compare")
+    args = parser.parse_args(own)
+    args.rest = rest
+    if args.script == "finetune" and (wrong := [m for m in args.methods if m not in ADAPTERS]):
+        parser.error(f"argument --methods: {wrong[0]} is not for --script finetune")
+    own = {"--method", "--lr", "--rank", "--seed", "--result", "--output"}
+    if taken := own & {word.partition("=")[0] for word in rest}:
+        parser.error(f"after -- must be what all runs share, got {min(taken)}")
+    existing = next(path for path in args.study.absolute().parents if path.exists())
+    if not existing.is_dir():
+        parser.error(f"argument study: {existing} is a file")
+    # Whatever the script would refuse it refuses now, and not once for every cell.
+    checked = importlib.import_module(args.script).parse_args([*rest, "--method", args.methods[0]])
+    args.task = getattr(checked, "task", None)
+    return args
+
+
+def cells(args) -> list[Cell]:
+    """Seeds last: a study that is stopped early has whole methods at few seeds and not few methods."""
+    rates = {m: METHODS[m].lr if args.script == "finetune" else METHODS[m].glue_lr for m in args.methods}
+    return [
+        Cell(method, rank, float(f"{factor * rates[method]:.3g}"), seed)
+        for seed in args.seeds
+        for rank in args.ranks
+        for method in args.methods
+        for factor in args.factors
+    ]
+
+
+def load_study(args) -> dict:
+    suffix = next(iter(TASKS[args.task].heldout)) if args.task else ""
+    metric, better = SCRIPTS[args.script] or (TASKS[args.task].metrics[0] + suffix, True)
+    study = {"script": args.script, "arguments": args.rest, "metric": args.metric or metric, "cells": {}}
+    # Of all metrics here a loss alone is better the lower it is.
+    study["higher_is_better"] = better if args.metric is None else not args.metric.endswith("loss")
+    if args.study.exists():
+        kept = read_object(args.study)
+        for name in ("script", "arguments"):
+            if kept.get(name) != study[name]:
+                raise SystemExit(
+                    f"{args.study} is a study with {name} {kept.get(name)}, not {study[name]}: take another"
+                )
+        study["cells"] = kept["cells"]
+    return study
+
+
+def run(cell: Cell, args) -> dict:
+    """One run in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        command = [sys.executable, str(Path(__file__).with_name(f"{args.script}.py")), *args.rest]
+        command += ["--method", cell.method, "--rank", cell.rank, "--lr", cell.lr, "--seed", cell.seed]
+        command += ["--output", folder, "--result", result]
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+        # Status 1 is of a run that ended and whose loss did not fall.
+        if not result.exists():
+            last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+            raise SystemExit(f"{cell.key}: {last}")
+        [entry] = json.loads(result.read_text())
+    return entry | {"rank": cell.rank, "seed": cell.seed}
+
+
+def save(study: dict, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_name(f".{file.name}.{os.getpid()}")
+    half.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+    half.replace(file)
+
+
+def run_all(todo: list[Cell], args, done) -> None:
+    """Calls done(cell, entry) as each ends; the first that fails ends the study, with what has ended kept."""
+    from tqdm import tqdm
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
+        futures = {pool.submit(run, cell, args): cell for cell in todo}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                done(futures[future], future.result())
+                bar.set_postfix_str(futures[future].key)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    study = load_study(args)
+    every = cells(args)
+
+    def keep(cell: Cell, entry: dict) -> None:
+        study["cells"][cell.key] = entry
+        save(study, args.study)
+
+    try:
+        run_all([cell for cell in every if cell.key not in study["cells"]], args, keep)
+    except KeyboardInterrupt:
+        print(f"stopped with {len(study['cells'])} of {len(every)} runs; the same command goes on", file=sys.stderr)
+        return 130
+    same = True
+
+    def compare(cell: Cell, entry: dict) -> None:
+        nonlocal same
+        kept = study["cells"][cell.key]
+        agrees = (entry["metrics"], entry["curve"]) == (kept["metrics"], kept["curve"])
+        same &= agrees
+        print(f"{cell.key}: {'the same numbers again' if agrees else 'OTHER NUMBERS'}")
+
+    run_all(every[: args.check], args, compare)
+    from nlora_kernels import study as report
+
+    report.plot(args.study)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Reports on a comparison of methods: a table, curves of the loss with bands, and a forest plot.
+
+A study is what examples/compare.py writes: {"metric": name, "higher_is_better": bool, "cells": {key: cell}}. A cell is
+one run with "method", "rank", "lr", "seed", "metrics", "trained", "seconds", "tokens_per_second", "peak_bytes" and
+"curve".
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import plotting
+
+HEADER = ["method", "rank", "lr", "rates", "n", "mean", "sd", "trained", "seconds", "tokens/s", "peak MiB"]
+
+
+class Row(NamedTuple):
+    """A method at a rank, with the learning rate of the best mean over seeds."""
+
+    method: str
+    rank: int
+    lr: float
+    rates: int  # how many were tried
+    values: list[float]  # of the metric, by seed
+    cells: list[dict[str, Any]]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def sd(self) -> float:
+        """Of a sample; not a number of one run."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else float("nan")
+
+    def mean_of(self, name: str) -> float:
+        return statistics.fmean(cell[name] for cell in self.cells)
+
+    def cells_of_table(self) -> list[str]:
+        return [
+            self.method,
+            str(self.rank),
+            f"{self.lr:g}",
+            str(self.rates),
+            str(len(self.values)),
+            f"{self.mean:.4f}",
+            "" if len(self.values) < 2 else f"{self.sd:.4f}",
+            f"{self.mean_of('trained'):,.0f}",
+            f"{self.mean_of('seconds'):.1f}",
+            f"{self.mean_of('tokens_per_second'):.0f}",
+            f"{self.mean_of('peak_bytes') / 2**20:.0f}",
+        ]
+
+
+def load(file: str | Path) -> dict[str, Any]:
+    """Raises ValueError if the file holds no study, or one without a finished run."""
+    file = Path(file)
+    study = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(study, dict) or not {"metric", "higher_is_better", "cells"} <= study.keys():
+        raise ValueError(f"file must hold a study of examples/compare.py, got {file}")
+    if not study["cells"]:
+        raise ValueError(f"file must hold a study with at least one finished run, got none in {file}")
+    return study
+
+
+def rows(study: dict[str, Any]) -> list[Row]:
+    """The best learning rate of each method and rank, in the order in which they were first run."""
+    sign = 1 if study["higher_is_better"] else -1
+    groups: dict[tuple[str, int], dict[float, list[dict]]] = {}
+    for cell in study["cells"].values():
+        groups.setdefault((cell["method"], cell["rank"]), {}).setdefault(cell["lr"], []).append(cell)
+    found = []
+    for (method, rank), rates in groups.items():
+        candidates = []
+        for lr, cells in rates.items():
+            cells = sorted(cells, key=lambda cell: cell["seed"])
+            values = [cell["metrics"][study["metric"]] for cell in cells]
+            candidates.append(Row(method, rank, lr, len(rates), values, cells))
+        # A rate that not all seeds have been run at does not win against one that has them.
+        most = max(len(row.values) for row in candidates)
+        found.append(max((row for row in candidates if len(row.values) == most), key=lambda row: sign * row.mean))
+    return found
+
+
+def markdown(study: dict[str, Any]) -> str:
+    lines = [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
+    lines += [f"| {' | '.join(row.cells_of_table())} |" for row in rows(study)]
+    about = "higher" if study["higher_is_better"] else "lower"
+    return "\n".join(lines) + f"\n\n{study['metric']}, {about} is better; each method at the best of its rates.\n"
+
+
+def draw_curves(found: list[Row], path: str | Path) -> None:
+    """Writes the training losses, mean and range over seeds, to a PNG."""
+    figure = plotting.new_figure(6.5, 4)
+    axes = figure.subplots()
+    for row in found:
+        # Steps that all seeds have logged.
+        curves = [dict(map(tuple, cell["curve"])) for cell in row.cells]
+        steps = sorted(set(curves[0]).intersection(*curves[1:]))
+        values = [[curve[step] for curve in curves] for step in steps]
+        [line] = axes.plot(steps, [statistics.fmean(v) for v in values], label=f"{row.method}, r = {row.rank}")
+        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def draw_forest(found: list[Row], metric: str, path: str | Path) -> None:
+    """Writes every method's mean, standard deviation and seeds on one axis to a PNG."""
+    figure = plotting.new_figure(6, 1.2 + 0.35 * len(found))
+    axes = figure.subplots()
+    for place, row in enumerate(found):
+        axes.errorbar(row.mean, place, xerr=row.sd if len(row.values) > 1 else None, fmt="s", color="black", capsize=3)
+        axes.scatter(row.values, [place] * len(row.values), s=12, color="tab:blue", zorder=3)
+    axes.set_yticks(range(len(found)), [f"{row.method}, r = {row.rank}" for row in found])
+    axes.invert_yaxis()
+    axes.set(xlabel=f"{metric}: mean ± sd, and each seed")
+    figure.savefig(path)
+
+
+def plot(file: str | Path, out: str | Path | None = None) -> None:
+    """Prints the table of a study, and writes it and its figures into the folder `out`, or beside the file.
+
+    Without matplotlib there is text alone, and a word of it on stderr. Raises ValueError as `load` does.
+    """
+    study, name = load(file), Path(file).stem
+    out = plotting.made_folder(out) if out else Path(file).parent
+    found = rows(study)
+    print(plotting.table(HEADER, [row.cells_of_table() for row in found]))
+    written = [out / f"{name}.md"]
+    written[0].write_text(markdown(study), encoding="utf-8")
+    try:
+        draw_curves(found, out / f"{name}-curves.png")
+        draw_forest(found, study["metric"], out / f"{name}-forest.png")
+        written += [out / f"{name}-curves.png", out / f"{name}-forest.png"]
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != "matplotlib":
+            raise
+        print("no PNG without matplotlib: pip install 'nlora_kernels[plot]'", file=sys.stderr)
+    print(f"\nwrote {', '.join(map(str, written))}")

@@ -1,0 +1,123 @@
+"""examples/compare.py and `plot study`: the runs it makes, how it goes on, and the numbers of its report."""
+
+import json
+import statistics
+import sys
+
+import pytest
+
+from nlora_kernels import cli, study
+from python_tests import ROOT
+
+pytest.importorskip("peft")
+pytest.importorskip("sklearn")
+sys.path.insert(0, str(ROOT / "examples"))
+import compare  # noqa: E402
+
+from .test_glue import model, write  # noqa: E402, F401
+
+
+@pytest.fixture
+def argv(model, tmp_path):  # noqa: F811
+    data = write(tmp_path / "data", "sst2")
+    own = [tmp_path / "out" / "study.json", "--methods", "lora", "sora", "--factors", "1", "3", "--seeds", "0", "1"]
+    shared = ["--task", "sst2", "--data", data, "--model", model, "--steps", "2", "--batch-size", "4"]
+    return list(map(str, [*own, "--ranks", "2", "--", *shared]))
+
+
+def test_a_study_from_its_runs_to_its_figures(argv, tmp_path, capsys, monkeypatch):
+    """Real processes, stopped after three and gone on with."""
+    original, count = compare.run, 0
+
+    def stopped(cell, args):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return original(cell, args)
+
+    argv[argv.index("--factors") : argv.index("--seeds")] = ["--factors", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(compare, "run", stopped)
+        assert compare.main(argv) == 130
+    assert "stopped with 2 of 4 runs; the same command goes on" in capsys.readouterr().err
+    file = tmp_path / "out" / "study.json"
+    assert len(json.loads(file.read_text())["cells"]) == 2
+    assert compare.main([argv[0], "--check", "1", *argv[1:]]) == 0
+    out = capsys.readouterr().out
+    assert "lora rank=2 lr=0.002 seed=0: the same numbers again" in out
+    kept = json.loads(file.read_text())
+    assert len(kept["cells"]) == 4 and kept["metric"] == "accuracy" and kept["higher_is_better"]
+    for name in ("study.md", "study-curves.png", "study-forest.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+    # Other arguments would be another study.
+    with pytest.raises(SystemExit, match="is a study with arguments .* take another"):
+        compare.main([*argv, "--max-length", "9"])
+
+
+def test_every_method_has_the_same_number_of_rates(argv):
+    args = compare.parse_args(argv)
+    every = compare.cells(args)
+    assert len(every) == len(set(every)) == 8
+    assert {cell.lr for cell in every if cell.method == "lora"} == {2e-3, 6e-3}
+    # Whole methods at one seed come first.
+    assert [cell.seed for cell in every] == [0] * 4 + [1] * 4
+
+
+def cell(method, lr, seed, value, **more):
+    options = {"metrics": {"accuracy": value}, "trained": 1000, "seconds": 2.0, "tokens_per_second": 50.0}
+    options |= {"peak_bytes": 2**20, "curve": [[1, 2.0 + seed], [2, 1.0]], "rank": 8}
+    return {"method": method, "lr": lr, "seed": seed, **options, **more}
+
+
+def test_the_table_has_the_best_rate_its_mean_and_its_spread(tmp_path, capsys):
+    values = {1e-3: [0.5, 0.6, 0.7], 1e-2: [0.8, 0.9, 0.7], 1e-1: [0.99]}
+    runs = [cell("lora", lr, seed, value) for lr, found in values.items() for seed, value in enumerate(found)]
+    runs.append(cell("nlora", 1e-2, 0, 0.4))
+    content = {"metric": "accuracy", "higher_is_better": True, "cells": dict(enumerate(runs))}
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps(content))
+    lora, nlora = study.rows(study.load(file))
+    # One lucky seed of a third rate is not better than three of another.
+    assert (lora.lr, lora.rates, lora.values) == (1e-2, 3, [0.8, 0.9, 0.7])
+    assert lora.mean == pytest.approx(0.8) and lora.sd == pytest.approx(statistics.stdev(values[1e-2]))
+    assert nlora.values == [0.4] and nlora.cells_of_table()[6] == ""
+    assert cli.main(["plot", "study", str(file), "--out", str(tmp_path / "figures")]) == 0
+    table = (tmp_path / "figures" / "s.md").read_text()
+    assert "| lora | 8 | 0.01 | 3 | 3 | 0.8000 | 0.1000 | 1,000 | 2.0 | 50 | 1 |" in table
+    content["higher_is_better"] = False
+    assert study.rows(content)[0].lr == 1e-3
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--methods", "dora"], "argument --methods: invalid choice: 'dora'"),
+        (["--script", "finetune", "--methods", "bitfit"], "argument --methods: bitfit is not for --script finetune"),
+        (["--", "--task", "sst2", "--data", "x", "--lr=1"], "after -- must be what all runs share, got --lr"),
+        (["--", "--task", "wnli", "--data", "x"], "argument --task: invalid choice: 'wnli'"),
+        (["--jobs", "0"], "argument --jobs: must be an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(argv, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        compare.main([str(tmp_path / "study.json"), *argv])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(argv, tmp_path):
+    (tmp_path / "data" / "SST-2" / "train.tsv").unlink()
+    with pytest.raises(SystemExit, match=r"lora rank=2 lr=0.002 seed=0: --data must be a folder with SST-2's"):
+        compare.main(argv)
+
+
+def test_files_that_hold_no_study(tmp_path, capsys):
+    file = tmp_path / "s.json"
+    for content, message in (
+        ("[]", "must hold a study"),
+        ('{"metric": "a", "higher_is_better": 1, "cells": {}}', "none"),
+    ):
+        file.write_text(content)
+        assert cli.main(["plot", "study", str(file)]) == 1
+        assert message in capsys.readouterr().err
