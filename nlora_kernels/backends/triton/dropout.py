@@ -1,4 +1,4 @@
-"""The mask of `backends.dropout` on the device: the same bits, computed for a tile where it lies in registers."""
+"""The mask of `backends.base.Dropout` on the device: the same bits, computed for a tile where it lies in registers."""
 
 import triton
 import triton.language as tl
