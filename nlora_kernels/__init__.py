@@ -11,9 +11,9 @@ from . import backends, init
 from .imports import when_imported
 from .modules import LoRA2Linear, NLoraLinear
 from .ops import lora2_core, lora2_linear, lora_linear
+from .versions import __version__
 
-__version__ = "0.1.0"
-__all__ = ["LoRA2Linear", "NLoraLinear", "backends", "init", "lora2_core", "lora2_linear", "lora_linear"]
+__all__ = ["LoRA2Linear", "NLoraLinear", "__version__", "backends", "init", "lora2_core", "lora2_linear", "lora_linear"]
 
 _LAZY = ("checkpoint", "cli", "lora2", "peft", "plotting", "trainer")
 

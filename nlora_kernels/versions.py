@@ -1,7 +1,9 @@
-"""The versions of other packages that this one works with: those that its metadata (pyproject.toml) states."""
+"""The version of this package, and those of others that it works with, which its metadata (pyproject.toml) states."""
 
 import importlib.metadata
 import warnings
+
+__version__ = "0.1.0"
 
 
 def check(extra: str, *packages: str) -> None:

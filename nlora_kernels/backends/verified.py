@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import cache
+from ..versions import __version__
+from .native import _C
 from .triton.tuning import rule, tables
 
 # Where the kernel modules of GPU drivers say their version.
@@ -79,9 +81,6 @@ def identity(index: int) -> dict[str, Any]:
 
 
 def identity_of(properties) -> dict[str, Any]:
-    from .. import __version__
-    from .native import _C
-
     sources = [*sorted(PACKAGE.glob("backends/**/*.py")), *tables.files(properties.name)]
     return {
         "gpu": properties.name,
