@@ -107,7 +107,7 @@ class Training:
         twin = copy.copy(self)
         with monkeypatch.context() as patch:
             # PEFT's own layers stand against their fused twins in plain PyTorch.
-            patch.setenv("NLORA_BACKEND", "reference")
+            patch.setattr(backends, "_preferred", "reference")
             twin.model = copy.deepcopy(self.model)
             if self.method == "peft":
                 fuse(twin.model)

@@ -5,8 +5,9 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import nn
+
+from .internals import DisableTorchFunction
 
 
 def commit(*steps: Callable[[], object], given: Callable[[], object] | None = None) -> bool:
@@ -20,7 +21,7 @@ def commit(*steps: Callable[[], object], given: Callable[[], object] | None = No
     """
     # A mode like that of torch.set_default_device would run Python after the operation. NOTE: no `with`, which an
     # interrupt can leave between its body and the call that ends it: the modes come back by a step.
-    without_modes = torch._C.DisableTorchFunction()
+    without_modes = DisableTorchFunction()
     modes_return = partial(without_modes.__exit__, None, None, None)
     all_steps = partial(deque, map(operator.call, steps), 0)
     first = (given,) if given else (partial(bool, 1),)

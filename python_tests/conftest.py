@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nlora_kernels import backends
+
 
 def folder(name: str) -> Path:
     """Found again from the folders of their own in which tests run scripts."""
@@ -29,6 +31,14 @@ def real_data(request) -> Path:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def prefer():
+    """`backends.prefer` for the rest of a test."""
+    before = backends.preferred()
+    yield backends.prefer
+    backends.prefer(before)
 
 
 @pytest.fixture

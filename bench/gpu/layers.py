@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import importlib
-import os
 
 import torch
 import torch.nn.functional as F
@@ -352,14 +351,11 @@ def penalise(machine, form) -> None:
 @contextlib.contextmanager
 def named(backend):
     """Calls that name no backend take this one."""
-    before = os.environ.get("NLORA_BACKEND")
-    os.environ["NLORA_BACKEND"] = backend
+    before = nk.backends.prefer(backend)
     try:
         yield
     finally:
-        os.environ.pop("NLORA_BACKEND")
-        if before is not None:
-            os.environ["NLORA_BACKEND"] = before
+        nk.backends.prefer(before)
 
 
 def random(machine, *shape, dtype):

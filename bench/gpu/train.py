@@ -1,7 +1,6 @@
 """One step of fine-tuning a model of a billion parameters, random weights, with NLoRA in every linear layer."""
 
 import functools
-import os
 import statistics
 
 import torch
@@ -9,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nlora_kernels.peft as nlora
+from nlora_kernels import backends
 
 # Hidden size, size of the feed-forward part, layers, heads, their keys and values, vocabulary: as Llama-3.2-1B.
 SHAPE = (2048, 8192, 16, 32, 8, 32_000)
@@ -44,7 +44,7 @@ def step(machine, method) -> dict:
     if method == "peft":
         model = get_peft_model(model, LoraConfig(**options, init_lora_weights=True))
     else:
-        os.environ["NLORA_BACKEND"] = "lean" if machine.rehearsal else method
+        backends.prefer("lean" if machine.rehearsal else method)
         model = get_peft_model(model, nlora.NLoraConfig(**options, init_lora_weights="slora"))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)

@@ -10,8 +10,9 @@ import os
 import torch
 from torch import Tensor
 
+from ..internals import constant_in_compiled_code
 from . import native, verified
-from .base import Backend, Call, Dropout, Grads, Needs
+from .base import Backend, Call, Dropout, Factors, Grads, Needs
 from .cpu import Cpu
 from .cuda import Cuda
 from .lean import Lean
@@ -25,12 +26,15 @@ __all__ = [
     "Backend",
     "Call",
     "Dropout",
+    "Factors",
     "Grads",
     "Needs",
     "available",
     "drops_inside",
     "forget",
+    "makes_core",
     "native",
+    "prefer",
     "preferred",
     "select",
     "verified",
@@ -44,34 +48,50 @@ TABLE: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Cuda()
 # Kernels of ours for GPUs, which `verify` proves on the user's own.
 ON_GPU = tuple(name for name, backend in TABLE.items() if backend.proved_for)
 
-_ENVIRONMENT, _VARIABLE = os.environ._data, os.environ.encodekey("NLORA_BACKEND")
-
 
 def available() -> dict[str, str | None]:
     """{backend name: None if it can run on this machine, else every reason why it cannot}."""
     return {name: backend.unavailable() for name, backend in TABLE.items()}
 
 
+# NOTE: os.environ.get raises and catches a KeyError at every call, which costs as much as everything else in `select`.
+_preferred = os.environ.get("NLORA_BACKEND") or None
+
+
 def preferred() -> str | None:
-    """The backend that NLORA_BACKEND gives to calls that name none."""
-    # NOTE: os.environ.get encodes and decodes at every call, which costs as much as everything else in `select`.
-    value = _ENVIRONMENT.get(_VARIABLE)
-    return value and os.environ.decodevalue(value)
+    """The backend of calls that name none: what `prefer` was given last, at first NLORA_BACKEND as it was at import."""
+    return _preferred
+
+
+def prefer(name: str | None) -> str | None:
+    """Gives calls that name no backend this one; None leaves them the best one. Returns what was preferred before.
+
+    ValueError for a name that `available` does not know.
+    """
+    global _preferred
+    if name:
+        _check(name)
+    before, _preferred = _preferred, name or None
+    return before
+
+
+def _check(name: str) -> None:
+    if name not in TABLE:
+        raise ValueError(f"backend must be one of {', '.join(sorted(TABLE))}, got {name!r}")
 
 
 def select(name: str | None, first: Tensor, call: Call | None = None, operation: str = "forward") -> Backend:
     """The backend for a call whose first tensor, x or dy, is `first`.
 
-    `name`, or NLORA_BACKEND where no name is given, is taken as it stands: ValueError if it is unknown, cannot run here
+    `name`, or what is `preferred` where there is none, is taken as it is: ValueError if it is unknown, cannot run here
     or cannot take this call. Without a name: on a GPU the fastest that passed `verify` there, can take the call and is
     faster than "lean" at this `operation` ("forward", "backward", "lora2_core", "initialisation", "lora2_training");
     else the first of the table that can take the call and is verified on hardware of the tensors' kind.
     """
-    name = name or preferred()
+    name = name or _preferred
     if name:
-        backend = TABLE.get(name)
-        if backend is None:
-            raise ValueError(f"backend must be one of {', '.join(sorted(TABLE))}, got {name!r}")
+        _check(name)
+        backend = TABLE[name]
         reason = backend.unavailable() or (backend.unsupported(call) if call else None)
         if reason:
             raise ValueError(f"backend {name!r} cannot take this call: {reason}")
@@ -93,10 +113,12 @@ def select(name: str | None, first: Tensor, call: Call | None = None, operation:
 
 def makes_core(name: str | None) -> bool:
     """Whether a call on the CPU may hold LoRA²'s factors in place of its core; `register` makes it where need be."""
-    name = name or preferred()
+    name = name or _preferred
     return TABLE[name].makes_core if name in TABLE else not name
 
 
+# Neither table, environment nor files can be traced.
+@constant_in_compiled_code
 def drops_inside(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether dropout belongs inside the operation for a dtype on a device, because the backend there gains by it."""
     name = preferred()
@@ -109,11 +131,6 @@ def drops_inside(device: torch.device, dtype: torch.dtype) -> bool:
         backend.drops_inside and device.type in backend.verified_on and not backend.unavailable()
         for backend in TABLE.values()
     )
-
-
-# NOTE: compiled code takes the answer for a constant, for neither table, environment nor files can be traced. This is
-# what torch.compiler.assume_constant_result does after it has imported the compiler.
-drops_inside._dynamo_marked_constant = True
 
 
 def _on_gpu(operation: str, first: Tensor, call: Call | None) -> tuple[Backend, ...]:

@@ -106,7 +106,8 @@ class Call(NamedTuple):
     """One call of `lora_linear`, every argument checked: x (M, K) in any strides, weight (N, K) and bias (N,) in x's
     dtype, lora_A (R, K), lora_N (R, R) or None and lora_B (N, R) in any floating dtype.
 
-    x is None in a backward that has been promised not to need it, and so is the bias in every backward.
+    x is None in a backward that has been promised not to need it, and so is the bias in every backward. On its way to a
+    backend x is (..., K) until `ops.autograd` makes it flat.
     """
 
     x: Tensor | None

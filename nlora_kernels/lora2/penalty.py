@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.autograd import composing
+from ..internals import composing, plain_apply
 from .kernels import kernels
 from .layers import layers
 
@@ -90,8 +90,7 @@ class _OrthogonalPenalty(torch.autograd.Function):
         return None, None, *grads
 
 
-# NOTE: Function.apply itself first looks through all arguments for what torch.func may have left behind.
-_penalty = super(torch.autograd.Function, _OrthogonalPenalty).apply
+_penalty = plain_apply(_OrthogonalPenalty)
 
 
 def _weight(form: str, terms: Sequence[str], tensors: Sequence[Tensor]) -> float:

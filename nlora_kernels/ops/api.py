@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..backends import REFERENCE
+from ..backends import REFERENCE, Call, Dropout, Factors
 from . import autograd
 from .checks import check_lora2_core, check_lora_linear, check_memory, fits, fits_core, foreign
 
@@ -68,11 +68,11 @@ def lora_linear(
             return handle_torch_function(lora_linear, tensors, *tensors, **options)
         check_lora_linear(*tensors, scaling)
         composed = foreign(**dict(zip(_NAMES, tensors, strict=True)))
-    seed = _drawn_seed(x, dropout, seed) if dropout else None
+    call = Call(*tensors, scaling, _dropout(x, dropout, seed) if dropout else None)
     if composed:
-        return _composed(composed, (*tensors, scaling, dropout, seed))
+        return _composed(composed, call)
     try:
-        return autograd.linear(*tensors, scaling, dropout, seed, backend or "")
+        return autograd.linear(call, backend)
     except (RuntimeError, ValueError):
         check_memory(**dict(zip(_NAMES, tensors, strict=True)))
         raise
@@ -94,13 +94,13 @@ def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | No
         TypeError: an argument is no tensor, or the dtypes differ.
         ValueError: shapes or devices do not fit.
     """
-    parts = lora_u, lora_E, lora_U, mask
-    if has_torch_function(parts):
-        return handle_torch_function(lora2_core, parts, *parts)
-    check_lora2_core(*parts)
-    if foreign(lora_u=lora_u, lora_E=lora_E, lora_U=lora_U, mask=mask):
-        return REFERENCE.lora2_core(*parts)
-    return autograd.core(*parts)
+    factors = Factors(lora_u, lora_E, lora_U, mask)
+    if has_torch_function(factors):
+        return handle_torch_function(lora2_core, factors, *factors)
+    check_lora2_core(*factors)
+    if foreign(**factors._asdict()):
+        return REFERENCE.lora2_core(*factors)
+    return autograd.core(*factors)
 
 
 def lora2_linear(
@@ -131,53 +131,52 @@ def lora2_linear(
 
     Returns, gradients and errors are those of `lora_linear` and `lora2_core`.
     """
-    parts = lora_u, lora_E, lora_U, mask
+    factors = Factors(lora_u, lora_E, lora_U, mask)
     tensors = x, weight, lora_v, lora_u, lora_E, lora_U, lora_V, mask, bias
     composed = False
-    if not (fits(x, weight, lora_v, lora_V, None, bias, scaling) and fits_core(lora_v, *parts)):
+    if not (fits(x, weight, lora_v, lora_V, None, bias, scaling) and fits_core(lora_v, *factors)):
         if has_torch_function(tensors):
             options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
             return handle_torch_function(lora2_linear, tensors, *tensors, **options)
-        check_lora2_core(*parts)
+        check_lora2_core(*factors)
         # Stands for the core, which has yet to be made.
-        core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
+        made = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
         names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
-        check_lora_linear(x, weight, lora_v, lora_V, core, bias, scaling, names)
+        check_lora_linear(x, weight, lora_v, lora_V, made, bias, scaling, names)
         composed = foreign(**dict(zip(_LORA2_NAMES, tensors, strict=True)))
-    seed = _drawn_seed(x, dropout, seed) if dropout else None
-    call = x, weight, lora_v, lora_V, parts, bias, scaling, dropout, seed
+    call = Call(x, weight, lora_v, lora_V, factors, bias, scaling, _dropout(x, dropout, seed) if dropout else None)
     if composed:
         return _composed(composed, call)
     try:
-        return autograd.linear(*call, backend or "")
+        return autograd.linear(call, backend)
     except (RuntimeError, ValueError):
         check_memory(**dict(zip(_LORA2_NAMES, tensors, strict=True)))
         raise
 
 
-def _composed(foreign: str, call: tuple) -> Tensor:
+def _composed(foreign: str, call: Call) -> Tensor:
     """A call with tensors of types that PyTorch's own operations may know, but no kernel."""
     try:
-        return autograd.composed(*call)
+        return autograd.composed(call)
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise TypeError(f"{foreign}, which PyTorch cannot compute with here: {error}") from error
 
 
-def _drawn_seed(x: Tensor, dropout: float, seed: int | Tensor | None) -> Tensor:
-    """The seed as an int64 scalar on x's device, drawn there if none is given, so that nothing waits for a device."""
-    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
-        raise TypeError(f"dropout must be a real number, got {type(dropout).__name__}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be within [0, 1], got {dropout}")
+def _dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Dropout:
+    """Its seed is an int64 scalar on x's device, drawn there if none is given, so that nothing waits for a device."""
+    if isinstance(p, bool) or not isinstance(p, numbers.Real):
+        raise TypeError(f"dropout must be a real number, got {type(p).__name__}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout must be within [0, 1], got {p}")
     if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+        return Dropout(p, torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device))
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
             got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
             raise ValueError(f"seed must hold one int64 on {x.device}, got {got}")
-        return seed.view(())
+        return Dropout(p, seed.view(()))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, a Tensor or None, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
-    return torch.full((), seed, dtype=torch.int64, device=x.device)
+    return Dropout(p, torch.full((), seed, dtype=torch.int64, device=x.device))

@@ -11,21 +11,20 @@ PyTorch's own operations on the inputs, which can be differentiated as often as 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..backends import REFERENCE, Call, Dropout, Needs, makes_core
-from ..backends.base import Factors
+from .. import internals
+from ..backends import REFERENCE, Backend, Call, Dropout, Factors, Grads, Needs
+from ..internals import composing, watched
 from . import register
 from .checks import resolved
-from .register import watched
 
-# The mode of vmap in torch.autograd.grad, for a batch of gradients.
-_VMAP = torch._C._parse_dispatch_key("VmapMode")
+_NO_FACTORS = None, None, None, None
 
 
-def linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend) -> Tensor:
-    """lora_N is a tensor, None, or u, E, U and mask, of which it is the core."""
-    parts = lora_N if type(lora_N) is tuple else None
+def linear(call: Call, backend: str | None) -> Tensor:
+    """y of a checked call; x may have any leading dimensions."""
+    x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout = call
+    factors = lora_N if type(lora_N) is Factors else None
     # NOTE: spelt out, here and in the checks: at a few tokens the layer costs less than a generator over its arguments.
     trains = torch.is_grad_enabled() and (
         x.requires_grad
@@ -34,177 +33,145 @@ def linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, back
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or (
-            (parts[0].requires_grad or parts[1].requires_grad or parts[2].requires_grad)
-            if parts
+            (factors[0].requires_grad or factors[1].requires_grad or factors[2].requires_grad)
+            if factors
             else lora_N is not None and lora_N.requires_grad
         )
     )
     # Whether anything but plain eager mode is active that the operators or their parts must be shown to.
     shown = watched()
-    traced = False
-    if shown or forward_ad._current_level >= 0:
-        if composing():
-            return composed(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed)
-        traced = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    if shown or internals.dual():
+        if composing(shown):
+            return composed(call)
+        trains = trains and not internals.tracing()
     elif not x.is_cpu:
         # NOTE: on a CPU the extension, which reads every tensor itself, does it.
         weight, lora_A, lora_B, bias = resolved(weight, lora_A, lora_B, bias)
-        lora_N, parts = (None, tuple(resolved(*parts))) if parts else (*resolved(lora_N), None)
-    if torch._C._is_any_autocast_enabled():
+        if factors:
+            lora_N = factors = Factors(*resolved(*factors))
+        else:
+            (lora_N,) = resolved(lora_N)
+    if internals.any_autocast():
         # Outside of the Function, so that what it keeps is what it got.
         x = x.to(_operand_dtype(x))
-    if trains and not traced:
-        function = _Lora2Linear if parts else _LoraLinear
-        apply = function.apply if shown else function.apply_plainly
-        return apply(x, weight, lora_A, lora_B, *(parts or (lora_N,)), bias, scaling, dropout, seed, backend, shown)
-    if parts:
-        lora_N = _core_or_factors(x, parts, backend, shown)
+    if trains:
+        apply = _Linear.apply if shown else _apply_plainly
+        p, seed = dropout or (0.0, None)
+        options = scaling, p, backend, shown
+        inner = (None, *factors) if factors else (lora_N, *_NO_FACTORS)
+        return apply(x, weight, lora_A, lora_B, *inner, bias, seed, options)
     weight, bias = _cast(weight, bias, x.dtype)
-    forward = register.forward if shown else register.forward.plainly
-    y, _ = forward(_rows(x), weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend)
-    return _unflatten(y, x)
+    rows = _rows(x)
+    if not (rows is call.x and weight is call.weight and bias is call.bias and lora_N is call.lora_N and x.is_cpu):
+        call = Call(rows, weight, lora_A, lora_B, lora_N, bias, scaling, dropout)
+    return _unflatten(register.forward(call, backend, shown)[0], x)
 
 
-def core(lora_u, lora_E, lora_U, mask, backend="") -> Tensor:
+def core(lora_u, lora_E, lora_U, mask, backend=None) -> Tensor:
     """U·diag(E ⊙ mask)·u"""
-    tensors = (lora_u, lora_E, lora_U)
+    factors = Factors(lora_u, lora_E, lora_U, mask)
     if composing():
-        return REFERENCE.lora2_core(*tensors, mask)
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-        return register.core_forward(*tensors, mask, backend)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Lora2Core.apply(*tensors, mask, backend)
-    return register.core_forward(*tensors, mask, backend)
+        return REFERENCE.lora2_core(*factors)
+    if torch.is_grad_enabled() and not internals.tracing() and any(t.requires_grad for t in factors[:3]):
+        return _Core.apply(*factors, backend)
+    return register.core_forward(factors, backend, watched())
 
 
-def composing() -> bool:
-    """Whether a transform of torch.func, forward mode or the export to ONNX wants PyTorch's own operations."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        return True
-    return watched() and (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_local_include_set().has(_VMAP)
-        or (torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export())
-    )
-
-
-def composed(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed) -> Tensor:
-    """The operation as differentiable operations of PyTorch; arguments as for `linear`."""
-    x = x.to(_operand_dtype(x))
-    weight, bias = _cast(weight, bias, x.dtype)
+def composed(call: Call) -> Tensor:
+    """The operation as differentiable operations of PyTorch."""
+    x = call.x.to(_operand_dtype(call.x))
+    weight, bias = _cast(call.weight, call.bias, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        if type(lora_N) is tuple:
-            lora_N = REFERENCE.lora2_core(*lora_N)
-        A, B, N = Call(x, weight, lora_A, lora_B, lora_N).adapter
-        dropped = Dropout(dropout, seed)(_rows(x)).view(x.shape) if dropout else x
-        T = F.linear(dropped, A)
-        return F.linear(x, weight, bias) + scaling * F.linear(T if N is None else F.linear(T, N), B)
+        if type(call.lora_N) is Factors:
+            call = call._replace(lora_N=REFERENCE.lora2_core(*call.lora_N))
+        A, B, N = call._replace(weight=weight).adapter
+        T = F.linear(call.drop(_rows(x)).view(x.shape) if call.dropout else x, A)
+        return F.linear(x, weight, bias) + call.scaling * F.linear(T if N is None else F.linear(T, N), B)
 
 
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, shown):
-        needs, options = ctx.needs_input_grad[:6], (scaling, dropout, seed, backend)
-        return _linear_forward(ctx, needs, shown, x, weight, lora_A, lora_B, lora_N, bias, *options)
+class _Linear(torch.autograd.Function):
+    """`options`: scaling, p of the dropout, backend, and whether operators are to be shown."""
 
     @staticmethod
-    def backward(ctx, dy):
-        return *_linear_backward(ctx, ctx.saved_tensors, dy), None, None, None, None, None
-
-
-class _Lora2Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, x, weight, lora_v, lora_V, lora_u, lora_E, lora_U, mask, bias, scaling, dropout, seed, backend, shown
-    ):
-        dx, dweight, dv, dV, du, dE, dU, _, dbias = ctx.needs_input_grad[:9]
-        needs = dx, dweight, dv, dV, du or dE or dU, dbias
-        parts = lora_u, lora_E, lora_U, mask
-        core = _core_or_factors(x, parts, backend, shown)
-        options = scaling, dropout, seed, backend
-        return _linear_forward(ctx, needs, shown, x, weight, lora_v, lora_V, core, bias, *options, parts=parts)
+    def forward(ctx, x, weight, lora_A, lora_B, lora_N, lora_u, lora_E, lora_U, mask, bias, seed, options):
+        scaling, p, backend, shown = options
+        dx, dweight, dA, dB, dN, du, dE, dU, _, dbias, _, _ = ctx.needs_input_grad
+        factors = None
+        if lora_u is not None:
+            lora_N = factors = Factors(lora_u, lora_E, lora_U, mask)
+            dN = du or dE or dU
+        w, b = _cast(weight, bias, x.dtype)
+        call = Call(_rows(x), w, lora_A, lora_B, lora_N, b, scaling, Dropout(p, seed) if p else None)
+        y, T, core, backend = register.forward(call, backend, shown)
+        needs = Needs(dx, dweight, dA, dB, dN, dbias)
+        # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
+        _keep(ctx, x, T, weight, call, core, bias, needs, backend, factors)
+        return _unflatten(y, x)
 
     @staticmethod
     def backward(ctx, dy):
         # NOTE: read once, for activation checkpointing gives them out once.
-        *saved, lora_u, lora_E, lora_U, mask = ctx.saved_tensors
-        parts = lora_u, lora_E, lora_U, mask
-        if _differentiates():
-            # The core as a function of its parts.
-            saved[5] = REFERENCE.lora2_core(*parts)
-        elif saved[5] is None:
-            saved[5] = register.core_forward(*parts, ctx.call[3]) if register.dispatched(dy) else Factors(*parts)
-        dx, dweight, dv, dV, dcore, dbias = _linear_backward(ctx, saved, dy)
+        saved = ctx.saved_tensors
+        factors = Factors(*saved[7:]) if len(saved) > 7 else None
+        dx, dweight, dA, dB, dN, dbias = _linear_backward(ctx, saved, factors, dy)
         du = dE = dU = None
-        if type(dcore) is tuple:
-            du, dE, dU = dcore
-        elif dcore is not None:
-            du, dE, dU = _core_backward(dcore, *parts, ctx.call[3])
-        return dx, dweight, dv, dV, du, dE, dU, None, dbias, None, None, None, None, None
+        if factors and dN is not None:
+            du, dE, dU = dN if type(dN) is tuple else _core_backward(dN, factors, ctx.call[-1])
+            dN = None
+        return dx, dweight, dA, dB, dN, du, dE, dU, None, dbias, None, None
 
 
-class _Lora2Core(torch.autograd.Function):
+_apply_plainly = internals.plain_apply(_Linear)
+
+
+class _Core(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lora_u, lora_E, lora_U, mask, backend):
         ctx.save_for_backward(lora_u, lora_E, lora_U, mask)
         ctx.backend = backend
-        return register.core_forward(lora_u, lora_E, lora_U, mask, backend)
+        return register.core_forward(Factors(lora_u, lora_E, lora_U, mask), backend, watched())
 
     @staticmethod
     def backward(ctx, d_core):
-        du, dE, dU = _core_backward(d_core, *ctx.saved_tensors, ctx.backend)
-        return du, dE, dU, None, None
+        return *_core_backward(d_core, Factors(*ctx.saved_tensors), ctx.backend), None, None
 
 
-for _function in (_LoraLinear, _Lora2Linear):
-    # NOTE: Function.apply itself first looks through all arguments for what torch.func may have left behind, which
-    # `linear` has ruled out.
-    _function.apply_plainly = super(torch.autograd.Function, _function).apply
-
-
-def _linear_forward(
-    ctx, needs, shown, x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, parts=()
-) -> Tensor:
-    w, b = _cast(weight, bias, x.dtype)
-    forward = register.forward if shown else register.forward.plainly
-    y, T = forward(_rows(x), w, lora_A, lora_B, lora_N, b, scaling, dropout, seed, backend)
-    _keep(ctx, needs, x, T, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, parts)
-    return _unflatten(y, x)
-
-
-def _keep(ctx, needs, x, T, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend, parts=()) -> None:
+def _keep(ctx, x, T, weight, call: Call, core, bias, needs: Needs, backend, factors: Factors | None = None) -> None:
+    dropout = call.dropout
     ctx.save_for_backward(
-        x if needs[1] or needs[2] else None,
-        T if needs[3] or needs[4] else None,
-        # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
+        x if needs.weight or needs.lora_A else None,
+        T if needs.lora_B or needs.lora_N else None,
         weight,
-        lora_A,
-        lora_B,
-        # NOTE: the factors are kept as parts.
-        None if type(lora_N) is Factors else lora_N,
-        seed,
-        *parts,
+        call.lora_A,
+        call.lora_B,
+        core,
+        dropout and dropout.seed,
+        *(factors or ()),
     )
-    ctx.call = scaling, dropout, needs, backend, x.shape, None if bias is None else bias.dtype
+    ctx.call = call.scaling, dropout and dropout.p, needs, needs.bias and bias.dtype, backend
 
 
-def _linear_backward(ctx, saved, dy) -> tuple[Tensor | None, ...]:
-    x, T, weight, lora_A, lora_B, lora_N, seed = saved
-    scaling, dropout, needs, backend, x_shape, bias_dtype = ctx.call
-    dy = _rows(dy)
-    rows = None if x is None else _rows(x)
+def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
+    x, T, weight, lora_A, lora_B, lora_N, seed = saved[:7]
+    scaling, p, needs, bias_dtype, backend = ctx.call
+    rows, shown = _rows(dy), watched()
+    # A backward that is itself differentiated, or runs for a batch of gradients or beside tangents.
+    differentiates = torch.is_grad_enabled() or composing(shown)
+    if factors and differentiates:
+        # The core as a function of its factors.
+        lora_N = REFERENCE.lora2_core(*factors)
+    elif factors and lora_N is None:
+        lora_N = factors
     w = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
-    if _differentiates():
-        call = dy, rows, T, w, lora_A, lora_B, lora_N, scaling
-        dx, dweight, dA, dB, dN, dbias = _differentiable_backward(*call, dropout, seed, Needs(*needs))
+    x = None if x is None else _rows(x)
+    call = Call(x, w, lora_A, lora_B, lora_N, None, scaling, p and Dropout(p, seed))
+    if differentiates:
+        grads = _differentiable_backward(call, rows, T, needs)
     else:
-        call = dy, rows, T, w, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend
-        computed = iter(register.backward(*call))
-        dx, dweight, dA, dB, dN, dbias = [next(computed) if needed else None for needed in needs]
-    if dx is not None and len(x_shape) != 2:
-        dx = dx.view(x_shape)
+        grads = register.backward(call, rows, T, needs, backend, shown)
+    dx, dweight, dA, dB, dN, dbias = grads
+    if dx is not None:
+        dx = _unflatten(dx, dy)
     if dweight is not None:
         dweight = dweight.to(weight.dtype)
     if dbias is not None:
@@ -212,65 +179,40 @@ def _linear_backward(ctx, saved, dy) -> tuple[Tensor | None, ...]:
     return dx, dweight, dA, dB, dN, dbias
 
 
-def _core_or_factors(x, parts, backend, shown) -> Tensor | Factors:
-    """LoRA²'s core, or what the backend itself makes it of."""
-    if not shown and x.is_cpu and makes_core(backend):
-        return Factors(*parts)
-    return register.core_forward(*parts, backend)
-
-
-def _differentiates() -> bool:
-    """Whether a backward is itself differentiated, or runs for a batch of gradients or beside tangents."""
-    return torch.is_grad_enabled() or composing()
-
-
-def _differentiable_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs: Needs):
-    drop = Dropout(dropout, seed) if dropout else None
+def _differentiable_backward(call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
     with torch.autocast(dy.device.type, enabled=False):
-        if x is not None:
+        if call.x is not None:
             # T as a function of its factors.
-            T = (drop(x) if drop else x) @ lora_A.to(x.dtype).T
+            T = call.drop(call.x) @ call.lora_A.to(call.x.dtype).T
         elif needs.x and (needs.lora_B or needs.lora_N):
             raise RuntimeError(
                 "second derivatives need x, which is not kept where lora_A is frozen: call lora_A.requires_grad_(), or "
                 "use torch.func, which keeps it"
             )
-        return REFERENCE.backward(Call(x, weight, lora_A, lora_B, lora_N, None, scaling, drop), dy, T, needs)
+        return REFERENCE.backward(call, dy, T, needs)
 
 
-def _core_backward(d_core, lora_u, lora_E, lora_U, mask, backend) -> tuple[Tensor, Tensor, Tensor]:
-    if _differentiates():
-        return REFERENCE.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
-    return register.core_backward(d_core, lora_u, lora_E, lora_U, mask, backend)
+def _core_backward(d_core: Tensor, factors: Factors, backend: Backend | str | None) -> tuple[Tensor, Tensor, Tensor]:
+    shown = watched()
+    if torch.is_grad_enabled() or composing(shown):
+        return REFERENCE.lora2_core_backward(d_core, *factors)
+    return register.core_backward(d_core, factors, backend, shown)
 
 
 # The operators by themselves, as a trace or an exported program calls them.
 
 
 def _keep_of_operator(ctx, inputs, output) -> None:
-    x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend = inputs
+    *tensors, scaling, p, seed, backend = inputs
     ctx.set_materialize_grads(False)
-    _keep(
-        ctx,
-        ctx.needs_input_grad[:6],
-        x,
-        output[1],
-        weight,
-        lora_A,
-        lora_B,
-        lora_N,
-        bias,
-        scaling,
-        dropout,
-        seed,
-        backend,
-    )
+    call = Call(*tensors, scaling, Dropout(p, seed) if p else None)
+    _keep(ctx, call.x, output[1], call.weight, call, call.lora_N, call.bias, Needs(*ctx.needs_input_grad[:6]), backend)
 
 
 def _operator_backward(ctx, dy, dT):
     if dT is not None:
         raise RuntimeError("nlora_kernels::lora_linear has no derivative of its second result, x·Aᵀ")
-    return *_linear_backward(ctx, ctx.saved_tensors, dy), None, None, None, None
+    return *_linear_backward(ctx, ctx.saved_tensors, None, dy), None, None, None, None
 
 
 def _keep_of_core(ctx, inputs, output) -> None:
@@ -279,7 +221,7 @@ def _keep_of_core(ctx, inputs, output) -> None:
 
 
 torch.library.register_autograd("nlora_kernels::lora_linear", _operator_backward, setup_context=_keep_of_operator)
-torch.library.register_autograd("nlora_kernels::lora2_core", _Lora2Core.backward, setup_context=_keep_of_core)
+torch.library.register_autograd("nlora_kernels::lora2_core", _Core.backward, setup_context=_keep_of_core)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -295,7 +237,7 @@ def _unflatten(y: Tensor, x: Tensor) -> Tensor:
 def _operand_dtype(x: Tensor) -> torch.dtype:
     """What autocast casts the operands of F.linear to: all but fp64."""
     device = x.device.type
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if internals.any_autocast() and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

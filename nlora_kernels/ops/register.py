@@ -1,4 +1,10 @@
-"""The registered operators, which every tracer, mode and counter sees. Tensors are flat: x (M, in), dy (M, out)."""
+"""The operators as torch.library has them, which every tracer, mode and counter sees: the one place where a call is a
+flat list, as its schema is. Tensors are matrices: x (M, in), dy (M, out).
+
+Where nothing is `watched` the backend is called past the dispatcher, which costs as much as a small layer's checks. A
+backend that is chosen in forward is kept for backward, but on a GPU, where the record of `verify` may have another for
+it.
+"""
 
 import functools
 
@@ -6,76 +12,98 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Call, Dropout, Needs
-from ..backends.base import PLAIN, Factors
+from ..backends import Backend, Call, Dropout, Factors, Grads, Needs
+from ..backends.base import PLAIN
 from ..imports import when_imported
-
-# What PyTorch itself keeps active while nothing but plain eager mode is.
-_ORDINARY = torch._C._dispatch_tls_local_include_set().raw_repr()
+from ..internals import any_autocast
 
 
-def watched() -> bool:
-    """Whether anything beyond plain eager mode is active that wants to see operators.
+def forward(call: Call, backend: str | None, shown: bool) -> tuple[Tensor, Tensor, Tensor | None, Backend | str | None]:
+    """y, T, the core unless the backend made it itself, and what `backward` is to be given."""
+    core = call.lora_N
+    if type(core) is Factors:
+        core = None
+        if shown or not (call.weight.is_cpu and backends.makes_core(backend)):
+            core = core_forward(call.lora_N, backend, shown)
+            call = call._replace(lora_N=core)
+    if shown:
+        *tensors, scaling, dropout = call
+        y, T = _linear(*tensors, scaling, *(dropout or (0.0, None)), backend)
+        return y, T, core, backend
+    chosen = backends.select(backend, call.x, call)
+    if type(call.lora_N) is Factors and not chosen.makes_core:
+        core = chosen.lora2_core(*call.lora_N)
+        call = call._replace(lora_N=core)
+    y, T = _without_autocast(chosen.forward, call) if any_autocast() else chosen.forward(call)
+    return y, T, core, chosen if backend or call.weight.is_cpu else None
 
-    Dispatch modes, tracing, functionalization and torch.func are dispatch keys of the thread and are asked for as one,
-    not by name; modes for functions and the profiler have their own place.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() | _ORDINARY != _ORDINARY
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-    )
+
+def backward(
+    call: Call, dy: Tensor, T: Tensor | None, needs: Needs, backend: Backend | str | None, shown: bool
+) -> Grads:
+    # The sign of a gradient may be a flag; the other tensors were looked at in forward.
+    if shown or type(dy) not in PLAIN or dy.is_neg():
+        x, *tensors, _, scaling, dropout = call
+        if type(call.lora_N) is Factors:
+            tensors[3] = _core(*call.lora_N, _name(backend))
+        return Grads(*_linear_backward(dy, x, T, *tensors, scaling, *(dropout or (0.0, None)), needs, _name(backend)))
+    chosen = backend if isinstance(backend, Backend) else backends.select(backend, dy, call, "backward")
+    if any_autocast():
+        return _without_autocast(chosen.backward, call, dy, T, needs)
+    return chosen.backward(call, dy, T, needs)
 
 
-def dispatched(first: Tensor) -> bool:
-    """Whether an operator with this first tensor must be called by the dispatcher: others than plain eager mode want to
-    see it; or it is a gradient that no kernel can read, for the other tensors were looked at in forward."""
-    return watched() or type(first) not in PLAIN or first.is_neg()
+def core_forward(factors: Factors, backend: str | None, shown: bool) -> Tensor:
+    if shown:
+        return _core(*factors, backend)
+    chosen = backends.select(backend, factors.lora_E, operation="lora2_core")
+    return _without_autocast(chosen.lora2_core, *factors)
 
 
-def _register(schema: str):
-    """Registers an implementation under `schema` for every device; gives the function to call in its place.
+def core_backward(
+    d_core: Tensor, factors: Factors, backend: Backend | str | None, shown: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if shown or type(d_core) not in PLAIN or d_core.is_neg():
+        return _core_backward(d_core, *factors, _name(backend))
+    chosen = backend
+    if not isinstance(backend, Backend):
+        chosen = backends.select(backend, factors.lora_E, operation="lora2_core")
+    return _without_autocast(chosen.lora2_core_backward, d_core, *factors)
 
-    It runs with autocast off, its operands being cast already. `plainly` of that function goes past the dispatcher,
-    which costs as much as a small layer's checks; the function itself does where nothing is `watched`.
-    """
+
+def _name(backend: Backend | str | None) -> str | None:
+    return backend.name if isinstance(backend, Backend) else backend
+
+
+def _without_autocast(function, *args):
+    """Operands are cast already."""
+    device = (args[0].weight if isinstance(args[0], Call) else args[0]).device.type
+    if not torch.is_autocast_enabled(device):
+        return function(*args)
+    with torch.autocast(device, enabled=False):
+        return function(*args)
+
+
+def _operator(schema: str):
+    """Registers an implementation under `schema` for every device; the operator takes its place."""
     name = f"nlora_kernels::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
-    operator = getattr(torch.ops.nlora_kernels, name.partition("::")[2]).default
 
     def decorate(implementation):
-        def without_autocast(first: Tensor, *args):
-            if not torch.is_autocast_enabled(first.device.type):
-                return implementation(first, *args)
-            with torch.autocast(first.device.type, enabled=False):
-                return implementation(first, *args)
-
-        def plainly(first: Tensor, *args):
-            return (without_autocast if torch._C._is_any_autocast_enabled() else implementation)(first, *args)
-
-        @functools.wraps(implementation)
-        def call(first: Tensor, *args):
-            return operator(first, *args) if dispatched(first) else plainly(first, *args)
-
-        torch.library.impl(name, "default")(without_autocast)
-        call.plainly = plainly
-        return call
+        torch.library.impl(name, "default")(functools.partial(_without_autocast, implementation))
+        return getattr(torch.ops.nlora_kernels, name.partition("::")[2]).default
 
     return decorate
 
 
-@_register(
+@_operator(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? lora_N, Tensor? bias, "
-    "float scaling, float dropout, Tensor? seed, str backend) -> (Tensor y, Tensor T)"
+    "float scaling, float dropout, Tensor? seed, str? backend) -> (Tensor y, Tensor T)"
 )
-def forward(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
+def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     drop = Dropout(dropout, seed) if dropout else None
     call = Call(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop)
-    chosen = backends.select(backend, x, call)
-    if type(lora_N) is Factors and not chosen.makes_core:
-        call = call._replace(lora_N=chosen.lora2_core(*lora_N))
-    return chosen.forward(call)
+    return backends.select(backend, x, call).forward(call)
 
 
 @torch.library.register_fake("nlora_kernels::lora_linear")
@@ -83,33 +111,28 @@ def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
 
 
-@_register(
+@_operator(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor? T, Tensor weight, Tensor lora_A, Tensor lora_B, "
-    "Tensor? lora_N, float scaling, float dropout, Tensor? seed, bool[6] needs, str backend) -> Tensor[]"
+    "Tensor? lora_N, float scaling, float dropout, Tensor? seed, bool[6] needs, str? backend) "
+    "-> (Tensor dx, Tensor dweight, Tensor dA, Tensor dB, Tensor dN, Tensor dbias)"
 )
-def backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
+def _linear_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
+    """As in aten's backwards, None stands where no gradient was asked for."""
     drop = Dropout(dropout, seed) if dropout else None
     call = Call(x, weight, lora_A, lora_B, lora_N, None, scaling, drop)
-    chosen = backends.select(backend, dy, call, "backward")
-    if type(lora_N) is Factors and not chosen.makes_core:
-        call = call._replace(lora_N=chosen.lora2_core(*lora_N))
-    grads = chosen.backward(call, dy, T, Needs(*needs))
-    if type(lora_N) is Factors and type(grads.lora_N) is Tensor:
-        grads = grads._replace(lora_N=chosen.lora2_core_backward(grads.lora_N, *lora_N))
-    return [grad for grad in grads if grad is not None]
+    return tuple(backends.select(backend, dy, call, "backward").backward(call, dy, T, Needs(*needs)))
 
 
 @torch.library.register_fake("nlora_kernels::lora_linear_backward")
 def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
-    needs = Needs(*needs)
-    grads = [dy.new_empty(dy.shape[0], weight.shape[1])] if needs.x else []
-    like = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}
-    grads += [t.new_empty(t.shape) for name, t in like.items() if getattr(needs, name)]
-    return grads + ([dy.new_empty(dy.shape[1])] if needs.bias else [])
+    inputs = zip((weight, lora_A, lora_B, lora_N), needs[1:5], strict=True)
+    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None
+    dbias = dy.new_empty(dy.shape[1]) if needs[5] else None
+    return dx, *(t.new_empty(t.shape) if needed else None for t, needed in inputs), dbias
 
 
-@_register("lora2_core(Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str backend) -> Tensor")
-def core_forward(lora_u, lora_E, lora_U, mask, backend):
+@_operator("lora2_core(Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str? backend) -> Tensor")
+def _core(lora_u, lora_E, lora_U, mask, backend):
     return backends.select(backend, lora_E, operation="lora2_core").lora2_core(lora_u, lora_E, lora_U, mask)
 
 
@@ -118,11 +141,11 @@ def _(lora_u, lora_E, lora_U, mask, backend):
     return lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
 
 
-@_register(
-    "lora2_core_backward(Tensor d_core, Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str backend) "
+@_operator(
+    "lora2_core_backward(Tensor d_core, Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str? backend) "
     "-> (Tensor du, Tensor dE, Tensor dU)"
 )
-def core_backward(d_core, lora_u, lora_E, lora_U, mask, backend):
+def _core_backward(d_core, lora_u, lora_E, lora_U, mask, backend):
     chosen = backends.select(backend, lora_E, operation="lora2_core")
     return chosen.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
 

@@ -1,5 +1,6 @@
 """The table of backends, the rule that picks one, and the package as it is imported."""
 
+import os
 import subprocess
 import sys
 
@@ -83,14 +84,31 @@ def linear(**options):
     return nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, **options)
 
 
-def test_the_variable_acts_as_the_argument_where_none_is_given(monkeypatch, calls):
-    monkeypatch.setenv("NLORA_BACKEND", "reference")
+def test_what_is_preferred_acts_as_the_argument_where_none_is_given(calls, prefer):
+    assert prefer("reference") is None
     linear()
     linear(backend="lean")
-    monkeypatch.setenv("NLORA_BACKEND", "fast")
     with pytest.raises(ValueError, match="backend must be one of .*, got 'fast'"):
-        linear()
-    assert calls == ["reference", "lean"]
+        prefer("fast")
+    assert prefer(None) == "reference" and calls == ["reference", "lean"]
+
+
+@pytest.mark.parametrize("name", ["lean", "fast", ""])
+def test_the_variable_is_preferred_from_import_on(name):
+    code = """
+import os, torch, nlora_kernels as nk
+print(nk.backends.preferred())
+os.environ["NLORA_BACKEND"] = "reference"
+print(nk.backends.preferred())
+try:
+    nk.lora_linear(*(torch.ones(2, 2) for _ in range(4)))
+except ValueError as error:
+    print(error)
+"""
+    environment = {**os.environ, "NLORA_BACKEND": name}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    said = ["backend must be one of cpu, cuda, lean, reference, triton, got 'fast'"] if name == "fast" else []
+    assert ran.stdout.splitlines() == [name or "None"] * 2 + said
 
 
 def test_a_named_backend_never_falls_back(monkeypatch, calls):

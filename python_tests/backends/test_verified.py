@@ -24,10 +24,10 @@ LARGE, SMALL = (2048, 4096, 4096, 16), (16, 768, 768, 8)
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch, tmp_path):
+def gpu(monkeypatch, tmp_path, prefer):
     """A GPU on which both backends of ours could run, and an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("NLORA_BACKEND", raising=False)
+    prefer(None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: GPU.name)
     monkeypatch.setattr(verified, "driver", lambda: "580.65.06, CUDA 13.0")
@@ -234,9 +234,9 @@ def test_tf32_was_not_verified():
     assert chosen(dtype=FP32) is triton
 
 
-def test_a_name_goes_before_the_record(monkeypatch):
+def test_a_name_goes_before_the_record(monkeypatch, prefer):
     store([result("cuda")], [time("cuda", 0.8)])
-    monkeypatch.setenv("NLORA_BACKEND", "reference")
+    prefer("reference")
     assert chosen() is TABLE["reference"]
 
 

@@ -149,12 +149,12 @@ def test_lora2(monkeypatch, masked):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=short)
 @pytest.mark.parametrize("core", ["sample", "optimal"])
 @pytest.mark.parametrize("how", ["leading", "norm"])
-def test_initialisation_by_name(monkeypatch, dtype, core, how):
+def test_initialisation_by_name(monkeypatch, dtype, core, how, prefer):
     weight = torch.randn(72, 96).to(dtype)
     expected = nk.init.nystrom(weight, 9, core=core, select=how)
     moved = nk.init.subtract_(weight.clone(), *expected, 0.5)
     extension = emulated.install(monkeypatch)
-    monkeypatch.setenv("NLORA_BACKEND", "cuda")
+    prefer("cuda")
     ours = nk.init.nystrom(weight, 9, core=core, select=how)
     assert all(map(torch.equal, ours, expected)) and extension.launches == ["gather"]
     assert nk.init.subtract_(weight, *ours, 0.5) is weight and extension.launches[1:] == ["residual"]

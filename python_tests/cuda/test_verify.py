@@ -18,8 +18,8 @@ def run(case, dtype):
 
 
 @pytest.mark.parametrize("ampere, dtype", [(False, "bfloat16"), (False, "float16"), (True, "bfloat16")])
-def test_every_case_passes(monkeypatch, ampere, dtype):
-    monkeypatch.setenv("NLORA_BACKEND", "lean")
+def test_every_case_passes(monkeypatch, ampere, dtype, prefer):
+    prefer("lean")
     emulated.install(monkeypatch, ampere=ampere)
     asked = cases.cases_of("cuda", dtype, cases.REHEARSED)
     for case in asked:
@@ -31,8 +31,8 @@ def test_every_case_passes(monkeypatch, ampere, dtype):
 
 
 @pytest.mark.parametrize("kind", ["witness", "budget", "time"])
-def test_a_launch_that_leaves_something_out_does_not_pass(monkeypatch, kind):
-    monkeypatch.setenv("NLORA_BACKEND", "lean")
+def test_a_launch_that_leaves_something_out_does_not_pass(monkeypatch, kind, prefer):
+    prefer("lean")
     extension = emulated.install(monkeypatch)
     right = extension.cuda_backward
 

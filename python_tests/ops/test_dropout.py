@@ -266,8 +266,8 @@ def adapter_of(layer):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_layer_drops_inside_where_the_backend_gains_by_it(monkeypatch, layer, backend):
-    monkeypatch.setenv("NLORA_BACKEND", backend)
+def test_a_layer_drops_inside_where_the_backend_gains_by_it(monkeypatch, layer, backend, prefer):
+    prefer(backend)
     monkeypatch.setattr(TABLE[backend], "drops_inside", True)
     base, (A, N, B), scaling = adapter_of(layer)
     x = torch.randn(7, 24, device=DEVICE)
@@ -288,9 +288,9 @@ def test_a_layer_drops_inside_where_the_backend_gains_by_it(monkeypatch, layer, 
 
 
 @pytest.mark.parametrize("backend", ["", "reference", "lean"])
-def test_a_layer_drops_outside_elsewhere(monkeypatch, layer, backend):
+def test_a_layer_drops_outside_elsewhere(monkeypatch, layer, backend, prefer):
     """With the mask of PyTorch's own dropout, as PEFT does."""
-    monkeypatch.setenv("NLORA_BACKEND", backend)
+    prefer(backend)
     if not backend:
         monkeypatch.setattr(TABLE["triton"], "verified_on", frozenset())
     base, (A, N, B), scaling = adapter_of(layer.train())

@@ -270,8 +270,8 @@ def test_opcheck(dropout):
     torch.library.opcheck(torch.ops.nlora_kernels.lora2_core_backward.default, arguments)
 
 
-def test_a_module_compiles_into_one_graph(monkeypatch):
-    monkeypatch.setenv("NLORA_BACKEND", "triton")
+def test_a_module_compiles_into_one_graph(monkeypatch, prefer):
+    prefer("triton")
     linear = torch.nn.Linear(24, 18, device=DEVICE)
     module = nk.NLoraLinear.from_linear(linear, 4, init="slora")
     torch.nn.init.normal_(module.lora_B)

@@ -207,14 +207,14 @@ def test_what_is_left_to_pytorch():
     assert takes([t, torch._neg_view(t)]) is None
 
 
-def test_the_backend_in_the_environment_decides(monkeypatch):
+def test_the_backend_in_the_environment_decides(monkeypatch, prefer):
     from nlora_kernels.lora2.kernels import kernels
 
     t = torch.zeros(4, 3, device=DEVICE)
     assert kernels([t]) is not lora2
-    monkeypatch.setenv("NLORA_BACKEND", "triton")
+    prefer("triton")
     assert kernels([t]) is lora2
-    monkeypatch.setenv("NLORA_BACKEND", "reference")
+    prefer("reference")
     assert kernels([t]) is None
 
 

@@ -101,7 +101,7 @@ def test_solve_triangular_gives_nothing_to_a_direction_that_is_not_there():
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("how", nk.init.SELECTIONS)
 @pytest.mark.parametrize("core", ["sample", "optimal"])
-def test_the_named_backend_initialises(monkeypatch, dtype, how, core):
+def test_the_named_backend_initialises(monkeypatch, dtype, how, core, prefer):
     weight = normal(60, 90, dtype=dtype)
     A, N, B = nk.init.nystrom(weight, 9, core=core, select=how, generator=torch.Generator().manual_seed(3))
     # Rows that are all zero are dependent on any others.
@@ -110,7 +110,7 @@ def test_the_named_backend_initialises(monkeypatch, dtype, how, core):
         A, N, B = nk.init.nystrom(weight, 9, core=core, select=how, generator=torch.Generator().manual_seed(3))
     expected = weight.clone()
     nk.init.subtract_(expected, A, N, B, 0.5)
-    monkeypatch.setenv("NLORA_BACKEND", "triton")
+    prefer("triton")
     ours = nk.init.nystrom(weight, 9, core=core, select=how, generator=torch.Generator().manual_seed(3))
     assert torch.equal(ours[0], A) and torch.equal(ours[2], B)
     if core == "sample":

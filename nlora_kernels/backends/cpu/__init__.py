@@ -95,45 +95,42 @@ class Cpu(Lean):
             return "whole"
         return "adapter" if R <= 32 else "library"
 
-    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        (M, K), (N, _), R = call.x.shape, call.weight.shape, call.lora_A.shape[0]
-        return self.forward_by(self.plan(call.x.dtype, M, K, N, R), call)
-
-    def forward_by(self, plan: str, call: Call) -> tuple[Tensor, Tensor]:
-        if type(call.lora_N) is Factors:
-            core = _readable(call.lora_N) if plan in _OWN else self.lora2_core(*call.lora_N)
-            call = call._replace(lora_N=core)
+    def forward(self, call: Call, plan: str | None = None) -> tuple[Tensor, Tensor]:
+        x, weight, lora_A, lora_N = call.x, call.weight, call.lora_A, call.lora_N
+        (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+        plan = plan or self.plan(x.dtype, M, K, N, R)
+        if type(lora_N) is Factors:
+            if plan in _OWN:
+                lora_N = _readable(lora_N)
+            else:
+                call = call._replace(lora_N=self.lora2_core(*lora_N))
         if plan == "library":
             return super().forward(call)
-        x, weight = call.x, call.weight
         if plan == "folded":
-            return F.linear(x, _folded(call), call.bias), x @ call.lora_A.to(x.dtype).T
-        M, N, R = x.shape[0], weight.shape[0], call.lora_A.shape[0]
+            return F.linear(x, _folded(call), call.bias), x @ lora_A.to(x.dtype).T
         y, T = x.new_empty(M, N), x.new_empty(M, R)
         inside = _rows(weight) if plan == "whole" else None
-        adapter, threads = (_rows(call.lora_A), call.lora_B, call.lora_N), torch.get_num_threads()
-        _C.cpu_forward(_rows(x), inside, *adapter, call.bias, y, T, call.scaling, threads)
+        lora_B, bias, threads = call.lora_B, call.bias, torch.get_num_threads()
+        _C.cpu_forward(_rows(x), inside, _rows(lora_A), lora_B, lora_N, bias, y, T, call.scaling, threads)
         return (y if plan == "whole" else y.addmm_(x, weight.T)), T
 
-    def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
-        M, (N, K), R = dy.shape[0], call.weight.shape, call.lora_A.shape[0]
-        return self.backward_by(self.plan(dy.dtype, M, K, N, R, backward=True), call, dy, T, needs)
-
-    def backward_by(self, plan: str, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
-        factors = call.lora_N if type(call.lora_N) is Factors else None
+    def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs, plan: str | None = None) -> Grads:
+        x, weight, lora_A, lora_B, lora_N, _, scaling, _ = call
+        M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
+        plan = plan or self.plan(dy.dtype, M, K, N, R, backward=True)
+        factors = lora_N if type(lora_N) is Factors else None
         if factors and plan not in _OWN:
-            grads = self.backward_by(plan, call._replace(lora_N=self.lora2_core(*factors)), dy, T, needs)
+            grads = self.backward(call._replace(lora_N=self.lora2_core(*factors)), dy, T, needs, plan)
             if needs.lora_N:
                 grads = grads._replace(lora_N=self.lora2_core_backward(grads.lora_N, *factors))
             return grads
         if plan == "library":
             return super().backward(call, dy, T, needs)
-        x, weight, lora_A, lora_B, lora_N = call.x, call.weight, call.lora_A, call.lora_B, call.lora_N
         if plan == "folded":
             grads = super().backward(call, dy, T, needs._replace(x=False))
             # NOTE: folding again costs less than keeping a copy of every weight from forward to backward.
             return grads._replace(x=dy @ _folded(call) if needs.x else None)
-        M, (N, K), whole = dy.shape[0], weight.shape, plan == "whole"
+        whole = plan == "whole"
         if factors:
             lora_N = _readable(factors)
         dy, x, lora_A, inside = _rows(dy), _rows(x), _rows(lora_A), _rows(weight) if whole else None
@@ -146,7 +143,7 @@ class Cpu(Lean):
             bias=dy.new_empty(N) if needs.bias else None,
         )
         threads = torch.get_num_threads()
-        _C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, *grads, call.scaling, threads)
+        _C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, *grads, scaling, threads)
         if not whole and needs.x:
             grads.x.addmm_(dy, weight)
         if not whole and needs.weight:

@@ -407,15 +407,11 @@ def _training_calls(case, module, backend, dtype, machine):
 @contextlib.contextmanager
 def _chosen(backend: str):
     """Has a backend chosen where a call names none, as training does."""
-    before = os.environ.get("NLORA_BACKEND")
-    os.environ["NLORA_BACKEND"] = backend
+    before = backends.prefer(backend)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["NLORA_BACKEND"]
-        else:
-            os.environ["NLORA_BACKEND"] = before
+        backends.prefer(before)
 
 
 CALLS = {

@@ -1,0 +1,152 @@
+"""The doors into PyTorch that it does not document: each says what it is taken to say, and none is anywhere else."""
+
+import ast
+import inspect
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import nlora_kernels as nk
+from nlora_kernels import internals
+from python_tests import ROOT
+
+PRIVATE = {"_C", "_data", "_dynamo_marked_constant", "_current_level"}
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Functions(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_plain_eager_mode_is_not_watched_whatever_ordinary_state_it_has():
+    assert not internals.watched()
+    for ordinary in (torch.no_grad, torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu")):
+        with ordinary():
+            assert not internals.watched() and not internals.composing()
+
+
+@pytest.mark.parametrize(
+    "mode", [Mode, Functions, torch.autograd.profiler.profile, lambda: FlopCounterMode(display=False)]
+)
+def test_every_mode_is_watched(mode):
+    with mode():
+        assert internals.watched()
+    assert not internals.watched()
+
+
+def test_transforms_compose_and_recorders_do_not():
+    seen = {}
+
+    def asks(name):
+        def function(x):
+            seen[name] = internals.watched(), internals.composing(), internals.tracing()
+            return (x * x).sum()
+
+        return function
+
+    x = torch.ones(3)
+    torch.func.grad(asks("grad"))(x)
+    torch.func.vmap(asks("vmap"))(torch.ones(2, 3))
+    make_fx(asks("fx"))(x)
+    torch.jit.trace(asks("trace"), (x,), check_trace=False)
+    with forward_ad.dual_level():
+        assert internals.dual() and internals.composing()
+    assert not internals.dual()
+    assert seen == {
+        "grad": (True, True, False),
+        "vmap": (True, True, False),
+        "fx": (True, False, False),
+        "trace": (True, False, True),
+    }
+
+
+def test_a_batch_of_gradients_composes():
+    seen = []
+
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            seen.append(internals.composing())
+            return 2 * dy
+
+    x = torch.ones(3, requires_grad=True)
+    torch.autograd.grad(Asks.apply(x), x, torch.eye(3), is_grads_batched=True)
+    assert seen == [True]
+
+
+def test_any_autocast_is_that_of_any_device():
+    assert not internals.any_autocast()
+    with torch.autocast("cpu"):
+        assert internals.any_autocast()
+    with (
+        torch.autocast("cuda", enabled=True, dtype=torch.float16)
+        if torch.cuda.is_available()
+        else torch.autocast("cpu")
+    ):
+        assert internals.any_autocast()
+
+
+def test_the_plain_apply_leaves_out_what_torch_func_needs_and_no_more():
+    """Function.apply is this: what the way past it leaves out, where no transform is active."""
+    (function,) = ast.parse(inspect.cleandoc(inspect.getsource(torch.autograd.Function.apply))).body
+    (plain,) = (s for s in function.body if ast.unparse(s).startswith("if not torch._C._are_functorch_transforms"))
+    assert [ast.unparse(statement) for statement in plain.body] == [
+        "args = _functorch.utils.unwrap_dead_wrappers(args)",
+        "return super().apply(*args, **kwargs)",
+    ]
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            return 2 * dy
+
+    x = torch.ones(3, requires_grad=True)
+    internals.plain_apply(Double)(x).sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
+
+
+def test_a_marked_function_is_a_constant_of_compiled_code():
+    answers = []
+
+    @internals.constant_in_compiled_code
+    def answer(x):
+        answers.append(open(__file__).readable())
+        return 3
+
+    compiled = torch.compile(lambda x: x + answer(x), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(1)).item() == 4 and answers
+    documented = torch.compiler.assume_constant_result(lambda: 3)
+    assert documented._dynamo_marked_constant is True
+
+
+def test_private_names_of_torch_and_python_are_in_one_place():
+    found = {}
+    for file in (ROOT / "nlora_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Attribute) or node.attr not in PRIVATE:
+                continue
+            root = ast.unparse(node.value)
+            if node.attr != "_C" or root == "torch":
+                found.setdefault(file.relative_to(ROOT / "nlora_kernels").as_posix(), set()).add(ast.unparse(node))
+    assert set(found) == {"internals.py"}, found
+
+
+def test_the_constant_of_dropout_is_marked():
+    assert nk.backends.drops_inside._dynamo_marked_constant is True
