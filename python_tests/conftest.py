@@ -1,3 +1,4 @@
+import signal
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def real_data(request) -> Path:
     if not folder.is_dir():
         pytest.fail(f"--real-data must be a folder, got {folder}")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """A shell's jobs in the background ignore the interrupt, and so would every process that a test starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -195,6 +195,7 @@ def test_compressed_layers_whose_names_end_alike(rslora, wrapped, tmp_path):
         torch.testing.assert_close(loaded(x).detach(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("adapters_of_transformers")
 def test_compressed_adapter_of_transformers_itself():
     model = llama()
     model.add_adapter(LoRA2Config(r=4, k=2, target_modules=["q_proj", "v_proj"]))

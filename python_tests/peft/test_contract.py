@@ -477,12 +477,9 @@ def test_a_variant_beside_a_core_is_refused(options, first):
     close(logits(model), before, atol=0)
 
 
+@pytest.mark.usefixtures("adapters_of_transformers")
 def test_adapters_of_transformers_itself(method, tmp_path):
     """model.add_adapter and model.load_adapter inject into the model without a PeftModel around it."""
-    try:
-        llama().add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
-    except ImportError as error:
-        pytest.skip(f"transformers refuses this PEFT: {error}")
     wrapped = adapted(llama(), method)
     wrapped.save_pretrained(tmp_path)
     model = llama()

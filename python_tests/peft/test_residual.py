@@ -196,6 +196,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(key):
 
 @pytest.mark.parametrize("is_trainable", [False, True], ids=["", "trainable"])
 @pytest.mark.parametrize("method", ["nlora_residual", "inttune_residual"])
+@pytest.mark.usefixtures("adapters_of_transformers")
 def test_transformers_loads_what_is_kept(method, is_trainable, tmp_path):
     model = adapted(llama(), method, select="uniform", select_seed=1)
     model.save_pretrained(tmp_path)

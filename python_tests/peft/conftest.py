@@ -1,0 +1,13 @@
+import peft
+import pytest
+
+from python_tests.tiny import llama
+
+
+@pytest.fixture(scope="session")
+def adapters_of_transformers():
+    """Skips where transformers refuses the PEFT that is here, whoever's the adapter."""
+    try:
+        llama().add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"transformers refuses this PEFT: {error}")
