@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import internals
+from .. import backends, internals
 from ..backends import REFERENCE, Backend, Call, Dropout, Factors, Grads, Needs
+from ..backends.base import PLAIN
 from ..internals import composing, watched
 from . import register
 from .checks import resolved
@@ -64,7 +65,7 @@ def linear(call: Call, backend: str | None) -> Tensor:
     rows = _rows(x)
     if not (rows is call.x and weight is call.weight and bias is call.bias and lora_N is call.lora_N and x.is_cpu):
         call = Call(rows, weight, lora_A, lora_B, lora_N, bias, scaling, dropout)
-    return _unflatten(register.forward(call, backend, shown)[0], x)
+    return _unflatten(_forward(call, backend, shown)[0], x)
 
 
 def core(lora_u, lora_E, lora_U, mask, backend=None) -> Tensor:
@@ -74,7 +75,7 @@ def core(lora_u, lora_E, lora_U, mask, backend=None) -> Tensor:
         return REFERENCE.lora2_core(*factors)
     if torch.is_grad_enabled() and not internals.tracing() and any(t.requires_grad for t in factors[:3]):
         return _Core.apply(*factors, backend)
-    return register.core_forward(factors, backend, watched())
+    return _core_forward(factors, backend, watched())
 
 
 def composed(call: Call) -> Tensor:
@@ -102,7 +103,7 @@ class _Linear(torch.autograd.Function):
             dN = du or dE or dU
         w, b = _cast(weight, bias, x.dtype)
         call = Call(_rows(x), w, lora_A, lora_B, lora_N, b, scaling, Dropout(p, seed) if p else None)
-        y, T, core, backend = register.forward(call, backend, shown)
+        y, T, core, backend = _forward(call, backend, shown)
         needs = Needs(dx, dweight, dA, dB, dN, dbias)
         # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
         _keep(ctx, x, T, weight, call, core, bias, needs, backend, factors)
@@ -129,7 +130,7 @@ class _Core(torch.autograd.Function):
     def forward(ctx, lora_u, lora_E, lora_U, mask, backend):
         ctx.save_for_backward(lora_u, lora_E, lora_U, mask)
         ctx.backend = backend
-        return register.core_forward(Factors(lora_u, lora_E, lora_U, mask), backend, watched())
+        return _core_forward(Factors(lora_u, lora_E, lora_U, mask), backend, watched())
 
     @staticmethod
     def backward(ctx, d_core):
@@ -168,7 +169,7 @@ def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
     if differentiates:
         grads = _differentiable_backward(call, rows, T, needs)
     else:
-        grads = register.backward(call, rows, T, needs, backend, shown)
+        grads = _backward(call, rows, T, needs, backend, shown)
     dx, dweight, dA, dB, dN, dbias = grads
     if dx is not None:
         dx = _unflatten(dx, dy)
@@ -192,11 +193,70 @@ def _differentiable_backward(call: Call, dy: Tensor, T: Tensor | None, needs: Ne
         return REFERENCE.backward(call, dy, T, needs)
 
 
+# The way past the dispatcher, which costs as much as a small layer's checks, where nothing is `watched`. A backend that
+# is chosen in forward is kept for backward, but on a GPU, where the record of `verify` may have another for it.
+
+
+def _forward(
+    call: Call, backend: str | None, shown: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Backend | str | None]:
+    """y, T, the core unless the backend made it itself, and what `_backward` is to be given."""
+    core = call.lora_N
+    if type(core) is Factors:
+        core = None
+        if shown or not (call.weight.is_cpu and backends.makes_core(backend)):
+            core = _core_forward(call.lora_N, backend, shown)
+            call = call._replace(lora_N=core)
+    if shown:
+        *tensors, scaling, dropout = call
+        y, T = register.linear(*tensors, scaling, *(dropout or (0.0, None)), backend)
+        return y, T, core, backend
+    chosen = backends.select(backend, call.x, call)
+    if type(call.lora_N) is Factors and not chosen.makes_core:
+        core = chosen.lora2_core(*call.lora_N)
+        call = call._replace(lora_N=core)
+    y, T = register.without_autocast(chosen.forward, call) if internals.any_autocast() else chosen.forward(call)
+    return y, T, core, chosen if backend or call.weight.is_cpu else None
+
+
+def _backward(
+    call: Call, dy: Tensor, T: Tensor | None, needs: Needs, backend: Backend | str | None, shown: bool
+) -> Grads:
+    # The sign of a gradient may be a flag; the other tensors were looked at in forward.
+    if shown or type(dy) not in PLAIN or dy.is_neg():
+        x, *tensors, _, scaling, dropout = call
+        if type(call.lora_N) is Factors:
+            tensors[3] = register.core(*call.lora_N, _name(backend))
+        return Grads(
+            *register.linear_backward(dy, x, T, *tensors, scaling, *(dropout or (0.0, None)), needs, _name(backend))
+        )
+    chosen = backend if isinstance(backend, Backend) else backends.select(backend, dy, call, "backward")
+    if internals.any_autocast():
+        return register.without_autocast(chosen.backward, call, dy, T, needs)
+    return chosen.backward(call, dy, T, needs)
+
+
+def _core_forward(factors: Factors, backend: str | None, shown: bool) -> Tensor:
+    if shown:
+        return register.core(*factors, backend)
+    chosen = backends.select(backend, factors.lora_E, operation="lora2_core")
+    return register.without_autocast(chosen.lora2_core, *factors)
+
+
 def _core_backward(d_core: Tensor, factors: Factors, backend: Backend | str | None) -> tuple[Tensor, Tensor, Tensor]:
     shown = watched()
     if torch.is_grad_enabled() or composing(shown):
         return REFERENCE.lora2_core_backward(d_core, *factors)
-    return register.core_backward(d_core, factors, backend, shown)
+    if shown or type(d_core) not in PLAIN or d_core.is_neg():
+        return register.core_backward(d_core, *factors, _name(backend))
+    chosen = backend
+    if not isinstance(backend, Backend):
+        chosen = backends.select(backend, factors.lora_E, operation="lora2_core")
+    return register.without_autocast(chosen.lora2_core_backward, d_core, *factors)
+
+
+def _name(backend: Backend | str | None) -> str | None:
+    return backend.name if isinstance(backend, Backend) else backend
 
 
 # The operators by themselves, as a trace or an exported program calls them.

@@ -1,82 +1,18 @@
 """The operators as torch.library has them, which every tracer, mode and counter sees: the one place where a call is a
 flat list, as its schema is. Tensors are matrices: x (M, in), dy (M, out).
-
-Where nothing is `watched` the backend is called past the dispatcher, which costs as much as a small layer's checks. A
-backend that is chosen in forward is kept for backward, but on a GPU, where the record of `verify` may have another for
-it.
 """
 
 import functools
 
 import torch
-from torch import Tensor
 
 from .. import backends
-from ..backends import Backend, Call, Dropout, Factors, Grads, Needs
-from ..backends.base import PLAIN
+from ..backends import Call, Dropout, Needs
 from ..imports import when_imported
-from ..internals import any_autocast
 
 
-def forward(call: Call, backend: str | None, shown: bool) -> tuple[Tensor, Tensor, Tensor | None, Backend | str | None]:
-    """y, T, the core unless the backend made it itself, and what `backward` is to be given."""
-    core = call.lora_N
-    if type(core) is Factors:
-        core = None
-        if shown or not (call.weight.is_cpu and backends.makes_core(backend)):
-            core = core_forward(call.lora_N, backend, shown)
-            call = call._replace(lora_N=core)
-    if shown:
-        *tensors, scaling, dropout = call
-        y, T = _linear(*tensors, scaling, *(dropout or (0.0, None)), backend)
-        return y, T, core, backend
-    chosen = backends.select(backend, call.x, call)
-    if type(call.lora_N) is Factors and not chosen.makes_core:
-        core = chosen.lora2_core(*call.lora_N)
-        call = call._replace(lora_N=core)
-    y, T = _without_autocast(chosen.forward, call) if any_autocast() else chosen.forward(call)
-    return y, T, core, chosen if backend or call.weight.is_cpu else None
-
-
-def backward(
-    call: Call, dy: Tensor, T: Tensor | None, needs: Needs, backend: Backend | str | None, shown: bool
-) -> Grads:
-    # The sign of a gradient may be a flag; the other tensors were looked at in forward.
-    if shown or type(dy) not in PLAIN or dy.is_neg():
-        x, *tensors, _, scaling, dropout = call
-        if type(call.lora_N) is Factors:
-            tensors[3] = _core(*call.lora_N, _name(backend))
-        return Grads(*_linear_backward(dy, x, T, *tensors, scaling, *(dropout or (0.0, None)), needs, _name(backend)))
-    chosen = backend if isinstance(backend, Backend) else backends.select(backend, dy, call, "backward")
-    if any_autocast():
-        return _without_autocast(chosen.backward, call, dy, T, needs)
-    return chosen.backward(call, dy, T, needs)
-
-
-def core_forward(factors: Factors, backend: str | None, shown: bool) -> Tensor:
-    if shown:
-        return _core(*factors, backend)
-    chosen = backends.select(backend, factors.lora_E, operation="lora2_core")
-    return _without_autocast(chosen.lora2_core, *factors)
-
-
-def core_backward(
-    d_core: Tensor, factors: Factors, backend: Backend | str | None, shown: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    if shown or type(d_core) not in PLAIN or d_core.is_neg():
-        return _core_backward(d_core, *factors, _name(backend))
-    chosen = backend
-    if not isinstance(backend, Backend):
-        chosen = backends.select(backend, factors.lora_E, operation="lora2_core")
-    return _without_autocast(chosen.lora2_core_backward, d_core, *factors)
-
-
-def _name(backend: Backend | str | None) -> str | None:
-    return backend.name if isinstance(backend, Backend) else backend
-
-
-def _without_autocast(function, *args):
-    """Operands are cast already."""
+def without_autocast(function, *args):
+    """Calls a function whose operands are cast already."""
     device = (args[0].weight if isinstance(args[0], Call) else args[0]).device.type
     if not torch.is_autocast_enabled(device):
         return function(*args)
@@ -90,7 +26,7 @@ def _operator(schema: str):
     torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
 
     def decorate(implementation):
-        torch.library.impl(name, "default")(functools.partial(_without_autocast, implementation))
+        torch.library.impl(name, "default")(functools.partial(without_autocast, implementation))
         return getattr(torch.ops.nlora_kernels, name.partition("::")[2]).default
 
     return decorate
@@ -100,7 +36,7 @@ def _operator(schema: str):
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? lora_N, Tensor? bias, "
     "float scaling, float dropout, Tensor? seed, str? backend) -> (Tensor y, Tensor T)"
 )
-def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
+def linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     drop = Dropout(dropout, seed) if dropout else None
     call = Call(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop)
     return backends.select(backend, x, call).forward(call)
@@ -116,7 +52,7 @@ def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     "Tensor? lora_N, float scaling, float dropout, Tensor? seed, bool[6] needs, str? backend) "
     "-> (Tensor dx, Tensor dweight, Tensor dA, Tensor dB, Tensor dN, Tensor dbias)"
 )
-def _linear_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
+def linear_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
     """As in aten's backwards, None stands where no gradient was asked for."""
     drop = Dropout(dropout, seed) if dropout else None
     call = Call(x, weight, lora_A, lora_B, lora_N, None, scaling, drop)
@@ -132,7 +68,7 @@ def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, b
 
 
 @_operator("lora2_core(Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str? backend) -> Tensor")
-def _core(lora_u, lora_E, lora_U, mask, backend):
+def core(lora_u, lora_E, lora_U, mask, backend):
     return backends.select(backend, lora_E, operation="lora2_core").lora2_core(lora_u, lora_E, lora_U, mask)
 
 
@@ -145,7 +81,7 @@ def _(lora_u, lora_E, lora_U, mask, backend):
     "lora2_core_backward(Tensor d_core, Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str? backend) "
     "-> (Tensor du, Tensor dE, Tensor dU)"
 )
-def _core_backward(d_core, lora_u, lora_E, lora_U, mask, backend):
+def core_backward(d_core, lora_u, lora_E, lora_U, mask, backend):
     chosen = backends.select(backend, lora_E, operation="lora2_core")
     return chosen.lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
 

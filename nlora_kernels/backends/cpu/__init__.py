@@ -34,7 +34,7 @@ class Cpu(Lean):
     makes_core = True
 
     def unavailable(self) -> str | None:
-        return native.missing()
+        return None if native._C else native.missing()
 
     def unsupported(self, call: Call) -> str | None:
         weight, lora_A, lora_B, lora_N = call.weight, call.lora_A, call.lora_B, call.lora_N
