@@ -170,7 +170,7 @@ uint32_t warp_rank() { return machine->self->warp->rank; }
 
 uint32_t block_rank() { return machine->self->block->rank; }
 
-uint32_t grid_blocks() { return machine->setup.grid; }
+uint32_t grid_blocks() { return machine->self->block->grid->shape.blocks; }
 
 uint32_t cluster_rank() { return machine->self->block->cluster_rank; }
 
@@ -241,6 +241,7 @@ void tma_store(const TensorMap* map, uint32_t from, int32_t column, int32_t row,
     Region& region = global_region(global, length);
     check_write(region, size_t(global - region.bytes), length, writer);
   });
+  ++thread->block->grid->stores;
   // Two steps: the source is free after the first, the result is visible after the second.
   machine->later(machine->late(), [box, at, thread, group] {
     auto data = std::make_shared<std::vector<uint8_t>>(box.bytes());
@@ -251,6 +252,8 @@ void tma_store(const TensorMap* map, uint32_t from, int32_t column, int32_t row,
         std::memcpy(global, data->data() + r * box.row_bytes() + first, length);
       });
       finish(thread->bulk_write, group);
+      --thread->block->grid->stores;
+      machine->advance_grid(*thread->block->grid);
     });
   });
 }

@@ -14,13 +14,14 @@ namespace nlora::cuda {
 
 struct LaunchShape {
   uint32_t grid, block, cluster, shared_bytes, registers;
+  bool waits = false;   // the kernel comes to grid_wait(), so it may begin before the launch before it is over
 };
 
 class Context {
  public:
-  // Where and how later launches run; grid, block and the like come from each launch.
+  // Where and how later launches run.
   emulator::Run setup;
-  // Of the last launch, with the lines of all; a launch after a report does nothing.
+  // Of the launches that are over, with the lines of all; a launch after a report does nothing.
   emulator::Report report;
 
   void* input(const void* from, size_t bytes) { return add(from, bytes, emulator::Memory::Input); }
@@ -28,7 +29,10 @@ class Context {
   void* output(size_t bytes) { return add(nullptr, bytes, emulator::Memory::Output); }
   // Zeroed, or a copy.
   void* control(size_t bytes, const void* from = nullptr) { return add(from, bytes, emulator::Memory::Control); }
-  void fetch(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+  void fetch(void* to, const void* from, size_t bytes) {
+    finish();
+    std::memcpy(to, from, bytes);
+  }
   // Of the device that this stands for.
   int architecture = 90;
   uint32_t processors() const { return 4; }
@@ -38,16 +42,23 @@ class Context {
 
   template <class Parameters>
   void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
-    if (report) {
+    // NOTE: devices before sm_90 know no grids that begin early.
+    if (!shape.waits || architecture < 90) {
+      finish();
+    }
+    grids_.push_back({shape.grid, shape.block, shape.cluster, shape.shared_bytes, shape.registers,
+                      [kernel, parameters] { kernel(parameters); }});
+  }
+
+  // Runs what has been launched to its end.
+  void finish() {
+    const auto grids = std::move(grids_);
+    grids_.clear();
+    if (grids.empty() || report) {
       return;
     }
-    setup.grid = shape.grid;
-    setup.block = shape.block;
-    setup.cluster = shape.cluster;
-    setup.shared_bytes = shape.shared_bytes;
-    setup.registers = shape.registers;
     auto lines = std::move(report.synchronisation_lines);
-    report = emulator::run(setup, buffers_, [&] { kernel(parameters); });
+    report = emulator::run(setup, grids, buffers_);
     report.synchronisation_lines.merge(lines);
   }
 
@@ -74,12 +85,13 @@ class Context {
   };
   std::deque<std::vector<Line>> storage_;
   std::vector<emulator::Buffer> buffers_;
+  std::vector<emulator::Grid> grids_;
 };
 
 // Launches on a context, which takes the place of a stream.
 class Stream {
  public:
-  Stream(int, void* context) : context_(*static_cast<Context*>(context)) {}
+  Stream(int, void* context) : context_(*static_cast<Context*>(context)) { context_.finish(); }
 
   uint32_t processors() const { return context_.processors(); }
   int architecture() const { return context_.architecture; }

@@ -155,6 +155,9 @@ void bulk_wait(NLORA_SITE) {
 void fence_async_shared(NLORA_SITE);
 void fence_async_global(NLORA_SITE);
 
+void grid_launch_dependents(NLORA_SITE);
+void grid_wait(NLORA_SITE);
+
 void flag_release_add(uint32_t* flag, uint32_t value, NLORA_SITE);
 void flag_release_store(uint32_t* flag, uint32_t value, NLORA_SITE);
 uint32_t flag_acquire(const uint32_t* flag, NLORA_SITE);

@@ -19,8 +19,18 @@ const char* file_name(Site site) {
 
 std::string describe(Site site) { return std::string(file_name(site)) + ":" + std::to_string(site.line); }
 
+std::string block_name(uint32_t number) {
+  for (const RunningGrid& grid : machine->grids) {
+    if (number < grid.first_block + grid.shape.blocks) {
+      const std::string rank = "block " + std::to_string(number - grid.first_block);
+      return machine->grids.size() == 1 ? rank : rank + " of grid " + std::to_string(grid.number);
+    }
+  }
+  return "no block";
+}
+
 std::string describe(const Thread& thread) {
-  return "block " + std::to_string(thread.block->rank) + " warp " + std::to_string(thread.warp->rank) + " lane " +
+  return block_name(thread.block->number) + " warp " + std::to_string(thread.warp->rank) + " lane " +
          std::to_string(thread.lane);
 }
 
@@ -43,7 +53,15 @@ uint32_t Cluster::running_threads() const {
   return count;
 }
 
-Machine::Machine(const Run& setup) : setup(setup), random(setup.seed * 0x9E3779B97F4A7C15ull + 1) {}
+Machine::Machine(const Run& setup, const std::vector<Grid>& shapes)
+    : setup(setup), random(setup.seed * 0x9E3779B97F4A7C15ull + 1) {
+  uint32_t blocks = 0;
+  for (const Grid& shape : shapes) {
+    RunningGrid* prerequisite = grids.empty() ? nullptr : &grids.back();
+    grids.push_back({shape, prerequisite, uint32_t(grids.size()), blocks});
+    blocks += shape.blocks;
+  }
+}
 
 AgentId Machine::new_agents(AgentId count) {
   next_agent += count;
@@ -51,7 +69,7 @@ AgentId Machine::new_agents(AgentId count) {
 }
 
 bool Machine::slow(const Thread& thread) const {
-  const uint64_t id = uint64_t(thread.block->rank) * 64 + thread.warp->rank;
+  const uint64_t id = uint64_t(thread.block->number) * 64 + thread.warp->rank;
   return ((id + slow_salt) * 0x9E3779B97F4A7C15ull >> 61) == 0;
 }
 
@@ -137,28 +155,31 @@ void Machine::fail(const char* rule, const std::string& text) {
 }
 
 void Machine::thread_main() {
-  machine->kernel();
+  machine->self->block->grid->shape.kernel();
   machine->finish_thread();
 }
 
-void Machine::launch_block(Cluster& cluster, uint32_t rank, uint32_t cluster_rank) {
+void Machine::launch_block(RunningGrid& grid, Cluster& cluster, uint32_t cluster_rank) {
+  const Grid& shape = grid.shape;
   auto block = std::make_unique<Block>();
+  block->grid = &grid;
   block->cluster = &cluster;
-  block->rank = rank;
+  block->rank = grid.launched++;
+  block->number = uint16_t(grid.first_block + block->rank);
   block->cluster_rank = cluster_rank;
   // Fresh shared memory holds NaN in every 16-bit and 32-bit float format.
-  block->storage.assign(kSharedStart + setup.shared_bytes + 16, 0xFF);
+  block->storage.assign(kSharedStart + shape.shared_bytes + 16, 0xFF);
   auto base = reinterpret_cast<uintptr_t>(block->storage.data());
   block->shared.shared = true;
-  block->shared.reset(reinterpret_cast<uint8_t*>((base + 15) & ~uintptr_t(15)), kSharedStart + setup.shared_bytes,
+  block->shared.reset(reinterpret_cast<uint8_t*>((base + 15) & ~uintptr_t(15)), kSharedStart + shape.shared_bytes,
                       false);
-  const uint32_t warps = setup.block / kWarp;
+  const uint32_t warps = shape.threads / kWarp;
   const AgentId wgmma_agents = new_agents(warps);
   for (uint32_t w = 0; w < warps; ++w) {
     auto warp = std::make_unique<Warp>();
     warp->block = block.get();
     warp->rank = w;
-    warp->registers = setup.registers;
+    warp->registers = shape.registers;
     warp->own_agent.id = new_agents(1);
     warp->own_agent.tick();
     warp->wgmma.agent = wgmma_agents + w;
@@ -167,7 +188,7 @@ void Machine::launch_block(Cluster& cluster, uint32_t rank, uint32_t cluster_ran
       block->warpgroups.push_back(std::make_unique<Warpgroup>());
     }
   }
-  for (uint32_t t = 0; t < setup.block; ++t) {
+  for (uint32_t t = 0; t < shape.threads; ++t) {
     auto thread = std::make_unique<Thread>();
     thread->block = block.get();
     thread->warp = block->warps[t / kWarp].get();
@@ -187,14 +208,33 @@ void Machine::launch_block(Cluster& cluster, uint32_t rank, uint32_t cluster_ran
   cluster.blocks.push_back(std::move(block));
 }
 
+// A dependent grid may start when every block before it has said so or has ended, and does so some time after that.
+bool Machine::may_launch(RunningGrid& grid) {
+  if (grid.launched == grid.shape.blocks) {
+    return false;
+  }
+  if (grid.prerequisite && !grid.starts && grid.prerequisite->launching_dependents == grid.prerequisite->shape.blocks) {
+    grid.starts = late();
+    later(grid.starts, [] {});
+  }
+  return !grid.prerequisite || (grid.starts && grid.starts <= step);
+}
+
 void Machine::launch_clusters() {
-  const uint32_t limit = setup.resident ? setup.resident : setup.grid;
-  while (launched < setup.grid && (clusters.size() + 1) * setup.cluster <= std::max(limit, setup.cluster)) {
-    auto cluster = std::make_unique<Cluster>();
-    for (uint32_t r = 0; r < setup.cluster; ++r) {
-      launch_block(*cluster, launched++, r);
+  size_t blocks = 0;
+  for (const auto& cluster : clusters) {
+    blocks += cluster->blocks.size();
+  }
+  for (RunningGrid& grid : grids) {
+    const uint32_t size = grid.shape.cluster;
+    while (may_launch(grid) && (!setup.resident || blocks + size <= std::max(setup.resident, size))) {
+      auto cluster = std::make_unique<Cluster>();
+      for (uint32_t r = 0; r < size; ++r) {
+        launch_block(grid, *cluster, r);
+      }
+      clusters.push_back(std::move(cluster));
+      blocks += size;
     }
-    clusters.push_back(std::move(cluster));
   }
 }
 
@@ -219,16 +259,15 @@ void Machine::retire_clusters() {
 void Machine::check_block_exit(Block& block) {
   for (const auto& [offset, barrier] : block.barriers) {
     if (block.at_exit[barrier.agent] < barrier.last_load) {
-      fail("exit with work in flight", "block " + std::to_string(block.rank) +
-                                           " ends without a wait for the load issued at " +
+      fail("exit with work in flight", block_name(block.number) + " ends without a wait for the load issued at " +
                                            describe(barrier.last_load_site) + " on mbarrier " + hex(offset));
     }
   }
   for (const auto& remote : block.remote_accesses) {
     if (!remote.access.known_to(block.at_exit)) {
-      fail("exit before remote access", "block " + std::to_string(block.rank) + " may end before the " + remote.what +
-                                            " from block " + std::to_string(remote.access.block) + " at " +
-                                            describe(remote.access.site) + " has reached it");
+      fail("exit before remote access", block_name(block.number) + " may end before the " + remote.what + " from " +
+                                            block_name(remote.access.block) + " at " + describe(remote.access.site) +
+                                            " has reached it");
     }
   }
 }
@@ -252,11 +291,31 @@ void Machine::finish_thread() {
   thread.finished = true;
   block.at_exit.join(thread.agent->known.seen);
   ++thread.warp->finished_lanes;
+  RunningGrid& grid = *block.grid;
+  grid.at_end.join(thread.agent->known.seen);
+  if (thread.bulk_write.agent) {
+    grid.at_end.raise(thread.bulk_write.agent, thread.bulk_write.last_group);
+  }
   if (++block.finished_threads == block.threads.size()) {
     check_block_exit(block);
+    ++grid.finished;
+    grid.launching_dependents += !block.launches_dependents;
+    advance_grid(grid);
   }
   complete_cluster_barrier(*block.cluster);
   thread.fiber.suspend();
+}
+
+void Machine::advance_grid(RunningGrid& grid) {
+  if (!grid.over()) {
+    return;
+  }
+  if (grid.prerequisite && !grid.waits) {
+    fail("grid dependency", "grid " + std::to_string(grid.number) + " ends and no thread of it has come to " +
+                                "grid_wait(): what follows it would not wait for grid " +
+                                std::to_string(grid.prerequisite->number));
+  }
+  wake(grid.waiters);
 }
 
 // Nothing will happen any more, so the bound of some wait is the next event.
@@ -304,16 +363,19 @@ void Machine::deadlock() {
       for (const auto& thread : block->threads) {
         if (!thread->finished) {
           const Waiting& waiting = thread->waiting;
-          groups["block " + std::to_string(block->rank) + " warp " + std::to_string(thread->warp->rank) + ": " +
-                 thread->operation + " at " + describe(thread->site) + " (" +
-                 waiting.text(waiting.object, waiting.argument) + ")"]
+          groups[block_name(block->number) + " warp " + std::to_string(thread->warp->rank) + ": " + thread->operation +
+                 " at " + describe(thread->site) + " (" + waiting.text(waiting.object, waiting.argument) + ")"]
               .push_back(thread->lane);
         }
       }
     }
   }
-  std::string text = "nothing can run and nothing is in flight; " + std::to_string(setup.grid - launched) +
-                     " blocks are not resident yet; waiting:";
+  uint32_t absent = 0;
+  for (const RunningGrid& grid : grids) {
+    absent += grid.shape.blocks - grid.launched;
+  }
+  std::string text =
+      "nothing can run and nothing is in flight; " + std::to_string(absent) + " blocks are not resident yet; waiting:";
   for (const auto& [where, lanes] : groups) {
     text += "\n  " + where + (lanes.size() == kWarp ? "" : ", " + std::to_string(lanes.size()) + " lanes");
   }
@@ -338,7 +400,9 @@ void Machine::loop() {
       if (!pending.empty()) {
         step = pending.begin()->first - 1;
       } else if (clusters.empty()) {
-        return;
+        if (grids.back().launched == grids.back().shape.blocks) {
+          return;
+        }
       } else {
         deadlock();
       }
@@ -355,25 +419,26 @@ void Machine::loop() {
   }
 }
 
-Report run(const Run& setup, std::vector<Buffer>& buffers, const std::function<void()>& kernel) {
+Report run(const Run& setup, const std::vector<Grid>& grids, std::vector<Buffer>& buffers) {
   auto invalid = [](const std::string& text) { throw std::invalid_argument(text); };
-  if (setup.block % kWarp || setup.block == 0 || setup.block > 1024) {
-    invalid("block must be a multiple of 32 up to 1024, got " + std::to_string(setup.block));
+  for (const Grid& grid : grids) {
+    if (grid.threads % kWarp || grid.threads == 0 || grid.threads > 1024) {
+      invalid("threads must be a multiple of 32 up to 1024, got " + std::to_string(grid.threads));
+    }
+    if (grid.cluster == 0 || grid.cluster > 8 || grid.blocks % grid.cluster) {
+      invalid("blocks must be a multiple of the cluster size (1 to 8), got " + std::to_string(grid.blocks) + " and " +
+              std::to_string(grid.cluster));
+    }
+    if (grid.shared_bytes > kSharedLimit) {
+      invalid("shared_bytes must be at most " + std::to_string(kSharedLimit) + ", got " +
+              std::to_string(grid.shared_bytes));
+    }
+    if (grid.threads * grid.registers > kRegisterFile) {
+      invalid("threads × registers must be at most " + std::to_string(kRegisterFile) + ", got " +
+              std::to_string(grid.threads) + " × " + std::to_string(grid.registers));
+    }
   }
-  if (setup.cluster == 0 || setup.cluster > 8 || setup.grid % setup.cluster) {
-    invalid("grid must be a multiple of the cluster size (1 to 8), got " + std::to_string(setup.grid) + " and " +
-            std::to_string(setup.cluster));
-  }
-  if (setup.shared_bytes > kSharedLimit) {
-    invalid("shared_bytes must be at most " + std::to_string(kSharedLimit) + ", got " +
-            std::to_string(setup.shared_bytes));
-  }
-  if (setup.block * setup.registers > kRegisterFile) {
-    invalid("block × registers must be at most " + std::to_string(kRegisterFile) + ", got " +
-            std::to_string(setup.block) + " × " + std::to_string(setup.registers));
-  }
-  Machine current(setup);
-  current.kernel = kernel;
+  Machine current(setup, grids);
   for (const Buffer& buffer : buffers) {
     Region region;
     region.read_only = buffer.memory == Memory::Input;

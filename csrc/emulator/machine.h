@@ -28,6 +28,7 @@ struct Thread;
 struct Warp;
 struct Block;
 struct Cluster;
+struct RunningGrid;
 
 // What a thread is blocked on, put into words only when a deadlock is reported.
 struct Waiting {
@@ -153,8 +154,11 @@ struct RemoteAccess {
 };
 
 struct Block {
+  RunningGrid* grid = nullptr;
   Cluster* cluster = nullptr;
   uint32_t rank = 0;         // in the grid
+  uint16_t number = 0;       // of the run
+  bool launches_dependents = false;
   uint32_t cluster_rank = 0;
   std::vector<uint8_t> storage;
   Region shared;
@@ -182,6 +186,22 @@ struct Cluster {
   uint32_t running_threads() const;
 };
 
+// A grid of the run. It is over when its blocks have ended and what they have stored has arrived.
+struct RunningGrid {
+  const Grid& shape;
+  RunningGrid* prerequisite;       // null: what came before is over
+  uint32_t number, first_block;    // of the run
+  uint32_t launched = 0, finished = 0;     // blocks
+  uint32_t launching_dependents = 0;       // blocks that did or have ended
+  uint32_t stores = 0;             // on their way to global memory
+  bool waits = false;              // some thread does, for the prerequisite
+  uint64_t starts = 0;             // step from which its blocks are launched; 0: not decided yet
+  Clock at_end{};                  // what it has done and known
+  WaitList waiters{};
+
+  bool over() const { return finished == shape.blocks && stores == 0; }
+};
+
 struct Flag {
   Knowledge released;
   WaitList waiters;
@@ -190,12 +210,12 @@ struct Flag {
 };
 
 struct Machine {
-  explicit Machine(const Run& setup);
+  Machine(const Run& setup, const std::vector<Grid>& shapes);
 
   Run setup;
   Report report;
   std::mt19937_64 random;
-  std::function<void()> kernel;
+  std::deque<RunningGrid> grids;
   uint64_t step = 0;
   Thread* self = nullptr;
   AgentId next_agent = 1;
@@ -219,15 +239,18 @@ struct Machine {
             Convergence convergence = Convergence::Needed);
   [[noreturn]] void fail(const char* rule, const std::string& text);
 
+  // A TMA store of a grid has arrived, or one of its blocks has ended.
+  void advance_grid(RunningGrid& grid);
+
   void loop();
 
  private:
   std::vector<Thread*> ready;
   std::multimap<uint64_t, std::function<void()>> pending;
-  uint32_t launched = 0;
   uint64_t slow_salt = 0;
 
-  void launch_block(Cluster& cluster, uint32_t rank, uint32_t cluster_rank);
+  void launch_block(RunningGrid& grid, Cluster& cluster, uint32_t cluster_rank);
+  bool may_launch(RunningGrid& grid);
   void launch_clusters();
   void retire_clusters();
   void finish_thread();
@@ -241,6 +264,8 @@ struct Machine {
 extern Machine* machine;
 
 std::string describe(Site site);
+// A block of the run by its number.
+std::string block_name(uint32_t number);
 std::string describe(const Thread& thread);
 std::string hex(uint64_t value);
 // The layer call in progress: its name, line and thread.

@@ -15,9 +15,7 @@ void Region::reset(uint8_t* base, size_t length, bool initialised) {
 Actor thread_actor(Site site) {
   Thread& thread = *machine->self;
   const Agent& agent = *thread.agent;
-  return {{agent.id, agent.now(), 0, Proxy::Generic, 1, uint16_t(thread.block->rank), site},
-          {&agent},
-          uint16_t(thread.block->rank)};
+  return {{agent.id, agent.now(), 0, Proxy::Generic, 1, thread.block->number, site}, {&agent}, thread.block->number};
 }
 
 Actor async_actor(AgentId id, Time time, Proxy proxy, Site site) {
@@ -61,8 +59,8 @@ void check_order(const Region& region, size_t offset, const Access& earlier, boo
                               describe(actor.access.site) + " by " + describe(*machine->self) + " of " +
                               place(region, offset) + " against the " +
                               (earlier.proxy == Proxy::Async ? "asynchronous " : "") +
-                              (earlier_writes ? "write" : "read") + " at " + describe(earlier.site) + " of block " +
-                              std::to_string(earlier.block) + ": " + why);
+                              (earlier_writes ? "write" : "read") + " at " + describe(earlier.site) + " of " +
+                              block_name(earlier.block) + ": " + why);
     }
   }
 }
@@ -163,7 +161,7 @@ SharedPlace shared_place(uint32_t address, size_t bytes, uint32_t alignment) {
   Block* block = cluster.blocks[rank].get();
   if (block->finished()) {
     machine->fail("exit before remote access",
-                  where() + ": block " + std::to_string(block->rank) + " of the cluster has already ended");
+                  where() + ": " + block_name(block->number) + " of the cluster has already ended");
   }
   return {block, offset};
 }

@@ -11,11 +11,6 @@
 namespace nlora::cuda::emulator {
 
 struct Run {
-  uint32_t grid = 1;
-  uint32_t block = 128;
-  uint32_t cluster = 1;
-  uint32_t shared_bytes = 0;
-  uint32_t registers = 168;   // a thread's at the start of the kernel
   uint32_t resident = 0;      // blocks that run at the same time; 0 means all
   uint64_t seed = 0;
   bool bounded = false;       // waits that never end trap, as in builds with NLORA_BOUND_SPINS
@@ -44,8 +39,18 @@ struct Buffer {
   std::vector<uint16_t> written{};   // bytes of Output that earlier runs have written, a bit each for every 16
 };
 
-// Runs `kernel` once per CUDA thread. `data` of every buffer must be 16-byte aligned. The first broken rule
-// ends the run; the same setup and seed give the same report. One run at a time in a process.
-Report run(const Run& setup, std::vector<Buffer>& buffers, const std::function<void()>& kernel);
+struct Grid {
+  uint32_t blocks = 1;
+  uint32_t threads = 128;   // of a block
+  uint32_t cluster = 1;
+  uint32_t shared_bytes = 0;
+  uint32_t registers = 168;   // a thread's at the start of the kernel
+  std::function<void()> kernel;
+};
+
+// Runs the kernel of each grid once per CUDA thread. Every grid but the first depends on the one before it by
+// griddepcontrol: it may start early and run beside that. `data` of every buffer must be 16-byte aligned. The first
+// broken rule ends the run; the same setup and seed give the same report. One run at a time in a process.
+Report run(const Run& setup, const std::vector<Grid>& grids, std::vector<Buffer>& buffers);
 
 }  // namespace nlora::cuda::emulator

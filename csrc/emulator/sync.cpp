@@ -10,10 +10,10 @@ void complete_phase(MBarrier& barrier) {
     return;
   }
   if (barrier.in_flight) {
-    machine->fail("transaction bytes",
-                  "mbarrier " + hex(barrier.offset) + " of block " + std::to_string(barrier.block->rank) +
-                      " completes a phase with " + std::to_string(barrier.in_flight) +
-                      " bytes still to land: too few were expected, last arrival at " + describe(barrier.last_arrival));
+    machine->fail("transaction bytes", "mbarrier " + hex(barrier.offset) + " of " + block_name(barrier.block->number) +
+                                           " completes a phase with " + std::to_string(barrier.in_flight) +
+                                           " bytes still to land: too few were expected, last arrival at " +
+                                           describe(barrier.last_arrival));
   }
   ++barrier.phase;
   barrier.pending = barrier.count;
@@ -352,6 +352,37 @@ void cluster_wait(Site site) {
 void cluster_sync(Site site) {
   cluster_arrive(site);
   cluster_wait(site);
+}
+
+void grid_launch_dependents(Site site) {
+  machine->enter(site, "grid_launch_dependents", false);
+  Block& block = *machine->self->block;
+  block.grid->launching_dependents += !block.launches_dependents;
+  block.launches_dependents = true;
+}
+
+// What the grids before have done is complete then, and every proxy of this thread sees it.
+void grid_wait(Site site) {
+  if (!machine->enter(site, "grid_wait", true)) {
+    return;
+  }
+  RunningGrid& grid = *machine->self->block->grid;
+  if (!grid.prerequisite) {
+    return;
+  }
+  grid.waits = true;
+  auto text = [](const void* object, uint32_t) {
+    const auto& before = *static_cast<const RunningGrid*>(object);
+    return std::to_string(before.finished) + " of " + std::to_string(before.shape.blocks) + " blocks of grid " +
+           std::to_string(before.number) + " have ended";
+  };
+  while (!grid.prerequisite->over()) {
+    machine->block_on(grid.prerequisite->waiters, {text, grid.prerequisite, 0});
+  }
+  Agent& agent = *machine->self->agent;
+  agent.known.seen.join(grid.prerequisite->at_end);
+  agent.known.published.join(grid.prerequisite->at_end);
+  agent.fenced_global.join(grid.prerequisite->at_end);
 }
 
 void flag_release_add(uint32_t* flag, uint32_t value, Site site) {

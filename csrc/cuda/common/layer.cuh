@@ -26,7 +26,7 @@ using TensorMap = CUtensorMap;
 
 #define NLORA_OP __device__ __forceinline__
 
-// ---- Who am I ----
+// ---- Thread, block and cluster ----
 
 NLORA_OP uint32_t thread_rank() { return threadIdx.x; }
 
@@ -178,6 +178,23 @@ NLORA_OP void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligne
 NLORA_OP void cluster_sync() {
   cluster_arrive();
   cluster_wait();
+}
+
+// ---- Grids: one launched with LaunchShape::waits may begin before the launch before it has ended ----
+
+// Blocks that follow may be launched when every block of this grid has come here or has ended. Orders nothing.
+NLORA_OP void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the launch before has ended; this thread then sees all that it wrote, by TMA too. Each grid must come here in
+// some thread: what follows it waits for it alone.
+NLORA_OP void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ---- Waits: endless, or in builds with NLORA_BOUND_SPINS a trap after kSpinSeconds ----

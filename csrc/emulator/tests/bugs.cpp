@@ -14,6 +14,7 @@ struct BugProblem {
   TensorMap from, to, bad;   // 64 × 64 with 128-byte swizzle; `bad` has a row stride of 72 bytes
   const uint32_t* input;
   uint32_t* output;
+  uint32_t* scratch;   // 128 words
   uint32_t* control;
 };
 
@@ -457,6 +458,74 @@ void publishing(const BugProblem p) {
   }
 }
 
+// ---- Dependent grids ----
+
+enum class Grids { NoWait, OverwritesEarly, EarlyForTma, NobodyWaits, NotHandedOn };
+
+// The first launch; the second may begin beside it.
+template <Grids Fault>
+void before(const BugProblem p) {
+  grid_launch_dependents();
+  if (Fault == Grids::OverwritesEarly) {
+    ld_global(p.scratch + thread_rank());
+  } else if (Fault == Grids::EarlyForTma) {
+    const uint32_t tile = shared_base();
+    fill_tile(tile, 128);
+    fence_async_shared();
+    sync_threads();
+    if (thread_rank() == 0) {
+      tma_store(&p.to, tile, 0, 0);
+      bulk_commit();
+      bulk_wait_read<0>();
+    }
+  } else {
+    st_global(p.output + thread_rank(), thread_rank());
+  }
+}
+
+template <Grids Fault, bool Broken>
+void after(const BugProblem p) {
+  const uint32_t t = thread_rank(), base = shared_base(), tile = base + 1024;
+  if (Fault == Grids::EarlyForTma) {
+    init_barriers(1, 1);
+    if (t == 0) {
+      if (!Broken) {
+        grid_wait();
+      }
+      mbarrier_arrive_expect_tx(base, kTileBytes);
+      tma_load(tile, &p.to, base, 0, 0);
+    }
+    mbarrier_wait(base, 0);
+    sync_warp();
+    grid_wait();
+    return;
+  }
+  if (Fault == Grids::NobodyWaits) {
+    if (!Broken) {
+      grid_wait();
+    }
+    st_global(p.output + 128 + t, t);
+    return;
+  }
+  if (Fault == Grids::NotHandedOn) {
+    // One thread waits; another may read when that has told it.
+    if (t == 0) {
+      grid_wait();
+    }
+    if (!Broken) {
+      sync_threads();
+    }
+  } else if (!Broken) {
+    grid_wait();
+  }
+  if (Fault == Grids::OverwritesEarly) {
+    st_global(p.scratch + t, t);
+  } else {
+    st_global(p.output + 128 + t, ld_global(p.output + t));
+  }
+  grid_wait();
+}
+
 // ---- wgmma ----
 
 enum class Mma { NoFence, NoProxyFence, EarlyRelease, ReadInFlight, WriteInFlight, NoWait, Descriptors, NoFullWait };
@@ -617,9 +686,14 @@ struct Bug {
   LaunchShape shape = {1, 128, 1, 32 * 1024, 168};
   bool lanes_only = false;     // not a bug while a warp counts as one thread
   uint32_t resident = 0;
+  void (*before)(BugProblem) = nullptr;   // a launch that those may begin beside
 };
 
 #define NLORA_BUG(name, rule, ...) {name, rule, &__VA_ARGS__ false >, &__VA_ARGS__ true > }
+
+#define NLORA_GRIDS_BUG(name, rule, fault)                                                            \
+  {name,  rule, &after<Grids::fault, false>, &after<Grids::fault, true>, {1, 128, 1, 32 * 1024, 168}, \
+   false, 0,    &before<Grids::fault>}
 
 const Bug kBugs[] = {
     NLORA_BUG("wrong_slot", "race|uninitialised read", wrong_slot <),
@@ -689,6 +763,11 @@ const Bug kBugs[] = {
      &publishing<Publish::NoFlagWait, false>,
      &publishing<Publish::NoFlagWait, true>,
      {2, 128, 1, 32 * 1024, 168}},
+    NLORA_GRIDS_BUG("no_grid_wait", "race|uninitialised read", NoWait),
+    NLORA_GRIDS_BUG("early_overwrite", "race", OverwritesEarly),
+    NLORA_GRIDS_BUG("early_load_by_tma", "race|uninitialised read", EarlyForTma),
+    NLORA_GRIDS_BUG("nobody_waits", "grid dependency", NobodyWaits),
+    NLORA_GRIDS_BUG("wait_not_handed_on", "race|uninitialised read", NotHandedOn),
     NLORA_BUG("no_wgmma_fence", "missing wgmma_fence", multiplying < Mma::NoFence, ),
     NLORA_BUG("wgmma_of_unfenced_writes", "missing proxy fence", multiplying < Mma::NoProxyFence, ),
     NLORA_BUG("early_release", "race", multiplying < Mma::EarlyRelease, ),
@@ -725,12 +804,14 @@ const Bug kBugs[] = {
 };
 
 #undef NLORA_BUG
+#undef NLORA_GRIDS_BUG
 
 void run_case(Context& context, const Bug& bug, bool broken) {
   std::vector<uint16_t> ones(64 * 64, 0x3F80);
   BugProblem p;
   p.input = static_cast<const uint32_t*>(context.input(ones.data(), kTileBytes));
   p.output = static_cast<uint32_t*>(context.output(4 * kTileBytes));
+  p.scratch = static_cast<uint32_t*>(context.inout(ones.data(), 512));
   p.control = static_cast<uint32_t*>(context.control(64));
   p.from = tensor_map(p.input, 64, 64, 128, 64, 64, Swizzle::B128);
   p.to = tensor_map(p.output, 256, 64, 128, 64, 64, Swizzle::B128);
@@ -738,7 +819,12 @@ void run_case(Context& context, const Bug& bug, bool broken) {
   if (bug.resident) {
     context.setup.resident = bug.resident;
   }
-  context.launch(bug.shape, broken ? bug.broken : bug.right, p);
+  LaunchShape shape = bug.shape;
+  if (bug.before) {
+    context.launch(shape, bug.before, p);
+    shape.waits = true;
+  }
+  context.launch(shape, broken ? bug.broken : bug.right, p);
 }
 
 }  // namespace

@@ -104,6 +104,7 @@ int guarded(const Options& options, Outcome& outcome, Body body) {
     context.setup.bounded = options.bounded != 0;
     context.setup.source = options.source ? options.source : "";
     body(context);
+    context.finish();
     for (int line : context.report.synchronisation_lines) {
       outcome.lines[outcome.line_count++] = line;
     }
