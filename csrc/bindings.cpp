@@ -187,7 +187,8 @@ void define_cuda(py::module_& m) {
   py::class_<Queue>(m, "CudaQueue").def(py::init([](int device, int64_t stream) {
     return Queue{device, pointer<void>(stream)};
   }));
-  m.def("cuda_slice_floats", &slice_floats);
+  m.def("cuda_forward_bytes", &forward_bytes);
+  m.def("cuda_backward_bytes", &backward_bytes);
   m.def("cuda_set_bytes_per_cycle", &set_bytes_per_cycle);
   m.def("cuda_linear", &linear, free_threads());
   m.def("cuda_forward", &forward, free_threads());

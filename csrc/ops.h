@@ -110,8 +110,9 @@ struct Queue {
   void* stream;
 };
 
-// Size of `slices` for these gradients, in floats.
-int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore);
+// Size of the workspace of a forward, and of a backward that makes these gradients.
+int64_t forward_bytes(int64_t k, int64_t n, int64_t r);
+int64_t backward_bytes(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore);
 
 // Bytes a cycle that one processor gets from the L2 cache when all ask: what the plans of later products go by, 40 at
 // first.
@@ -119,16 +120,13 @@ void set_bytes_per_cycle(double bytes);
 
 // y = x·Wᵀ + bias, the products of a layer without its adapter: what benchmarks hold against the library.
 void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y);
-// As on the CPU, with B and core of any dtype and all else of one 16-bit dtype.
-// folded (N, R) in that dtype.
+// As on the CPU, with A, B and core, and dA, dB and dcore, of any dtype, all else of one 16-bit dtype.
 void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
-             const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& folded,
+             const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& workspace,
              float scaling);
-// dA, dB and dcore in any dtype. folded (N, R) and shrunk (M, R), or twice as wide with dcore.
 void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight,
               const Matrix& A, const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA,
-              const Matrix& dB, const Matrix& dcore, const Matrix& folded, const Matrix& shrunk, const Matrix& slices,
-              float scaling);
+              const Matrix& dB, const Matrix& dcore, const Matrix& workspace, float scaling);
 
 // As on the CPU, in any dtypes.
 void lora2_core(const Queue& queue, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,

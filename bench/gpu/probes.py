@@ -74,15 +74,18 @@ def check_gemm(machine, shape, tile, mn, dtype) -> None:
         inputs["splits"] = splits_of(m)
     else:
         del inputs["t"]
-    launches = [dict(inputs) for _ in range(machine.pick(3, 1))]
-    ticket, epoch, result = run_gemm(*launches, tile=tile, blocks=machine.pick(0, 4), library=library(machine))
-    assert not result.rule, result.text
-    assert (ticket, epoch) == (0, len(launches)), f"ticket {ticket} and epoch {epoch} after {len(launches)} launches"
-    for launch in launches:
-        assert torch.equal(launch["c"], c.to(dtype)), "c is wrong"
-        if "t" in inputs:
-            sums = launch["slices"].unflatten(0, (inputs["splits"], w - r)).sum(0)
-            assert torch.equal(sums, gradient), "the slices are wrong"
+    blocks = machine.pick(0, 4)
+    # Items of P one tile high, then two.
+    for tall in (1, 2) if w else (1,):
+        launches = [dict(inputs) for _ in range(machine.pick(2, 1))]
+        ticket, epoch, result = run_gemm(*launches, tile=tile, blocks=blocks, tall=tall, library=library(machine))
+        assert not result.rule, result.text
+        assert (ticket, epoch) == (0, len(launches)), f"ticket {ticket}, epoch {epoch} after {len(launches)} launches"
+        for launch in launches:
+            assert torch.equal(launch["c"], c.to(dtype)), f"c is wrong with items of {tall} tiles"
+            if "t" in inputs:
+                sums = launch["slices"].unflatten(0, (inputs["splits"], w - r)).sum(0)
+                assert torch.equal(sums, gradient), f"the slices are wrong with items of {tall} tiles"
 
 
 @functools.lru_cache(1)

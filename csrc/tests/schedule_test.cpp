@@ -14,6 +14,7 @@
 
 #include "cuda/common/current.h"
 #include "cuda/sm90/plan.h"
+#include "cuda/common/remembered.h"
 #include "cuda/common/states.h"
 
 namespace {
@@ -386,6 +387,24 @@ void check_ratios() {
   }
 }
 
+// What is remembered is what was made, whichever keys share a place; keys that come again are not made again.
+void check_remembered() {
+  Remembered<double, 3> values;
+  std::mt19937_64 random(7);
+  int made = 0;
+  const auto get = [&](double a, double b, double c) {
+    return values.get({a, b, c}, [&] { return ++made, a * 1e8 + b * 1e4 + c; });
+  };
+  for (int i = 0; i < 100000; ++i) {
+    const double a = random() % 16, b = random() % 16, c = random() % 16;
+    EXPECT(get(a, b, c) == a * 1e8 + b * 1e4 + c, "%g, %g, %g", a, b, c);
+  }
+  made = 0;
+  for (int i = 0; i < 30; ++i) get(4096, i % 3 * 64, 0.5);
+  EXPECT(made <= 6, "%d", made);
+  EXPECT(get(1, 1, 40) != get(1, 1, 40.5), "fractions");
+}
+
 void print_plans() {
   const Layer layers[] = {{"llama2-7b q", 4096, 4096},      {"llama2-7b gate", 4096, 11008},
                           {"llama2-7b down", 11008, 4096},  {"mistral-7b k", 4096, 1024},
@@ -446,6 +465,7 @@ int main(int argc, char** argv) {
   check_current();
   check_plans();
   check_ratios();
+  check_remembered();
   print_plans();
   if (failures) std::printf("\n%d failures\n", failures);
   return failures != 0;

@@ -8,7 +8,7 @@ from python_tests.cuda.emulator import Matrix, call, emulator, nystrom_case, run
 
 
 class LinearCase(ctypes.Structure):
-    _fields_ = [("ampere", ctypes.c_int32), ("scaling", ctypes.c_float), ("matrices", Matrix * 14)]
+    _fields_ = [("ampere", ctypes.c_int32), ("scaling", ctypes.c_float), ("matrices", Matrix * 12)]
 
 
 class Extension:
@@ -17,8 +17,13 @@ class Extension:
     def __init__(self, ampere=False, **options):
         self.ampere, self.options, self.launches = ampere, options, []
 
-    def cuda_slice_floats(self, queue, m, k, n, r, *wanted):
-        function = emulator().linear_slice_floats
+    def cuda_forward_bytes(self, *sizes):
+        function = emulator().linear_forward_bytes
+        function.restype = ctypes.c_int64
+        return function(*map(ctypes.c_int64, sizes))
+
+    def cuda_backward_bytes(self, queue, m, k, n, r, *wanted):
+        function = emulator().linear_backward_bytes
         function.restype = ctypes.c_int64
         sizes = (ctypes.c_int64(size) for size in (m, k, n, r))
         return function(int(self.ampere), *sizes, *map(ctypes.c_bool, wanted))
@@ -50,7 +55,7 @@ class Extension:
 
     def _run(self, entry, arguments):
         *tensors, scaling = arguments
-        case = LinearCase(self.ampere, scaling, (Matrix * 14)(*map(Matrix.of, tensors)))
+        case = LinearCase(self.ampere, scaling, (Matrix * 12)(*map(Matrix.of, tensors)))
         result = call(getattr(emulator(), entry), ctypes.byref(case), seed=len(self.launches), **self.options)
         self._report(entry, result)
 

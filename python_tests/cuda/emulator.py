@@ -255,12 +255,18 @@ SYNCHRONISATION = re.compile(
 )
 
 
-def synchronisation_calls(source):
-    """line -> name of every synchronisation call in a file of csrc/cuda, which is known by its name alone."""
+GRID_WAIT = re.compile(r"\b(grid_wait)\(")
+
+
+def synchronisation_calls(source, pattern=SYNCHRONISATION):
+    """line -> name of every call that orders the threads of a grid in a file of csrc/cuda, known by its name alone.
+
+    With GRID_WAIT, of those that order one grid after another.
+    """
     calls = {}
     (path,) = CUDA.glob(f"*/{source}")
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        for name in SYNCHRONISATION.findall(line.split("//")[0]):
+        for name in pattern.findall(line.split("//")[0]):
             assert number not in calls, f"{source}:{number}: one synchronisation call a line"
             calls[number] = name
     return calls

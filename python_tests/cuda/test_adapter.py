@@ -59,6 +59,17 @@ def test_fold(n, r):
         check(*run_fold(n, r, with_core=mix % 3 != 2, doubled=mix % 2 == 1, mix=mix, **schedule))
 
 
+def test_folds_of_one_launch():
+    for mix, schedule in zip(range(9), itertools.cycle(SCHEDULES)):
+        # F beside a cast of A.
+        B, N, exact, magnitude, o = fold_case(70, 24, True, True, mix)
+        A = view(24, 200, *mixes(1)[-1 - mix][0], torch.Generator().manual_seed(mix))
+        out, rounded = view(70, 48, *o), torch.full((24, 200), torch.nan, dtype=torch.bfloat16)
+        result = run_case("run_adapter", FOLD, B, N, out, A, None, rounded, **schedule)
+        check(result, out, torch.cat([exact[:, :24] / 0.7, exact[:, 24:]], 1), magnitude / 0.7, 24)
+        assert torch.equal(rounded, A.bfloat16())
+
+
 def test_fold_without_core_only_rounds():
     result, out, *_ = run_fold(33, 24, with_core=False, doubled=True)
     B = fold_case(33, 24, False, True, 0)[0]

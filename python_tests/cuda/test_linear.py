@@ -10,6 +10,7 @@ import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import TABLE, Call, Needs
 from python_tests.cuda import emulated
+from python_tests.cuda.emulator import GRID_WAIT, synchronisation_calls
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ENGINES = pytest.mark.parametrize("ampere", [False, True], ids=["hopper", "ampere"])
@@ -100,6 +101,46 @@ def test_results_are_the_same_bits_on_every_schedule(monkeypatch, ampere):
         emulated.install(monkeypatch, ampere=ampere, resident=resident)
         results.append(testing.results(p, nk.lora_linear, backend="cuda"))
     assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in results[0])
+
+
+# Every way that one launch of a layer hands something to the next: F, or A too, to the product for y; [F | B], and
+# A, to that for dx, or to two where the rank is large; H and G to gradients; slices to their sums.
+CHAINS = {
+    "bf16": {"adapter_dtype": BF16},
+    "fp32": {"adapter_dtype": FP32},
+    "large rank": {"R": 136, "adapter_dtype": BF16},
+}
+SOURCES = ("gemm.cuh", "gradient.cuh", "finish.cuh")
+WAITS = [(source, line) for source in SOURCES for line in synchronisation_calls(source, GRID_WAIT)]
+
+
+def reported(monkeypatch, chain, seed, **options):
+    """What the emulator says of forward and then backward."""
+    sizes = {"M": 70, "K": 72, "N": 72, "R": 16} | CHAINS[chain]
+    extension = emulated.install(monkeypatch, lanes=seed % 2 == 1, **options)
+    # The seed is their number.
+    extension.launches += ["none"] * seed
+    try:
+        testing.results(testing.problem(**sizes, dtype=BF16), nk.lora_linear, backend="cuda")
+    except AssertionError as report:
+        return str(report)
+    return ""
+
+
+@pytest.mark.parametrize("source, line", WAITS, ids=lambda v: str(v))
+def test_a_launch_that_does_not_wait_for_the_one_before_is_caught(monkeypatch, source, line):
+    found = {}
+    for chain, seed in itertools.product(CHAINS, range(3)):
+        said = reported(monkeypatch, chain, seed, source=source, skipped_line=line)
+        found.setdefault(chain, []).append(said.startswith(("race", "uninitialised read", "grid dependency")))
+    # One of the chains must show it on every schedule.
+    assert any(map(all, found.values())), found
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_launches_that_begin_early_are_right_on_every_schedule(monkeypatch, chain):
+    for seed, resident in itertools.product(range(6), (0, 1, 3)):
+        assert not reported(monkeypatch, chain, seed, resident=resident)
 
 
 def test_scattered_and_shifted_rows_are_copied(monkeypatch):

@@ -16,9 +16,9 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "current.h"
@@ -119,20 +119,47 @@ class Driver {
     return reinterpret_cast<void*>(address);
   }
 
-  // The context that the runtime uses on a device. Once used, it is kept.
-  CUcontext primary(int device) const {
+  // What never changes of a device. Its context is the one that the runtime uses: once used, it is kept.
+  struct Device {
+    CUcontext context = nullptr;
+    int architecture = 0;   // 90 for compute capability 9.0
+    uint32_t processors = 0;
+  };
+  const Device& device(int index) const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    CUcontext& context = primary_[device];
-    if (!context) {
+    Device& device = devices_[index];
+    if (!device.context) {
       CUdevice found = 0;
-      check(get_device_(&found, device), "cuDeviceGet");
-      check(retain_(&context, found), "cuDevicePrimaryCtxRetain");
+      check(get_device_(&found, index), "cuDeviceGet");
+      device.processors = uint32_t(attribute(cudaDevAttrMultiProcessorCount, index));
+      device.architecture = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                            attribute(cudaDevAttrComputeCapabilityMinor, index);
+      check(retain_(&device.context, found), "cuDevicePrimaryCtxRetain");
     }
-    return context;
+    return device;
+  }
+
+  // Lets a kernel have so much shared memory, and says whether this is the first time on that device.
+  bool prepare(int device, const void* kernel, uint32_t shared_bytes) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    uint32_t& had = prepared_[{device, kernel}];
+    const bool first = had == 0;
+    if (had < shared_bytes) {
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+                 "cudaFuncSetAttribute");
+      had = shared_bytes;
+    }
+    return first;
   }
 
  private:
   Driver() { check(found<decltype(&cuInit)>("cuInit")(0), "cuInit"); }
+
+  static int attribute(cudaDeviceAttr name, int device) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    return value;
+  }
 
   template <class Function>
   static Function found(const char* name) {
@@ -156,23 +183,22 @@ class Driver {
   const decltype(&cuFuncGetModule) get_module_ = found<decltype(&cuFuncGetModule)>("cuFuncGetModule");
   const decltype(&cuModuleGetGlobal) get_global_ = found<decltype(&cuModuleGetGlobal)>("cuModuleGetGlobal");
   mutable std::mutex mutex_;
-  mutable std::map<int, CUcontext> primary_;
+  mutable std::map<int, Device> devices_;
+  mutable std::map<std::pair<int, const void*>, uint32_t> prepared_;
 };
 
 #ifdef NLORA_BOUND_SPINS
 
-// Tells the code of a kernel, once on each device, where its waits may note that they gave up. A failure costs their
-// words alone: they trap all the same.
-inline void prepare_spin_records(int device, const void* kernel) {
+// Tells the code of a kernel where its waits may note that they gave up. A failure costs their words alone: they trap
+// all the same.
+inline void prepare_spin_records(const void* kernel) {
   static std::mutex mutex;
-  static auto& told = *new std::set<std::pair<int, const void*>>;
+  static bool registered = false;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (!told.insert({device, kernel}).second) {
-    return;
-  }
   try {
     std::vector<SpinRecord>& records = spin_records();
-    if (told.size() == 1) {
+    if (!registered) {
+      registered = true;
       const unsigned flags = cudaHostRegisterPortable | cudaHostRegisterMapped;
       check_cuda(cudaHostRegister(records.data(), kSpinRecords * sizeof(SpinRecord), flags), "cudaHostRegister");
       std::atexit([] {
@@ -195,48 +221,57 @@ inline void prepare_spin_records(int device, const void* kernel) {
 
 #else
 
-inline void prepare_spin_records(int, const void*) {}
+inline void prepare_spin_records(const void*) {}
 
 #endif
 
 struct LaunchShape {
   uint32_t grid, block, cluster, shared_bytes, registers;
+  bool waits = false;   // the kernel comes to grid_wait(), so it may begin before the launch before it is over
 };
 
 // Launches on one stream of a device, which is current while this lives.
 class Stream {
  public:
   explicit Stream(int device = 0, void* stream = nullptr)
-      : device_(device),
+      : index_(device),
         stream_(static_cast<cudaStream_t>(stream)),
-        current_(Driver::get(), Driver::get().primary(device)) {}
+        device_(Driver::get().device(device)),
+        current_(Driver::get(), device_.context) {}
 
-  uint32_t processors() const { return uint32_t(attribute(cudaDevAttrMultiProcessorCount)); }
+  uint32_t processors() const { return device_.processors; }
 
   // 90 for compute capability 9.0.
-  int architecture() const {
-    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-  }
+  int architecture() const { return device_.architecture; }
 
   template <class Parameters>
   void launch(const LaunchShape& shape, void (*kernel)(Parameters), const Parameters& parameters) {
     // The layer rounds the start of shared memory up to its alignment.
     const uint32_t shared_bytes = shape.shared_bytes + kSharedAlignment;
-    prepare_spin_records(device_, reinterpret_cast<const void*>(kernel));
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    int(shared_bytes)),
-               "cudaFuncSetAttribute");
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {shape.cluster, 1, 1};
+    const auto code = reinterpret_cast<const void*>(kernel);
+    if (Driver::get().prepare(index_, code, shared_bytes)) {
+      prepare_spin_records(code);
+    }
+    cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config{};
     config.gridDim = shape.grid;
     config.blockDim = shape.block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
-    config.attrs = &cluster;
-    // NOTE: devices before sm_90 know no clusters, not even of one.
-    config.numAttrs = shape.cluster > 1;
+    config.attrs = attributes;
+    // NOTE: devices before sm_90 know neither, not even clusters of one.
+    if (shape.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {shape.cluster, 1, 1};
+    }
+    // The first launch follows work of others, which it does not know; and other code than that for 9.0 never waits.
+    if (shape.waits && launched_ && architecture() == 90) {
+      cudaLaunchAttribute& early = attributes[config.numAttrs++];
+      early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      early.val.programmaticStreamSerializationAllowed = 1;
+    }
+    launched_ = true;
     check_cuda(cudaLaunchKernelEx(&config, kernel, parameters), "cudaLaunchKernelEx");
   }
 
@@ -261,14 +296,10 @@ class Stream {
   }
 
  private:
-  int attribute(cudaDeviceAttr name) const {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, name, device_), "cudaDeviceGetAttribute");
-    return value;
-  }
-
-  int device_;
+  int index_;
   cudaStream_t stream_;
+  const Driver::Device& device_;
+  bool launched_ = false;
   Current<Driver, CUcontext> current_;
 };
 

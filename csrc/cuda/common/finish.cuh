@@ -68,6 +68,7 @@ struct FinishTile : StridedTile {
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) finish_kernel(const __grid_constant__ Group<Finish> group) {
+  grid_wait();
   uint32_t block;
   const Finish& problem = group.of_block(block);
   const Matrix &core = problem.core, &out = problem.out;
@@ -124,7 +125,7 @@ void launch_finishes(Context& context, const Finish* finishes, uint32_t count) {
     widest = std::max(widest, w);
     group.add(finish, ceil_div(n, FinishTile::rows(n, w, bool(finish.core))));
   }
-  context.launch({group.total(), FinishTile::kThreads, 1, FinishTile::shared_bytes(widest), 128},
+  context.launch({group.total(), FinishTile::kThreads, 1, FinishTile::shared_bytes(widest), 128, true},
                  &finish_kernel<FinishTile>, group);
 }
 

@@ -1,19 +1,16 @@
-// F = s·B·N: the adapter that the products of the layer see, made from whatever B and N are stored as.
+// F = s·B·N, and casts: the adapter that the products of the layer see, made from whatever A, B and N are stored as.
 #pragma once
 
 #include "context.cuh"
+#include "gradient.h"
+#include "group.cuh"
 #include "strided.cuh"
 
 namespace nlora::cuda {
 
-struct FoldProblem {
-  Matrix B, core, out;
-  float scaling;
-};
-
 // out = s·B·N by one tile, for matrices in any strides.
 template <class Tile>
-__device__ __forceinline__ void fold_elements(const FoldProblem& problem, uint32_t row0, uint32_t column0) {
+__device__ __forceinline__ void fold_elements(const Fold& problem, uint32_t row0, uint32_t column0) {
   const Matrix &B = problem.B, &core = problem.core, &out = problem.out;
   const uint32_t n = uint32_t(B.rows), r = uint32_t(B.cols);
   const auto left = [&](uint32_t row, uint32_t k) {
@@ -41,7 +38,7 @@ __device__ __forceinline__ void fold_elements(const FoldProblem& problem, uint32
 
 // The same where B and the core have wide rows, of dtypes that the compiler knows.
 template <class Tile, class Left>
-__device__ __forceinline__ void fold_rows(const FoldProblem& problem, uint32_t row0, uint32_t column0, Left B) {
+__device__ __forceinline__ void fold_rows(const Fold& problem, uint32_t row0, uint32_t column0, Left B) {
   const Matrix &core = problem.core, &out = problem.out;
   const bool wide = has_wide_rows(out);
   if (core.data) {
@@ -80,9 +77,12 @@ __device__ __forceinline__ void fold_rows(const FoldProblem& problem, uint32_t r
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) fold_kernel(const __grid_constant__ FoldProblem problem) {
+__global__ void __launch_bounds__(Tile::kThreads) fold_kernel(const __grid_constant__ Group<Fold> group) {
+  grid_launch_dependents();
+  uint32_t block;
+  const Fold& problem = group.of_block(block);
   const StridedGrid grid(problem.B.cols);
-  const uint32_t row0 = grid.row(block_rank()), column0 = grid.column(block_rank());
+  const uint32_t row0 = grid.row(block), column0 = grid.column(block);
   if (has_wide_rows(problem.B) && (!problem.core.data || has_wide_rows(problem.core))) {
     with_wide_rows(problem.B, [&](auto B) { fold_rows<Tile>(problem, row0, column0, B); });
   } else {
@@ -90,12 +90,15 @@ __global__ void __launch_bounds__(Tile::kThreads) fold_kernel(const __grid_const
   }
 }
 
-// out[:, :R] = s·B·N, or s·B without N, and out[:, R:2R] = B if out has 2R columns.
-// B (n, R), core = N (R, R), out (n, R) or (n, 2R); each in any dtype and strides, sums in fp32.
+// One launch for 1 to 3 of them: see Fold.
 template <class Context>
-void launch_fold(Context& context, const Matrix& B, const Matrix& core, float scaling, const Matrix& out) {
-  launch_strided(context, StridedGrid::blocks(B.rows, B.cols), &fold_kernel<StridedTile>,
-                 FoldProblem{B, core, out, scaling});
+void launch_folds(Context& context, const Fold* folds, uint32_t count) {
+  check_group(count);
+  Group<Fold> group;
+  for (uint32_t i = 0; i < count; ++i) {
+    group.add(folds[i], StridedGrid::blocks(folds[i].B.rows, folds[i].B.cols));
+  }
+  launch_strided(context, group.total(), &fold_kernel<StridedTile>, group);
 }
 
 }  // namespace nlora::cuda

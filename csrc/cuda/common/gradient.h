@@ -40,4 +40,12 @@ struct Finish {
   bool transposed;
 };
 
+// out[:, :R] = s·B·core, or s·B without core, and out[:, R:2R] = B if out has 2R columns. Without core and with s = 1 it
+// is a cast.
+//   B (n, R), core (R, R), out (n, R) or (n, 2R)   each in any dtype and strides, sums in fp32
+struct Fold {
+  Matrix B, core, out;
+  float scaling;
+};
+
 }  // namespace nlora::cuda

@@ -7,6 +7,7 @@
 #include "../sm90/plan.h"
 #include "launchers.h"
 #include "linear.h"
+#include "remembered.h"
 #include "splits.h"
 #include "states.h"
 
@@ -45,9 +46,7 @@ struct Engine {
   bool is_hopper = stream.architecture() == 90;
   uint32_t processors = stream.processors();
 
-  void fold(const Matrix& B, const Matrix& core, float scaling, const Matrix& out) const {
-    launch_fold(stream, B, core, scaling, out);
-  }
+  void folds(const Fold* folds, uint32_t count) const { launch_folds(stream, folds, count); }
   void product(const Product& product) const {
     const auto launch = !is_hopper                            ? &sm80::launch_product<Stream>
                         : product.a.dtype == Dtype::kBFloat16 ? &sm90::launch_planned<bf16, Stream>
@@ -59,8 +58,10 @@ struct Engine {
   }
   bool sums_beyond() const { return is_hopper; }
   int64_t splits(int64_t m, int64_t n, int64_t w) const {
+    static thread_local Remembered<uint32_t, 5> splits;
     const auto choose = is_hopper ? &GradientSplits::choose : &AmpereSplits::choose;
-    return choose(uint32_t(m), uint32_t(n), uint32_t(w), processors);
+    return splits.get({double(m), double(n), double(w), double(processors), double(is_hopper)},
+                      [&] { return choose(uint32_t(m), uint32_t(n), uint32_t(w), processors); });
   }
   void finishes(const Finish* finishes, uint32_t count) const { launch_finishes(stream, finishes, count); }
 };
@@ -71,9 +72,14 @@ std::string sizes(const Matrix& rows, const Matrix& weight, const Matrix& A) {
 
 }  // namespace
 
-int64_t slice_floats(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
+int64_t forward_bytes(int64_t k, int64_t n, int64_t r) {
+  // F, and room for A.
+  return 2 * r * (n + k);
+}
+
+int64_t backward_bytes(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore) {
   Stream stream(queue.device, queue.stream);
-  return slice_floats(Engine{stream}, m, k, n, r, dA, dB, dcore);
+  return backward_bytes(Engine{stream}, m, k, n, r, dA, dB, dcore);
 }
 
 void set_bytes_per_cycle(double bytes) {
@@ -98,24 +104,24 @@ void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Mat
 }
 
 void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
-             const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& folded,
+             const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& workspace,
              float scaling) {
   on(
       queue, [&] { return "forward of x " + sizes(x, weight, A); },
       [&](Stream& stream) {
-        forward(Engine{stream}, {x, weight, A, B, core, bias, y, T, folded, scaling, state(queue, stream, x.rows)});
+        forward(Engine{stream},
+                {x, weight, A, B, core, bias, y, T, workspace.data, scaling, state(queue, stream, x.rows)});
       });
 }
 
 void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight,
               const Matrix& A, const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA,
-              const Matrix& dB, const Matrix& dcore, const Matrix& folded, const Matrix& shrunk, const Matrix& slices,
-              float scaling) {
+              const Matrix& dB, const Matrix& dcore, const Matrix& workspace, float scaling) {
   on(
       queue, [&] { return "backward of dy " + sizes(dy, weight, A); },
       [&](Stream& stream) {
-        backward(Engine{stream}, {dy, x, T, weight, A, B, core, dx, dA, dB, dcore, folded, shrunk,
-                                  static_cast<float*>(slices.data), scaling, state(queue, stream, dy.rows)});
+        backward(Engine{stream}, {dy, x, T, weight, A, B, core, dx, dA, dB, dcore, workspace.data, scaling,
+                                  state(queue, stream, dy.rows)});
       });
 }
 

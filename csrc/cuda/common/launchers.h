@@ -10,7 +10,7 @@
 namespace nlora::cuda {
 
 template <class Context>
-void launch_fold(Context& context, const Matrix& B, const Matrix& core, float scaling, const Matrix& out);
+void launch_folds(Context& context, const Fold* folds, uint32_t count);
 template <class Context>
 void launch_finishes(Context& context, const Finish* finishes, uint32_t count);
 template <class Context>

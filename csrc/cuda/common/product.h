@@ -23,8 +23,15 @@ struct Product {
   Matrix shrink;
   Matrix t, slices;
   Major major = Major::K;
+  bool wide_alone_is_new = false;   // of all that is read here, the launch before makes nothing else
   uint32_t* state = nullptr;   // state_words(m) words, zero before the first launch; one launch at a time uses them
 };
+
+// Whether TMA and copies of 16 bytes can read a matrix of 16 bits where it lies.
+inline bool has_aligned_rows(const Matrix& x) {
+  const bool rows_fit = x.rows == 1 || (x.row_stride % 8 == 0 && x.row_stride >= x.cols);
+  return x.cols % 8 == 0 && x.col_stride == 1 && rows_fit && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+}
 
 inline size_t state_words(int64_t m) { return State::size(uint32_t(m)); }
 

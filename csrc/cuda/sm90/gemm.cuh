@@ -113,6 +113,9 @@ __device__ __forceinline__ void load_item(const GemmShared<Tile> shared, const G
     load_depth<Tile, Major::K, kMajor>(shared, &problem.a, place.makes_p ? &problem.shrink : &problem.b,
                                        place.m + tile * Tile::kClusterM, place.n, width, begin, end, rank, left, ring);
   }
+  if (r) {
+    grid_wait();
+  }
   for (uint32_t column = 0; column < r; column += Tile::kBlockN) {
     if (problem.w) {
       await_p(problem.state, epoch, place.m, Tile::kBlockM, column / Tile::kBlockN, 1);
@@ -346,6 +349,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
     sync_warp();
     cluster_sync();
   }
+  // Tickets and flags may still be those of the launch before.
+  if (!problem.begins_early) {
+    grid_wait();
+  }
 
   RingPosition<Tile::kStages> ring;
   uint32_t ticket_parity = 0;
@@ -357,6 +364,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
         const auto ticket = ld_shared<uint32_t>(shared.ticket());
         const auto epoch = ld_shared<uint32_t>(shared.epoch());
         if (ticket >= schedule.count()) {
+          grid_launch_dependents();
           break;
         }
         load_item<Tile, kMajor, T>(shared, problem, epoch, own_place(ticket), rank, ring);

@@ -19,8 +19,7 @@ inline void check_operand(const char* name, const Matrix& x, int64_t rows, int64
     throw std::invalid_argument(std::string(name) + " must be " + pair(rows, columns) + " in the dtype of a, got " +
                                 pair(x.rows, x.cols) + (x.dtype == dtype ? "" : " in another"));
   }
-  const bool rows_fit = x.rows == 1 || (x.row_stride % 8 == 0 && x.row_stride >= x.cols);
-  if (x.cols % 8 || x.col_stride != 1 || !rows_fit || reinterpret_cast<uintptr_t>(x.data) % 16) {
+  if (!has_aligned_rows(x)) {
     throw std::invalid_argument(std::string(name) +
                                 " must have columns in multiples of 8, strides (multiple of 8, "
                                 "1) and data aligned to 16 bytes, got " +
@@ -134,10 +133,11 @@ void launch_gemm(Context& context, const Product& q, uint32_t blocks, uint32_t t
   }
   problem.bias = static_cast<const T*>(q.bias.data);
   problem.state = {q.state};
+  problem.begins_early = q.wide_alone_is_new;
 
   const Schedule schedule(problem.m, problem.n, problem.w, Tile::kClusterM, Tile::kBlockN, problem.splits, tall);
   const uint32_t clusters = std::min(std::max(blocks / kCluster, 1u), schedule.count());
-  context.launch({clusters * kCluster, Tile::kThreads, kCluster, Tile::kSharedBytes, Tile::kRegisters},
+  context.launch({clusters * kCluster, Tile::kThreads, kCluster, Tile::kSharedBytes, Tile::kRegisters, true},
                  &gemm_kernel<Tile, kMajor, T>, problem);
 }
 

@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   if (warp == Tile::kConsumerWarps) {
     if (leader) {
+      grid_wait();
       load_rows(shared, problem, column, first, last);
+      grid_launch_dependents();
     }
   } else {
     float acc[Tile::kNarrow / 2];
@@ -156,7 +158,7 @@ void launch_gradients_of(Context& context, const Gradient* gradients, uint32_t c
   }
   const auto kernel =
       gradients->wide.dtype == Dtype::kBFloat16 ? &gradient_kernel<Tile, bf16> : &gradient_kernel<Tile, fp16>;
-  context.launch({group.total(), Tile::kThreads, 1, Tile::kSharedBytes, Tile::kRegisters}, kernel, group);
+  context.launch({group.total(), Tile::kThreads, 1, Tile::kSharedBytes, Tile::kRegisters, true}, kernel, group);
 }
 
 // One launch for 1 to 3 gradients of one dtype, narrow of up to 256 columns: see Gradient.

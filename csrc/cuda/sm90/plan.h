@@ -31,7 +31,6 @@ constexpr uint32_t kTallest = 2;
 // C (m, n) = A (m, k)·Bᵀ + P[:, :r]·wideᵀ; the launch makes w columns of P itself. r and w are 0 without an adapter.
 struct ProductSizes {
   uint32_t m, n, k, r, w;
-
   constexpr Schedule schedule(TileShape tile, uint32_t tall = 1) const {
     return Schedule(m, n, w, tile.rows(), uint32_t(tile.block_n), 0, tall);
   }

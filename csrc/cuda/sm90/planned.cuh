@@ -1,6 +1,7 @@
 // A product by the tile that plan.h chooses for it.
 #pragma once
 
+#include "../common/remembered.h"
 #include "gemm_launch.cuh"
 #include "plan.h"
 
@@ -10,6 +11,13 @@ template <uint32_t kIndex>
 using PlannedTile = GemmTile<kTiles[kIndex].block_m, kTiles[kIndex].block_n, kTiles[kIndex].stages,
                              kTiles[kIndex].cluster, kTiles[kIndex].boxes>;
 
+inline Plan remembered_plan(const ProductSizes& q, uint32_t processors) {
+  static thread_local Remembered<Plan, 7> plans;
+  const TileCosts costs;
+  return plans.get({double(q.m), double(q.n), double(q.k), double(q.r), double(q.w), double(processors), costs.bytes},
+                   [&] { return plan_product(q, processors, costs); });
+}
+
 // T is the dtype of all operands, so that each can be compiled on its own.
 template <class T, class Context>
 void launch_planned(Context& context, const Product& q) {
@@ -17,7 +25,7 @@ void launch_planned(Context& context, const Product& q) {
   const ProductSizes sizes = checked_sizes(q.a.rows, q.c.cols, q.a.cols, rank_of(q), w);
   const uint32_t processors = context.processors();
   check_product(q, 256);
-  const Plan plan = plan_product(sizes, processors);
+  const Plan plan = remembered_plan(sizes, processors);
   const auto launch = [&](auto tile) {
     using Tile = decltype(tile);
     q.major == Major::K ? launch_gemm<Tile, Major::K, T>(context, q, processors, plan.tall)

@@ -91,6 +91,7 @@ struct GemmProblem {
   float* slices;      // (splits·g, v)
   uint32_t splits;    // 0: no gradient
   uint32_t g, v;      // rows and columns of a slice
+  bool begins_early;  // the launch before makes wide alone: nothing else has to wait for it
   uint32_t t_width;   // of the tiles that make slices: 64 or 128, at most BLOCK_N
 
     // Where an item's sum begins and ends, without the adapter. The shares of slices are equal but for 64 rows.

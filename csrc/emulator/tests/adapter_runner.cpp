@@ -12,7 +12,14 @@ void run_case(Context& context, const Case& c) {
   auto in = [&](int i) { return matrices.input(c.matrices[i]); };
   auto out = [&](int i) { return matrices.output(c.matrices[i]); };
   switch (c.kernel) {
-    case 0: launch_fold(context, in(0), in(1), c.scaling, out(2)); break;
+    case 0: {
+      std::vector<Fold> folds;
+      for (int i = 0; i < 9 && c.matrices[i]; i += 3) {
+        folds.push_back({in(i), in(i + 1), out(i + 2), c.scaling});
+      }
+      launch_folds(context, folds.data(), uint32_t(folds.size()));
+      break;
+    }
     case 1: launch_core(context, in(0), in(1), in(2), in(3), out(4)); break;
     case 2: launch_core_backward(context, in(0), in(1), in(2), in(3), in(4), out(5), out(6), out(7)); break;
     case 3: {

@@ -41,17 +41,18 @@ void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t*
   before[0] = control[0];
   before[State::kWord] = control[1];
   auto state = static_cast<uint32_t*>(context.control(words * sizeof(uint32_t), before.data()));
+  const auto on_device = [&](Matrix x, bool written) {
+    if (x) {
+      // As far from a multiple of 16 as the host's data.
+      const size_t shift = reinterpret_cast<uintptr_t>(x.data) % 16;
+      const auto from = static_cast<const uint8_t*>(x.data) - shift;
+      void* data = written ? context.output(shift + bytes(x)) : context.input(from, shift + bytes(x));
+      x.data = static_cast<uint8_t*>(data) + shift;
+    }
+    return x;
+  };
+  std::vector<Product> products;
   for (const GemmCase* c = cases; c < cases + count; ++c) {
-    const auto on_device = [&](Matrix x, bool written) {
-      if (x) {
-        // As far from a multiple of 16 as the host's data.
-        const size_t shift = reinterpret_cast<uintptr_t>(x.data) % 16;
-        const auto from = static_cast<const uint8_t*>(x.data) - shift;
-        void* data = written ? context.output(shift + bytes(x)) : context.input(from, shift + bytes(x));
-        x.data = static_cast<uint8_t*>(data) + shift;
-      }
-      return x;
-    };
     Product product{on_device(c->a, false),
                     on_device(c->b, false),
                     on_device(c->c, true),
@@ -62,14 +63,22 @@ void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t*
                     on_device(c->t, false),
                     on_device(c->slices, true),
                     Major(c->major),
+                    false,
                     state};
-    run_tile(context, c->tile, product, c->blocks, c->tall);
-    context.fetch(c->c.data, product.c.data, bytes(c->c));
-    if (c->shrink) {
-      context.fetch(c->p.data, product.p.data, bytes(c->p));
+    products.push_back(product);
+  }
+  // Each may begin beside the one before it.
+  for (int32_t i = 0; i < count; ++i) {
+    run_tile(context, cases[i].tile, products[i], cases[i].blocks, cases[i].tall);
+  }
+  for (int32_t i = 0; i < count; ++i) {
+    const GemmCase& c = cases[i];
+    context.fetch(c.c.data, products[i].c.data, bytes(c.c));
+    if (c.shrink) {
+      context.fetch(c.p.data, products[i].p.data, bytes(c.p));
     }
-    if (c->t) {
-      context.fetch(c->slices.data, product.slices.data, bytes(c->slices));
+    if (c.t) {
+      context.fetch(c.slices.data, products[i].slices.data, bytes(c.slices));
     }
   }
   context.fetch(control, state, sizeof(uint32_t));

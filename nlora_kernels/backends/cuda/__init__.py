@@ -98,12 +98,12 @@ class Cuda(Lean):
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         x, weight, lora_A, lora_B, lora_N, bias, scaling, _ = call
-        (M, _), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+        (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
         y, T = x.new_empty(M, N), x.new_empty(M, R)
         if M:
-            x, A, bias = launch.aligned(x), launch.aligned(_in(x.dtype, lora_A)), launch.aligned(bias)
-            folded = x.new_empty(N, R)
-            _C.cuda_forward(launch.queue(x), x, weight, A, lora_B, lora_N, bias, y, T, folded, scaling)
+            x, bias = launch.aligned(x), launch.aligned(bias)
+            workspace = x.new_empty(_C.cuda_forward_bytes(K, N, R) // x.element_size())
+            _C.cuda_forward(launch.queue(x), x, weight, lora_A, lora_B, lora_N, bias, y, T, workspace, scaling)
         return y, T
 
     def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
@@ -115,21 +115,17 @@ class Cuda(Lean):
             x=dy.new_empty(M, K) if needs.x else None,
             # The gradient of the weight itself is a plain product of two large matrices: the library's is best.
             weight=torch.mm(dy.T, x) if needs.weight else None,
-            lora_A=_new(lora_A) if needs.lora_A else None,
-            lora_B=_new(lora_B) if needs.lora_B else None,
-            lora_N=_new(lora_N) if needs.lora_N else None,
+            lora_A=torch.empty_like(lora_A) if needs.lora_A else None,
+            lora_B=torch.empty_like(lora_B) if needs.lora_B else None,
+            lora_N=torch.empty_like(lora_N) if needs.lora_N else None,
             bias=dy.sum(0) if needs.bias else None,
         )
         made = grads.x, grads.lora_A, grads.lora_B, grads.lora_N
-        if any(t is not None for t in made):
+        if needs.x or needs.lora_A or needs.lora_B or needs.lora_N:
             dy, x, T = launch.aligned(dy), launch.aligned(x), launch.aligned(T)
-            # Only dx multiplies by it.
-            A = launch.aligned(_in(dy.dtype, lora_A)) if needs.x else lora_A
-            width = 2 * R if needs.lora_N else R
             queue, wanted = launch.queue(dy), (needs.lora_A, needs.lora_B, needs.lora_N)
-            slices = dy.new_empty(1, _C.cuda_slice_floats(queue, M, K, N, R, *wanted), dtype=torch.float32)
-            workspace = dy.new_empty(N, width), dy.new_empty(M, width), slices
-            _C.cuda_backward(queue, dy, x, T, weight, A, lora_B, lora_N, *made, *workspace, scaling)
+            workspace = dy.new_empty(_C.cuda_backward_bytes(queue, M, K, N, R, *wanted) // dy.element_size())
+            _C.cuda_backward(queue, dy, x, T, weight, lora_A, lora_B, lora_N, *made, workspace, scaling)
         return grads
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
@@ -140,7 +136,7 @@ class Cuda(Lean):
 
     def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
         _check_core(lora_u)
-        grads = _new(lora_u), _new(lora_E), _new(lora_U)
+        grads = torch.empty_like(lora_u), torch.empty_like(lora_E), torch.empty_like(lora_U)
         launch.run("lora2_core_backward", d_core, lora_u, lora_E, lora_U, _weights(mask), *grads)
         return grads
 
@@ -164,14 +160,6 @@ def _check_core(lora_u: Tensor) -> None:
 
 def _weights(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype in ADAPTER_DTYPES else mask.float()
-
-
-def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
-
-
-def _new(like: Tensor) -> Tensor:
-    return like.new_empty(like.shape)
 
 
 def _short(dtype: torch.dtype) -> str:
