@@ -10,11 +10,28 @@ endif
 # Where gpu-proof puts its results, unless the environment says.
 OUT ?= gpu-results
 
-.PHONY: demo test gates bench smoke lint aot budget sanitize gpu-proof extension constraints newest clean
+.PHONY: demo study test gates bench smoke lint aot budget sanitize gpu-proof extension constraints newest clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare" and the like.
 demo: $(READY)
 	$(PYTHON) examples/finetune.py $(FLAGS)
+
+# The comparison of the methods at the sizes of one machine: hours, and the same command goes on where it was stopped. DATA is a
+# folder with glue/, lm/, gsm8k/ and models/; finished cells are run again at the end, to the same numbers. FLAGS="--seeds 0".
+QUALITY = bench/results/quality
+LANGUAGE = lora pissa slora slora_gaussian nlora inttune lora2
+study: $(READY)
+	@test -d "$(DATA)/glue" || { echo "study: DATA must be a folder with glue/, lm/, gsm8k/ and models/, got '$(DATA)'"; exit 2; }
+	$(PYTHON) examples/compare.py $(QUALITY)-stories260k.json --script finetune --methods $(LANGUAGE) --check 1 $(FLAGS) -- \
+		--model $(DATA)/models/stories260K --data $(DATA)/lm/tinyshakespeare.txt --steps 100 --max-length 256
+	$(PYTHON) examples/compare.py $(QUALITY)-minimind.json --script finetune --methods $(LANGUAGE) --check 1 $(FLAGS) -- \
+		--model $(DATA)/models/minimind2-small-26m --data $(DATA)/gsm8k/train.jsonl --columns question answer --steps 60
+	for task in sst2 mrpc rte; do \
+		$(PYTHON) examples/compare.py $(QUALITY)-minilm-$$task.json --check 1 $(FLAGS) \
+			--methods full bitfit lora pissa adalora sora slora slora_gaussian nlora inttune lora2 -- \
+			--task $$task --data $(DATA)/glue --target-rank 4 --max-length 64 || exit; \
+	done
+	$(PYTHON) examples/compare.py $(QUALITY)-smollm2.json --script finetune --check 1 $(FLAGS)
 
 # The package on this machine. FLAGS="--real-data DIR" adds the tests that want real models and data, --kills 100 more
 # writers of adapters that are killed.

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from recipes.arguments import read_object, real, whole
 from recipes.glue import TASKS
 from recipes.methods import ADAPTERS, METHODS
+from recipes.runs import without_place
 
 # Which metric a study ranks by, and whether more of it is better.
 SCRIPTS = {"glue": None, "finetune": ("loss", False)}
@@ -85,7 +86,12 @@ def cells(args) -> list[Cell]:
 def load_study(args) -> dict:
     suffix = next(iter(TASKS[args.task].heldout)) if args.task else ""
     metric, better = SCRIPTS[args.script] or (TASKS[args.task].metrics[0] + suffix, True)
-    study = {"script": args.script, "arguments": args.rest, "metric": args.metric or metric, "cells": {}}
+    study = {
+        "script": args.script,
+        "arguments": list(map(without_place, args.rest)),
+        "metric": args.metric or metric,
+        "cells": {},
+    }
     # Of all metrics here a loss alone is better the lower it is.
     study["higher_is_better"] = better if args.metric is None else not args.metric.endswith("loss")
     if args.study.exists():

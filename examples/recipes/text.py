@@ -13,6 +13,8 @@ from .arguments import NEEDS
 from .sources import check_on_hub
 
 HELDOUT_SHARE = 0.1
+# Characters of an example that is cut out of a plain text.
+PASSAGE = 800
 
 
 class Example(NamedTuple):
@@ -64,7 +66,9 @@ def split_by_module(modules: dict[str, list[Example]], per_module: int = 40) -> 
 
 
 def read_rows(source: str, option: str = "--data", configuration: str | None = None, split: str = "train") -> list:
-    """The rows of a JSONL file, or of a split of a hub dataset."""
+    """The rows of a JSONL file, the passages of a plain text, or the rows of a split of a hub dataset."""
+    if source.endswith(".txt"):
+        return [{"text": passage} for passage in _passages(source, option)]
     if source.endswith((".json", ".jsonl")) or Path(source).is_file():
         try:
             lines = Path(source).read_text(encoding="utf-8").splitlines()
@@ -81,6 +85,20 @@ def read_rows(source: str, option: str = "--data", configuration: str | None = N
         return list(datasets.load_dataset(source, configuration, split=split))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise SystemExit(f"{option} {source} cannot be loaded: {error}") from error
+
+
+def _passages(source: str, option: str) -> list[str]:
+    """Paragraphs, so many together that they make a passage."""
+    try:
+        paragraphs = Path(source).read_text(encoding="utf-8").split("\n\n")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{option} {source} cannot be read: {error}") from error
+    passages = [""]
+    for paragraph in paragraphs:
+        passages[-1] += paragraph.strip() + "\n\n"
+        if len(passages[-1]) >= PASSAGE:
+            passages.append("")
+    return [passage.strip() for passage in passages if passage.strip()]
 
 
 def _read_line(source: str, option: str, number: int, line: str):

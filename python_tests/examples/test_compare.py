@@ -47,6 +47,8 @@ def test_a_study_from_its_runs_to_its_figures(argv, tmp_path, capsys, monkeypatc
     out = capsys.readouterr().out
     assert "lora rank=2 lr=0.002 seed=0: the same numbers again" in out
     kept = json.loads(file.read_text())
+    # Results are published: they do not say where files were.
+    assert str(tmp_path) not in file.read_text()
     assert len(kept["cells"]) == 4 and kept["metric"] == "accuracy" and kept["higher_is_better"]
     for name in ("study.md", "study-curves.png", "study-forest.png"):
         assert (tmp_path / "out" / name).stat().st_size > 100

@@ -266,6 +266,18 @@ def test_jsonl_columns(finetune, tmp_path):
     assert not set(train) & set(heldout)
 
 
+def test_plain_text_is_cut_into_passages(tmp_path):
+    file = tmp_path / "text.txt"
+    paragraphs = [f"Paragraph {n}. " + "word " * (n % 7 * 30) for n in range(60)]
+    file.write_text("\n\n".join(paragraphs))
+    passages = [row["text"] for row in text.read_rows(str(file))]
+    assert "\n\n".join(passages) == "\n\n".join(paragraph.strip() for paragraph in paragraphs)
+    assert all(len(passage) >= text.PASSAGE - 2 for passage in passages[:-1]) and len(passages) > 5
+    assert error(text.read_rows, str(tmp_path / "none.txt")).startswith(
+        f"--data {tmp_path / 'none.txt'} cannot be read"
+    )
+
+
 def error(call, *args) -> str:
     with pytest.raises(SystemExit) as caught:
         call(*args)
