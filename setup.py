@@ -18,6 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -103,46 +104,59 @@ class Sanitize(Command):
                 raise CompileError(f"{test.name} failed under the sanitizers")
 
 
+class Step(NamedTuple):
+    """What makes one file: `before`, the inputs, -o output, `after`. depends: the compiler's option that lists headers.
+    log: what the command says goes to <output>.log."""
+
+    output: str
+    inputs: Sequence[Path | str]
+    before: Sequence[str]
+    after: Sequence[str] = ()
+    depends: str = ""
+    log: bool = False
+
+
+def ninja(folder: Path, steps: Sequence[Step], output: Path | str) -> None:
+    """Takes the steps that lead to `output` where something changed since the last time; one process at a time."""
+    from fcntl import LOCK_EX, flock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["rule step", "  command = $before $in -o $out $after"]
+    for step in steps:
+        before, after = list(step.before), " ".join(map(shell, step.after))
+        lines.append(f"build {path(step.output)}: step {' '.join(map(path, step.inputs))}")
+        if step.depends:
+            before[1:1] = [step.depends, "-MF", f"{step.output}.d"]
+            lines += [f"  depfile = {path(step.output)}.d", "  deps = gcc"]
+        if step.log:
+            log = shell(f"{step.output}.log")
+            after += f" > {log} 2>&1 || (cat {log}; false)"
+        lines += [f"  before = {' '.join(map(shell, before))}", f"  after = {after}"]
+    text, file = "\n".join(lines) + "\n", folder / f"{Path(output).name}.ninja"
+    with open(folder / "lock", "w") as lock:
+        flock(lock, LOCK_EX)
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        if subprocess.run([ninja_path(), "-f", file.name, str(output)], cwd=folder).returncode:
+            raise CompileError(f"building {Path(output).name} failed")
+
+
 def build(
     folder: Path, sources: list[Path], output: Path, flags: list[str], links: list[str], nvcc_flags: Sequence[str] = ()
 ) -> None:
-    """Compiles `sources` to one object each and links them to `output`, doing only what changed since the last time."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Compiles `sources` to one object each and links them to `output`."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"cxx = {shell(compiler())}",
-        f"nvcc = {shell(shutil.which('nvcc') or 'nvcc')}",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule compile_cuda",
-        "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        "  command = $cxx $in $flags -o $out",
-    ]
-    objects = []
+    steps = []
     for source in sources:
         stem = source.resolve().relative_to(ROOT).with_suffix("")
-        cuda = source.suffix == ".cu"
-        if cuda:
-            own = [*NVCC_FLAGS, *nvcc_flags, *architecture_flags(stem.parent.name)]
+        if source.suffix == ".cu":
+            nvcc = [shutil.which("nvcc") or "nvcc", *NVCC_FLAGS, *nvcc_flags, *architecture_flags(stem.parent.name)]
+            steps.append(Step(f"{stem}.o", [source.resolve()], [*nvcc, "-c"], depends="-MD"))
         else:
-            own = [*flags, *tier_flags(stem.name)]
-        objects.append(f"{stem}.o")
-        lines += [
-            f"build {stem}.o: {'compile_cuda' if cuda else 'compile'} {path(source)}",
-            f"  flags = {' '.join(map(shell, own))}",
-        ]
-    lines += [
-        f"build {path(output)}: link {' '.join(objects)}",
-        f"  flags = {' '.join(map(shell, links))}",
-    ]
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    if subprocess.run([ninja_path()], cwd=folder).returncode:
-        raise CompileError(f"building {output.name} failed")
+            own = [compiler(), *flags, *tier_flags(stem.name), "-c"]
+            steps.append(Step(f"{stem}.o", [source.resolve()], own, depends="-MMD"))
+    output = output.resolve()
+    ninja(folder, [*steps, Step(str(output), [step.output for step in steps], [compiler()], links)], output)
 
 
 def tier_flags(stem: str) -> list[str]:
@@ -153,9 +167,9 @@ def architecture_flags(folder: str) -> list[str]:
     return [f"-gencode=arch={code.replace('sm_', 'compute_')},code={code}" for code in ARCHITECTURES[folder]]
 
 
-def path(file: Path) -> str:
+def path(file: Path | str) -> str:
     """A file name as ninja reads it; ninja itself quotes it for the shell."""
-    return str(file.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    return str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def shell(word: str) -> str:

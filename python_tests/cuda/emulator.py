@@ -2,27 +2,25 @@
 
 import ctypes
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib.util
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from python_tests import ROOT
+from setup import Step, ninja
 
 BUILD = ROOT / "build" / "emulator"
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR = ROOT / "csrc" / "emulator"
 
-CXX_FLAGS = "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
-NVCC_FLAGS = "-DNDEBUG -std=c++17 -O3"
+CXX_FLAGS = ["-std=c++17", "-O3", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+NVCC_FLAGS = ["-DNDEBUG", "-std=c++17", "-O3"]
 RUNNERS = tuple(sorted(path.stem for path in (EMULATOR / "tests").glob("*_runner.cpp")))
 GOLDEN = Path(__file__).resolve().parent / "golden"  # what each device wrote, one file a device
 
@@ -30,41 +28,24 @@ GOLDEN = Path(__file__).resolve().parent / "golden"  # what each device wrote, o
 TILES = ((128, 128, 1), (128, 256, 1), (128, 128, 2), (128, 256, 2), (128, 64, 2))
 
 
-def ninja(lines, target):
-    """Writes build.ninja and brings `target` up to date; only one process builds at a time."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        text = "\n".join(lines) + "\n"
-        path = BUILD / f"{target}.ninja"
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
-        program = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
-        done = subprocess.run([*program, "-C", BUILD, "-f", path, target], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"building {target} failed:\n{done.stdout}\n{done.stderr}")
-    return BUILD / target
-
-
 @functools.cache
 def emulator():
     """The emulator with GEMM, probes and seeded bugs as a shared library."""
     compiler = os.environ.get("CXX", "g++")
-    lines = [
-        "rule compile",
-        f"  command = {compiler} {CXX_FLAGS} -MMD -MF $out.d -c -x c++ $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {compiler} -shared -o $out $in",
-    ]
-    objects = []
     # The launches that ship with it, compiled for the emulator as they are.
-    for source in sorted([*EMULATOR.glob("*.cpp"), *(EMULATOR / "tests").glob("*.cpp"), *CUDA.glob("*/*.cu")]):
-        objects.append(f"{source.relative_to(ROOT / 'csrc').with_suffix('.o')}")
-        lines.append(f"build {objects[-1]}: compile {source}")
-    lines.append(f"build libemulator.so: link {' '.join(objects)}")
-    return ctypes.CDLL(str(ninja(lines, "libemulator.so")))
+    sources = sorted([*EMULATOR.glob("*.cpp"), *(EMULATOR / "tests").glob("*.cpp"), *CUDA.glob("*/*.cu")])
+    steps = [
+        Step(
+            str(source.relative_to(ROOT / "csrc").with_suffix(".o")),
+            [source],
+            [compiler, *CXX_FLAGS, "-c", "-x", "c++"],
+            depends="-MMD",
+        )
+        for source in sources
+    ]
+    link = Step("libemulator.so", [step.output for step in steps], [compiler, "-shared"])
+    ninja(BUILD, [*steps, link], link.output)
+    return ctypes.CDLL(str(BUILD / link.output))
 
 
 def nvcc():
@@ -81,29 +62,16 @@ def cuobjdump():
 
 
 def target(arch):
-    return f"-gencode arch=compute_{arch},code=sm_{arch}"
-
-
-def cubin_lines(arch):
-    lines = [
-        "rule cubin",
-        f"  command = {nvcc()} -x cu {target('$arch')} {NVCC_FLAGS} $bound -Xptxas -v -MD -MF $out.d -cubin -o $out $in"
-        " > $out.log 2>&1"
-        " || (cat $out.log; false)",
-        "  depfile = $out.d",
-        "  deps = gcc",
-    ]
-    for runner in RUNNERS:
-        for suffix, bound in (("", ""), ("_bounded", "-DNLORA_BOUND_SPINS")):
-            source = EMULATOR / "tests" / f"{runner}.cpp"
-            lines += [f"build {runner}_{arch}{suffix}.cubin: cubin {source}", f"  arch = {arch}", f"  bound = {bound}"]
-    return lines
+    return ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
 
 
 def cubin(runner, arch="90a", bounded=False):
     """(cubin, what ptxas said) of one runner's kernels; with `bounded`, as in a build with --bound-spins."""
-    path = ninja(cubin_lines(arch), f"{runner}_{arch}{'_bounded' if bounded else ''}.cubin")
-    return path, Path(f"{path}.log").read_text()
+    options = [*target(arch), *NVCC_FLAGS, *(["-DNLORA_BOUND_SPINS"] if bounded else []), "-Xptxas", "-v", "-cubin"]
+    output = f"{runner}_{arch}{'_bounded' if bounded else ''}.cubin"
+    source = EMULATOR / "tests" / f"{runner}.cpp"
+    ninja(BUILD, [Step(output, [source], [nvcc(), "-x", "cu", *options], depends="-MD", log=True)], output)
+    return BUILD / output, (BUILD / f"{output}.log").read_text()
 
 
 @functools.cache
@@ -115,22 +83,15 @@ def device():
     library, built_from = BUILD / "libdevice.so", BUILD / "libdevice.sources"
     if not (library.is_file() and built_from.is_file() and built_from.read_text() == digest):
         # A hang becomes an error.
-        flags = f"{target('90a')} {NVCC_FLAGS} -DNLORA_BOUND_SPINS -Xcompiler -fPIC"
-        lines = [
-            "rule compile",
-            f"  command = {nvcc()} -x cu {flags} -MD -MF $out.d -c -o $out $in",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = {nvcc()} {target('90a')} -cudart static -shared -o $out $in",
-        ]
+        compile = [nvcc(), "-x", "cu", *target("90a"), *NVCC_FLAGS, "-DNLORA_BOUND_SPINS", "-Xcompiler", "-fPIC", "-c"]
         # Whole layers a device has from the extension, which takes longest to compile.
-        runners = [runner for runner in RUNNERS if runner != "linear_runner"]
-        objects = [f"device_{runner}.o" for runner in runners]
-        for runner, output in zip(runners, objects, strict=True):
-            lines.append(f"build {output}: compile {EMULATOR / 'tests' / runner}.cpp")
-        lines.append(f"build libdevice.so: link {' '.join(objects)}")
-        ninja(lines, "libdevice.so")
+        steps = [
+            Step(f"device_{runner}.o", [EMULATOR / "tests" / f"{runner}.cpp"], compile, depends="-MD")
+            for runner in RUNNERS
+            if runner != "linear_runner"
+        ]
+        link = [nvcc(), *target("90a"), "-cudart", "static", "-shared"]
+        ninja(BUILD, [*steps, Step(library.name, [step.output for step in steps], link)], library.name)
         built_from.write_text(digest)
     return ctypes.CDLL(str(library))
 
