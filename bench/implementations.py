@@ -1,4 +1,4 @@
-"""Who is measured: every implementation of one layer as a function of the same tensors.
+"""What is compared: every implementation of one layer as a function of the same tensors.
 
 The floor is the frozen layer alone. PEFT stands as its users have it (adapters in fp32 whatever the base is), with
 adapters in the dtype of the base, and compiled; it has no N, so it trains A and B. The others compute the cell's own

@@ -22,7 +22,8 @@ def interleave(
     prepare: Callable = lambda: None,
     shuffled: bool = False,
 ) -> dict[str, list[float]]:
-    """Times `target` by pytest-benchmark and before each of its rounds the others, in turn, so all share the weather.
+    """Times `target` by pytest-benchmark and before each of its rounds the others, in turn, so that a
+    change in the machine's speed meets all alike.
 
     Each meets the caches as the one before it left them, in every round alike; `shuffled`, for candidates of which one
     would leave the next much worse caches than the rest do, mixes the order of the others.

@@ -1,13 +1,8 @@
-import peft
 import pytest
 
-from python_tests.tiny import llama
+from python_tests.tiny import gpt2, llama
 
 
-@pytest.fixture(scope="session")
-def adapters_of_transformers():
-    """Skips where transformers refuses the PEFT that is here, whoever's the adapter."""
-    try:
-        llama().add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
-    except (ImportError, ValueError) as error:
-        pytest.skip(f"transformers refuses this PEFT: {error}")
+@pytest.fixture(params=[llama, gpt2], ids=["linear", "conv1d"])
+def base(request):
+    return request.param()

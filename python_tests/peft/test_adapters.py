@@ -9,7 +9,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, Ll
 
 from nlora_kernels.peft import LoRA2Config, NLoraConfig
 from python_tests.peft.adapters import METHODS, config, reference_logits
-from python_tests.tiny import gpt2, llama, perturb, tokens
+from python_tests.tiny import perturb, tokens
 
 STARTS_EXACT = {"lora", "slora", "slora_gaussian", "nlora_residual", "inttune_residual", "lora2"}
 
@@ -17,11 +17,6 @@ STARTS_EXACT = {"lora", "slora", "slora_gaussian", "nlora_residual", "inttune_re
 @pytest.fixture(params=METHODS)
 def method(request):
     return request.param
-
-
-@pytest.fixture(params=[llama, gpt2], ids=["linear", "conv1d"])
-def base(request):
-    return request.param()
 
 
 def trainable(model) -> int:

@@ -27,14 +27,9 @@ from python_tests.peft.adapters import (
     reference_delta,
     reference_logits,
 )
-from python_tests.tiny import counted_fusions, gpt2, llama, perturb, tokens
+from python_tests.tiny import counted_fusions, llama, perturb, tokens
 
 CORE_METHODS = ("nlora", "nlora_residual", "inttune_residual", "lora2")
-
-
-@pytest.fixture(params=[llama, gpt2], ids=["linear", "conv1d"])
-def base(request):
-    return request.param()
 
 
 @pytest.fixture(params=CORE_METHODS)

@@ -16,12 +16,7 @@ import nlora_kernels as nk
 from nlora_kernels.checkpoint import WEIGHTS
 from nlora_kernels.peft import NLoraConfig
 from python_tests.peft.adapters import adapted, adapter_layers, close, config, logits, reference_logits
-from python_tests.tiny import gpt2, llama, perturb, tokens
-
-
-@pytest.fixture(params=[llama, gpt2], ids=["linear", "conv1d"])
-def base(request):
-    return request.param()
+from python_tests.tiny import llama, perturb, tokens
 
 
 def held(model) -> set:
