@@ -41,22 +41,22 @@ def replacing(folder: str | os.PathLike, superseded: Mapping[str, str] | None = 
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.ExitStack() as stack:
-            with _locked(folder):
+            with locked(folder):
                 for writer in folder.glob(f"{_MARK}*"):
-                    with _locked(writer / "lock", wait=False) as abandoned:
+                    with locked(writer / "lock", wait=False) as abandoned:
                         if abandoned:
                             _settle(folder, writer)
                 writer = Path(tempfile.mkdtemp(dir=folder, prefix=_MARK))
-                stack.enter_context(_locked(writer / "lock"))
+                stack.enter_context(locked(writer / "lock"))
             try:
                 # Whoever may read the folder may follow a link through this one.
                 shutil.copymode(folder, writer)
                 (writer / "new").mkdir()
                 yield writer / "new"
-                with _locked(folder):
+                with locked(folder):
                     _switch(folder, writer, superseded or {})
             finally:
-                with _locked(folder):
+                with locked(folder):
                     _settle(folder, writer)
     finally:
         for path in made:
@@ -174,7 +174,7 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Holds the lock of a folder, or of a file made for it, and gives whether it does: some systems have none."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
     try:

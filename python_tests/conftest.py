@@ -35,6 +35,18 @@ def interruptible():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def builtin_costs(tmp_path_factory):
+    """No test's path depends on a measurement: here and in processes that tests start the built-in costs hold."""
+    # A file where the folder of records would be: none can be kept.
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "nlora_kernels").mkdir()
+    (cache / "nlora_kernels" / "cpu").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

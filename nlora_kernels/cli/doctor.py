@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import __version__, backends, fusion, ops, testing
 from ..backends import Call, native, verified
+from ..backends.cpu import plans
 from ..backends.triton.tuning import tables
 
 # Oldest versions that work, as in pyproject.toml, and what each optional package is for.
@@ -124,6 +125,10 @@ def text(found: dict[str, Any]) -> str:
     if cpu["kernels_use"]:
         native_dtypes = ", ".join(cpu["multiplies"])
         lines += [f"  {'':<17}use {cpu['kernels_use']}; dtypes multiplied in hardware: {native_dtypes}"]
+    for dtype, rates in cpu["products"].items():
+        speeds = "library {library}, kernels {kernels} GFLOP/s".format(**rates)
+        source = f"measured {rates['measured']}" if rates["measured"] else "built in, not measured"
+        lines += [f"  {'' if dtype != TRIED[0] else 'products':<17}{dtype}: {speeds}, {source}"]
     lines += ["", "backends, in order of preference"]
     for name, backend in found["backends"].items():
         if backend["unavailable"]:
@@ -208,19 +213,15 @@ def _build(problems: list[str]) -> dict[str, Any]:
 
 
 def _cpu(notes: list[str]) -> dict[str, Any]:
-    name, flags = platform.processor() or platform.machine(), set()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", cpuinfo.read_text().partition("\n\n")[0], re.MULTILINE))
-        name = fields.get("model name", name)
-        flags = set(fields.get("flags", fields.get("Features", "")).split())
+    fields = plans.processor()
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
     if threads != usable:
         notes.append(f"torch runs {threads} threads on {usable} usable cores: OMP_NUM_THREADS sets their number")
     C = native._C
     return {
-        "name": name,
+        "name": fields["model name"],
         "machine": platform.machine(),
         "cores": usable,
         "threads": threads,
@@ -228,7 +229,15 @@ def _cpu(notes: list[str]) -> dict[str, Any]:
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "kernels_use": C.cpu_tier() if C else None,
         "multiplies": [name for name in TRIED if C.cpu_multiplies(getattr(C, name))] if C else [],
+        "products": {name: _products(DTYPES[name]) for name in TRIED} if C else {},
     }
+
+
+def _products(dtype: torch.dtype) -> dict[str, Any]:
+    """How fast large products of a dtype are, as the choice of a plan takes them to be."""
+    costs = plans.costs(plans.setting(dtype))
+    rates = {"library": costs.library, "kernels": costs.many}
+    return {name: round(2e-9 / line.multiply, 1) for name, line in rates.items()} | {"measured": costs.written}
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """C++ kernels for CPUs behind the extension `_C` (csrc/cpu).
 
-A call is computed in one of four ways (`Cpu.plan`), which differ in who does the products:
+A call is computed in one of four ways (`plans`), which differ in who does the products:
     whole     one C++ call each way: rows of weight are read in place for few rows of x, else packed (docs/cpu.md)
     adapter   C++ writes the adapter's product, which reads and writes much and multiplies little; the library adds the
               product with weight to it
@@ -21,16 +21,16 @@ from .. import native
 from ..base import PLAIN, Call, Factors, Grads, Needs
 from ..lean import Lean
 from ..native import _C
-from . import lora2
+from . import lora2, plans
 
 # The plans of which our kernels see the adapter.
 _OWN = ("whole", "adapter")
-_CODES = {torch.float32: _C.float32, torch.bfloat16: _C.bfloat16, torch.float16: _C.float16} if _C else {}
 
 
 class Cpu(Lean):
     name = "cpu"
     verified_on = frozenset({"cpu"})
+    plan = staticmethod(plans.plan)
     makes_core = True
 
     def unavailable(self) -> str | None:
@@ -43,10 +43,10 @@ class Cpu(Lean):
         # NOTE: the usual call first, and no loop over its tensors: at a few tokens a layer costs as little as this.
         if (
             weight.is_cpu
-            and weight.dtype in _CODES
-            and lora_A.dtype in _CODES
-            and lora_B.dtype in _CODES
-            and (lora_N is None or lora_N.dtype in _CODES)
+            and weight.dtype in plans.DTYPES
+            and lora_A.dtype in plans.DTYPES
+            and lora_B.dtype in plans.DTYPES
+            and (lora_N is None or lora_N.dtype in plans.DTYPES)
             and not call.dropout
         ):
             return None
@@ -55,45 +55,9 @@ class Cpu(Lean):
         if weight.device.type != "cpu":
             return f"tensors must be on the CPU, got {weight.device}"
         for name, t in {"x": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
-            if t is not None and t.dtype not in _CODES:
+            if t is not None and t.dtype not in plans.DTYPES:
                 return f"{name} must be float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
         return None
-
-    def plan(self, dtype: torch.dtype, M: int, K: int, N: int, R: int, backward: bool = False) -> str:
-        """Which of the four ways computes a layer of these sizes fastest (bench/test_plan.py runs them all)."""
-        if _C.forked() and torch.get_num_threads() > 1:
-            # NOTE: OpenMP has lost its threads there, and the library would wait for them for ever.
-            torch.set_num_threads(1)
-        if not _C.cpu_multiplies(_CODES[dtype]):
-            return "whole"
-        # Products that the library's tiles are too large for; and those whose time goes into calls.
-        few, short = M <= 16, M * K * N <= 1 << 24
-        if dtype != torch.float32:
-            # By pairs of bf16, 8 rows take as long as weight's way from memory. Of more, without AMX, the library's
-            # forward is no faster, and its dy·W takes ten times as long.
-            pairs = dtype == torch.bfloat16 and (M <= 8 or few and _C.cpu_tier() != "amx")
-            if M <= 4 or M <= 8 and short or pairs:
-                return "whole"
-            return "adapter" if R <= 32 or short else "library"
-        tier = _C.cpu_tier()
-        if M > 1 and M * K * N <= 1 << 16 and not backward and R <= 32:
-            # The calls take all of the time, one more a microsecond. For it x·Wᵀ has the bits of the base layer alone,
-            # and a small adapter's effect, the difference to that layer, is as exact as in PEFT.
-            return "adapter"
-        if few:
-            # Reading weight for dx, one row of dy leaves most of a register tile empty.
-            if not backward or R <= 32 and M > 1:
-                return "whole"
-        elif tier == "amx":
-            # Six products of bf16 for one of fp32: faster than any library, once the splitting pays.
-            if M >= 64:
-                return "whole"
-        elif R > 64 and M * (K + N) > 1.5 * K * N:
-            # Folding multiplies K·N·R once each way and spares every row the product of P with B, or of H with A.
-            return "folded"
-        elif M >= 256 and R <= 32 and tier != "portable":
-            return "whole"
-        return "adapter" if R <= 32 else "library"
 
     def forward(self, call: Call, plan: str | None = None) -> tuple[Tensor, Tensor]:
         x, weight, lora_A, lora_N = call.x, call.weight, call.lora_A, call.lora_N
@@ -151,14 +115,14 @@ class Cpu(Lean):
         return grads
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
-        if lora_u.dtype not in _CODES:
+        if lora_u.dtype not in plans.DTYPES:
             return super().lora2_core(lora_u, lora_E, lora_U, mask)
         core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
         _C.cpu_lora2_core(_readable(Factors(lora_u, lora_E, lora_U, mask)), core)
         return core
 
     def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
-        if lora_u.dtype not in _CODES:
+        if lora_u.dtype not in plans.DTYPES:
             return super().lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
         grads = _new(lora_u), _new(lora_E), _new(lora_U)
         _C.cpu_lora2_core_backward(d_core, _readable(Factors(lora_u, lora_E, lora_U, mask)), grads)
@@ -185,7 +149,7 @@ def _folded(call: Call) -> Tensor:
 def _readable(factors: Factors) -> Factors:
     """The factors with a mask that the kernels read."""
     mask = factors.mask
-    return factors if mask is None or mask.dtype in _CODES else factors._replace(mask=mask.float())
+    return factors if mask is None or mask.dtype in plans.DTYPES else factors._replace(mask=mask.float())
 
 
 def _rows(t: Tensor | None) -> Tensor | None:

@@ -1,0 +1,319 @@
+"""Which of the four ways computes a layer on the CPU fastest, reckoned from what products take there.
+
+A product of x (M, K) and weight (N, K) takes call + K·N·(read + M·multiply) seconds: `Costs` has such a line for the
+library and for our kernels. They are measured once for a dtype, a number of threads and an instruction set, some
+milliseconds at the first layer, and kept in the user's cache folder. A process reads a record once and holds to it
+until it ends, so that all processes compute the same bits. Where none can be kept, or the machine is too busy to
+measure, the built-in costs of the instruction set hold until the process ends (docs/cpu.md).
+"""
+
+import functools
+import hashlib
+import json
+import math
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import atomic, cache
+from ..native import _C
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Rows of x up to which our kernels read weight in place; for dx they multiply as many as a register tile has.
+FEW, TILE = 16, 8
+# At least ROUNDS of all products, until AGREE times of each came within WITHIN of its least; after LIMIT seconds the
+# machine is too busy.
+ROUNDS, AGREE, WITHIN, LIMIT = 8, 4, 1.1, 0.5
+# A product that takes so many seconds is far too slow: to know it better would change nothing.
+SLOW = 0.01
+
+
+class Line(NamedTuple):
+    """Seconds of a product of M rows with a weight of `values` = K·N: call + values·(read + M·multiply)."""
+
+    call: float
+    read: float
+    multiply: float
+
+    def seconds(self, M: int, values: int) -> float:
+        return self.call + values * (self.read + M * self.multiply)
+
+
+class Costs(NamedTuple):
+    """Those of the library and, for up to FEW rows and for more, of the plan "whole"; when they were measured."""
+
+    library: Line
+    few: Line
+    many: Line
+    written: str | None = None
+
+
+class Setting(NamedTuple):
+    """What costs depend on, beside the CPU, torch and the extension."""
+
+    dtype: torch.dtype
+    tier: str
+    threads: int
+
+
+def plan(dtype: torch.dtype, M: int, K: int, N: int, R: int, backward: bool = False) -> str:
+    """Which of the four ways computes a layer of these sizes fastest (bench/test_plan.py runs them all)."""
+    return _plan(setting(dtype), M, K, N, R, backward)
+
+
+# NOTE: as many shapes as batches of every length bring.
+@functools.lru_cache(maxsize=4096)
+def _plan(setting: Setting, M: int, K: int, N: int, R: int, backward: bool) -> str:
+    full = setting.dtype == torch.float32
+    if full and M > 1 and M * K * N <= 1 << 16 and not backward and R <= 32:
+        # The calls take all of the time, one more a microsecond. For it x·Wᵀ has the bits of the base layer alone,
+        # and a small adapter's effect, the difference to that layer, is as exact as in PEFT.
+        return "adapter"
+    return rule(costs(setting), M, K, N, R, backward, foldable=full)
+
+
+def rule(costs: Costs, M: int, K: int, N: int, R: int, backward: bool, foldable: bool) -> str:
+    """The plan that takes least: its product with weight, the adapter's multiply-adds at its rate, and its calls."""
+    library, few, many, _ = costs
+    values, adapter = K * N, (1 + backward) * M * R * (K + N)
+    base = library.seconds(M, values)
+    ours = few.seconds(max(M, TILE) if backward else M, values) if M <= FEW else many.seconds(M, values)
+    seconds = {
+        "whole": ours + many.multiply * adapter,
+        "adapter": base + few.call + many.multiply * adapter,
+        # Two products more in forward, six in backward; a short side leaves part of a library's tiles empty.
+        "library": base + (6 if backward else 2) * library.call + library.multiply * adapter * (1 + 8 / R),
+    }
+    if foldable and R > 64:
+        # Folding multiplies K·N·R each way and passes over weight twice; of the adapter, the products of T or of the
+        # gradients stay.
+        left = adapter - M * R * (K if backward else N)
+        seconds["folded"] = base + 2 * library.call + library.multiply * (left + values * (R + 20))
+    return min(seconds, key=seconds.get)
+
+
+_threads_before_fork = 0
+
+
+def setting(dtype: torch.dtype) -> Setting:
+    """What the costs of products of a dtype depend on, as it is now; in a child of fork() as it was before."""
+    global _threads_before_fork
+    threads = torch.get_num_threads()
+    if _C.forked():
+        if threads > 1:
+            # NOTE: OpenMP has lost its threads there, and the library would wait for them for ever.
+            _threads_before_fork = threads
+            torch.set_num_threads(1)
+        threads = _threads_before_fork or threads
+    return Setting(dtype, _C.cpu_tier(), threads)
+
+
+_known: dict[Setting, Costs] = {}
+_measuring = threading.Lock()
+
+
+def costs(setting: Setting) -> Costs:
+    """Those on record, else measured now, else built in."""
+    if setting not in _known:
+        # A child of fork() has its parent's costs: it must not measure, nor wait for a lock that was held then.
+        if _C.forked():
+            _known[setting] = recorded(setting, None) or builtin(setting)
+        else:
+            with _measuring:
+                if setting not in _known:
+                    _known[setting] = recorded(setting, measured) or builtin(setting)
+    return _known[setting]
+
+
+def forget() -> None:
+    """Has the records read anew."""
+    _known.clear()
+    _plan.cache_clear()
+
+
+def tune() -> list[Path]:
+    """Measures anew what products of every dtype take, at this number of threads; returns the files written.
+
+    Raises TimeoutError where the machine is too busy to tell.
+    """
+    files = []
+    for dtype in DTYPES:
+        now = setting(dtype)
+        found = measured(now)
+        if found is None:
+            raise TimeoutError(f"no two times of {dtype} products agree: the machine is too busy to measure")
+        files.append(file_of(identity(now)))
+        write(files[-1], identity(now), found)
+    forget()
+    return files
+
+
+def builtin(setting: Setting) -> Costs:
+    """Costs where nothing was measured: of typical CPUs."""
+    full, tier = setting.dtype == torch.float32, setting.tier
+    in_hardware = tier in ("avx512", "amx") and _C.cpu_multiplies(getattr(_C, _short(setting.dtype)))
+    ours = {"portable": 1e-10, "avx2": 2.4e-11, "avx512": 1.1e-11, "amx": 6e-12}[tier]
+    library = 1.2e-11 if tier in ("avx512", "amx") else 2.5e-11
+    if not full:
+        library = {"avx512": 5e-12, "amx": 2e-12}[tier] if in_hardware else 2e-10
+        ours = 2.2e-12 if in_hardware and tier == "amx" else ours
+    packing = 4.4e-10 if tier == "amx" else 2.5e-10
+
+    def line(call: float, read: float, multiply: float) -> Line:
+        return Line(call, read / setting.threads, multiply / setting.threads)
+
+    # Of few rows our kernels multiply bf16 by pairs, where the CPU can.
+    few = library if setting.dtype == torch.bfloat16 and in_hardware else max(ours, 9e-12)
+    return Costs(line(2e-6 if full else 1.5e-5, 5e-11, library), line(6e-6, 3.5e-11, few), line(8e-6, packing, ours))
+
+
+def measured(setting: Setting) -> Costs | None:
+    """Times products of the library and of our kernels now. None where the machine is too busy to tell."""
+    # In a thread of its own no mode of the caller's (tracing, counting, autocast, inference) sees the products.
+    outcome = []
+    thread = threading.Thread(target=lambda: outcome.append(_measured(setting)))
+    thread.start()
+    thread.join()
+    return outcome[0] if outcome else None
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x·Wᵀ by our kernels, as a layer whose adapter is zero."""
+    (M, K), N = x.shape, weight.shape[0]
+    y, T = x.new_empty(M, N), x.new_empty(M, 1)
+    A, B = weight.new_zeros(1, K), weight.new_zeros(N, 1)
+    _C.cpu_forward(x, weight, A, B, None, None, y, T, 1.0, torch.get_num_threads())
+    return y
+
+
+def _measured(setting: Setting) -> Costs | None:
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def matrix(rows: int, cols: int) -> Tensor:
+        return torch.randn(rows, cols, generator=generator, device="cpu").to(setting.dtype)
+
+    # Of each line: hardly more than the call, reading a weight, and multiplying with it.
+    x, weights = matrix(128, 512), {n: matrix(n, n) for n in (64, 512)}
+    sizes = {"library": (F.linear, 16, 128), "few": (_product, 4, FEW), "many": (_product, 2 * FEW, 128)}
+    calls = {
+        (name, M, n): functools.partial(product, x[:M, :n].contiguous(), weights[n])
+        for name, (product, few, many) in sizes.items()
+        for M, n in ((few, 64), (few, 512), (many, 512))
+    }
+    times = {key: [] for key in calls}
+    torch.set_num_threads(setting.threads)
+    begun, rounds = time.monotonic(), 0
+    while rounds < ROUNDS or not all(map(_settled, times.values())):
+        if time.monotonic() > begun + LIMIT:
+            return None
+        rounds += 1
+        # In turn, so that what else runs here meets all alike.
+        for key, taken in times.items():
+            if not _slow(taken):
+                start = time.perf_counter()
+                calls[key]()
+                taken.append(time.perf_counter() - start)
+    lines = {}
+    for name, (_, few, many) in sizes.items():
+        small, middle, large = (min(times[name, M, n]) for M, n in ((few, 64), (few, 512), (many, 512)))
+        multiply = (large - middle) / (512 * 512 * (many - few))
+        if multiply <= 0:
+            return None
+        read = max(0.0, (middle - small) / (512 * 512 - 64 * 64) - few * multiply)
+        lines[name] = Line(max(1e-7, small - 64 * 64 * (read + few * multiply)), read, multiply)
+    return Costs(**lines, written=time.strftime("%Y-%m-%d"))
+
+
+def _slow(times: list[float]) -> bool:
+    return len(times) > 1 and min(times) > SLOW
+
+
+def _settled(times: list[float]) -> bool:
+    return _slow(times) or sum(taken <= WITHIN * min(times) for taken in times) >= AGREE
+
+
+# Records
+
+
+def processor() -> dict[str, str]:
+    """What Linux says of the first CPU, by its names; elsewhere the "model name" alone."""
+    try:
+        said = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        said = ""
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", said, re.MULTILINE))
+    return {"model name": platform.processor() or platform.machine(), **fields}
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
+    fields = processor()
+    cpu = ", ".join(fields[name] for name in ("model name", "cpu family", "model", "stepping") if name in fields)
+    digest = hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()
+    return {"cpu": cpu, "torch": torch.__version__, "extension": digest[:16]}
+
+
+def identity(setting: Setting) -> dict[str, Any]:
+    """Everything that a record depends on."""
+    dtype, tier, threads = setting
+    return {**_machine(), "dtype": _short(dtype), "tier": tier, "threads": threads}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def file_of(identity: dict[str, Any]) -> Path:
+    """Where the record of an identity lies."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return cache.folder() / "cpu" / f"{identity['dtype']}-{identity['tier']}-{digest}.json"
+
+
+def read(file: Path, identity: dict[str, Any]) -> Costs | None:
+    """The costs of a record; None where there is none of this identity, or none that can be understood."""
+    try:
+        stored = json.loads(file.read_text())
+        lines = {name: Line(*(float(stored[name][part]) for part in Line._fields)) for name in Costs._fields[:3]}
+        if stored["identity"] == identity and all(
+            math.isfinite(value) and value >= 0 for line in lines.values() for value in line
+        ):
+            return Costs(**lines, written=str(stored["written"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def write(file: Path, identity: dict[str, Any], costs: Costs) -> None:
+    lines = {name: getattr(costs, name)._asdict() for name in Costs._fields[:3]}
+    cache.write(file, json.dumps({"identity": identity, "written": costs.written, **lines}, indent=1) + "\n")
+
+
+def recorded(setting: Setting, measure: Callable[[Setting], Costs | None] | None) -> Costs | None:
+    """The costs on record; without a record those that `measure` finds, which become it. None where there are none.
+
+    Of processes that start at once one measures and the others wait for it.
+    """
+    try:
+        of = identity(setting)
+        file = file_of(of)
+        costs = read(file, of)
+        if costs or measure is None:
+            return costs
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.locked(file.with_suffix(".lock")):
+            costs = read(file, of)
+            if costs is None and (found := measure(setting)):
+                write(file, of, found)
+                costs = read(file, of)
+        return costs
+    except OSError:
+        # What cannot be kept would be another in every process.
+        return None

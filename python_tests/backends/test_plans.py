@@ -1,0 +1,203 @@
+"""The choice among the plans of the backend "cpu": its arithmetic, what it measures, and the records of that."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+import torch
+
+import nlora_kernels as nk
+from nlora_kernels import cli
+from nlora_kernels.backends.cpu import plans
+from nlora_kernels.backends.cpu.plans import Costs, Line, Setting
+from nlora_kernels.cli import doctor
+
+missing = nk.backends.available()["cpu"]
+if missing:
+    pytest.skip(missing, allow_module_level=True)
+
+SETTING = Setting(torch.float32, "avx2", 2)
+# As measured on an AMD EPYC (Zen 5) of two cores: the library of fp32 is slow there, that of bf16 is not.
+LIBRARY_FP32, LIBRARY_BF16 = Line(2e-6, 6e-11, 1.9e-11), Line(1.5e-5, 5e-11, 4e-12)
+OURS = {"few": Line(6e-6, 1e-11, 1.2e-11), "many": Line(8e-6, 1e-10, 8.5e-12)}
+SLOW_BF16 = Line(1.5e-5, 5e-11, 2e-10)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A cache folder of its own, and costs that `measured` finds: 1 ns more at every call."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = []
+
+    def measured(setting):
+        found.append(Costs(Line(1e-9 * (len(found) + 1), 0.0, 1e-11), *OURS.values(), written="2026-01-01"))
+        return found[-1]
+
+    monkeypatch.setattr(plans, "measured", measured)
+    plans.forget()
+    yield tmp_path / "nlora_kernels" / "cpu"
+    plans.forget()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("library", "M", "R", "expected"),
+    [
+        # A library at half the speed of ours makes no large product, one at twice the speed makes them all.
+        (LIBRARY_FP32, 512, 8, {"whole"}),
+        (LIBRARY_FP32, 64, 64, {"whole"}),
+        (LIBRARY_BF16, 128, 8, {"adapter"}),
+        (LIBRARY_BF16, 2048, 128, {"library"}),
+        (SLOW_BF16, 2048, 128, {"whole"}),
+        # Few rows take what reads weight once, or what a call costs.
+        (LIBRARY_BF16, 1, 8, {"whole", "adapter"}),
+        (LIBRARY_FP32, 16, 8, {"whole"}),
+    ],
+)
+def test_the_rule_follows_the_speed_of_the_library(library, M, R, expected, backward):
+    assert plans.rule(Costs(library, **OURS), M, 768, 768, R, backward, False) in expected
+
+
+def test_many_rows_share_a_folded_weight_where_the_library_is_fastest():
+    costs = Costs(LIBRARY_FP32, OURS["few"], Line(8e-6, 1e-10, 1e-10))
+    assert plans.rule(costs, 8192, 768, 768, 128, False, True) == "folded"
+    assert plans.rule(costs, 8192, 768, 768, 128, False, False) == "library"
+    assert plans.rule(costs, 64, 768, 768, 128, False, True) == "library"
+
+
+@pytest.mark.parametrize("tier", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_built_in_costs_leave_a_dtype_to_whoever_multiplies_it(monkeypatch, tier, dtype):
+    in_hardware = tier in ("avx512", "amx")
+    monkeypatch.setattr(plans, "_C", types.SimpleNamespace(bfloat16=1, float32=0, cpu_multiplies=lambda dtype: True))
+    chosen = plans.rule(plans.builtin(Setting(dtype, tier, 2)), 1024, 1024, 1024, 8, False, False)
+    if dtype == torch.bfloat16:
+        assert (chosen == "whole") == (not in_hardware)
+    else:
+        assert (chosen == "whole") == (tier != "portable")
+
+
+def test_no_mode_of_the_caller_sees_what_is_measured(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    seen = []
+
+    def product(x, weight):
+        seen.append((threading.current_thread(), x.shape, torch.is_inference_mode_enabled()))
+        return x @ weight.T
+
+    monkeypatch.setattr(plans, "_product", product)
+    monkeypatch.setattr(plans, "ROUNDS", 1)
+    monkeypatch.setattr(plans, "AGREE", 1)
+    state = torch.get_rng_state()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        costs = plans.measured(SETTING._replace(threads=torch.get_num_threads()))
+    assert counter.get_total_flops() == 0 and torch.equal(state, torch.get_rng_state())
+    assert seen and threading.current_thread() not in {thread for thread, _, _ in seen}
+    assert not any(inference for _, _, inference in seen)
+    assert costs is None or all(value >= 0 for line in costs[:3] for value in line)
+
+
+def test_times_count_only_when_several_agree():
+    assert not plans._settled([1e-3]) and not plans._settled([1e-3, 2e-3, 3e-3, 4e-3])
+    assert plans._settled([9e-3, 1e-3, 1.05e-3, 5e-3, 1.01e-3, 1.09e-3])
+    assert plans._settled([0.4, 0.2]) and not plans._settled([0.4, 1e-3])
+
+
+def test_a_record_holds_until_it_is_renewed(folder, capsys):
+    first = plans.costs(SETTING)
+    assert plans.costs(SETTING) is first and first.library.call == 1e-9
+    (file,) = folder.glob("float32-avx2-*.json")
+    plans.forget()
+    assert plans.costs(SETTING) == first
+    # Another number of threads, instruction set or dtype has a record of its own.
+    for change in ({"threads": 1}, {"tier": "portable"}, {"dtype": torch.bfloat16}):
+        assert plans.costs(SETTING._replace(**change)) != first
+    assert len(list(folder.glob("*.json"))) == 4
+    setting = plans.setting(torch.float32)
+    before = plans.costs(setting)
+    assert cli.main(["tune"]) == 0
+    assert capsys.readouterr().out.count("wrote ") == len(plans.DTYPES)
+    assert plans.costs(setting) != before
+    products = doctor.report()["cpu"]["products"]["float32"]
+    assert products == {"library": 200.0, "kernels": 235.3, "measured": "2026-01-01"}
+
+
+@pytest.mark.parametrize("spoilt", ["", "{", "[]", '{"identity": 1}', "other", "negative"])
+def test_what_is_no_record_is_replaced(folder, spoilt):
+    first = plans.costs(SETTING)
+    (file,) = folder.glob("*.json")
+    stored = json.loads(file.read_text())
+    if spoilt == "other":
+        stored["identity"]["torch"] = "1.0"
+    if spoilt == "negative":
+        stored["few"]["multiply"] = -1
+    file.write_text(json.dumps(stored) if spoilt in ("other", "negative") else spoilt)
+    plans.forget()
+    assert plans.costs(SETTING) != first and json.loads(file.read_text())["library"]["call"] == 2e-9
+
+
+def test_without_a_folder_or_a_quiet_machine_the_built_in_costs_hold(folder, monkeypatch):
+    builtin = plans.builtin(SETTING)
+    folder.parent.mkdir()
+    folder.touch()
+    assert plans.costs(SETTING) == builtin
+    folder.unlink()
+    plans.forget()
+    monkeypatch.setattr(plans, "measured", lambda setting: None)
+    assert plans.costs(SETTING) == builtin and not list(folder.glob("*.json"))
+    assert doctor.report()["cpu"]["products"]["float32"]["measured"] is None
+    assert cli.main(["tune"]) == 1
+
+
+def test_processes_that_start_at_once_agree(tmp_path):
+    code = """
+import os, sys, time
+from nlora_kernels.backends.cpu import plans
+from nlora_kernels.backends.cpu.plans import Costs, Line, Setting
+import torch
+def measured(setting):
+    time.sleep(0.2)
+    return Costs(*[Line(os.getpid() * 1e-9, 0.0, 1e-11)] * 3, written="now")
+plans.measured = measured
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+print(plans.costs(Setting(torch.float32, "avx2", 2)).library.call)
+"""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    start = tmp_path / "start"
+    command = [sys.executable, "-c", code, str(start)]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    start.touch()
+    said = {process.communicate(timeout=120)[0] for process in processes}
+    assert len(said) == 1 and float(said.pop()) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_child_of_fork_has_its_parents_costs_and_measures_nothing(tmp_path):
+    code = """
+import os, torch
+from nlora_kernels.backends.cpu import plans
+from nlora_kernels.backends.cpu.plans import Costs, Line
+parent = os.getpid()
+def measured(setting):
+    assert os.getpid() == parent
+    return Costs(*[Line(1e-9, 0.0, 1e-11)] * 3, written="now")
+plans.measured = measured
+torch.set_num_threads(2)
+known = plans.costs(plans.setting(torch.float32))
+# As it is while another thread measures.
+plans._measuring.acquire()
+child = os.fork()
+if child == 0:
+    same = plans.costs(plans.setting(torch.float32)) is known and torch.get_num_threads() == 1
+    other = plans.costs(plans.setting(torch.bfloat16))
+    os._exit(0 if same and other.written is None else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
