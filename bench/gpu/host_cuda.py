@@ -167,7 +167,7 @@ def install(folder: Path):
     (folder / "stub.c").write_text(STUB + "".join(f"status {name}(void) {{ return 0; }}\n" for name in ZEROS))
     stub, library = folder / "stub.o", folder / "_C.so"
     subprocess.run(["cc", "-w", "-O1", "-fPIC", "-c", folder / "stub.c", "-o", stub], check=True)
-    subprocess.run(["c++", "-shared", "-fopenmp", "-o", library, *objects, stub], check=True)
+    subprocess.run(["c++", "-shared", "-o", library, *objects, stub], check=True)
     spec = importlib.util.spec_from_file_location("nlora_kernels._C", library)
     extension = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(extension)

@@ -1,11 +1,13 @@
 // LoRA² training: the rank allocator's step and the orthogonality penalty, over all layers of a model in one call.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
 
 #include "cpu/gram.h"
+#include "cpu/parallel.h"
 #include "ops.h"
 
 namespace nlora::cpu {
@@ -174,15 +176,14 @@ double lora2_penalty(const std::vector<Lora2Vectors>& layers, float* saved, bool
   const GramKernels& kernels = gram_kernels();
   const std::vector<Pair> pairs = pairs_of(layers, saved);
   std::vector<double> values(pairs.size());
-#pragma omp parallel num_threads(forked() ? 1 : threads)
-  {
+  std::atomic<size_t> next{0};
+  parallel(forked() ? 1 : threads, [&](int, int) {
     std::vector<float> scratch;
-#pragma omp for schedule(dynamic)
-    for (size_t index = 0; index < pairs.size(); ++index) {
+    for (size_t index; (index = next++) < pairs.size();) {
       scratch.resize(gram_scratch(pairs[index].k));
       values[index] = pair_penalty(kernels, pairs[index], squared, scratch.data());
     }
-  }
+  });
   // Summed in one order, whatever thread did what.
   return std::accumulate(values.begin(), values.end(), 0.0);
 }
@@ -190,11 +191,10 @@ double lora2_penalty(const std::vector<Lora2Vectors>& layers, float* saved, bool
 void lora2_penalty_backward(const std::vector<Lora2Vectors>& layers, const float* saved, float scale, int threads) {
   const GramKernels& kernels = gram_kernels();
   const std::vector<Pair> pairs = pairs_of(layers, const_cast<float*>(saved));
-#pragma omp parallel num_threads(forked() ? 1 : threads)
-  {
+  std::atomic<size_t> next{0};
+  parallel(forked() ? 1 : threads, [&](int, int) {
     std::vector<float> D;
-#pragma omp for schedule(dynamic)
-    for (size_t index = 0; index < pairs.size(); ++index) {
+    for (size_t index; (index = next++) < pairs.size();) {
       const Pair& pair = pairs[index];
       const int64_t k = pair.k, padded = gram_columns(k);
       D.assign(k * padded, 0);
@@ -203,7 +203,7 @@ void lora2_penalty_backward(const std::vector<Lora2Vectors>& layers, const float
       kernels.product(D.data(), pair.w, pair.n, k, pair.transposed, pair.dw);
       for (int64_t i = 0; i < pair.r * k; ++i) pair.dt[i] = scale * pair.saved[k * k + i];
     }
-  }
+  });
 }
 
 }  // namespace nlora::cpu

@@ -1,7 +1,6 @@
 // Threads and scratch memory.
 #pragma once
 
-#include <omp.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -25,19 +24,21 @@ inline Range part(int64_t n, int64_t unit, int index, int count) {
   return {first, std::min(n, units * (index + 1) / count * unit) - first};
 }
 
+// body(data, index, count) on every thread of a team; see parallel.cpp.
+void run_team(int threads, void (*body)(void* data, int index, int count), void* data);
+void wait_for_team();
+
 // body(index, count) on every thread of a team. It may get fewer threads than asked for, inside another team just one.
 template <class Body>
 void parallel(int threads, const Body& body) {
   if (threads <= 1) return body(0, 1);
-#pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+  const auto call = [](void* data, int index, int count) { (*static_cast<const Body*>(data))(index, count); };
+  run_team(threads, call, const_cast<Body*>(&body));
 }
 
 // Waits for the team of `count` threads. A lone thread must not wait: the barrier would be that of an outer team.
 inline void barrier(int count) {
-  if (count > 1) {
-#pragma omp barrier
-  }
+  if (count > 1) wait_for_team();
 }
 
 // Scratch memory of the calling thread, kept from call to call: a call allocates only when it needs more than any before.

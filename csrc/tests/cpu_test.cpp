@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "ops.h"
 
 namespace {
@@ -226,7 +227,11 @@ int main(int argc, char** argv) {
       for (int64_t K : {1, 16, 129, 513})
         for (int64_t N : {1, 47, 49, 200})
           for (int64_t R : {1, 8, 33}) shapes.push_back({M, K, N, R});
-  int checks = 0;
+  int checks = 0, team = 0;
+  nlora::cpu::parallel(3, [&](int index, int count) {
+    if (!index) team = count;
+  });
+  if (team != 3) return std::printf("expected a team of 3 threads, got %d\n", team), 1;
   for (Tier tier : {Tier::kPortable, Tier::kAvx2, Tier::kAvx512, Tier::kAmx}) {
     nlora::cpu::cap_tier(tier);
     if (nlora::cpu::tier() != tier) continue;
