@@ -9,7 +9,7 @@ import warnings
 
 from . import backends, init
 from .imports import when_imported
-from .modules import LoRA2Linear, NLoraLinear
+from .layers import LoRA2Linear, NLoraLinear
 from .ops import lora2_core, lora2_linear, lora_linear
 from .versions import __version__
 

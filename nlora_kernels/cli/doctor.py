@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, backends, fusion, ops, testing
+from .. import __version__, backends, ops, testing
 from ..backends import Call, native, verified
 from ..backends.cpu import plans
 from ..backends.triton.tuning import tables
+from ..layers import branch as branches
 
 # Oldest versions that work, as in pyproject.toml, and what each optional package is for.
 HELP = "say what this machine can run and what is wrong, with exit status 1 if anything is"
@@ -338,7 +339,7 @@ def _tuned(notes: list[str], problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _traps(notes: list[str], problems: list[str]) -> None:
-    for name in fusion.READ_ONLY_A_AND_B:
+    for name in branches.READ_ONLY_A_AND_B:
         says = f"{name} computes LoRA by itself from lora_A and lora_B and would leave the core out"
         if name in sys.modules:
             problems.append(f"{name} is loaded: {says}. Switch its LoRA kernels off")
@@ -362,7 +363,7 @@ def _traps(notes: list[str], problems: list[str]) -> None:
 
 def _inspect(model: nn.Module | str | Path, problems: list[str]) -> None:
     if isinstance(model, nn.Module):
-        found = fusion.unfused(model)
+        found = branches.unfused(model)
         problems += [f"layer {name} cannot be fused: {reason}" for name, reason in found.items()]
         return
     file = Path(model, "config.json")

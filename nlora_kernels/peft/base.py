@@ -10,8 +10,8 @@ from accelerate.hooks import AlignDevicesHook
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from .. import fusion
 from ..commit import attributes
+from ..layers import branch as branches
 
 
 def read(base: nn.Module) -> Tensor:
@@ -19,7 +19,7 @@ def read(base: nn.Module) -> Tensor:
     weight = _dequantised(base).detach()
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
-    return weight.T if fusion.is_conv1d(base) else weight
+    return weight.T if branches.is_conv1d(base) else weight
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def adding(
     weight = base.weight
     if weight.is_meta:
         raise ValueError("the base weight must be loaded, got one on the meta device, where offloading leaves it")
-    if fusion.is_dense(weight):
+    if branches.is_dense(weight):
         if check is None:
             return (partial(Tensor.add_, weight.data, delta, alpha=sign),)
         merged = weight.data.clone().add_(delta, alpha=sign)

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from .. import init, patterns, saved
-from ..modules import TRAIN, check_method
+from ..layers.modules import TRAIN, check_method
 
 
 class _PeftType(str):

@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import LoRA2Config, NLoraConfig
 from .layer import FusedLinear
-from .nlora import NLoraLinear, settle, unsettled
+from .nlora import NLoraLinear, deferred, subtract_initial
 from .tuner import FIXED_IN_HOT_SWAP, withdraw
 
 
@@ -23,10 +23,10 @@ def _refuse_hot_swap(first, second) -> None:
 
 def _refuse_base_state(model) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, NLoraLinear) and module.held is not None:
+        if isinstance(module, NLoraLinear) and module.subtracted is not None:
             raise ValueError(
-                f"the base weight of {name} is W − s·B₀·N₀·A₀ while the residual adapter {module.held!r} is there: "
-                "read or load the state dict of the base model before the adapter is added, or after unload()"
+                f"the base weight of {name} is W − s·B₀·N₀·A₀ while the residual adapter {module.subtracted!r} "
+                "is there: read or load the state dict of the base model before the adapter is added, or after unload()"
             )
 
 
@@ -66,9 +66,9 @@ def _load_adapter_whole(load):
         """PEFT's, but a load that fails leaves no adapter with initial weights behind."""
         known = adapter_name in self.peft_config
         try:
-            with unsettled():
+            with deferred():
                 result = load(self, model_id, adapter_name, *args, **kwargs)
-            settle(self)
+            subtract_initial(self)
             return result
         except BaseException:
             if not known and isinstance(self.peft_config.get(adapter_name), NLoraConfig | LoRA2Config):
@@ -84,9 +84,9 @@ def _from_pretrained_whole(load):
         """PEFT's, but a load that fails leaves the base model as it was."""
         before = _layers(model)
         try:
-            with unsettled():
+            with deferred():
                 loaded = load(cls, model, model_id, adapter_name, *args, **kwargs)
-            settle(loaded)
+            subtract_initial(loaded)
             return loaded
         except BaseException:
             after = _layers(model)

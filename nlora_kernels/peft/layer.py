@@ -10,10 +10,10 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from .. import fusion
+from ..backends.base import PLAIN
 from ..commit import commit
-from ..ops import lora_linear
-from ..ops.checks import PLAIN
+from ..layers import branch as branches
+from ..layers.branch import Branch, Lora2Branch, tensor_of
 from . import base as base_weights
 
 
@@ -37,44 +37,40 @@ class FusedLinear(Linear):
     # The type of a module among the factors beside nn.Linear.
     other_factor: type[nn.Module] | None = None
 
+    def branch(self, name: str) -> Branch | Lora2Branch:
+        """What an adapter adds now."""
+        return Branch(*self.matrices(name), self.scaling[name], self.dropped(name))
+
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
         """(A (r, in), N (r, r) or None, B (out, r)) of an adapter."""
-        return self.lora_A[name].weight, None, self.lora_B[name].weight
+        A, B = self.factors(name)
+        return tensor_of(A, "weight"), None, tensor_of(B, "weight")
 
     def factors(self, name: str) -> tuple[nn.Module, ...]:
         """The modules that hold the matrices of an adapter: hooks on them must run."""
-        return self.lora_A[name], self.lora_B[name]
+        modules = self._modules
+        return modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
 
-    def branch(self, name: str, x: Tensor) -> Tensor:
-        """s·((x·Aᵀ)·Nᵀ)·Bᵀ in the adapter's dtype, with dropout, by calling the modules."""
-        x = self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name)))
-        return self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
-
-    def fused(self, name: str, x: Tensor) -> Tensor:
-        """The base layer and an adapter as one operation."""
-        A, N, B = self.matrices(name)
-        return self._fused(x, A, N, B, self.scaling[name], self.dropped(name))
-
-    def _fused(self, x: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
-        base = self.base_layer
-        return lora_linear(x, fusion.weight_of(base), A, B, N, base.bias, scaling=scaling, dropout=dropout)
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self.lora_A[name].weight.dtype
+    def _outer(self) -> dict[str, nn.Module]:
+        """The module of every adapter that x is multiplied by first."""
+        # NOTE: here and below from the dictionaries, for it is done in every forward, and a module's attributes that
+        # are modules cost ten times as much.
+        return self._modules[self.adapter_layer_names[0]]._modules
 
     def obstacle(self, name: str | None = None) -> str | None:
         """None if the base layer, and the adapter if named, can be computed as one operation, else why not."""
-        reason = fusion.obstacle(self.base_layer)
+        base = self._modules["base_layer"]
+        reason = branches.obstacle(base)
         if reason or name is None:
             return reason
         for factor in self.factors(name):
-            reason = fusion.obstacle(factor, self.other_factor)
+            reason = branches.obstacle_of(factor, self.other_factor)
             if reason:
                 return f"a matrix of adapter {name!r} cannot be fused: {reason}"
         dropout = self._modules["lora_dropout"]._modules[name]
         if dropout.training and type(dropout) is not nn.Identity:
             foreign = None if type(dropout) is nn.Dropout else f"its type is {type(dropout).__qualname__}"
-            reason = foreign or fusion.dropout_obstacle(self.base_layer)
+            reason = foreign or branches.dropout_obstacle(base)
             if reason:
                 return f"adapter {name!r} has dropout: {reason}"
         if self.lora_bias.get(name):
@@ -85,22 +81,25 @@ class FusedLinear(Linear):
 
     def dropped(self, name: str) -> float:
         """The probability of dropout that is in effect, where it is PyTorch's own."""
-        # As in `fusion.obstacle`: in every forward, so by the dictionaries.
         dropout = self._modules["lora_dropout"]._modules[name]
-        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.lora_variant:
             return super().forward(x, *args, **kwargs)
-        self._check_forward_args(x, *args, **kwargs)
-        adapter_names = kwargs.pop("adapter_names", None)
-        for key in VARIANT_KWARG_KEYS:
-            kwargs.pop(key, None)
-        if self.disable_adapters and self.merged:
+        adapter_names = None
+        if kwargs:
+            self._check_forward_args(x, *args, **kwargs)
+            adapter_names = kwargs.pop("adapter_names", None)
+            for key in VARIANT_KWARG_KEYS:
+                kwargs.pop(key, None)
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         terms = self._terms(adapter_names)
-        if len(terms) == 1 and terms[0].rows is None and not args and not kwargs and self._fuses(terms[0], x):
-            return self._whole(terms[0], x)
+        if len(terms) == 1 and terms[0].rows is None and not args and not kwargs:
+            branch = self._fusible(terms[0], x)
+            if branch is not None:
+                return self._fused(x, branch)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for term in terms:
@@ -110,43 +109,53 @@ class FusedLinear(Linear):
                 result[term.rows] += self._part(term, x[term.rows]).to(dtype)
         return result.to(dtype)
 
-    def _fuses(self, term: Term, x: Tensor) -> bool:
-        if type(x) not in PLAIN or x.is_nested or self.obstacle(term.name):
-            return False
-        # The base layer's own bits, as from PEFT, where the adapter weighs nothing.
-        if not self.scaling[term.name]:
-            return False
-        # Where casting is switched off, the branch takes x as it is.
-        return self.cast_input_dtype_enabled or x.dtype == self.dtype_of(term.name)
+    def _fused(self, x: Tensor, branch: Branch | Lora2Branch) -> Tensor:
+        return branch.fused(x, self._modules["base_layer"])
 
-    def _whole(self, term: Term, x: Tensor) -> Tensor:
-        return self.fused(term.name, x)
+    def _fusible(self, term: Term, x: Tensor) -> Branch | Lora2Branch | None:
+        """What a term adds, if the base layer can take it in."""
+        name = term.name
+        if type(x) not in PLAIN or x.is_nested or self.obstacle(name):
+            return None
+        # The base layer's own bits, as from PEFT, where the adapter weighs nothing.
+        if not self.scaling[name]:
+            return None
+        # Where casting is switched off, the branch takes x as it is.
+        if not self.cast_input_dtype_enabled and x.dtype != tensor_of(self._outer()[name], "weight").dtype:
+            return None
+        return self.branch(name)
 
     def _part(self, term: Term, x: Tensor) -> Tensor:
-        return self.branch(term.name, x)
+        """What a term adds, in the adapter's dtype, by calling the modules."""
+        name = term.name
+        x = self._cast_input_dtype(x, self._outer()[name].weight.dtype)
+        return self._apart(name, self.lora_dropout[name](x)) * self.scaling[name]
+
+    def _apart(self, name: str, x: Tensor) -> Tensor:
+        """((x·Aᵀ)·Nᵀ)·Bᵀ of an adapter."""
+        A, B = self.factors(name)
+        return B(A(x))
 
     def _terms(self, adapter_names: list[str] | None) -> list[Term]:
-        if self.disable_adapters or (self.merged and adapter_names is None):
+        if self._disable_adapters or (self.merged_adapters and adapter_names is None):
             return []
+        present = self._outer()
         if adapter_names is None:
-            return [Term(name) for name in self.active_adapters if name in self.lora_A]
+            active = self._active_adapter
+            return [Term(name) for name in ((active,) if type(active) is str else active) if name in present]
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
-            if name in self.lora_A:
+            if name in present:
                 rows.setdefault(name, []).append(row)
         return [Term(name, indices) for name, indices in rows.items()]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base layer's weight, in that weight's layout and the adapter's dtype."""
-        return self._product(self.scaling[adapter], *self.matrices(adapter))
+        return self._stored(self.branch(adapter).collapsed.product())
 
-    def _product(self, scaling: float, A: Tensor, N: Tensor | None, B: Tensor) -> Tensor:
-        """s·B·N·A in the layout of the base layer's weight and the dtype of B."""
-        dtype = B.dtype
-        # Half precision is multiplied in fp32 and rounded once.
-        A, N, B = (None if t is None else t.float() if t.itemsize < 4 else t for t in (A, N, B))
-        delta = ((B if N is None else B @ N) @ A * scaling).to(dtype)
-        return delta.T if self.fan_in_fan_out else delta
+    def _stored(self, product: Tensor) -> Tensor:
+        """In the layout of the base layer's weight."""
+        return product.T if self.fan_in_fan_out else product
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

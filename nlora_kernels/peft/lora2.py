@@ -6,9 +6,10 @@ import re
 import torch
 from torch import Tensor, nn
 
-from .. import fusion, init
-from ..modules import check_alpha
-from ..ops import lora2_core, lora2_linear
+from .. import init
+from ..layers import branch as branches
+from ..layers.branch import Lora2Branch, tensor_of
+from ..layers.modules import check_alpha
 from .config import LoRA2Config
 from .layer import FusedLinear, check_whole
 
@@ -72,7 +73,7 @@ class LoRA2Linear(FusedLinear):
             self.k: dict[str, int] = {}
             # PEFT's empty containers, which the properties stand in for.
             del self._modules["lora_A"], self._modules["lora_B"]
-        self.fan_in_fan_out = fusion.is_conv1d(self.get_base_layer())
+        self.fan_in_fan_out = branches.is_conv1d(self.get_base_layer())
         self.r[adapter_name] = r
         self.k[adapter_name] = config.k
         self.lora_alpha[adapter_name] = lora_alpha
@@ -96,39 +97,25 @@ class LoRA2Linear(FusedLinear):
 
     # Forward
 
-    def _weights(self, name: str) -> tuple[Tensor, ...]:
-        """v, u, E, U, V of an adapter."""
-        modules = self._modules
-        held = [modules[kind]._modules[name] for kind in self.adapter_layer_names]
-        # As in `fusion.obstacle`: in every forward, so by the dictionaries, where FSDP has not put something else.
-        v, u, E, U, V = [m._parameters["weight"] if "weight" in m._parameters else m.weight for m in held]
+    def branch(self, name: str) -> Lora2Branch:
+        v, u, E, U, V = [tensor_of(factor, "weight") for factor in self.factors(name)]
         k = u.shape[1]
-        # Padded for compiled hot swaps, v and V alone have grown.
-        return (v, u, E, U, V) if v.shape[0] == k else (v[:k], u, E, U, V[:, :k])
+        if v.shape[0] != k:
+            # Padded for compiled hot swaps, v and V alone have grown.
+            v, V = v[:k], V[:, :k]
+        mask = self._modules["lora_mask"]._modules[name]._buffers["weight"]
+        return Lora2Branch(v, u, E, U, V, mask, self.scaling[name], self.dropped(name))
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        v, u, E, U, V = self._weights(name)
-        return v, lora2_core(u, E, U, self.lora_mask[name].weight), V
+        return self.branch(name).collapsed[:3]
 
-    def fused(self, name: str, x: Tensor) -> Tensor:
-        base = self.base_layer
-        mask = self._modules["lora_mask"]._modules[name]._buffers["weight"]
-        options = {"scaling": self.scaling[name], "dropout": self.dropped(name)}
-        return lora2_linear(x, fusion.weight_of(base), *self._weights(name), mask, base.bias, **options)
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self._modules["lora_v"]._modules[name].weight.dtype
-
-    def branch(self, name: str, x: Tensor) -> Tensor:
-        x = self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name)))
+    def _apart(self, name: str, x: Tensor) -> Tensor:
         if x.is_nested:
             # A nested tensor is multiplied by matrices, not by vectors.
-            A, core, B = self.matrices(name)
-            return fusion.branch(x, A, B, core, self.scaling[name])
+            return self.branch(name).collapsed._replace(scaling=1.0, dropout=0.0)(x)
         v, u, E, U, V = self.factors(name)
-        T = v(x)
-        P = U(self.lora_mask[name](E(u(fusion.resized(T, u)))))
-        return V(fusion.resized(P, V)) * self.scaling[name]
+        P = U(self.lora_mask[name](E(u(branches.resized(v(x), u)))))
+        return V(branches.resized(P, V))
 
     def factors(self, name: str) -> tuple[nn.Module, ...]:
         return tuple([self._modules[kind]._modules[name] for kind in self.adapter_layer_names])

@@ -14,25 +14,27 @@ from peft.tuners.tuners_utils import onload_layer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from .. import fusion, init
+from .. import init
+from ..backends.base import PLAIN
 from ..commit import attributes, commit
-from ..modules import check_alpha
-from ..ops.checks import PLAIN
+from ..layers import branch as branches
+from ..layers.branch import Branch, tensor_of
+from ..layers.modules import check_alpha
 from . import base as base_weights
 from .config import NLoraConfig
 from .layer import FusedLinear, Term, check_whole
 
-_deferred = ContextVar("deferred", default=False)
+_deferring = ContextVar("deferring", default=False)
 
 
 @contextlib.contextmanager
-def unsettled() -> Iterator[None]:
-    """While an adapter is loaded no layer settles, so that a load that fails has changed no base weight."""
-    token = _deferred.set(True)
+def deferred() -> Iterator[None]:
+    """While an adapter is loaded nothing is subtracted, so that a load that fails has changed no base weight."""
+    token = _deferring.set(True)
     try:
         yield
     finally:
-        _deferred.reset(token)
+        _deferring.reset(token)
 
 
 class Kept(nn.Module):
@@ -59,10 +61,10 @@ class NLoraLinear(FusedLinear):
 
     With residual=True the effect of an adapter is s·(B·N·A − B₀·N₀·A₀). The initial matrices are kept, frozen, in
     lora_A0, lora_N0 and lora_B0. So that one adapter is one operation, the base weight of the layer at rest is
-    W − s·B₀·N₀·A₀ with the product of one such adapter held out of it, `held`; a forward adds whatever multiple of an
+    W − s·B₀·N₀·A₀ with the product of one such adapter, that named `subtracted`; a forward adds whatever multiple of an
     initial product is then too much or missing, and merging, unloading and deleting put the product back. Where nothing
-    is held out, as in a quantised or sharded weight, the second product is a branch like the first. With train="core" W
-    stays as it is, the core is N − N₀, and only lora_N0 is kept.
+    is subtracted, as in a quantised or sharded weight, the second product is a branch like the first. With train="core"
+    W stays as it is, the core is N − N₀, and only lora_N0 is kept.
     """
 
     adapter_layer_names = (*FusedLinear.adapter_layer_names, "lora_N")
@@ -79,12 +81,12 @@ class NLoraLinear(FusedLinear):
     def _make_room(self) -> None:
         """For cores, and for what belongs to them."""
         # Known from the layer: a model can hold both kinds, and the configuration has one flag.
-        self.fan_in_fan_out = fusion.is_conv1d(self.get_base_layer())
+        self.fan_in_fan_out = branches.is_conv1d(self.get_base_layer())
         self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0 = (nn.ModuleDict() for _ in range(4))
         self.initial_scaling: dict[str, float] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         # The adapter whose initial product is out of the base weight now.
-        self.held: str | None = None
+        self.subtracted: str | None = None
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: NLoraConfig, **kwargs) -> None:
         # NOTE: not in __init__, because PEFT's __init__ adds the first adapter.
@@ -115,9 +117,9 @@ class NLoraLinear(FusedLinear):
 
     def _forget(self, name: str) -> None:
         """Leaves nothing of an adapter that is made anew under its name: no core, and no product out of the weight."""
-        if name == self.held:
+        if name == self.subtracted:
             with onload_layer(self):
-                self.restore()
+                self.add_initial()
         for kept in (self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0, self.frozen_peft_weight_names):
             if name in kept:
                 del kept[name]
@@ -148,44 +150,50 @@ class NLoraLinear(FusedLinear):
                 matrix[name].weight.copy_(tensor)
 
     def _base_weight(self) -> Tensor:
-        """W as (out, in) for reading, with the product that is held out."""
+        """W as (out, in) for reading, with the product that is subtracted from it."""
         W = base_weights.read(self.get_base_layer())
-        if self.held is None:
+        if self.subtracted is None:
             return W
-        return init.subtract_(W.clone(), *self._initial(self.held), -self.initial_scaling[self.held])
+        return init.subtract_(W.clone(), *self._initial(self.subtracted), -self.initial_scaling[self.subtracted])
 
     # Forward
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
-        A, _, B = super().matrices(name)
-        if name not in self.lora_N:
+        A, *core, B = [tensor_of(factor, "weight") for factor in self.factors(name)]
+        if not core:
             return A, None, B
-        N = self.lora_N[name].weight
+        N = core[0]
         if self._core_moves(name):
             N = N - self.lora_N0[name].weight
         # Padded for compiled hot swaps, A and B alone have grown.
         r = N.shape[0]
         return (A, N, B) if A.shape[0] == r else (A[:r], N, B[:, :r])
 
+    def factors(self, name: str) -> tuple[nn.Module, ...]:
+        A, B = super().factors(name)
+        N = self._modules["lora_N"]._modules.get(name)
+        return (A, B) if N is None else (A, N, B)
+
+    def initial(self, name: str, scaling: float) -> Branch:
+        """The initial product of an adapter, which is left out of its effect, as a branch of its own."""
+        return Branch(*self._initial(name), scaling)
+
     def _initial(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         return self.lora_A0[name].weight, self.lora_N0[name].weight, self.lora_B0[name].weight
 
-    def factors(self, name: str) -> tuple[nn.Module, ...]:
-        return (*super().factors(name), *((self.lora_N[name],) if name in self.lora_N else ()))
-
-    def branch(self, name: str, x: Tensor) -> Tensor:
-        if name not in self.lora_N:
-            return super().branch(name, x)
-        A, B, N = self.factors(name)
-        T = A(self.lora_dropout[name](self._cast_input_dtype(x, self.dtype_of(name))))
-        T = fusion.resized(T, N)
-        P = N(T)
+    def _apart(self, name: str, x: Tensor) -> Tensor:
+        A, *core, B = self.factors(name)
+        if not core:
+            return B(A(x))
+        T = branches.resized(A(x), core[0])
+        P = core[0](T)
         if self._core_moves(name):
             P = P - self.lora_N0[name](T)
-        return B(fusion.resized(P, B)) * self.scaling[name]
+        return B(branches.resized(P, B))
 
     def _core_moves(self, name: str) -> bool:
-        return name in self.lora_N0 and name not in self.lora_A0
+        modules = self._modules
+        return name in modules["lora_N0"]._modules and name not in modules["lora_A0"]._modules
 
     def _terms(self, adapter_names: list[str] | None) -> list[Term]:
         terms = super()._terms(adapter_names)
@@ -208,63 +216,60 @@ class NLoraLinear(FusedLinear):
 
     def _initial_factor(self, name: str, active: bool):
         """Which multiple of an adapter's initial product a forward adds."""
-        held = self.initial_scaling[name] if name == self.held else 0.0
-        return held - self.scaling[name] if active else held
+        out = self.initial_scaling[name] if name == self.subtracted else 0.0
+        return out - self.scaling[name] if active else out
 
-    def _fuses(self, term: Term, x: Tensor) -> bool:
+    def _fusible(self, term: Term, x: Tensor) -> Branch | None:
         if term.initial is None:
-            return super()._fuses(term, x)
-        if type(x) not in PLAIN or isinstance(term.initial, Tensor) or self.obstacle():
-            return False
-        kept = self.lora_A0[term.name].weight
-        return not kept.is_meta and (self.cast_input_dtype_enabled or x.dtype == kept.dtype)
-
-    def _whole(self, term: Term, x: Tensor) -> Tensor:
-        if term.initial is None:
-            return super()._whole(term, x)
-        return self._fused(x, *self._initial(term.name), term.initial)
+            return super()._fusible(term, x)
+        if type(x) not in PLAIN or x.is_nested or isinstance(term.initial, Tensor) or self.obstacle():
+            return None
+        branch = self.initial(term.name, term.initial)
+        if branch.A.is_meta or not (self.cast_input_dtype_enabled or x.dtype == branch.A.dtype):
+            return None
+        return branch
 
     def _part(self, term: Term, x: Tensor) -> Tensor:
         if term.initial is None:
             return super()._part(term, x)
         # By calling the modules, whose hooks may bring the weights along.
-        x = x.to(self.lora_A0[term.name].weight.dtype)
-        return term.initial * self.lora_B0[term.name](self.lora_N0[term.name](self.lora_A0[term.name](x)))
+        A, N, B = (each[term.name] for each in (self.lora_A0, self.lora_N0, self.lora_B0))
+        return term.initial * B(N(A(x.to(A.weight.dtype))))
 
     # Residual life cycle
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def subtract_initial(self) -> None:
         """Takes the initial product out of the base weight, if that can be and nothing is merged.
 
         Called when an adapter is complete, and by train() and eval(): until then an injection that fails has changed no
         weight, and a loader may replace what is kept.
         """
-        name = None if _deferred.get() else self._holdable()
+        name = None if _deferring.get() else self._subtractable()
         if name is not None:
             base = self.get_base_layer()
-            held = attributes(self, held=name)
+            subtracted = attributes(self, subtracted=name)
             with gather_params_ctx(base.weight):
-                weight = fusion.weight_of(base).data
-                init.subtract_with(weight, *self._initial(name), self.initial_scaling[name], held)
+                weight = branches.weight_of(base).data
+                init.subtract_with(weight, *self._initial(name), self.initial_scaling[name], subtracted)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Puts the initial product back that is held out of the base weight."""
-        if self.held is not None:
-            self._move_initial(self.held, 1)
+    def add_initial(self) -> None:
+        """Puts the initial product back that is subtracted from the base weight."""
+        if self.subtracted is not None:
+            self._move_initial(self.subtracted, 1)
 
-    def _hold_again(self) -> None:
-        name = self._holdable()
+    def _subtract_again(self) -> None:
+        name = self._subtractable()
         if name is not None:
             self._move_initial(name, -1)
 
-    def _holdable(self, merged: bool = False) -> str | None:
+    def _subtractable(self, merged: bool = False) -> str | None:
         """The adapter whose initial product can be taken out of the base weight now."""
-        if self.held is not None or not self.lora_A0 or self.merged != merged:
+        if self.subtracted is not None or not self.lora_A0 or self.merged != merged:
             return None
         weight = self.get_base_layer().weight
-        if not fusion.is_dense(weight) or weight.is_meta:
+        if not branches.is_dense(weight) or weight.is_meta:
             return None
         for name in self.lora_A0:
             if not any(t.is_meta or type(t) is not nn.Parameter for t in self._initial(name)):
@@ -273,17 +278,14 @@ class NLoraLinear(FusedLinear):
 
     @torch.no_grad()
     def _move_initial(self, name: str, sign: int) -> None:
-        # Not as `settle` does, which is faster: one rounded product, added and subtracted by turns, does not drift.
+        # Not as `subtract_initial` does, faster: one rounded product, added and subtracted by turns, does not drift.
         base = self.get_base_layer()
         with gather_params_ctx(base.weight):
-            product = self._initial_product(name, self.initial_scaling[name])
-            commit(*base_weights.adding(base, product, sign), attributes(self, held=None if sign > 0 else name))
-
-    def _initial_product(self, name: str, factor: float) -> Tensor:
-        return self._product(factor, *self._initial(name))
+            product = self._stored(self.initial(name, self.initial_scaling[name]).product())
+            commit(*base_weights.adding(base, product, sign), attributes(self, subtracted=None if sign > 0 else name))
 
     def train(self, mode: bool = True) -> "NLoraLinear":
-        self.settle()
+        self.subtract_initial()
         return super().train(mode)
 
     @torch.no_grad()
@@ -297,7 +299,7 @@ class NLoraLinear(FusedLinear):
 
     def _exchange(self, name: str, loaded: list[Tensor], weight: Tensor | None) -> None:
         base, kept = self.get_base_layer(), self._initial(name)
-        if [t.shape for t in loaded] != [t.shape for t in kept] or not fusion.is_dense(base.weight):
+        if [t.shape for t in loaded] != [t.shape for t in kept] or not branches.is_dense(base.weight):
             return
         if base.weight.is_meta or any(t.is_meta or type(t) is not nn.Parameter for t in kept):
             return
@@ -305,13 +307,15 @@ class NLoraLinear(FusedLinear):
         copies = tuple(partial(Tensor.copy_, old.data, new) for old, new in zip(kept, loaded, strict=True))
         if weight is not None:
             # A base weight that comes along has the product out of it that was saved with it.
-            if self.held in (None, name) and weight.shape == base.weight.shape:
-                commit(partial(Tensor.copy_, base.weight.data, _full(weight)), *copies, attributes(self, held=name))
-        elif self.held == name and not all(map(_same, loaded, kept)):
+            if self.subtracted in (None, name) and weight.shape == base.weight.shape:
+                commit(
+                    partial(Tensor.copy_, base.weight.data, _full(weight)), *copies, attributes(self, subtracted=name)
+                )
+        elif self.subtracted == name and not all(map(_same, loaded, kept)):
             # Out with the new and in with the old product at once: the weight is rounded once.
-            change = self._initial_product(name, self.initial_scaling[name])
+            change = self._stored(self.initial(name, self.initial_scaling[name]).product())
             loaded = [t.to(change.device, change.dtype) for t in loaded]
-            change = change - self._product(self.initial_scaling[name], *loaded)
+            change = change - self._stored(Branch(*loaded, self.initial_scaling[name]).product())
             with gather_params_ctx(base.weight):
                 commit(*base_weights.adding(base, change, 1), *copies)
 
@@ -319,58 +323,60 @@ class NLoraLinear(FusedLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         delta = super().get_delta_weight(adapter)
-        return delta - self._initial_product(adapter, self.scaling[adapter]) if adapter in self.lora_A0 else delta
+        if adapter not in self.lora_A0:
+            return delta
+        return delta - self._stored(self.initial(adapter, self.scaling[adapter]).product())
 
     def _moves_along(self, name: str) -> bool:
         """Whether the initial product goes back in with merging the adapter, or comes out with unmerging it."""
         if self.merged:
-            return self.merged_adapters == [name] and name == self._holdable(merged=True)
-        return self.held == name
+            return self.merged_adapters == [name] and name == self._subtractable(merged=True)
+        return self.subtracted == name
 
     def _shift(self, name: str) -> Tensor:
         if not self._moves_along(name):
             return super()._shift(name)
         shift = super().get_delta_weight(name)
         factor = self.initial_scaling[name] - self.scaling[name]
-        return shift + self._initial_product(name, factor) if factor else shift
+        return shift + self._stored(self.initial(name, factor).product()) if factor else shift
 
     def _adding(self, name: str, sign: int, safe: bool = False) -> tuple[Callable[[], object], ...]:
         steps = super()._adding(name, sign, safe)
-        return (*steps, attributes(self, held=None if sign > 0 else name)) if self._moves_along(name) else steps
+        return (*steps, attributes(self, subtracted=None if sign > 0 else name)) if self._moves_along(name) else steps
 
     def _merge(self, name: str, safe: bool) -> None:
-        if self.held != name:
-            self.restore()
+        if self.subtracted != name:
+            self.add_initial()
         super()._merge(name, safe)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         try:
             super().merge(safe_merge, adapter_names)
         finally:
-            self._hold_again()
+            self._subtract_again()
 
     def unmerge(self) -> None:
         super().unmerge()
-        self._hold_again()
+        self._subtract_again()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name != self.held:
+        if adapter_name != self.subtracted:
             super().delete_adapter(adapter_name)
         else:
             # An offloaded weight is brought back and away again.
             with onload_layer(self):
-                self.restore()
+                self.add_initial()
                 super().delete_adapter(adapter_name)
-                self._hold_again()
+                self._subtract_again()
         if not self.lora_N:
             # What is left is plain LoRA, until a core is added again.
-            for name in ("lora_N", "lora_A0", "lora_N0", "lora_B0", "initial_scaling", "held"):
+            for name in ("lora_N", "lora_A0", "lora_N0", "lora_B0", "initial_scaling", "subtracted"):
                 delattr(self, name)
             self.__class__ = FusedLinear
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names) -> nn.Module:
         base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        self.restore()
+        self.add_initial()
         return base
 
 
@@ -382,8 +388,8 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def settle(model: nn.Module) -> None:
-    """Settles every layer in a model."""
+def subtract_initial(model: nn.Module) -> None:
+    """The same for every layer of a model."""
     for module in model.modules():
         if isinstance(module, NLoraLinear):
-            module.settle()
+            module.subtract_initial()

@@ -26,13 +26,14 @@ from peft.utils.warning import PeftWarning
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .. import fusion, patterns, saved
-from ..modules import check_alpha
+from .. import patterns, saved
+from ..layers import branch as branches
+from ..layers.modules import check_alpha
 from . import base as base_weights
 from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
 from .fuse import fuse_layers, unfuse
 from .lora2 import LoRA2Linear
-from .nlora import NLoraLinear, settle
+from .nlora import NLoraLinear, subtract_initial
 
 
 class _FusedModel(LoraModel):
@@ -188,7 +189,7 @@ class NLoraModel(_FusedModel):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         # The last that PEFT does to an adapter, new or loaded.
-        settle(self.model)
+        subtract_initial(self.model)
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         if getattr(peft_config, "residual", False):
@@ -211,7 +212,7 @@ class NLoraModel(_FusedModel):
         if _is_lora(lora_config):
             return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        linear = isinstance(base, nn.Linear) or fusion.is_conv1d(base)
+        linear = isinstance(base, nn.Linear) or branches.is_conv1d(base)
         if not linear or kwargs.get("parameter_name"):
             raise _unsupported(lora_config, base, kwargs.get("target_name"))
         return NLoraLinear(target, adapter_name, config=lora_config, **kwargs)
@@ -247,7 +248,7 @@ class LoRA2Model(_FusedModel):
 
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
-        if not isinstance(target, nn.Linear) and not fusion.is_conv1d(target):
+        if not isinstance(target, nn.Linear) and not branches.is_conv1d(target):
             raise _unsupported(lora_config, target, kwargs.get("target_name"))
         return LoRA2Linear(target, adapter_name, config=lora_config, **kwargs)
 
@@ -327,7 +328,7 @@ def _warn_of_shards(tensors: dict[str, torch.Tensor], adapter_name: str) -> None
 
 def _advise(model: nn.Module, config) -> None:
     """One warning for what works but is not what the user came for."""
-    unfused = fusion.unfused(model)
+    unfused = branches.unfused(model)
     if unfused:
         name, reason = next(iter(unfused.items()))
         warnings.warn(
@@ -335,7 +336,7 @@ def _advise(model: nn.Module, config) -> None:
             f"because {reason}",
             stacklevel=2,
         )
-    patched = [name for name in fusion.READ_ONLY_A_AND_B if name in sys.modules]
+    patched = [name for name in branches.READ_ONLY_A_AND_B if name in sys.modules]
     if patched and not _is_lora(config):
         warnings.warn(
             f"{patched[0]} is loaded: its own LoRA kernels read lora_A and lora_B alone and would leave the core out. "
@@ -368,7 +369,7 @@ def _fit_ranks(model: nn.Module, config: NLoraConfig) -> None:
     limits = {}
     for name, module in model.named_modules():
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if (isinstance(base, nn.Linear) or fusion.is_conv1d(base)) and check_target_module_exists(found, name):
+        if (isinstance(base, nn.Linear) or branches.is_conv1d(base)) and check_target_module_exists(found, name):
             limits[name] = min(_get_in_out_features(base))
     named = {name for name in limits if patterns.lookup(config.rank_pattern, name, None) is not None}
     ranks = {name: limit for name, limit in limits.items() if 0 < limit < config.r and name not in named}

@@ -260,7 +260,7 @@ def layer(request):
 
 def adapter_of(layer):
     """(the base layer, (A, N, B), scaling)"""
-    if isinstance(layer, nk.modules._AdapterLinear):
+    if isinstance(layer, nk.NLoraLinear | nk.LoRA2Linear):
         return layer.base, layer.matrices(), layer.scaling
     return layer.base_layer, layer.matrices("default"), layer.scaling["default"]
 
@@ -302,7 +302,7 @@ def test_a_layer_drops_outside_elsewhere(monkeypatch, layer, backend, prefer):
         torch.manual_seed(3)
         expected = base(x) + scaling * F.dropout(x, 0.4) @ A.T @ N.T @ B.T
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
-    name = () if isinstance(layer, nk.modules._AdapterLinear) else ("default",)
+    name = () if isinstance(layer, nk.NLoraLinear | nk.LoRA2Linear) else ("default",)
     assert "PyTorch's own dropout is as fast" in layer.obstacle(*name) and layer.eval().obstacle(*name) is None
 
 

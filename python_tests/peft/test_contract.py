@@ -14,8 +14,8 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nlora_kernels import fusion
 from nlora_kernels.checkpoint import CONFIG, WEIGHTS
+from nlora_kernels.layers import unfused
 from nlora_kernels.peft import LoRA2Config, NLoraConfig, fuse, unfuse
 from python_tests.peft.adapters import (
     METHODS,
@@ -644,7 +644,7 @@ def test_hot_swap_that_cannot_be_right_is_refused(ours, other, options, error, t
 
 
 def residual_layers(model):
-    return [layer for layer in adapter_layers(model) if layer.held]
+    return [layer for layer in adapter_layers(model) if layer.subtracted]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -819,14 +819,14 @@ UNSAFE = (
 def test_an_unsafe_layer_runs_unfused_and_right(change, fused_calls):
     model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 10)), NLoraConfig(r=4, target_modules=["0"]))
     layer = model.base_model.model[0]
-    assert layer.obstacle("default") is None and fusion.unfused(model) == {}
+    assert layer.obstacle("default") is None and unfused(model) == {}
     x = torch.randn(5, 12)
     layer(x)
     assert len(fused_calls) == 1
     change(layer)
     assert layer.obstacle("default")
     if change is not factor_hooked:
-        assert list(fusion.unfused(model)) == ["base_model.model.0"]
+        assert list(unfused(model)) == ["base_model.model.0"]
     with torch.no_grad():
         A, N, B = layer.matrices("default")
         T = x @ A.T * (2 if change is factor_hooked else 1)

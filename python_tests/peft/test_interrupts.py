@@ -104,12 +104,12 @@ def test_subtracting_in_place(dtype, monkeypatch):
 
 
 def effective(layer) -> Tensor:
-    """What the layer's own record says that the base weight was before anything was merged or held out."""
+    """What the layer's own record says that the base weight was before anything was merged or subtracted."""
     W = layer.get_base_layer().weight.detach().clone()
     for name in layer.merged_adapters:
         W -= layer.get_delta_weight(name)
-    if getattr(layer, "held", None) is not None:
-        W += layer._initial_product(layer.held, layer.initial_scaling[layer.held])
+    if getattr(layer, "subtracted", None) is not None:
+        W += layer.initial(layer.subtracted, layer.initial_scaling[layer.subtracted]).product()
     return W
 
 
@@ -148,18 +148,18 @@ def test_merging_a_layer_of_peft(method, operation):
 
 
 RESIDUAL = {
-    "settle": (lambda layer: layer.restore(), lambda layer: layer.settle()),
-    "restore": (lambda layer: None, lambda layer: layer.restore()),
+    "subtract": (lambda layer: layer.add_initial(), lambda layer: layer.subtract_initial()),
+    "add": (lambda layer: None, lambda layer: layer.add_initial()),
     "delete": (lambda layer: None, lambda layer: layer.delete_adapter("default")),
     "unload": (lambda layer: None, lambda layer: layer.unload_and_optionally_merge_module(False, False, None)),
-    "train": (lambda layer: layer.restore(), lambda layer: layer.train()),
+    "train": (lambda layer: layer.add_initial(), lambda layer: layer.train()),
 }
 
 
 @pytest.mark.parametrize("operation", RESIDUAL)
 def test_the_product_of_a_residual_adapter(operation):
     made, W = two_adapters("nlora_residual")
-    assert made.held == "default"
+    assert made.subtracted == "default"
     first, operate = RESIDUAL[operation]
     first(made)
 

@@ -19,8 +19,8 @@ from python_tests.peft.adapters import adapted, adapter_layers, close, config, l
 from python_tests.tiny import llama, perturb, tokens
 
 
-def held(model) -> set:
-    return {layer.held for layer in adapter_layers(model)}
+def subtracted(model) -> set:
+    return {layer.subtracted for layer in adapter_layers(model)}
 
 
 # Several on one layer
@@ -35,16 +35,16 @@ def test_a_second_adapter_starts_from_the_base_weight_and_each_has_its_own_effec
         close(ours.lora_A["second"].weight, theirs.lora_A["second"].weight, atol=1e-6)
     perturb(model, adapter="second")
     model.eval()
-    assert held(model) == {"default"}
+    assert subtracted(model) == {"default"}
     for active in (["default"], ["second"], ["default", "second"]):
         model.base_model.set_adapter(active)
         expected = reference_logits(base, model, tokens(), active)
         close(logits(model), expected)
         model.merge_adapter()
-        assert held(model) == {None}
+        assert subtracted(model) == {None}
         close(logits(model), expected)
         model.unmerge_adapter()
-        assert held(model) == {"default"}
+        assert subtracted(model) == {"default"}
         close(logits(model), expected)
     with model.disable_adapter():
         close(logits(model), logits(base))
@@ -55,7 +55,7 @@ def test_a_second_adapter_starts_from_the_base_weight_and_each_has_its_own_effec
     ]
     close(logits(model, adapter_names=names), torch.cat(expected))
     model.delete_adapter("default")
-    assert held(model) == {"second" if other == "nlora_residual" else None}
+    assert subtracted(model) == {"second" if other == "nlora_residual" else None}
     close(logits(model), reference_logits(base, model, tokens(), ["second"]))
     close(logits(model.unload()), logits(base))
 
@@ -206,7 +206,7 @@ def test_transformers_loads_what_is_kept(method, is_trainable, tmp_path):
     close(logits(base), expected)
     base.train()
     base.eval()
-    assert held(base) == {"default" if method == "nlora_residual" else None}
+    assert subtracted(base) == {"default" if method == "nlora_residual" else None}
     close(logits(base), expected)
     assert not any(p.requires_grad for name, p in base.named_parameters() if "0.default" in name)
     base.disable_adapters()
@@ -255,7 +255,7 @@ def test_an_offloaded_weight_is_brought_back_or_refused():
     layer, x = model.base_model.model[0], torch.randn(5, 12)
     expected = model(x)
     cpu_offload(model, execution_device="cpu")
-    assert layer.held == "default" and layer.get_base_layer().weight.is_meta
+    assert layer.subtracted == "default" and layer.get_base_layer().weight.is_meta
     with pytest.raises(ValueError, match="the base weight must be loaded, got one on the meta device"):
         layer.merge()
     model.merge_adapter()

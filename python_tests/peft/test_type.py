@@ -629,7 +629,7 @@ def test_plain_lora_and_a_core_on_one_layer(order, tmp_path):
     model.add_adapter(second, configs[second])
     perturb(model)
     layer = model.base_model.model[0]
-    assert isinstance(layer, NLoraLinear) and set(layer.lora_N) == {"core"} and layer.held == "core"
+    assert isinstance(layer, NLoraLinear) and set(layer.lora_N) == {"core"} and layer.subtracted == "core"
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / first, first)
     loaded.load_adapter(tmp_path / second, second)

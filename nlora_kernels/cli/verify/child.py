@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import backends, fusion, init, ops, testing
+from ... import backends, init, ops, testing
 from ...backends import Call, Dropout, Needs, verified
+from ...layers import LoRA2Linear
+from ...layers.branch import Branch
 from ...lora2 import RankAllocator, orthogonal_penalty
 from ...lora2.penalty import FORMS
-from ...modules import LoRA2Linear
 from .cases import METHODS, NORMS_AND_SOLVES, REAL, REHEARSED, RESULTS_OF, Case, Sizes, cases_of, dtype_of
 
 SCALING, P_DROPPED, SEED = 0.7, 0.3, 2**40 + 7
@@ -302,7 +303,7 @@ def _dropout_calls(case, module, backend, dtype, machine):
         return step(ops.lora_linear(weight=p.weight, **trained, scaling=SCALING, dropout=P_DROPPED, backend=backend))
 
     def outside():
-        branch = fusion.branch(p.x, p.lora_A, p.lora_B, p.lora_N, SCALING, P_DROPPED)
+        branch = Branch(p.lora_A, p.lora_N, p.lora_B, SCALING, P_DROPPED)(p.x)
         return step(F.linear(p.x, p.weight) + branch.to(p.x.dtype))
 
     return ([inside], [outside]), {}

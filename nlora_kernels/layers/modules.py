@@ -8,18 +8,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import fusion, saved
-from .commit import attributes, commit
-from .init import METHODS, subtract_
-from .init import adapter as initial_adapter
-from .init import lora2 as initial_lora2
-from .ops import lora2_core, lora2_linear, lora_linear
+from .. import saved
+from ..commit import attributes, commit
+from ..init import METHODS, subtract_
+from ..init import adapter as initial_adapter
+from ..init import lora2 as initial_lora2
+from . import branch as branches
+from .branch import Branch, Lora2Branch, tensor_of
 
 TRAIN = ("all", "core")
 
 
 class _AdapterLinear(nn.Module):
-    """A base linear layer with adapter matrices (A, N, B), which a subclass names in `matrices`."""
+    """A base linear layer and an adapter, which a subclass gives as its `branch`."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float | None, dropout: float = 0.0):
         super().__init__()
@@ -37,13 +38,32 @@ class _AdapterLinear(nn.Module):
         self.merged = False
         base.requires_grad_(False)
 
+    def branch(self) -> Branch | Lora2Branch:
+        """What the adapter adds now."""
+        raise TypeError(f"{type(self).__name__} must define branch()")
+
     def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """(A (r, in), N (r, r) or None, B (out, r)): the adapter adds s·B·N·A to the base weight."""
-        raise TypeError(f"{type(self).__name__} must define matrices()")
+        return self.branch().collapsed[:3]
 
     def obstacle(self) -> str | None:
         """None if forward is one operation, else why the base layer is called and the adapter added."""
-        return fusion.obstacle(self.base) or (fusion.dropout_obstacle(self.base) if self.dropped else None)
+        base = self._modules["base"]
+        return branches.obstacle(base) or (branches.dropout_obstacle(base) if self.dropped else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self._modules["base"]
+        if self.merged:
+            return base(x)
+        branch, excess = self.branch(), self._excess()
+        if excess is None and not self.obstacle():
+            return branch.fused(x, base)
+        y = base(x) + branch.collapsed(x).to(x.dtype)
+        return y if excess is None else y + excess(x).to(x.dtype)
+
+    def _excess(self) -> Branch | None:
+        """What else has to be added, because the base weight is not the one that the layer was made of."""
+        return None
 
     @property
     def dropped(self) -> float:
@@ -52,8 +72,8 @@ class _AdapterLinear(nn.Module):
 
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """s·B·N·A, (out, in), what `merge` adds to the base weight; computed in `dtype`, by default the adapter's."""
-        A, N, B = (None if t is None else t.to(dtype or t.dtype) for t in self.matrices())
-        return self.scaling * ((B if N is None else B @ N) @ A)
+        delta, excess = self.branch().collapsed.product(dtype), self._excess()
+        return delta if excess is None else delta + excess.product(delta.dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -168,24 +188,20 @@ class NLoraLinear(_AdapterLinear):
         A, N, B = (None if t is None else t.to(dtype or adapter_dtype(linear.weight)) for t in (A, N, B))
         return cls(linear, A, B, N, alpha=alpha, train=train, residual=residual, dropout=dropout)
 
-    def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        core_moves = self.residual and self.train_matrices == "core"
-        return self.lora_A, self.lora_N - self.lora_N0 if core_moves else self.lora_N, self.lora_B
+    def branch(self) -> Branch:
+        N = tensor_of(self, "lora_N")
+        if self.residual and self.train_matrices == "core":
+            N = N - self.lora_N0
+        return Branch(tensor_of(self, "lora_A"), N, tensor_of(self, "lora_B"), self.scaling, self.dropped)
 
-    def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        delta = super().delta_weight(dtype)
-        if self._excess:
-            A0, N0, B0 = (t.to(delta.dtype) for t in self._initial())
-            delta = delta + self._excess * (B0 @ N0 @ A0)
-        return delta
+    def _excess(self) -> Branch | None:
+        # What of B₀·N₀·A₀ is out of the base weight too much since `scaling` was changed.
+        if "lora_A0" not in self._buffers or self.scaling == self.initial_scaling:
+            return None
+        return Branch(*self._initial(), self.initial_scaling - self.scaling)
 
     def _initial(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.lora_A0, self.lora_N0, self.lora_B0
-
-    @property
-    def _excess(self) -> float:
-        """What of B₀·N₀·A₀ is out of the base weight too much since `scaling` was changed."""
-        return self.initial_scaling - self.scaling if "lora_A0" in self._buffers else 0.0
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -207,19 +223,6 @@ class NLoraLinear(_AdapterLinear):
         change = self.initial_scaling * (B0 @ N0 @ A0 - B @ N @ A)
         copies = (partial(Tensor.copy_, old, new) for old, new in zip(kept, loaded, strict=True))
         commit(partial(Tensor.add_, weight, change), *copies)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return self.base(x)
-        A, N, B = self.matrices()
-        excess = self._excess
-        if not excess and not self.obstacle():
-            return lora_linear(x, self.base.weight, A, B, N, self.base.bias, scaling=self.scaling, dropout=self.dropped)
-        y = self.base(x) + fusion.branch(x, A, B, N, self.scaling, self.dropped).to(x.dtype)
-        if excess:
-            A0, N0, B0 = self._initial()
-            y = y + fusion.branch(x, A0, B0, N0, excess).to(x.dtype)
-        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, train={self.train_matrices!r}, residual={self.residual}"
@@ -273,28 +276,9 @@ class LoRA2Linear(_AdapterLinear):
             linear, *(t.to(dtype or adapter_dtype(linear.weight)) for t in tensors), alpha=alpha, dropout=dropout
         )
 
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.lora_v, lora2_core(self.lora_u, self.lora_E, self.lora_U, self.lora_mask), self.lora_V
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return self.base(x)
-        if self.obstacle():
-            v, core, V = self.matrices()
-            return self.base(x) + fusion.branch(x, v, V, core, self.scaling, self.dropped).to(x.dtype)
-        return lora2_linear(
-            x,
-            self.base.weight,
-            self.lora_v,
-            self.lora_u,
-            self.lora_E,
-            self.lora_U,
-            self.lora_V,
-            self.lora_mask,
-            self.base.bias,
-            scaling=self.scaling,
-            dropout=self.dropped,
-        )
+    def branch(self) -> Lora2Branch:
+        tensors = [tensor_of(self, name) for name in ("lora_v", "lora_u", "lora_E", "lora_U", "lora_V")]
+        return Lora2Branch(*tensors, self._buffers["lora_mask"], self.scaling, self.dropped)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, {super().extra_repr()}"

@@ -1,0 +1,77 @@
+"""One 64×64 layer and one token, where all of the time is what calls cost, in turn with PEFT's LoRA.
+
+The time is that which the thread computes, for a call is shorter than what other programs take a processor away.
+"""
+
+import statistics
+import time
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import nlora_kernels as nk
+from bench import rows, timing
+from nlora_kernels.peft import LoRA2Config, NLoraConfig, fuse
+
+SIZE, RANK, CALLS = 64, 8, 40
+OPTIONS = {"r": RANK, "target_modules": ["0"]}
+CONFIGS = {
+    "peft": lambda: peft.LoraConfig(**OPTIONS),
+    "fuse": lambda: peft.LoraConfig(**OPTIONS),
+    "lora": lambda: NLoraConfig(init_lora_weights=True, **OPTIONS),
+    "nlora": lambda: NLoraConfig(**OPTIONS),
+    "lora2": lambda: LoRA2Config(k=RANK, **OPTIONS),
+}
+MODULES = {
+    "NLoraLinear": lambda linear: nk.NLoraLinear.from_linear(linear, RANK),
+    "LoRA2Linear": lambda linear: nk.LoRA2Linear.from_linear(linear, RANK, RANK),
+}
+
+
+def layer(method: str) -> nn.Module:
+    torch.manual_seed(0)
+    linear = nn.Linear(SIZE, SIZE)
+    if method in MODULES:
+        return MODULES[method](linear)
+    model = peft.get_peft_model(nn.Sequential(linear), CONFIGS[method]())
+    return (fuse(model) if method == "fuse" else model).base_model.model[0]
+
+
+def repeated(layer: nn.Module, op: str):
+    x, dy = torch.randn(1, SIZE), torch.randn(1, SIZE)
+
+    def forward():
+        with torch.no_grad():
+            for _ in range(CALLS):
+                layer(x)
+
+    def both():
+        for _ in range(CALLS):
+            layer(x).backward(dy)
+
+    x.requires_grad_(op == "both")
+    return {"forward": forward, "both": both}[op]
+
+
+@pytest.mark.parametrize("op", ["forward", "both"])
+@pytest.mark.parametrize("method", [name for name in (*CONFIGS, *MODULES) if name != "peft"])
+def test_smoke_layer(benchmark, request, monkeypatch, method, op):
+    monkeypatch.setattr(timing, "CLOCK", time.thread_time)
+    ours, other = layer(method), layer("peft")
+    x = torch.randn(1, SIZE, dtype=torch.float64)
+    delta = ours.delta_weight() if method in MODULES else ours.get_delta_weight("default")
+    base = ours.base if method in MODULES else ours.base_layer
+    exact = x @ (base.weight + delta).double().T + base.bias.double()
+    error = ((ours(x.float()) - exact).norm() / exact.norm()).item()
+    assert error <= SIZE**0.5 * torch.finfo(torch.float32).eps
+    run, others = repeated(ours, op), {"peft": repeated(other, op)}
+    run()
+    others["peft"]()
+    info = {"impl": "cpu", "method": method, "op": op, "M": 1, "shape": f"{SIZE}x{SIZE}", "r": RANK, "error": error}
+    # The clock of pytest-benchmark counts what others compute too, so ours is taken beside PEFT's.
+    times = rows.record(benchmark, run, others | {"self_again": run}, info, request)
+    middle = [statistics.median(times[name]) / CALLS for name in ("self_again", "peft")]
+    benchmark.extra_info |= {"us": 1e6 * middle[0], "ratio_to_peft": middle[0] / middle[1]}
+    print(f"\n{method} {op}: {1e6 * middle[0]:.1f} µs, {middle[0] / middle[1]:.2f} of PEFT's LoRA")

@@ -1,0 +1,154 @@
+"""What an adapter adds to a linear layer, and when the two are computed as one operation."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from ..backends import drops_inside
+from ..backends.base import PLAIN
+from ..ops import lora2_core, lora2_linear, lora_linear
+from ..ops.checks import DTYPES
+
+
+class Branch(NamedTuple):
+    """s·((drop(x)·Aᵀ)·Nᵀ)·Bᵀ with A (r, in), N (r, r) or None, and B (out, r)"""
+
+    A: Tensor
+    N: Tensor | None
+    B: Tensor
+    scaling: float
+    # The probability with which an element of x is dropped.
+    dropout: float = 0.0
+
+    @property
+    def collapsed(self) -> "Branch":
+        """With its core as one matrix, which it is."""
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The branch on its own, in the adapter's dtype."""
+        T = F.linear(F.dropout(x.to(self.A.dtype), self.dropout), self.A)
+        return self.scaling * F.linear(T if self.N is None else F.linear(T, self.N), self.B)
+
+    def fused(self, x: Tensor, linear: nn.Module) -> Tensor:
+        """The output of a linear layer and the branch, as one operation."""
+        weight, bias = weight_of(linear), tensor_of(linear, "bias")
+        return lora_linear(x, weight, self.A, self.B, self.N, bias, scaling=self.scaling, dropout=self.dropout)
+
+    def product(self, dtype: torch.dtype | None = None) -> Tensor:
+        """s·B·N·A, (out, in), in `dtype`, by default the adapter's; half precision is rounded once, at the end."""
+        dtype = dtype or self.B.dtype
+        computed = torch.promote_types(dtype, torch.float32)
+        A, N, B = (None if t is None else t.to(computed) for t in self[:3])
+        return ((B if N is None else B @ N) @ A * self.scaling).to(dtype)
+
+
+class Lora2Branch(NamedTuple):
+    """s·((drop(x)·vᵀ)·Cᵀ)·Vᵀ  with  C = U·diag(E ⊙ mask)·u"""
+
+    v: Tensor
+    u: Tensor
+    E: Tensor
+    U: Tensor
+    V: Tensor
+    mask: Tensor
+    scaling: float
+    dropout: float = 0.0
+
+    @property
+    def collapsed(self) -> Branch:
+        """The same with the core as one matrix."""
+        return Branch(self.v, lora2_core(self.u, self.E, self.U, self.mask), self.V, self.scaling, self.dropout)
+
+    def fused(self, x: Tensor, linear: nn.Module) -> Tensor:
+        """The output of a linear layer and the branch, as one operation."""
+        weight, bias = weight_of(linear), tensor_of(linear, "bias")
+        return lora2_linear(x, weight, *self[:6], bias, scaling=self.scaling, dropout=self.dropout)
+
+
+# Packages whose patched attention and MLP compute LoRA by themselves.
+READ_ONLY_A_AND_B = ("unsloth", "axolotl")
+
+
+def obstacle(linear: nn.Module) -> str | None:
+    """None if calling `linear` is exactly x·Wᵀ + bias with a dense weight, else why it is not.
+
+    It looks at the layer as it is now, so a layer that FSDP gathers for its forward is taken then.
+    """
+    # NOTE: this is asked in every forward: what is not kept cannot be out of date.
+    if nn_module._has_any_global_hook():
+        return "hooks are registered for all modules"
+    return obstacle_of(linear)
+
+
+def obstacle_of(linear: nn.Module, other: type | None = None) -> str | None:
+    """The same of a module among several, the base layer or a matrix of an adapter.
+
+    `other` is a type that is known as well as nn.Linear.
+    """
+    # A subclass (quantised, FSDP2's own, parametrized) is another type.
+    kind = type(linear)
+    if kind is not nn.Linear and kind is not other and not is_conv1d(linear):
+        return f"its type is {kind.__qualname__}, not nn.Linear or Conv1D"
+    # A look into the dictionary costs a tenth of an attribute that a module lacks.
+    own = linear.__dict__
+    if "forward" in own:
+        return "its forward is replaced on the instance, as offloading and tensor parallelism do"
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "it has hooks"
+    if own.get("_hf_tp_plan") is not None:
+        return "it has a tensor-parallel plan"
+    weight = tensor_of(linear, "weight")
+    if not is_dense(weight):
+        return f"its weight is a {type(weight).__qualname__} of {weight.dtype}, not a dense tensor"
+    return None
+
+
+def dropout_obstacle(linear: nn.Module) -> str | None:
+    """None if dropout of the adapter's input belongs inside the operation on a layer's device, else why it does not."""
+    device, dtype = linear.weight.device, linear.weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if drops_inside(device, dtype):
+        return None
+    return f"on {device.type} PyTorch's own dropout is as fast as any backend's"
+
+
+def unfused(model: nn.Module) -> dict[str, str]:
+    """{layer name: why it cannot be fused} for the adapter layers of this package in a model, as they are now."""
+    layers = ((name, module) for name, module in model.named_modules() if hasattr(type(module), "obstacle"))
+    return {name: reason for name, layer in layers if (reason := layer.obstacle())}
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether it is a plain floating tensor: not quantised, not a shard."""
+    return type(weight) in PLAIN and weight.dtype in DTYPES
+
+
+def is_conv1d(linear: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2, which keeps W as (in, out)."""
+    # By name, because transformers is not imported for the sake of a question.
+    return type(linear).__name__ == "Conv1D" and type(linear).__module__ == "transformers.pytorch_utils"
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """W as (out, in): the weight, or for Conv1D a transposed view of it."""
+    weight = tensor_of(linear, "weight")
+    return weight.T if type(linear) is not nn.Linear and is_conv1d(linear) else weight
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, from the dictionary of parameters unless FSDP1 has put something else in its place."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def resized(x: Tensor, linear: nn.Module) -> Tensor:
+    """x as wide as linear takes it, cut or padded by zeros: PEFT pads some of an adapter's matrices for hot swaps."""
+    # The attribute is not renewed where the tensor is swapped, and the tensor is flat where FSDP1 has taken it apart.
+    size = linear.weight.shape[1] if linear.weight.dim() == 2 else linear.in_features
+    width = x.size(-1)
+    return x if width == size else F.pad(x, (0, size - width))
