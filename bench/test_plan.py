@@ -9,7 +9,7 @@ from bench.rows import seconds_of
 from bench.timing import interleave, median_ratio
 from nlora_kernels import backends, testing
 from nlora_kernels.backends import Call, Needs
-from nlora_kernels.cli.doctor import PLANS
+from nlora_kernels.backends.cpu import PLANS
 
 SIZES = [(1, 4096, 4096), (16, 768, 768), (512, 768, 768), (512, 768, 3072), (2048, 768, 768), (512, 4096, 4096)]
 CASES = [(dtype, R, size) for dtype in ("float32", "bfloat16") for R in (8, 64, 128) for size in SIZES]

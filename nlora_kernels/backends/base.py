@@ -157,6 +157,10 @@ class Backend:
         """Why it cannot take a call, forward or backward: x may be None, of whose dtype and device weight is."""
         return None
 
+    def describe(self, call: Call) -> str | None:
+        """What it does with a call of such sizes, for people."""
+        return None
+
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """(y, T)"""
         raise NotImplementedError

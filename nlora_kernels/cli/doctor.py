@@ -41,12 +41,6 @@ OPTIONAL = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 TRIED = ("float32", "bfloat16", "float16")
-PLANS = {
-    "whole": "one C++ call each way",
-    "adapter": "C++ for the adapter's product, the library adds the product with weight to it",
-    "library": "the library's products in place, as in lean: fastest at this size",
-    "folded": "the library's products with a scratch copy of weight + s·B·N·A, which the many rows share",
-}
 # The instruction sets that decide between kernels, as Linux names them.
 INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 UNPROVEN = "it has not passed its tests on such hardware"
@@ -392,8 +386,8 @@ def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) ->
     call = Call(empty(M, K, dtype), empty(N, K, dtype), *(empty(*s, adapter) for s in ((R, K), (N, R), (R, R))))
     chosen, path = None, None
     try:
-        chosen = backends.select(None, call.x, call).name
-        path = _path(chosen, *call[:2], R)
+        backend = backends.select(None, call.x, call)
+        chosen, path = backend.name, backend.describe(call)
     except ValueError as error:
         problems.append(f"the layer cannot run: {error}")
     passed_over = {}
@@ -414,28 +408,6 @@ def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) ->
         "path": path,
         "passed_over": passed_over,
     }
-
-
-def _path(name: str, x: Tensor, weight: Tensor, R: int) -> str | None:
-    """What a backend does with a layer of these sizes."""
-    (M, K), N = x.shape, weight.shape[0]
-    if name == "cpu":
-        return PLANS[backends.TABLE["cpu"].plan(x.dtype, M, K, N, R)]
-    if name == "cuda":
-        from ..backends.cuda import launch
-
-        hopper = launch.capability(x.device) == (9, 0)
-        return "one launch each for y and for dx" if hopper else "two launches each for y and for dx"
-    if name == "triton":
-        from ..backends.triton import device, launch, tuning
-
-        tf32, aligned = launch.tf32(x.dtype), launch.aligned(*(launch.Layout(*launch.layout(t)) for t in (x, weight)))
-        on = device.target(x.get_device())
-        tile = tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, on)
-        single = tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, on)
-        launches = "one launch" if single else "two launches"
-        return f"{launches}, tiles of {tile.m}×{tile.n}×{tile.k}, {tile.warps} warps, {tile.stages} stages"
-    return None
 
 
 def _said(error: Exception) -> str:

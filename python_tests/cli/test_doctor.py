@@ -14,6 +14,7 @@ from torch import nn
 import nlora_kernels as nk
 from nlora_kernels import backends, cache, cli
 from nlora_kernels.backends import verified
+from nlora_kernels.backends.cpu import PLANS
 from nlora_kernels.backends.triton.tuning import tables
 from nlora_kernels.cli import doctor
 from python_tests import ROOT
@@ -108,7 +109,7 @@ def test_the_path_of_a_layer_is_the_one_it_takes(light, monkeypatch, shape, dtyp
     x, weight = torch.randn(M, K).to(doctor.DTYPES[dtype]), torch.randn(N, K).to(doctor.DTYPES[dtype])
     nk.lora_linear(x, weight, torch.randn(R, K), torch.randn(N, R), torch.randn(R, R))
     assert taken == [backends.TABLE[layer["backend"]]]
-    assert layer["path"] in doctor.PLANS.values() and layer["passed_over"] == {}
+    assert layer["path"] in PLANS.values() and layer["passed_over"] == {}
     assert layer["adapter_dtype"] == "float32"
 
 
@@ -116,7 +117,7 @@ def test_every_plan_is_described():
     shapes = [(M, 768, 768, R) for M in (1, 16, 17, 4096) for R in (1, 32, 33, 256)]
     for dtype in ("float32", "bfloat16", "float16"):
         if backends.native._C:
-            assert {backends.TABLE["cpu"].plan(doctor.DTYPES[dtype], *shape) for shape in shapes} <= doctor.PLANS.keys()
+            assert {backends.TABLE["cpu"].plan(doctor.DTYPES[dtype], *shape) for shape in shapes} <= PLANS.keys()
 
 
 def test_what_was_passed_over_has_a_reason(light):

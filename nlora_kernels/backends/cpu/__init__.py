@@ -23,6 +23,12 @@ from ..lean import Lean
 from ..native import _C
 from . import lora2, plans
 
+PLANS = {
+    "whole": "one C++ call each way",
+    "adapter": "C++ for the adapter's product, the library adds the product with weight to it",
+    "library": "the library's products in place, as in lean: fastest at this size",
+    "folded": "the library's products with a scratch copy of weight + s·B·N·A, which the many rows share",
+}
 # The plans of which our kernels see the adapter.
 _OWN = ("whole", "adapter")
 
@@ -58,6 +64,9 @@ class Cpu(Lean):
             if t is not None and t.dtype not in plans.DTYPES:
                 return f"{name} must be float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
         return None
+
+    def describe(self, call: Call) -> str:
+        return PLANS[self.plan(call.x.dtype, *call.x.shape, *call.lora_B.shape)]
 
     def forward(self, call: Call, plan: str | None = None) -> tuple[Tensor, Tensor]:
         x, weight, lora_A, lora_N = call.x, call.weight, call.lora_A, call.lora_N

@@ -96,6 +96,10 @@ class Cuda(Lean):
             return f"r must be at most {MAX_RANK}, got {R}"
         return launch.unaligned("weight", weight) or misplaced("x", weight)
 
+    def describe(self, call: Call) -> str:
+        hopper = launch.capability(call.weight.device) == (9, 0)
+        return "one launch each for y and for dx" if hopper else "two launches each for y and for dx"
+
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         x, weight, lora_A, lora_B, lora_N, bias, scaling, _ = call
         (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]

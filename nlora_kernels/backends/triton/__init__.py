@@ -76,6 +76,17 @@ class Triton(Backend):
             return "Triton's interpreter computes bfloat16 wrongly"
         return misplaced("x", weight)
 
+    def describe(self, call: Call) -> str:
+        from . import launch, tuning
+
+        (M, K), (N, R), dtype = call.x.shape, call.lora_B.shape, call.x.dtype
+        tf32, on = launch.tf32(dtype), device.target(call.x.get_device())
+        aligned = launch.aligned(*(launch.Layout(*launch.layout(t)) for t in (call.x, call.weight)))
+        tile = tuning.wide_tile(M, N, K, R, dtype, tf32, aligned, on)
+        single = tuning.single_launch(M, N, K, R, dtype, tf32, aligned, tile, on)
+        launches = "one launch" if single else "two launches"
+        return f"{launches}, tiles of {tile.m}×{tile.n}×{tile.k}, {tile.warps} warps, {tile.stages} stages"
+
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         from . import linear
 
