@@ -111,15 +111,15 @@ def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: f
     Raises:
         TypeError: weight is no floating tensor. ValueError: shapes do not fit.
     """
-    subtract_with(weight, A, N, B, scaling)
+    add_product(weight, A, N, B, -scaling)
     return weight
 
 
 @torch.no_grad()
-def subtract_with(
+def add_product(
     weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: float, *steps: Callable[[], object]
 ) -> None:
-    """`subtract_` and the steps in one `commit`."""
+    """W ← W + s·B·N·A in place, as `subtract_` has it, and the steps in one `commit`."""
     _check_weight(weight)
     out_features, in_features = weight.shape
     r = A.shape[0]
@@ -129,15 +129,15 @@ def subtract_with(
     if subtract := _kernel("subtract_", weight, r):
         # Between a launch and what follows it an interrupt could come: then the launch is made on a copy.
         target = weight.detach().clone() if steps else weight
-        subtract([target], [A], [N], [B], scaling)
+        subtract([target], [A], [N], [B], -scaling)
         if steps:
             commit(partial(Tensor.copy_, weight, target), *steps)
         return
     dtype = _accumulator(weight.dtype)
     left, right = B.to(dtype), A.to(dtype)
-    left = left * -scaling if N is None else left @ (N.to(dtype) * -scaling)
+    left = left * scaling if N is None else left @ (N.to(dtype) * scaling)
     if weight.dtype == dtype:
-        add = backends.select(None, weight, operation="initialisation").product_adder(weight, left, right)
+        add = backends.select(None, weight, operation="initialisation").add_product(weight, left, right)
         if add and commit(*steps, given=add):
             torch.autograd.graph.increment_version(weight)
         else:

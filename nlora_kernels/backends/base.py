@@ -185,7 +185,7 @@ class Backend:
         those of them that it has."""
         return None
 
-    def product_adder(self, weight: Tensor, left: Tensor, right: Tensor) -> Callable[[], bool] | None:
+    def add_product(self, weight: Tensor, left: Tensor, right: Tensor) -> Callable[[], bool] | None:
         """C that adds left·right to weight in place and returns True, or does nothing and returns False where PyTorch
         is faster; None where it cannot."""
         return None

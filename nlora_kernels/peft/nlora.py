@@ -251,7 +251,7 @@ class NLoraLinear(FusedLinear):
             subtracted = attributes(self, subtracted=name)
             with gather_params_ctx(base.weight):
                 weight = branches.weight_of(base).data
-                init.subtract_with(weight, *self._initial(name), self.initial_scaling[name], subtracted)
+                init.add_product(weight, *self._initial(name), -self.initial_scaling[name], subtracted)
 
     @torch.no_grad()
     def add_initial(self) -> None:

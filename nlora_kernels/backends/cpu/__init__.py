@@ -137,7 +137,7 @@ class Cpu(Lean):
         _C.cpu_lora2_core_backward(d_core, _readable(Factors(lora_u, lora_E, lora_U, mask)), grads)
         return grads
 
-    def product_adder(self, weight, left, right) -> Callable[[], bool] | None:
+    def add_product(self, weight, left, right) -> Callable[[], bool] | None:
         """weight += left·right when called; False, with nothing done, where the library is faster or must do it."""
         for t in (weight, left, right):
             if not t.is_cpu or t.dtype != torch.float32 or type(t) not in PLAIN:
