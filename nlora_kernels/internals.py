@@ -1,7 +1,7 @@
 """The doors into PyTorch that it does not document: here alone, each with what it gains, and each with a test that
 fails where PyTorch changes it (python_tests/ops/test_internals.py).
 
-Times are those of one call on an AVX-512 CPU at 3 GHz, beside 12 µs for the smallest `lora_linear` without gradients.
+Times are those of one call on an AVX-512 CPU, beside 10 µs for a 64×64 `lora_linear` of one row without gradients.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def watched() -> bool:
 
     Dispatch modes, tracing, functionalization and torch.func are dispatch keys of the thread and are asked for as one,
     not by name; modes for functions and the profiler have their own place. The way past the dispatcher, which this
-    allows, saves a layer MICRO.
+    allows, saves 7.7 µs for 0.5 µs of asking.
     """
     return (
         torch.compiler.is_compiling()
@@ -66,7 +66,8 @@ def composing(shown: bool | None = None) -> bool:
 def plain_apply(function: type[torch.autograd.Function]) -> Callable:
     """function.apply for calls where nothing is `watched`.
 
-    torch.autograd.Function.apply itself first looks through all arguments for what torch.func may have left behind.
+    torch.autograd.Function.apply itself first looks through all arguments for what torch.func may have left behind,
+    for 2.3 µs.
     """
     return super(torch.autograd.Function, function).apply
 
