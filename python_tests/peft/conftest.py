@@ -1,3 +1,4 @@
+import peft
 import pytest
 
 from python_tests.tiny import gpt2, llama
@@ -6,3 +7,12 @@ from python_tests.tiny import gpt2, llama
 @pytest.fixture(params=[llama, gpt2], ids=["linear", "conv1d"])
 def base(request):
     return request.param()
+
+
+@pytest.fixture(scope="session")
+def adapters_of_transformers():
+    """Skips where transformers refuses the PEFT that is here, whoever's the adapter."""
+    try:
+        llama().add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"transformers refuses this PEFT: {error}")
