@@ -10,7 +10,7 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels import testing
-from nlora_kernels.backends import TABLE, native
+from nlora_kernels.backends import TABLE, Call, native
 from python_tests import ROOT
 
 missing = nk.backends.available()["cpu"]
@@ -98,14 +98,14 @@ def test_the_folded_plan_is_within_the_error_budget(shape, core):
 def test_half_precision_is_read_and_rounded_as_torch_does(dtype):
     one, B = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1)
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
-    _, T = CPU.forward(every, one, torch.ones(1, 1), B, None, None, 1.0, plan="whole")
+    _, T = CPU.forward(Call(every, one, torch.ones(1, 1), B), plan="whole")
     torch.testing.assert_close(T, every, rtol=0, atol=0, equal_nan=True)
 
     # T = 1·Aᵀ rounds the fp32 values of A: ordinary, subnormal, overflowing and halfway ones.
     halves = every.float()[:, 0]
     values = [torch.randn(4000) * 2.0**e for e in range(-30, 20)]
     values = torch.cat([*values, torch.nextafter(halves, torch.tensor(9.0)), halves * (1 + 2**-10)])
-    _, T = CPU.forward(one, one, values[:, None], torch.zeros(1, len(values)), None, None, 1.0, plan="whole")
+    _, T = CPU.forward(Call(one, one, values[:, None], torch.zeros(1, len(values))), plan="whole")
     torch.testing.assert_close(T[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 

@@ -19,16 +19,16 @@ BREAK = {
     # The last element alone, by one part in a hundred.
     "forward": """
 right = lean.forward
-def wrong(*args):
-    y, T = right(*args)
+def wrong(call):
+    y, T = right(call)
     y[-1, -1] *= 1.01
     return y, T
 lean.forward = wrong
 """,
     "backward": """
 right = lean.backward
-def wrong(*args):
-    grads = right(*args)
+def wrong(*call):
+    grads = right(*call)
     return grads._replace(lora_N=grads.lora_N.T)
 lean.backward = wrong
 """,
@@ -40,7 +40,7 @@ def test_a_wrong_kernel_fails_its_row_and_no_other(broken, op, tmp_path):
     M = 16 if op == "forward" else 512
     rows = f"smoke and M{M}-r8-float32-nlora-{op} and (lean or eager3)"
     arguments = [str(ROOT / "bench"), "-q", "-k", rows, "--seconds=0.01", f"--benchmark-json={tmp_path / 'rows.json'}"]
-    code = f"import sys, pytest\nfrom nlora_kernels.backends import lean\n{BREAK[broken]}\n"
+    code = f"import sys, pytest\nfrom nlora_kernels.backends import TABLE\nlean = TABLE['lean']\n{BREAK[broken]}\n"
     code += f"sys.exit(pytest.main({arguments!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     timed = [row["extra_info"] for row in json.loads((tmp_path / "rows.json").read_text())["benchmarks"]]
