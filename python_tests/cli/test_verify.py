@@ -553,8 +553,9 @@ def test_a_rehearsal_meets_all_that_can_happen(tmp_path):
         [(name, status) for name, _, _, status in verify.REHEARSAL],
         [(name, "unavailable" if TABLE[name].unavailable() else status) for name, _, _, status in verify.REHEARSAL],
     )
-    # Nothing of it is left.
-    assert "nothing was written" in done.stdout and not list(tmp_path.glob("**/*.json"))
+    # Nothing of it is left but what a layer's first call on a CPU keeps.
+    assert "no record was written" in done.stdout
+    assert {file.parent.name for file in tmp_path.glob("**/*.json")} <= {"cpu"}
 
 
 def test_a_result_that_is_not_as_expected_is_the_exit_status(monkeypatch, capsys):

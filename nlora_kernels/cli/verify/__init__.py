@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     file, results = verify(args.gpu, rehearse=args.rehearse, limit=args.limit)
-    print("nothing was written" if args.rehearse else f"wrote {file}")
+    print("no record was written" if args.rehearse else f"wrote {file}")
     return 0 if all(result.well for result in results) else 1
 
 
