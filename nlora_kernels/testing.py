@@ -96,8 +96,9 @@ def outputs(
 
 # Neighbours of a small problem whose errors are looked at, and how many standard deviations a result may be off: a
 # normal distribution exceeds six twice in 10⁹ draws, and a single rounding ends at √3.
+# The luck of roundings evens out over _MANY elements in a product of size _LARGE; smaller ones are cheap to repeat, of
+# larger ones with few elements in a result half as many must do.
 _NEIGHBOURS, _DEVIATIONS = 32, 6.0
-# The luck of roundings evens out over this many elements in a product of this size; smaller ones are cheap to repeat.
 _MANY, _LARGE = 64, 2**22
 
 
@@ -128,8 +129,10 @@ class Budget:
         self.plain = outputs(plain, tensors, dy, wrt)
         self.bounds = {}
         without = outputs(base, wide, dy.double(), wrt)
-        few = tensors["x"].numel() * dy.shape[-1] < _LARGE or min(t.numel() for t in self.exact.values()) < _MANY
-        errors = self._errors_of_neighbours(plain, tensors, dy, wrt) if few else {}
+        small = tensors["x"].numel() * dy.shape[-1] < _LARGE
+        few = small or min(t.numel() for t in self.exact.values()) < _MANY
+        count = _NEIGHBOURS if small else _NEIGHBOURS // 2
+        errors = self._errors_of_neighbours(count, plain, tensors, dy, wrt) if few else {}
         for name, exact in self.exact.items():
             eps = max(torch.finfo(self.plain[name].dtype).eps, torch.finfo(self.dtype).eps)
             for norm in (math.inf, 2):
@@ -139,7 +142,7 @@ class Budget:
                     error = max(error, _largest_expected(errors[name], norm))
                 self.bounds[name, norm] = error + eps * terms
 
-    def _errors_of_neighbours(self, plain, tensors, dy, wrt) -> dict[str, Tensor]:
+    def _errors_of_neighbours(self, count, plain, tensors, dy, wrt) -> dict[str, Tensor]:
         """The errors of every result, a row for each neighbour."""
         generator = torch.Generator(dy.device).manual_seed(0)
         width = 4 * torch.finfo(self.dtype).eps
@@ -149,7 +152,7 @@ class Budget:
             return (t.double() * (1 + width * (2 * noise - 1))).to(t.dtype)
 
         errors: dict[str, list[Tensor]] = {name: [] for name in self.exact}
-        for _ in range(_NEIGHBOURS):
+        for _ in range(count):
             near, d_near = {name: moved(t) for name, t in tensors.items()}, moved(dy)
             exact = outputs(plain, {name: t.double() for name, t in near.items()}, d_near.double(), wrt)
             with AnyOrder(generator):
@@ -184,7 +187,7 @@ class AnyOrder(TorchDispatchMode):
 
     Each of the n partial sums is rounded, which has a variance of at most (u·|partial sum|)²/3 with u = eps/2. Over all
     orders the squares of the partial sums add up to n·(Σt² + 2·(Σt)²)/6 on average. An error of that variance is
-    added to the sum in fp64, whose rounding to its own dtype follows.
+    added to the sum.
     """
 
     def __init__(self, generator: torch.Generator):
@@ -192,30 +195,34 @@ class AnyOrder(TorchDispatchMode):
         self.generator = generator
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
         sum_of = _SUMS.get(operator)
         if sum_of is None or args[0].dtype is torch.float64:
-            return operator(*args, **(kwargs or {}))
-        start, total, squares, count, dtype = sum_of(*args, **(kwargs or {}))
+            return result
+        total, squares, count = sum_of(result, *args, **(kwargs or {}))
         variance = count * (squares + 2 * total.square()) * (torch.finfo(torch.float32).eps / 2) ** 2 / 18
-        noise = torch.randn(total.shape, generator=self.generator, dtype=torch.double, device=total.device)
-        return (start + total + variance.sqrt() * noise).to(dtype)
+        noise = torch.randn(result.shape, generator=self.generator, dtype=torch.double, device=result.device)
+        return (result + variance.sqrt() * noise).to(result.dtype)
 
 
-def _added_product(start: Tensor | None, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float = 1.0) -> tuple:
-    wide, b = alpha * a.double(), b.double()
-    return beta * start.double() if beta else 0.0, wide @ b, wide.square() @ b.square(), a.shape[-1], a.dtype
+def _product(result: Tensor, a: Tensor, b: Tensor) -> tuple:
+    return result.float(), a.float().square() @ b.float().square(), a.shape[-1]
 
 
-def _reduction(t: Tensor, dim: list[int] | None, keepdim: bool = False, dtype: torch.dtype | None = None) -> tuple:
-    dim, wide = dim or list(range(t.dim())), t.double()
-    count = math.prod(t.shape[d] for d in dim)
-    return 0.0, wide.sum(dim, keepdim), wide.square().sum(dim, keepdim), count, dtype or t.dtype
+def _added_product(result: Tensor, start: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float = 1.0) -> tuple:
+    total, squares, count = _product(result, a, b)
+    return total - beta * start if beta else total, alpha**2 * squares, count
 
 
-# The sums of a linear layer and its gradients: (what is added to them, Σt, Σt², n, the dtype of the result).
+def _reduction(result: Tensor, t: Tensor, dim: list[int] | None, keepdim: bool = False, dtype=None) -> tuple:
+    dim = dim or list(range(t.dim()))
+    return result.float(), t.float().square().sum(dim, keepdim), math.prod(t.shape[d] for d in dim)
+
+
+# The sums of a linear layer and its gradients: (Σt, Σt², n) of a result and the arguments that made it.
 _SUMS = {
-    torch.ops.aten.mm.default: lambda a, b: _added_product(None, a, b, beta=0.0),
-    torch.ops.aten.bmm.default: lambda a, b: _added_product(None, a, b, beta=0.0),
+    torch.ops.aten.mm.default: _product,
+    torch.ops.aten.bmm.default: _product,
     torch.ops.aten.addmm.default: _added_product,
     torch.ops.aten.sum.dim_IntList: _reduction,
 }

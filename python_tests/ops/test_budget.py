@@ -138,6 +138,7 @@ def test_a_sum_in_any_order_is_as_uncertain_as_adding_one_after_the_other(mean):
     measured = (added.double() - terms.double().sum()).square().mean().sqrt()
     with testing.AnyOrder(generator):
         drawn = torch.stack([torch.ones(1, 200) @ terms[:, None] for _ in range(2000)])
-    stated = (drawn.double() - terms.double().sum()).square().mean().sqrt()
+    # Around what the library itself makes of it.
+    stated = drawn.double().std()
     # A rounding error is largest where a binade begins: on average over a binade its variance is half of that.
     assert measured <= 1.1 * stated <= 2.5 * measured
