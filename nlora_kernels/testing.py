@@ -97,7 +97,7 @@ def outputs(
 # Neighbours of a small problem whose errors are looked at, and how many standard deviations a result may be off: a
 # normal distribution exceeds six twice in 10⁹ draws, and a single rounding ends at √3.
 # The luck of roundings evens out over _MANY elements in a product of size _LARGE; smaller ones are cheap to repeat, of
-# larger ones with few elements in a result half as many must do.
+# larger ones with few elements in a result a quarter as many must do.
 _NEIGHBOURS, _DEVIATIONS = 32, 6.0
 _MANY, _LARGE = 64, 2**22
 
@@ -131,7 +131,7 @@ class Budget:
         without = outputs(base, wide, dy.double(), wrt)
         small = tensors["x"].numel() * dy.shape[-1] < _LARGE
         few = small or min(t.numel() for t in self.exact.values()) < _MANY
-        count = _NEIGHBOURS if small else _NEIGHBOURS // 2
+        count = _NEIGHBOURS if small else _NEIGHBOURS // 4
         errors = self._errors_of_neighbours(count, plain, tensors, dy, wrt) if few else {}
         for name, exact in self.exact.items():
             eps = max(torch.finfo(self.plain[name].dtype).eps, torch.finfo(self.dtype).eps)
