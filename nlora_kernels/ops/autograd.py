@@ -72,7 +72,7 @@ def core(lora_u, lora_E, lora_U, mask, backend=None) -> Tensor:
     """U·diag(E ⊙ mask)·u"""
     factors = Factors(lora_u, lora_E, lora_U, mask)
     if composing():
-        return REFERENCE.lora2_core(*factors)
+        return register.without_autocast(REFERENCE.lora2_core, *factors)
     if torch.is_grad_enabled() and not internals.tracing() and any(t.requires_grad for t in factors[:3]):
         return _Core.apply(*factors, backend)
     return _core_forward(factors, backend, watched())
@@ -160,7 +160,7 @@ def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
     differentiates = torch.is_grad_enabled() or composing(shown)
     if factors and differentiates:
         # The core as a function of its factors.
-        lora_N = REFERENCE.lora2_core(*factors)
+        lora_N = register.without_autocast(REFERENCE.lora2_core, *factors)
     elif factors and lora_N is None:
         lora_N = factors
     w = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
@@ -213,7 +213,7 @@ def _forward(
         return y, T, core, backend
     chosen = backends.select(backend, call.x, call)
     if type(call.lora_N) is Factors and not chosen.makes_core:
-        core = chosen.lora2_core(*call.lora_N)
+        core = register.without_autocast(chosen.lora2_core, *call.lora_N)
         call = call._replace(lora_N=core)
     y, T = register.without_autocast(chosen.forward, call) if internals.any_autocast() else chosen.forward(call)
     return y, T, core, chosen if backend or call.weight.is_cpu else None
@@ -246,7 +246,7 @@ def _core_forward(factors: Factors, backend: str | None, shown: bool) -> Tensor:
 def _core_backward(d_core: Tensor, factors: Factors, backend: Backend | str | None) -> tuple[Tensor, Tensor, Tensor]:
     shown = watched()
     if torch.is_grad_enabled() or composing(shown):
-        return REFERENCE.lora2_core_backward(d_core, *factors)
+        return register.without_autocast(REFERENCE.lora2_core_backward, d_core, *factors)
     if shown or type(d_core) not in PLAIN or d_core.is_neg():
         return register.core_backward(d_core, *factors, _name(backend))
     chosen = backend

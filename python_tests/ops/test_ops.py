@@ -218,6 +218,20 @@ def test_autocast_leaves_fp64_alone():
     assert torch.equal(y, nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias))
 
 
+def test_autocast_leaves_the_core_of_lora2_alone():
+    """Also where the backend that is chosen, here for its dropout, does not make it."""
+    shapes = (5, 12), (9, 12), (3, 12), (4, 3), (4,), (3, 4), (9, 3)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def results(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = nk.lora2_linear(*leaves, scaling=0.5, dropout=0.5, seed=1, backend=backend)
+        return y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    for ours, expected in zip(results(None), results("lean"), strict=True):
+        assert torch.equal(ours, expected)
+
+
 OPCHECK = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
 
 
