@@ -31,6 +31,7 @@ struct Exchange {
 class Tensors {
  public:
   Tensors() : type_(py::module_::import("torch").attr("Tensor")), is_neg_(type_.attr("is_neg")) {
+    if (!py::hasattr(type_, "__dlpack_c_exchange_api__")) throw py::import_error("torch must be 2.11 or newer");
     const py::capsule table = type_.attr("__dlpack_c_exchange_api__");
     exchange_ = table.get_pointer<const Exchange>();
     if (exchange_->major != 1 || !exchange_->read)

@@ -1,8 +1,11 @@
 """The package's folder in the user's cache: what was measured and verified on this machine."""
 
+import hashlib
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 
 def folder() -> Path:
@@ -18,6 +21,11 @@ def folder() -> Path:
             raise FileNotFoundError("no folder for the cache: neither XDG_CACHE_HOME nor HOME names one")
         base = os.path.join(home, ".cache")
     return Path(base, "nlora_kernels")
+
+
+def digest(identity: dict[str, Any]) -> str:
+    """What tells the files of two identities apart."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write(file: Path, text: str) -> None:

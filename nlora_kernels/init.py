@@ -132,6 +132,8 @@ def add_product(
         subtract([target], [A], [N], [B], -scaling)
         if steps:
             commit(partial(Tensor.copy_, weight, target), *steps)
+        else:
+            torch.autograd.graph.increment_version(weight)
         return
     dtype = _accumulator(weight.dtype)
     left, right = B.to(dtype), A.to(dtype)

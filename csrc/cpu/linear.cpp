@@ -22,7 +22,7 @@ int team(int threads, int64_t a, int64_t b, int64_t c) { return a * b * c < kSer
 
 void scale(const Matrix& m, float factor) {
   for (int64_t i = 0; i < m.rows; ++i)
-    for (int64_t j = 0; j < m.row_stride; ++j) values(m)[i * m.row_stride + j] *= factor;
+    for (int64_t j = 0; j < m.cols; ++j) values(m)[i * m.row_stride + j] *= factor;
 }
 
 // Memory for an (R, R) matrix.
@@ -84,9 +84,7 @@ void sum(const Kernels& kernel, const Sum (&parts)[2], const Matrix& sums, Range
     }
   }
   const Matrix mine = slice(sums, {0, m}, cols);
-  if (factor != 1.0f)
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < cols.size; ++j) values(mine)[i * mine.row_stride + j] *= factor;
+  if (factor != 1.0f) scale(mine, factor);
   const Matrix to = slice(out, {0, m}, cols);
   if (to.dtype == Dtype::kFloat32 && to.row_stride == 1 && to.col_stride == m && m % kernel.width == 0) {
     // NOTE: packing is what transposes in registers.
@@ -108,10 +106,16 @@ Matrix padded_bf16(const Matrix& m, int64_t unit, Scratch& scratch) {
   return {to, m.dtype, m.rows, m.cols, cols, 1};
 }
 
+// An (M, R) matrix in fp32 whose rows are padded to the vector width.
+Matrix padded(const Kernels& kernel, int64_t M, int64_t R, Scratch& scratch) {
+  const int64_t cols = round_up(R, kernel.width);
+  return fp32(scratch.take(M * cols), M, R, cols);
+}
+
 // y for few rows of x: W is read once, in place, and the adapter's r is a continuation of its k.
 void few_rows(const Kernels& kernel, const Forward& f, const float* bias, Scratch& scratch) {
   const Matrix &x = f.x, &y = f.y;
-  const int64_t M = x.rows, R = f.A.rows, N = y.cols, padded = round_up(R, kernel.width);
+  const int64_t M = x.rows, R = f.A.rows, N = y.cols;
   const bool fits = x.dtype == Dtype::kFloat32 && x.col_stride == 1 && x.cols % kernel.width == 0;
   const Matrix left = fits ? x : copied(kernel, x, kernel.width, scratch);
   const bool pairs = kernel.bf16_dots && x.dtype == Dtype::kBFloat16 && x.col_stride == 1;
@@ -121,38 +125,33 @@ void few_rows(const Kernels& kernel, const Forward& f, const float* bias, Scratc
     return dots(rows, pairs && rows.dtype == Dtype::kBFloat16 ? left_pairs : left, out);
   };
   const auto run = [&](const Dots& d) { (d.cols == left_pairs.data ? kernel.bf16_dots : kernel.dots)(d); };
-  const Matrix sums = fp32(scratch.take(M * padded), M, R, padded);
-  std::memset(sums.data, 0, M * padded * sizeof(float));
+  const Matrix sums = padded(kernel, M, R, scratch);
+  const int64_t width = sums.row_stride;
+  std::memset(sums.data, 0, M * width * sizeof(float));
   run(times_x(f.A, transposed(sums)));
-  kernel.round(values(sums), padded, f.T);
+  kernel.round(values(sums), width, f.T);
   Matrix P = sums;
   if (f.core.N) {
-    P = fp32(scratch.take(M * padded), M, R, padded);
-    std::memset(P.data, 0, M * padded * sizeof(float));
+    P = padded(kernel, M, R, scratch);
+    std::memset(P.data, 0, M * width * sizeof(float));
     kernel.dots(dots(sums, copied(kernel, f.core.N, kernel.width, scratch), P));
   }
   scale(P, f.scaling);
-  const Matrix right = fp32(scratch.take(N * padded), N, R, padded);
+  const Matrix right = padded(kernel, N, R, scratch);
   const bool in_place = y.dtype == Dtype::kFloat32;
   const Matrix result = in_place ? y : fp32(scratch.take(M * N), M, N, N);
   parallel(team(f.threads, M, x.cols, N), [&](int index, int count) {
     const Range cols = part(N, 16, index, count);
     const Matrix mine = slice(right, cols, {0, R}), from = slice(f.B, cols, {0, R});
-    kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, R, cols.size, int(padded), cols.size * padded,
+    kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, R, cols.size, int(width), cols.size * width,
                 values(mine));
     const Matrix out = slice(result, {0, M}, cols);
     Dots d = times_x(slice(f.weight, cols, {0, x.cols}), transposed(out));
-    d.extra_rows = values(mine), d.extra_cols = values(P), d.extra = padded;
+    d.extra_rows = values(mine), d.extra_cols = values(P), d.extra = width;
     d.start = bias ? bias + cols.first : nullptr;
     run(d);
     if (!in_place) kernel.round(values(out), out.row_stride, slice(y, {0, M}, cols));
   });
-}
-
-// An (M, R) matrix in fp32 whose rows are padded to the vector width.
-Matrix padded(const Kernels& kernel, int64_t M, int64_t R, Scratch& scratch) {
-  const int64_t cols = round_up(R, kernel.width);
-  return fp32(scratch.take(M * cols), M, R, cols);
 }
 
 // The adapter's narrow products: inner = left·outerᵀ, or left itself, and outcome = s·inner·coreᵀ. Where inner is wanted

@@ -112,7 +112,7 @@ def select(name: str | None, first: Tensor, call: Call | None = None, operation:
 
 
 def makes_core(name: str | None) -> bool:
-    """Whether a call on the CPU may hold LoRA²'s factors in place of its core; `register` makes it where need be."""
+    """Whether a call on the CPU may hold LoRA²'s factors in place of its core, which `ops` makes where need be."""
     name = name or _preferred
     return TABLE[name].makes_core if name in TABLE else not name
 

@@ -1,5 +1,6 @@
 """What travels between the operations and a backend, and what a backend is."""
 
+import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -17,6 +18,16 @@ def plain(t: Tensor) -> bool:
     That its storage is there is seen when its address is asked for.
     """
     return type(t) in PLAIN and t.layout is torch.strided and not t.is_neg()
+
+
+def short(dtype: torch.dtype) -> str:
+    """Its name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 class Dropout(NamedTuple):
@@ -191,6 +202,6 @@ class Backend:
         return None
 
     def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> ModuleType | None:
-        """smooth, mask, penalty and penalty_backward of its own for `lora2`, if it can take adapters of these tensors
-        with r and k up to `size`."""
+        """smooth and mask, or `allocate` for both in one call, penalty and penalty_backward of its own for `lora2`, if
+        it can take adapters of these tensors with r and k up to `size`."""
         return None

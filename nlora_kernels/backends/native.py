@@ -11,6 +11,8 @@ except ImportError as error:
 
 def missing() -> str | None:
     """Why it is not there."""
-    if _C is None:
+    if _C is not None:
+        return None
+    if isinstance(_IMPORT_ERROR, ModuleNotFoundError):
         return f"the package was built without C++ kernels (install it where a C++ compiler is): {_IMPORT_ERROR}"
-    return None
+    return f"the C++ kernels cannot be loaded: {_IMPORT_ERROR}"

@@ -24,6 +24,7 @@ import torch
 
 from .. import cache
 from ..versions import __version__
+from .base import short
 from .native import _C
 from .triton.tuning import rule, tables
 
@@ -114,8 +115,7 @@ def driver() -> str:
 
 def file_of(identity: dict[str, Any]) -> Path:
     """Where the record of an identity lies."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return _folder() / f"{_stem(identity)}-{digest}.json"
+    return _folder() / f"{_stem(identity)}-{cache.digest(identity)}.json"
 
 
 def records() -> dict[Path, Record]:
@@ -193,10 +193,6 @@ def warn_once(index: int) -> None:
     """Says that a GPU has no record, at its first use."""
     with contextlib.suppress(OSError):
         warnings.warn(awaits(index), stacklevel=2)
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:

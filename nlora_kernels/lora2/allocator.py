@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.cpu import lora2 as native
 from .kernels import kernels
 from .layers import Layer, layers
 
@@ -157,13 +156,12 @@ class RankAllocator:
             # The kernels read the small tensors alone.
             found = None if self.full else kernels([t for t in (*self._scored, *grads, *masks) if t is not None])
             options = {"scoring": scoring, "skip_nonfinite": skip_nonfinite}
-            if found is not native:
-                self._step(found, grads, masks, budget if masking else None, **options)
-            elif self.group is None:
-                self._native_step(grads, masks, budget if masking else None, **options)
+            whole = hasattr(found, "allocate")
+            if whole and self.group is None:
+                self._whole_step(found, grads, masks, budget if masking else None, **options)
             else:
                 # In one call the group's first rank could not speak between scores and masks.
-                self._step(None, grads, masks, budget if masking else None, **options)
+                self._step(None if whole else found, grads, masks, budget if masking else None, **options)
         self.t = t
         return budget
 
@@ -221,7 +219,7 @@ class RankAllocator:
         # Elsewhere reading the flag would make the host wait for the device.
         return self.exp_avg.is_cpu
 
-    def _native_step(self, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
+    def _whole_step(self, found, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
         arguments = (
             self._sizes,
             self._scored,
@@ -233,10 +231,10 @@ class RankAllocator:
             self.beta1,
             self.beta2,
         )
-        if not native.allocate(*arguments, scoring=scoring, budget=budget):
+        if not found.allocate(*arguments, scoring=scoring, budget=budget):
             self._nonfinite += 1
             self._report(skip_nonfinite)
-            native.allocate(*arguments, scoring=False, budget=budget)
+            found.allocate(*arguments, scoring=False, budget=budget)
 
     def _step(self, found, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
         reporting = budget is not None or self._reports_at_once

@@ -131,7 +131,7 @@ class NLoraConfig(_Checked, LoraConfig):
     @property
     def has_core(self) -> bool:
         """Whether the adapter has a lora_N."""
-        return self.init_lora_weights in ("nystrom", "slora", "slora_gaussian")
+        return self.init_lora_weights in saved.CORE_METHODS
 
 
 @dataclass

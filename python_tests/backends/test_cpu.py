@@ -114,7 +114,7 @@ def product_by(tier, x, weight):
     A, B = torch.zeros(1, x.shape[1]), torch.zeros(weight.shape[0], 1)
     before = _C.cap_cpu_tier(tier)
     try:
-        return CPU.forward(x, weight, A, B, None, None, 1.0, plan="whole")[0]
+        return CPU.forward(Call(x, weight, A, B), plan="whole")[0]
     finally:
         _C.cap_cpu_tier(before)
 
@@ -336,12 +336,15 @@ def test_a_cpu_without_half_precision_products_converts_to_fp32(tier, dtype):
 
 def test_without_the_extension_the_backend_says_why(monkeypatch):
     monkeypatch.setattr(native, "_C", None)
-    monkeypatch.setattr(native, "_IMPORT_ERROR", ImportError("no module named _C"), raising=False)
+    monkeypatch.setattr(native, "_IMPORT_ERROR", ModuleNotFoundError("no module named _C"), raising=False)
     assert "without C++ kernels" in nk.backends.available()["cpu"]
     p = testing.problem(4, 3, 2, 2)
     nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B)
     with pytest.raises(ValueError, match="'cpu' cannot take this call: .*C\\+\\+ compiler.*no module named _C"):
         nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, backend="cpu")
+    # There, but not for this PyTorch: a compiler would not help.
+    monkeypatch.setattr(native, "_IMPORT_ERROR", ImportError("torch must be 2.11 or newer"))
+    assert nk.backends.available()["cpu"] == "the C++ kernels cannot be loaded: torch must be 2.11 or newer"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -63,6 +63,15 @@ def test_negative_views_in_the_training_of_lora2():
     torch.testing.assert_close(nk.lora2.orthogonal_penalty(layer).detach(), expected)
 
 
+def test_negative_views_of_what_an_adapter_is_added_to_keep_their_sign():
+    # Of a rank, and with columns side by side, for which the kernel on the CPU goes before the library.
+    view = torch._neg_view(torch.randn(64, 64))
+    A, B = torch.randn(40, 64), torch.randn(64, 40)
+    expected = nk.init.subtract_(view.resolve_neg(), A, None, B, 0.5)
+    assert nk.init.subtract_(view, A, None, B, 0.5) is view
+    torch.testing.assert_close(view.resolve_neg(), expected)
+
+
 FREED = """
 import torch, nlora_kernels as nk
 from nlora_kernels import testing

@@ -7,7 +7,7 @@
 
 namespace nlora::cuda {
 
-// The last values, of one thread's where it is thread_local, by keys of N numbers. A key may take the place of another.
+// The last values by keys of N numbers; thread_local where several threads ask. A key may take the place of another.
 template <class Value, size_t N>
 class Remembered {
  public:

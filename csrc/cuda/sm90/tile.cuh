@@ -91,10 +91,10 @@ struct GemmProblem {
   float* slices;      // (splits·g, v)
   uint32_t splits;    // 0: no gradient
   uint32_t g, v;      // rows and columns of a slice
-  bool begins_early;  // the launch before makes wide alone: nothing else has to wait for it
   uint32_t t_width;   // of the tiles that make slices: 64 or 128, at most BLOCK_N
+  bool begins_early;  // the launch before makes wide alone: nothing else has to wait for it
 
-    // Where an item's sum begins and ends, without the adapter. The shares of slices are equal but for 64 rows.
+  // Where an item's sum begins and ends, without the adapter. The shares of slices are equal but for 64 rows.
   __device__ uint32_t first(Schedule::Item item) const {
     return item.makes_slice ? ceil_div(m, 64) * item.n / splits * 64 : 0;
   }

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ..base import PLAIN, Call, Factors, Grads, Needs
+from ..base import Call, Factors, Grads, Needs, plain, short
 from ..lean import Lean
 from ..native import _C
 from . import lora2, plans
@@ -62,7 +62,7 @@ class Cpu(Lean):
             return f"tensors must be on the CPU, got {weight.device}"
         for name, t in {"x": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
             if t is not None and t.dtype not in plans.DTYPES:
-                return f"{name} must be float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
+                return f"{name} must be float32, bfloat16 or float16, got {short(t.dtype)}"
         return None
 
     def describe(self, call: Call) -> str:
@@ -140,7 +140,7 @@ class Cpu(Lean):
     def add_product(self, weight, left, right) -> Callable[[], bool] | None:
         """weight += left·right when called; False, with nothing done, where the library is faster or must do it."""
         for t in (weight, left, right):
-            if not t.is_cpu or t.dtype != torch.float32 or type(t) not in PLAIN:
+            if not t.is_cpu or t.dtype != torch.float32 or not plain(t):
                 return None
         if weight.stride(1) != 1:
             return None

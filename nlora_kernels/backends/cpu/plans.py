@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import atomic, cache
+from ..base import short
 from ..native import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -159,7 +160,7 @@ def tune() -> list[Path]:
 def builtin(setting: Setting) -> Costs:
     """Costs where nothing was measured: of typical CPUs."""
     full, tier = setting.dtype == torch.float32, setting.tier
-    in_hardware = tier in ("avx512", "amx") and _C.cpu_multiplies(getattr(_C, _short(setting.dtype)))
+    in_hardware = tier in ("avx512", "amx") and _C.cpu_multiplies(getattr(_C, short(setting.dtype)))
     ours = {"portable": 1e-10, "avx2": 2.4e-11, "avx512": 1.1e-11, "amx": 6e-12}[tier]
     library = 1.2e-11 if tier in ("avx512", "amx") else 2.5e-11
     if not full:
@@ -264,17 +265,12 @@ def _machine() -> dict[str, Any]:
 def identity(setting: Setting) -> dict[str, Any]:
     """Everything that a record depends on."""
     dtype, tier, threads = setting
-    return {**_machine(), "dtype": _short(dtype), "tier": tier, "threads": threads}
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return {**_machine(), "dtype": short(dtype), "tier": tier, "threads": threads}
 
 
 def file_of(identity: dict[str, Any]) -> Path:
     """Where the record of an identity lies."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return cache.folder() / "cpu" / f"{identity['dtype']}-{identity['tier']}-{digest}.json"
+    return cache.folder() / "cpu" / f"{identity['dtype']}-{identity['tier']}-{cache.digest(identity)}.json"
 
 
 def read(file: Path, identity: dict[str, Any]) -> Costs | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..base import Call, Grads, Needs
+from ..base import Call, Grads, Needs, capability, plain, short
 from ..lean import Lean
 from ..native import _C
 from . import launch
@@ -61,7 +61,7 @@ def misplaced(name: str, t: Tensor) -> str | None:
     """Why a kernel cannot run on the device of a tensor."""
     if t.device.type != "cuda":
         return f"{name} must be on a GPU, got {t.device}"
-    if launch.capability(t.device) < (8, 0):
+    if capability(t.device) < (8, 0):
         return f"{t.device} must have compute capability 8.0 or newer"
     return None
 
@@ -80,13 +80,13 @@ class Cuda(Lean):
         if call.dropout:
             return "it has no dropout"
         if weight.dtype not in DTYPES:
-            return f"x must be bfloat16 or float16, got {_short(weight.dtype)}"
+            return f"x must be bfloat16 or float16, got {short(weight.dtype)}"
         # NOTE: no loop where nothing is wrong: this runs at every call.
         core_dtype = lora_A.dtype if lora_N is None else lora_N.dtype
         if not (lora_A.dtype in ADAPTER_DTYPES and lora_B.dtype in ADAPTER_DTYPES and core_dtype in ADAPTER_DTYPES):
             for name, t in {"lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
                 if t is not None and t.dtype not in ADAPTER_DTYPES:
-                    return f"{name} must be float32, bfloat16 or float16, got {_short(t.dtype)}"
+                    return f"{name} must be float32, bfloat16 or float16, got {short(t.dtype)}"
         (N, K), R = weight.shape, lora_A.shape[0]
         if K % 8 or N % 8 or R % 8 or not K * N * R:
             for name, size in {"in": K, "out": N, "r": R}.items():
@@ -97,7 +97,7 @@ class Cuda(Lean):
         return launch.unaligned("weight", weight) or misplaced("x", weight)
 
     def describe(self, call: Call) -> str:
-        hopper = launch.capability(call.weight.device) == (9, 0)
+        hopper = capability(call.weight.device) == (9, 0)
         return "one launch each for y and for dx" if hopper else "two launches each for y and for dx"
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
@@ -145,9 +145,9 @@ class Cuda(Lean):
         return grads
 
     def initialisation(self, weight: Tensor, r: int) -> ModuleType | None:
-        if weight.dtype not in ADAPTER_DTYPES or weight.numel() == 0 or r > MAX_RANK or misplaced("weight", weight):
+        if not plain(weight) or weight.dtype not in ADAPTER_DTYPES or weight.numel() == 0 or r > MAX_RANK:
             return None
-        if launch.unaligned("weight", weight):
+        if misplaced("weight", weight) or launch.unaligned("weight", weight):
             return None
         from . import nystrom
 
@@ -157,14 +157,10 @@ class Cuda(Lean):
 def _check_core(lora_u: Tensor) -> None:
     reason = misplaced("lora_u", lora_u)
     if reason is None and lora_u.dtype not in ADAPTER_DTYPES:
-        reason = f"lora_u must be float32, bfloat16 or float16, got {_short(lora_u.dtype)}"
+        reason = f"lora_u must be float32, bfloat16 or float16, got {short(lora_u.dtype)}"
     if reason:
         raise ValueError(f"backend 'cuda' cannot take this call: {reason}")
 
 
 def _weights(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype in ADAPTER_DTYPES else mask.float()
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,7 +1,5 @@
 """Launches of the extension on PyTorch's current stream, and the tensors that they take."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -11,19 +9,14 @@ from ..native import _C
 ALIGNMENT = 16
 
 
-def run(operation: str, *tensors: Tensor | None, **scalars: float) -> None:
+def run(operation: str, *tensors: Tensor | None) -> None:
     """Launches an operation of csrc/ops.h on the device and current stream of the first tensor."""
-    getattr(_C, f"cuda_{operation}")(queue(tensors[0]), *tensors, *scalars.values())
+    getattr(_C, f"cuda_{operation}")(queue(tensors[0]), *tensors)
 
 
 def queue(t: Tensor):
     """The device of a tensor and the current stream there, as the extension takes them."""
     return _C.CudaQueue(t.device.index, torch.cuda.current_stream(t.device).cuda_stream)
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def unaligned(name: str, t: Tensor) -> str | None:

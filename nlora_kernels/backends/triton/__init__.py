@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..base import Backend, Call, Grads, Needs, plain
+from ..base import Backend, Call, Grads, Needs, capability, plain, short
 from . import device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,7 +53,7 @@ def misplaced(name: str, t: Tensor) -> str | None:
         return None
     if t.device.type != "cuda":
         return f"{name} must be on a GPU, got {t.device}"
-    if torch.version.hip is None and device.capability(t.device) < (8, 0):
+    if torch.version.hip is None and capability(t.device) < (8, 0):
         return f"{t.device} must have compute capability 8.0 or newer"
     return None
 
@@ -71,7 +71,7 @@ class Triton(Backend):
     def unsupported(self, call: Call) -> str | None:
         weight = call.weight
         if weight.dtype not in DTYPES:
-            return f"x must be float32, bfloat16 or float16, got {weight.dtype}"
+            return f"x must be float32, bfloat16 or float16, got {short(weight.dtype)}"
         if device.interpreted() and torch.bfloat16 in {t.dtype for t in call[1:5] if t is not None}:
             return "Triton's interpreter computes bfloat16 wrongly"
         return misplaced("x", weight)
@@ -110,7 +110,7 @@ class Triton(Backend):
         return core.backward(d_core, lora_u, lora_E, lora_U, mask)
 
     def initialisation(self, weight: Tensor, r: int) -> ModuleType | None:
-        if weight.dtype not in DTYPES or weight.is_meta or r > 256 or misplaced("weight", weight):
+        if not plain(weight) or weight.dtype not in DTYPES or weight.is_meta or r > 256 or misplaced("weight", weight):
             return None
         if device.interpreted() and weight.dtype == torch.bfloat16:
             return None

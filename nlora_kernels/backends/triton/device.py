@@ -43,8 +43,3 @@ def interpreted() -> bool:
     from triton import knobs
 
     return knobs.runtime.interpret
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

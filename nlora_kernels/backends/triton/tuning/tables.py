@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from .... import cache
+from ...base import short
 from ..device import Device
 
 TUNED = Path(__file__).parent / "tuned"
@@ -64,10 +65,6 @@ def files(device: str) -> list[Path]:
 
 def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def forget() -> None:
