@@ -11,12 +11,11 @@ Reads what `pytest bench --benchmark-json=FILE` writes, and the shorter files th
 import argparse
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlora_kernels.plotting import made_folder, new_figure
+from nlora_kernels.plotting import made_folder, new_figure, text_without_matplotlib
 
 # Everything that is compared, in the order of the tables, with its label and colour: ours in blue and green.
 LABELS = {
@@ -136,18 +135,15 @@ def plot(path: str | Path, out: str | Path | None = None) -> None:
     print(report)
     written = [stem.with_suffix(".md")]
     written[0].write_text(report)
-    try:
+    with text_without_matplotlib():
         for (method, op), rows in _groups(results.of("forward", "backward", "both")).items():
-            written.append(stem.with_name(f"{stem.name}-{method}-{op}.png"))
-            draw_bars(rows, written[-1])
+            file = stem.with_name(f"{stem.name}-{method}-{op}.png")
+            draw_bars(rows, file)
+            written.append(file)
         if results.of("roof"):
-            written.append(stem.with_name(f"{stem.name}-roofline.png"))
-            draw_roofline(results, written[-1])
-    except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "matplotlib":
-            raise
-        written = written[:1]
-        print("no PNG without matplotlib: pip install 'nlora_kernels[plot]'", file=sys.stderr)
+            file = stem.with_name(f"{stem.name}-roofline.png")
+            draw_roofline(results, file)
+            written.append(file)
     print("wrote " + ", ".join(map(str, written)))
 
 

@@ -72,6 +72,8 @@ def test_smoke_layer(benchmark, request, monkeypatch, method, op):
     info = {"impl": "cpu", "method": method, "op": op, "M": 1, "shape": f"{SIZE}x{SIZE}", "r": RANK, "error": error}
     # The clock of pytest-benchmark counts what others compute too, so ours is taken beside PEFT's.
     times = rows.record(benchmark, run, others | {"self_again": run}, info, request)
-    middle = [statistics.median(times[name]) / CALLS for name in ("self_again", "peft")]
-    benchmark.extra_info |= {"us": 1e6 * middle[0], "ratio_to_peft": middle[0] / middle[1]}
-    print(f"\n{method} {op}: {1e6 * middle[0]:.1f} µs, {middle[0] / middle[1]:.2f} of PEFT's LoRA")
+    seconds = statistics.median(times["self_again"])
+    ratio, low, high = timing.median_ratio(times["self_again"], times["peft"])
+    own = {"us": 1e6 * seconds / CALLS, "ms": 1e3 * seconds, "ratio_to_peft": ratio}
+    benchmark.extra_info |= own | {"ratio_to_peft_p20_p80": [low, high], "speedup_vs_peft": 1 / ratio}
+    print(f"\n{method} {op}: {own['us']:.1f} µs, {ratio:.2f} of PEFT's LoRA")

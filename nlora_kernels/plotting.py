@@ -1,7 +1,9 @@
 """Reports on trained adapters: text for a terminal, and PNG where matplotlib is installed."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,16 +143,22 @@ def plot_ranks(checkpoint: str | Path, out: str | Path | None = None) -> None:
         cells = [[str(e["step"]), f"{e['loss']:.4f}", str(e.get("rank_budget", ""))] for e in some]
         print("", table(["step", "loss", "budget"], cells), sep="\n")
     out = made_folder(out) if out else folder
-    try:
+    with text_without_matplotlib():
         draw_ranks(ranks, out / "ranks.png")
         if log:
             draw_training(log, out / "training.png")
+        print(f"\nwrote {out / 'ranks.png'}" + (f" and {out / 'training.png'}" if log else ""))
+
+
+@contextlib.contextmanager
+def text_without_matplotlib() -> Iterator[None]:
+    """Where matplotlib is not installed, what is drawn within is left out, with a word of it on stderr."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         if error.name.partition(".")[0] != "matplotlib":
             raise
         print("no PNG without matplotlib: pip install 'nlora_kernels[plot]'", file=sys.stderr)
-        return
-    print(f"\nwrote {out / 'ranks.png'}" + (f" and {out / 'training.png'}" if log else ""))
 
 
 def made_folder(out: str | Path) -> Path:

@@ -7,7 +7,6 @@ one run with "method", "rank", "lr", "seed", "metrics", "trained", "seconds", "t
 
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +61,10 @@ def load(file: str | Path) -> dict[str, Any]:
         raise ValueError(f"file must hold a study of examples/compare.py, got {file}")
     if not study["cells"]:
         raise ValueError(f"file must hold a study with at least one finished run, got none in {file}")
+    for key, cell in study["cells"].items():
+        if study["metric"] not in cell["metrics"]:
+            known = ", ".join(cell["metrics"])
+            raise ValueError(f"metric must be one of {known}, got {study['metric']!r}, which {key} has not")
     return study
 
 
@@ -131,12 +134,8 @@ def plot(file: str | Path, out: str | Path | None = None) -> None:
     print(plotting.table(HEADER, [row.cells_of_table() for row in found]))
     written = [out / f"{name}.md"]
     written[0].write_text(markdown(study), encoding="utf-8")
-    try:
+    with plotting.text_without_matplotlib():
         draw_curves(found, out / f"{name}-curves.png")
         draw_forest(found, study["metric"], out / f"{name}-forest.png")
         written += [out / f"{name}-curves.png", out / f"{name}-forest.png"]
-    except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "matplotlib":
-            raise
-        print("no PNG without matplotlib: pip install 'nlora_kernels[plot]'", file=sys.stderr)
     print(f"\nwrote {', '.join(map(str, written))}")

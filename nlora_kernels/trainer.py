@@ -25,7 +25,6 @@ except ModuleNotFoundError as error:
 # How far Adam must be able to move a matrix of LoRA² for its product to be seen at all, measured on language models and
 # classifiers: four matrices of N(0, 0.02) stand around E, and all of them have to grow.
 _LEAST_WAY = 0.1
-_NUMBERS = ("target_rank", "total_steps", "t_init", "t_final", "delta_t", "beta1", "beta2", "scores")
 
 
 class RankAllocatorCallback(TrainerCallback, ExportableState):
@@ -39,7 +38,7 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
 
     Args:
         target_rank, total_steps, t_init, t_final, delta_t, beta1, beta2, scores: of `RankAllocator`. Those left out are
-            those of the model's LoRA2Config; without one, betas are 0.85 and scores "rows". total_steps left out is the
+            those of the model's LoRA2Config; without one, betas are 0.85. scores left out is "rows", total_steps the
             length of the run.
 
     Attributes:
@@ -100,9 +99,9 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         numbers = {"total_steps": state.max_steps, "beta1": 0.85, "beta2": 0.85, "scores": "rows"}
         config = _active_config(model)
-        numbers |= {name: value for name in _NUMBERS if (value := getattr(config, name, None)) is not None}
+        numbers |= {name: value for name in self.numbers if (value := getattr(config, name, None)) is not None}
         numbers |= {name: value for name, value in self.numbers.items() if value is not None}
-        if missing := [name for name in _NUMBERS if name not in numbers]:
+        if missing := [name for name in self.numbers if name not in numbers]:
             raise ValueError(f"RankAllocatorCallback or the model's LoRA2Config must give {', '.join(missing)}")
         if numbers["total_steps"] < state.max_steps:
             raise ValueError(f"total_steps must be at least {state.max_steps}, got {numbers['total_steps']}")

@@ -1,6 +1,6 @@
 """What the stages need built: used as it is where it was built before and loads, else built here.
 
-python -m bench.gpu.build extension|"device library"|triton [--rehearse]
+python -m bench.gpu.build extension|bounded|device|triton [--rehearse]
 """
 
 import argparse

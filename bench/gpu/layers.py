@@ -114,9 +114,7 @@ def graphs(machine) -> dict:
     emulate(machine)
     found = {}
     for backend in ("cuda", "triton"):
-        dtype, shapes = machine.pick(
-            (BF16, [(16, 4096, 4096, 64), (2048, 4096, 4096, 64)]), (FP16, [(37, 72, 136, 16)])
-        )
+        dtype, shapes = machine.pick((BF16, GRAPHS), (FP16, [(37, 72, 136, 16)]))
         for shape in shapes:
             found[f"{backend} {size(shape)}"] = functools.partial(graph, machine, backend, dtype, shape)
     found["triton dropout"] = functools.partial(dropout_graph, machine)

@@ -1,6 +1,7 @@
 """Command-line arguments: numbers within bounds, presets, and files as JSON objects, refused in one line each."""
 
 import argparse
+import importlib
 import json
 import math
 import re
@@ -22,6 +23,15 @@ SCHEDULERS = (
 )
 # Of transformers, by the names that the papers use.
 OPTIMIZERS = {"adamw": "adamw_torch"} | {name: name for name in ("adafactor", "adagrad", "rmsprop", "sgd")}
+
+
+def import_all(*names: str) -> None:
+    """What is missing is said before anything is read or loaded."""
+    try:
+        for name in names:
+            importlib.import_module(name)
+    except ImportError as error:
+        raise SystemExit(f"{error}; this example needs: {NEEDS}") from error
 
 
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
@@ -71,11 +81,10 @@ def add_optimisation(parser: argparse.ArgumentParser, *, scheduler: str, warmup:
 
 def parse(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, those of a preset being the defaults of all that is not given."""
-    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    only.add_argument("--preset")
-    name = only.parse_known_args(argv)[0].preset
+    args = parser.parse_args(argv)
+    name = args.preset
     if name is None:
-        return parser.parse_args(argv)
+        return args
     try:
         preset = presets.find(name, script)
     except ValueError as error:

@@ -51,7 +51,7 @@ def _humaneval(row: dict) -> Problem:
 
 BENCHMARKS = {
     "gsm8k": Benchmark(("openai/gsm8k", "main", "test"), ("question", "answer"), _gsm8k),
-    "math": Benchmark(("EleutherAI/hendrycks_math", "all", "test"), ("problem", "solution"), _math),
+    "math": Benchmark(("DigitalLearningGmbH/MATH-lighteval", None, "test"), ("problem", "solution"), _math),
     "mbpp": Benchmark(("google-research-datasets/mbpp", "full", "test"), ("test_list",), _mbpp, True),
     "humaneval": Benchmark(
         ("openai/openai_humaneval", None, "test"), ("prompt", "test", "entry_point"), _humaneval, True

@@ -40,8 +40,8 @@ REWRITES_BASE = ("pissa",)
 ADAPTERS = ("lora", "pissa", "slora", "slora_gaussian", "nlora", "inttune", "lora2")
 
 
-def add_methods(parser: argparse.ArgumentParser, names, default: str) -> None:
-    """The arguments that choose and shape methods."""
+def add_methods(parser: argparse.ArgumentParser, names, default: str, penalty: float | None = None) -> None:
+    """The arguments that choose and shape methods; `default` and `penalty` are defaults."""
     add = parser.add_argument
     add("--method", nargs="+", choices=names, default=[default], help=f"one or several (default {default})")
     add("--rank", type=whole(1), default=8)
@@ -55,7 +55,9 @@ def add_methods(parser: argparse.ArgumentParser, names, default: str) -> None:
     add("--residual", action=argparse.BooleanOptionalAction, default=True, help=unchanged)
     add("--k", type=whole(1), default=8, help="rank of the outer pair of lora2, whose --rank counts singular values")
     add("--target-rank", type=whole(1), help="prune lora2 to this many singular values a layer, on average")
-    add("--penalty", type=real(0, and_low=True), help="weight of lora2's orthogonality penalty (default: its form's)")
+    weight = "its form's" if penalty is None else f"{penalty:g}"
+    help = f"weight of lora2's orthogonality penalty (default: {weight})"
+    add("--penalty", type=real(0, and_low=True), default=penalty, help=help)
     add("--form", choices=["paper", "reference"], default="reference", help="of the penalty")
     add("--terms", choices=TERMS, help="pairs of the penalty, as in table 3 of the LoRA² paper (default: the form's)")
     add("--scores", choices=["rows", "full"], default="rows", help="importance by eq. 9 or eq. 8 of the LoRA² paper")

@@ -119,7 +119,8 @@ def train(model, method: str, lr: float, args, *, train_dataset, data_collator, 
     prepare_trainer(trainer, method, args)
     stop = StopWhenAsked()
     trainer.add_callback(stop)
-    checkpoint = last_checkpoint(args.output / method)
+    # Only who asks goes on: a folder may hold what another run left when it was stopped.
+    checkpoint = last_checkpoint(args.output / method) if args.resume else None
     seen = read_object(checkpoint / "trainer_state.json").get("num_input_tokens_seen", 0) if checkpoint else 0
     forget_peak()
     start = time.perf_counter()
@@ -171,10 +172,9 @@ def peak() -> int:
 def write_result(file: Path | None, entries: list[dict]) -> None:
     """What was measured, one entry for each method, for `examples/compare.py`; in one step."""
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        half = file.with_name(f".{file.name}.{os.getpid()}")
-        half.write_text(json.dumps(entries, indent=1) + "\n")
-        half.replace(file)
+        from nlora_kernels import cache
+
+        cache.write(file, json.dumps(entries, indent=1) + "\n")
 
 
 def settings_of(args) -> dict:

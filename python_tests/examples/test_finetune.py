@@ -20,7 +20,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 SCRIPT = ROOT / "examples" / "finetune.py"
 sys.path.insert(0, str(SCRIPT.parent))
-from recipes import sources, text  # noqa: E402
+from recipes import arguments, sources, text  # noqa: E402
 
 METHODS = ["lora", "pissa", "slora", "slora_gaussian", "nlora", "inttune", "lora2"]
 
@@ -431,7 +431,7 @@ def test_wrong_data(finetune, model_dir, tmp_path, without_torch, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "dataset_info", slow)
     message = error(finetune.main, ["--model", str(model_dir), "--data", "some/dataset"])
-    assert asked == ["some/dataset"] and message == f"--data some/dataset needs: {finetune.NEEDS}"
+    assert asked == ["some/dataset"] and message == f"--data some/dataset needs: {arguments.NEEDS}"
     assert (
         error(finetune.main, ["--model", str(model_dir), "--data", "a/b/c"]) == "--data a/b/c: no such file or folder"
     )

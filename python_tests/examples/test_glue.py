@@ -162,6 +162,17 @@ def test_the_same_seed_gives_the_same_numbers(model, tmp_path):
         assert one["metrics"] == other["metrics"] and one["curve"] == other["curve"]
 
 
+def test_what_a_stopped_run_left_is_not_gone_on_with(model, tmp_path):
+    data = write(tmp_path / "data", "rte")
+    argv = ["--task", "rte", "--data", data, "--model", model, *SHORT]
+    [fresh] = run(*argv, tmp_path=tmp_path)
+    left = tmp_path / "again" / "out" / "lora" / "checkpoint-2"
+    left.mkdir(parents=True)
+    (left / "trainer_state.json").write_text("{}")
+    [entry] = run(*argv, tmp_path=tmp_path / "again")
+    assert (entry["metrics"], entry["curve"]) == (fresh["metrics"], fresh["curve"])
+
+
 def test_metrics_are_those_of_the_equations():
     generator = numpy.random.default_rng(0)
     logits, labels = generator.normal(size=(200, 2)), generator.integers(0, 2, 200)
@@ -312,6 +323,7 @@ def test_bad_files(model, tmp_path, unloaded):
             ["--preset", "nlora-glue-rte-debrta"],
             "argument --preset: unknown preset 'nlora-glue-rte-debrta'; near it are ",
         ),
+        (["--preset"], "argument --preset: expected one argument"),
         (["--preset", "nlora-nlg-math-llama2"], "is a preset of examples/finetune.py, not of examples/glue.py"),
     ],
 )

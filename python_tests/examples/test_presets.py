@@ -140,7 +140,7 @@ def test_learning_rates_and_initialisations():
 
 
 def test_lora2():
-    common = {"method": ["lora2"], "rank": 8, "batch_size": 32, "model": "microsoft/deberta-v3-base"}
+    common = {"method": ["lora2"], "rank": 8, "batch_size": 32, "form": "paper", "model": "microsoft/deberta-v3-base"}
     for task, k in itertools.product(TABLE_12, (1, 8)):
         options(f"lora2-glue-{task}-deberta-k{k}", k=k, task=task, terms="all", target_modules=LAYERS, **common)
     for task, term in itertools.product(("mrpc", "stsb", "mnli", "rte"), ("uv", "UV", "uv&UV", "PQ", "all")):
