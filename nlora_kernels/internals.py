@@ -1,5 +1,6 @@
-"""The doors into PyTorch that it does not document: here alone, each with what it gains, and each with a test that
-fails where PyTorch changes it (python_tests/ops/test_internals.py).
+"""What PyTorch does not document of `torch._C`, its modes and its compiler: here alone, each with what it gains, and
+each with a test that fails where PyTorch changes it (python_tests/ops/test_internals.py, of `DisableTorchFunction`
+python_tests/peft/test_interrupts.py).
 
 Times are those of one call on an AVX-512 CPU, beside 10 µs for a 64×64 `lora_linear` of one row without gradients.
 """

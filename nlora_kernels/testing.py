@@ -96,9 +96,9 @@ def outputs(
 
 # Neighbours of a small problem whose errors are looked at, and how many standard deviations a result may be off: a
 # normal distribution exceeds six twice in 10⁹ draws, and a single rounding ends at √3.
+_NEIGHBOURS, _DEVIATIONS = 32, 6.0
 # The luck of roundings evens out over _MANY elements in a product of size _LARGE; smaller ones are cheap to repeat, of
 # larger ones with few elements in a result a quarter as many must do.
-_NEIGHBOURS, _DEVIATIONS = 32, 6.0
 _MANY, _LARGE = 64, 2**22
 
 

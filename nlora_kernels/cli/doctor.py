@@ -27,9 +27,9 @@ from ..backends.cpu import plans
 from ..backends.triton.tuning import tables
 from ..layers import branch as branches
 
-# Oldest versions that work, as in pyproject.toml, and what each optional package is for.
 HELP = "say what this machine can run and what is wrong, with exit status 1 if anything is"
 
+# Oldest versions that work, as in pyproject.toml, and what each optional package is for.
 OLDEST = {"torch": "2.11", "triton": "3.6", "peft": "0.21", "transformers": "5"}
 OPTIONAL = {
     "triton": ("triton", "the backend triton"),
@@ -367,7 +367,7 @@ def _inspect(model: nn.Module | str | Path, problems: list[str]) -> None:
     if quantised := config.get("quantization_config"):
         problems.append(
             f"{model} is quantised ({quantised.get('quant_method', 'unknown method')}): its layers run as base layer "
-            "plus adapter, right but not fused, and cannot be merged into"
+            "plus adapter, right but not fused; only those of bitsandbytes and torchao can be merged into"
         )
 
 

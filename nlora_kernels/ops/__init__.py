@@ -1,7 +1,8 @@
 """The operations: public functions (`api`), checks of their arguments, their gradients (`autograd`) and their
 registration with torch.library (`register`).
 
-This folder alone knows of autograd, torch.compile and torch.func; `backends` does the arithmetic.
+Of what a layer computes, this folder alone knows of autograd, torch.compile and torch.func; `backends` does the
+arithmetic.
 """
 
 from .api import lora2_core, lora2_linear, lora_linear

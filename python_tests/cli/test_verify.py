@@ -522,8 +522,8 @@ def test_an_interrupt_does_not_wait_for_compilers(fake, monkeypatch):
     monkeypatch.setattr(verify._Run, "prove", lambda *args: pytest.fail("it went on"))
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        fake({"triton float32": "honest"}, limit=300)
-    assert time.monotonic() - begun < 60
+        fake({"triton float32": "honest"}, limit=600)
+    assert time.monotonic() - begun < 300
 
 
 def test_what_there_is_no_time_for_is_not_tried(fake, monkeypatch):

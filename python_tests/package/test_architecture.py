@@ -1,6 +1,7 @@
 """docs/architecture.md against the code: what it names is there, and a call on the CPU takes the way that it tells."""
 
 import ast
+import itertools
 import re
 import sys
 
@@ -38,6 +39,10 @@ def test_a_way_passes_seven_files_at_most_that_hold_its_functions(backend, direc
     for file, functions in (*way, (kernel, name)):
         for function in functions:
             assert defines(file, function), f"{file} has no {function}"
+    for (file, _), (_, (called, *_)) in itertools.pairwise((*way, (kernel, name))):
+        # Python's steps are watched below, or go through Triton's launcher, which names no kernel.
+        if not file.endswith(".py"):
+            assert re.search(rf"\b{called}\b", (ROOT / file).read_text()), f"{file} does not call {called}"
 
 
 def test_every_file_that_is_named_is_there():

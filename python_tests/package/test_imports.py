@@ -49,11 +49,22 @@ def test_a_circle_is_found_in_functions_too(tmp_path):
 
 
 def test_what_lies_below_knows_nothing_of_what_lies_above():
-    """Backends do arithmetic; operations know of autograd; layers of both; PEFT and the commands of all."""
-    order = ["backends", "ops", "lora2", "peft", "cli"]
+    """The order of docs/architecture.md: backends do arithmetic; operations know of autograd; layers of both."""
+    order = [
+        {"internals", "cache", "atomic"},
+        {"backends"},
+        {"ops"},
+        {"init", "commit", "saved", "patterns", "layers", "lora2"},
+        {"peft", "checkpoint", "trainer", "cli"},
+    ]
     for module, others in imported().items():
         part = module.removeprefix("nlora_kernels.").partition(".")[0]
-        if part in order:
-            above = order[order.index(part) + 1 :]
-            wrong = {o for o in others if o.removeprefix("nlora_kernels.").partition(".")[0] in above}
-            assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
+        at = next((i for i, parts in enumerate(order) if part in parts), len(order))
+        above = set().union(*order[at + 1 :])
+        wrong = {o for o in others if o.removeprefix("nlora_kernels.").partition(".")[0] in above}
+        assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
+
+
+def test_what_measures_tiles_is_imported_by_its_command_alone():
+    measure = "nlora_kernels.backends.triton.tuning.measure"
+    assert [module for module, others in imported().items() if measure in others] == ["nlora_kernels.cli.tune"]

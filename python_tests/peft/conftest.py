@@ -15,4 +15,6 @@ def adapters_of_transformers():
     try:
         llama().add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
     except (ImportError, ValueError) as error:
+        if isinstance(error, ValueError) and "version of PEFT" not in str(error):
+            raise
         pytest.skip(f"transformers refuses this PEFT: {error}")

@@ -1,11 +1,7 @@
-"""The kernels as they are written: parameters that a reader can follow, and modules that do not import each other."""
+"""The kernels as they are written: parameters that a reader can follow."""
 
-import ast
-import graphlib
 import importlib
-import importlib.util
 import pkgutil
-from pathlib import Path
 
 import pytest
 
@@ -31,23 +27,3 @@ def test_no_kernel_has_more_parameters_than_a_reader_can_follow():
     counts = {name: len(kernel.arg_names) for name, kernel in kernels()}
     assert len(counts) >= 25
     assert {name: count for name, count in counts.items() if count > MOST_PARAMETERS} == {}
-
-
-def imported(name: str) -> set[str]:
-    """The modules of the backend that one of them imports, inside of functions too."""
-    spec = importlib.util.find_spec(name)
-    found = set()
-    for node in ast.walk(ast.parse(Path(spec.origin).read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
-            inner = {f"{base}.{alias.name}" for alias in node.names}
-            found |= (inner & {*MODULES}) or {base}
-    return found & {*MODULES, package.__name__}
-
-
-def test_no_module_imports_what_imports_it():
-    graph = {name: imported(name) for name in [package.__name__, *MODULES]}
-    assert graph[f"{package.__name__}.extended"] >= {f"{package.__name__}.{name}" for name in ("narrow", "tuning")}
-    # The measuring is called by the command alone.
-    assert not any(f"{package.__name__}.tuning.measure" in names for names in graph.values())
-    tuple(graphlib.TopologicalSorter(graph).static_order())
