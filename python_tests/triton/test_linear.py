@@ -294,7 +294,7 @@ def test_fp32_takes_tf32_only_where_the_user_allowed_it():
 
 
 def test_what_cannot_run_says_why(monkeypatch):
-    with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16, got float64"):
         p = testing.problem(3, 4, 5, 2, dtype=torch.float64, device=DEVICE)
         testing.results(p, nk.lora_linear, backend="triton")
     u, E, U = (torch.randn(s, device=DEVICE, dtype=torch.float64) for s in ((4, 3), (4,), (3, 4)))
