@@ -11,7 +11,7 @@ from python_tests.cuda.emulator import EMULATOR, call, emulator
 SEEDS = range(40)
 
 TABLE = (EMULATOR / "tests" / "bugs.cpp").read_text().split("const Bug kBugs[]")[1]
-NAMES = re.findall(r'(?:NLORA_(?:GRIDS_)?BUG\(|\{)"(\w+)",\s+"', TABLE)
+NAMES = re.findall(r'(?:NLORA_(?:GRIDS_|PUBLISHING_)?BUG\(|\{)"(\w+)",\s+"', TABLE)
 
 
 @functools.cache

@@ -5,7 +5,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 from python_tests import ROOT
 
@@ -14,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(ROOT / "examples"))
 from recipes import answers, evaluation, programs  # noqa: E402
 
-from .test_finetune import byte_tokenizer  # noqa: E402
+from .models import byte_llama, byte_tokenizer  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -139,17 +138,7 @@ def test_the_real_programs_pass_their_tests(real_data):
 def test_batches_do_not_change_greedy_answers():
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = byte_llama(tokenizer)
     queries = ["a", "a longer query", "another", "the longest of all queries"]
     options = {"tokens": 12}
     together = evaluation.generate(model, tokenizer, queries, "{query}", batch_size=3, **options)
@@ -162,16 +151,7 @@ def test_a_benchmark_end_to_end(tmp_path, capsys, request):
 
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    byte_llama(tokenizer).save_pretrained(tmp_path / "model")
     rows = [{"query": f"What is {i}+{j}?", "response": f"It is {i + j}."} for i in range(6) for j in range(6)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     problems = [{"question": row["query"], "answer": f"#### {row['response'][6:-1]}"} for row in rows[:5]]

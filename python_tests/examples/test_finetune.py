@@ -22,6 +22,8 @@ SCRIPT = ROOT / "examples" / "finetune.py"
 sys.path.insert(0, str(SCRIPT.parent))
 from recipes import arguments, sources, text  # noqa: E402
 
+from .models import byte_llama, byte_tokenizer  # noqa: E402
+
 METHODS = ["lora", "pissa", "slora", "slora_gaussian", "nlora", "inttune", "lora2"]
 
 
@@ -37,19 +39,6 @@ def finetune():
     torch.set_num_threads(threads)
 
 
-def byte_tokenizer(chat_template: str | None = None):
-    """One token a byte, and </s>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    fast.chat_template = chat_template
-    return fast
-
-
 @pytest.fixture(scope="module")
 def model_dir(request, tmp_path_factory) -> Path:
     """A random Llama, or the trained one of --real-data."""
@@ -59,18 +48,7 @@ def model_dir(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("llama")
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(path)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    byte_llama(tokenizer, num_key_value_heads=2).save_pretrained(path)
     return path
 
 

@@ -691,6 +691,9 @@ struct Bug {
 
 #define NLORA_BUG(name, rule, ...) {name, rule, &__VA_ARGS__ false >, &__VA_ARGS__ true > }
 
+#define NLORA_PUBLISHING_BUG(name, rule, fault) \
+  {name, rule, &publishing<Publish::fault, false>, &publishing<Publish::fault, true>, {2, 128, 1, 32 * 1024, 168}}
+
 #define NLORA_GRIDS_BUG(name, rule, fault)                                                            \
   {name,  rule, &after<Grids::fault, false>, &after<Grids::fault, true>, {1, 128, 1, 32 * 1024, 168}, \
    false, 0,    &before<Grids::fault>}
@@ -738,31 +741,11 @@ const Bug kBugs[] = {
     NLORA_BUG("restaging", "race", restaging <),
     NLORA_BUG("wait_in_another_thread", "race", wait_in_another_thread <),
     NLORA_BUG("exit_before_store", "exit with work in flight", exit_before_store <),
-    {"read_wait_before_flag",
-     "race",
-     &publishing<Publish::ReadWait, false>,
-     &publishing<Publish::ReadWait, true>,
-     {2, 128, 1, 32 * 1024, 168}},
-    {"relaxed_flag",
-     "race",
-     &publishing<Publish::RelaxedFlag, false>,
-     &publishing<Publish::RelaxedFlag, true>,
-     {2, 128, 1, 32 * 1024, 168}},
-    {"no_writer_fence",
-     "missing proxy fence",
-     &publishing<Publish::NoWriterFence, false>,
-     &publishing<Publish::NoWriterFence, true>,
-     {2, 128, 1, 32 * 1024, 168}},
-    {"no_consumer_fence",
-     "missing proxy fence",
-     &publishing<Publish::NoConsumerFence, false>,
-     &publishing<Publish::NoConsumerFence, true>,
-     {2, 128, 1, 32 * 1024, 168}},
-    {"no_flag_wait",
-     "race|uninitialised read",
-     &publishing<Publish::NoFlagWait, false>,
-     &publishing<Publish::NoFlagWait, true>,
-     {2, 128, 1, 32 * 1024, 168}},
+    NLORA_PUBLISHING_BUG("read_wait_before_flag", "race", ReadWait),
+    NLORA_PUBLISHING_BUG("relaxed_flag", "race", RelaxedFlag),
+    NLORA_PUBLISHING_BUG("no_writer_fence", "missing proxy fence", NoWriterFence),
+    NLORA_PUBLISHING_BUG("no_consumer_fence", "missing proxy fence", NoConsumerFence),
+    NLORA_PUBLISHING_BUG("no_flag_wait", "race|uninitialised read", NoFlagWait),
     NLORA_GRIDS_BUG("no_grid_wait", "race|uninitialised read", NoWait),
     NLORA_GRIDS_BUG("early_overwrite", "race", OverwritesEarly),
     NLORA_GRIDS_BUG("early_load_by_tma", "race|uninitialised read", EarlyForTma),
