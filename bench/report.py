@@ -111,6 +111,12 @@ def markdown(results: Results) -> str:
     for title, ops in {"Initialisation.": ("init",), "LoRA² training.": ("allocator", "penalty")}.items():
         if rows := results.of(*ops):
             parts += [title, _gain_table(rows)]
+    if papers := results.of("paper"):
+        parts += [
+            "The papers' own timings: the ratio of two methods' times here, beside what the paper measured for the "
+            "two on a GPU and a larger model. Held is what model, optimizer and one step hold.",
+            _papers_table(papers),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -276,19 +282,38 @@ def _step_table(rows: list[dict[str, Any]]) -> str:
 
 def _gain_table(rows: list[dict[str, Any]]) -> str:
     """How many times as fast each row is as what it was timed in turn with."""
-    against = sorted({name for row in rows for name in row if name.startswith("ratio_to_") and "p20" not in name})
+    against = sorted({name for row in rows for name in _against(row)})
     lines = []
     for row in rows:
-        gains = [f"{1 / row[name]:.3g}" if name in row else "" for name in against]
+        gains = [f"{1 / row[f'ratio_to_{name}']:.3g}" if f"ratio_to_{name}" in row else "" for name in against]
         what = [row["op"], row["shape"], str(row["r"]), row["impl"].replace("_", " ")]
         lines.append([*what, f"{row['ms']:.3g}", *gains])
-    names = [f"times as fast as {name.removeprefix('ratio_to_').replace('_', ' ')}" for name in against]
+    names = [f"times as fast as {name.replace('_', ' ')}" for name in against]
     return _table(["what", "where", "r", "implementation", "ms", *names], lines)
 
 
-def _ratio(row: dict[str, Any]) -> str:
-    low, high = row["ratio_to_floor_p20_p80"]
-    return f"{row['ratio_to_floor']:.2f} ({low:.2f}–{high:.2f})"
+def _papers_table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        what = [row["table"], row["op"].partition(", ")[2], row["shape"], str(row["r"]), row["impl"].replace("_", " ")]
+        for name in _against(row):
+            paper = f"{row['paper_ratio']:.4g}" if name == row.get("paper_against") else ""
+            lines.append([*what, f"{row['ms']:.4g} ms", name, _ratio(row, name, ".3g"), paper])
+        if "held_bytes" in row:
+            what[1], held, paper = "held", f"{row['held_bytes'] / 2**20:.0f} MiB", row.get("paper_held_ratio")
+            ratios = [f"{row['held_ratio_to_peft']:.2f}", f"{paper:.2f}" if paper else ""]
+            lines.append([*what, held, "peft", *ratios])
+    return _table(["of", "what", "where", "r", "method", "here", "against", "ratio here", "ratio there"], lines)
+
+
+def _against(row: dict[str, Any]) -> list[str]:
+    """What a row was timed in turn with."""
+    return [name.removeprefix("ratio_to_") for name in row if name.startswith("ratio_to_") and "p20" not in name]
+
+
+def _ratio(row: dict[str, Any], to: str = "floor", form: str = ".2f") -> str:
+    middle, low, high = (format(value, form) for value in (row[f"ratio_to_{to}"], *row[f"ratio_to_{to}_p20_p80"]))
+    return f"{middle} ({low}–{high})"
 
 
 def _table(header: list[str], lines: list[list[str]]) -> str:

@@ -45,6 +45,10 @@ ROWS = [
     {"impl": "cpu", "op": "penalty, paper", "shape": "Model x7", "r": 8, "ms": 4.0, "ratio_to_eager": 0.25},
     row("cpu", 1.31, 1.1, shape="Model, 4 tokens", method="lora2", op="step")
     | {"peak_bytes": 3 << 20, "saved_bytes": 1},
+    {"impl": "inttune", "op": "paper, training", "table": "Paper, table 1", "shape": "Model", "r": 8, "ms": 5.0}
+    | {"ratio_to_peft": 0.9, "ratio_to_peft_p20_p80": [0.8, 1.0], "ratio_to_lora": 1.1}
+    | {"ratio_to_lora_p20_p80": [1.0, 1.2], "paper_ratio": 0.85, "paper_against": "peft"}
+    | {"held_bytes": 7 << 20, "held_ratio_to_peft": 0.7, "paper_held_ratio": 0.9},
 ]
 MACHINE = {"threads": 2, "cpu": {"name": "CPU (R) X", "kernels_use": "avx2"}, "versions": {"torch": "9.9"}}
 
@@ -82,6 +86,14 @@ def test_the_tables_hold_every_row_and_where_it_comes_from(run):
     assert ["Model, 4 tokens", "8", "LoRA²", "cpu", "3", "1.31 (1.30–1.33)", "1.10", "3.0", "0.0"] in lines
     assert ["init", "Model block", "8", "nlora residual", "3", "50"] in lines
     assert ["penalty, paper", "Model x7", "8", "cpu", "4", "4"] in lines
+    table = ["Paper, table 1", "training", "Model", "8", "inttune", "5 ms"]
+    held = ["Paper, table 1", "held", "Model", "8", "inttune", "7 MiB"]
+    # The paper's ratio stands beside that of the same two methods alone.
+    assert lines[-3:] == [
+        [*table, "peft", "0.9 (0.8–1)", "0.85"],
+        [*table, "lora", "1.1 (1–1.2)", ""],
+        [*held, "peft", "0.70", "0.90"],
+    ]
 
 
 def test_the_command_writes_markdown_and_pngs(run, tmp_path, capsys):
