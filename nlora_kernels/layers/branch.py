@@ -118,7 +118,11 @@ def dropout_obstacle(linear: nn.Module) -> str | None:
 
 
 def unfused(model: nn.Module) -> dict[str, str]:
-    """{layer name: why it cannot be fused} for the adapter layers of this package in a model, as they are now."""
+    """{layer name: why its forward is not one operation} for the adapter layers of this package in a model.
+
+    As they are now: with the adapters that are active, hooks and wrappers on any of their matrices, and in train mode
+    their dropout.
+    """
     layers = ((name, module) for name, module in model.named_modules() if hasattr(type(module), "obstacle"))
     return {name: reason for name, layer in layers if (reason := layer.obstacle())}
 

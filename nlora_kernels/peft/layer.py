@@ -58,11 +58,13 @@ class FusedLinear(Linear):
         return self._modules[self.adapter_layer_names[0]]._modules
 
     def obstacle(self, name: str | None = None) -> str | None:
-        """None if the base layer, and the adapter if named, can be computed as one operation, else why not."""
+        """None if the base layer and an adapter, by default what is active, can be one operation, else why not."""
         base = self._modules["base_layer"]
         reason = branches.obstacle(base)
-        if reason or name is None:
+        if reason:
             return reason
+        if name is None:
+            return self._obstacle_to_active()
         for factor in self.factors(name):
             reason = branches.obstacle_of(factor, self.other_factor)
             if reason:
@@ -78,6 +80,16 @@ class FusedLinear(Linear):
         if isinstance(self.scaling[name], Tensor):
             return f"the scaling of adapter {name!r} is a tensor"
         return None
+
+    def _obstacle_to_active(self) -> str | None:
+        if self.lora_variant:
+            return f"the adapter {next(iter(self.lora_variant))!r} is of a variant that computes itself"
+        terms = self._terms(None)
+        if len(terms) > 1:
+            parts = (f"{'' if term.initial is None else 'the initial product of '}{term.name!r}" for term in terms)
+            return f"its adapter is a sum of {' and '.join(parts)}"
+        # The base layer alone, or with a kept product, has been asked.
+        return self.obstacle(terms[0].name) if terms and terms[0].initial is None else None
 
     def dropped(self, name: str) -> float:
         """The probability of dropout that is in effect, where it is PyTorch's own."""

@@ -222,7 +222,9 @@ class NLoraLinear(FusedLinear):
     def _fusible(self, term: Term, x: Tensor) -> Branch | None:
         if term.initial is None:
             return super()._fusible(term, x)
-        if type(x) not in PLAIN or x.is_nested or isinstance(term.initial, Tensor) or self.obstacle():
+        if type(x) not in PLAIN or x.is_nested or isinstance(term.initial, Tensor):
+            return None
+        if branches.obstacle(self._modules["base_layer"]):
             return None
         branch = self.initial(term.name, term.initial)
         if branch.A.is_meta or not (self.cast_input_dtype_enabled or x.dtype == branch.A.dtype):

@@ -32,6 +32,7 @@ from ..layers.modules import check_alpha
 from . import base as base_weights
 from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
 from .fuse import fuse_layers, unfuse
+from .layer import FusedLinear
 from .lora2 import LoRA2Linear
 from .nlora import NLoraLinear, subtract_initial
 
@@ -328,7 +329,9 @@ def _warn_of_shards(tensors: dict[str, torch.Tensor], adapter_name: str) -> None
 
 def _advise(model: nn.Module, config) -> None:
     """One warning for what works but is not what the user came for."""
-    unfused = branches.unfused(model)
+    # What its user chose, such as dropout, a layer runs unfused for without a word.
+    bases = ((name, module.base_layer) for name, module in model.named_modules() if isinstance(module, FusedLinear))
+    unfused = {name: reason for name, base in bases if (reason := branches.obstacle(base))}
     if unfused:
         name, reason = next(iter(unfused.items()))
         warnings.warn(

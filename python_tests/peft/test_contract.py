@@ -825,13 +825,72 @@ def test_an_unsafe_layer_runs_unfused_and_right(change, fused_calls):
     assert len(fused_calls) == 1
     change(layer)
     assert layer.obstacle("default")
-    if change is not factor_hooked:
-        assert list(unfused(model)) == ["base_model.model.0"]
+    assert list(unfused(model)) == ["base_model.model.0"]
     with torch.no_grad():
         A, N, B = layer.matrices("default")
         T = x @ A.T * (2 if change is factor_hooked else 1)
         close(layer(x), layer.base_layer(x) + layer.scaling["default"] * T @ N.T @ B.T)
     assert len(fused_calls) == 1
+
+
+def two_active(model):
+    model.add_adapter("other", NLoraConfig(r=2, target_modules=["0"]))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def wrapped_factor(model):
+    """As FSDP1 with PEFT's policy wraps each matrix that trains."""
+    factors = model.base_model.model[0].lora_A
+    factors["default"] = nn.Sequential(factors["default"])
+    factors["default"].weight = factors["default"][0].weight
+
+
+def with_dora(model):
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 10)), peft.LoraConfig(r=2, target_modules=["0"]))
+    fuse(model)
+    model.add_adapter("dora", peft.LoraConfig(r=2, use_dora=True, target_modules=["0"]))
+    model.set_adapter("dora")
+    return model
+
+
+def with_a_tensor_of_scaling(model):
+    model.base_model.model[0].scaling["default"] = torch.tensor(2.0)
+
+
+def rescaled_residual(model):
+    model.add_adapter("residual", NLoraConfig(r=2, init_lora_weights="nystrom", residual=True, target_modules=["0"]))
+    model.set_adapter("residual")
+    model.base_model.model[0].scale_layer(2)
+
+
+def disabled(model):
+    model.base_model.disable_adapter_layers()
+
+
+def merged(model):
+    model.merge_adapter()
+
+
+@pytest.mark.parametrize(
+    "change, fused",
+    [
+        (two_active, False),
+        (wrapped_factor, False),
+        (with_dora, False),
+        (with_a_tensor_of_scaling, False),
+        (rescaled_residual, False),
+        (disabled, None),
+        (merged, None),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_unfused_names_what_a_forward_does_not_fuse(change, fused, fused_calls):
+    base = nn.Sequential(nn.Linear(12, 10))
+    model = peft.get_peft_model(base, NLoraConfig(r=4, target_modules=["0"]))
+    model = change(model) or model
+    model(torch.randn(5, 12))
+    # With no adapter there is nothing to fuse.
+    assert not fused_calls and bool(unfused(model)) is (fused is False), unfused(model)
 
 
 class Quantised(nn.Linear):
