@@ -35,17 +35,20 @@ struct Problem {
   int64_t fitting;  // values of packed right
 };
 
-// The k of all summands in nearly equal runs. A shallow summand goes with the run before it, which saves a pass over out.
+// The k of all summands in nearly equal runs. A shallow summand goes with the run before it, which saves a pass over out;
+// but of what is read in place only one.
 std::vector<Depth> depths_of(const std::vector<Summand>& summands, int64_t unit) {
   std::vector<Depth> depths;
   for (const Summand& summand : summands) {
     const int64_t k = summand.left.cols;
     const bool in_place = summand.left.dtype == Dtype::kFloat32 && summand.left.col_stride == 1;
-    if (!depths.empty() && k <= kDepth / 2) {
-      Depth& last = depths.back();
+    Depth* before = depths.empty() ? nullptr : &depths.back();
+    const bool fits = before && (in_place && before->in_place ? before->pieces.size() < 2 : before->k < 2 * kDepth);
+    if (fits && k <= kDepth / 2) {
+      Depth& last = *before;
       last.pieces.push_back({&summand, {0, k}, last.k});
       last.k += k;
-      last.in_place = last.in_place && in_place && last.pieces.size() == 2;
+      last.in_place = last.in_place && in_place;
       continue;
     }
     const int64_t runs = std::max<int64_t>(1, (k + kDepth - 1) / kDepth);
@@ -220,29 +223,53 @@ int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t lef
 
 void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
           const Prepare* prepare) {
-  if (!out.rows || !out.cols) return;
-#if defined(__x86_64__) || defined(__i386__)
-  if (tier() == Tier::kAmx && std::min(out.rows, out.cols) >= kManyForTiles) {
-    if (tile_gemm(summands, start, out, threads, prepare)) return;
-    prepare = nullptr;
-  }
-#endif
+  gemm({{summands, start, out}}, threads, prepare);
+}
+
+void gemm(const std::vector<Result>& results, int threads, const Prepare* prepare) {
+  const int64_t rows = results[0].out.rows;
+  if (!rows) return;
   const Kernels& kernel = kernels();
-  Problem p = {depths_of(summands, kernel.width), start, out, 0, 1, second_level_cache() / 8 * 5 / 4};
-  for (const Depth& depth : p.depths) p.k += depth.k, p.deepest = std::max(p.deepest, depth.k);
-  const int64_t own = own_size(kernel, p);
+  std::vector<Problem> problems;
+  int64_t own = 0, strips = 0;
+  bool in_place = true;
+  for (const auto& [summands, start, out] : results) {
+    if (!out.cols) continue;
+#if defined(__x86_64__) || defined(__i386__)
+    if (tier() == Tier::kAmx && std::min(out.rows, out.cols) >= kManyForTiles) {
+      const bool done = tile_gemm(summands, start, out, threads, prepare);
+      prepare = nullptr;
+      if (done) continue;
+    }
+#endif
+    Problem p = {depths_of(summands, kernel.width), start, out, 0, 1, second_level_cache() / 8 * 5 / 4};
+    for (const Depth& depth : p.depths) p.k += depth.k, p.deepest = std::max(p.deepest, depth.k);
+    own = std::max(own, own_size(kernel, p));
+    strips += round_up(out.cols, kernel.tile_cols) / kernel.tile_cols;
+    in_place = in_place && p.depths[0].in_place;
+    problems.push_back(std::move(p));
+  }
+  if (problems.empty()) return;
   Scratch scratch;
   float* all = scratch.take(own * threads);
+  // The columns of all results side by side.
+  const Matrix wide = {nullptr, Dtype::kFloat32, rows, strips * kernel.tile_cols, 0, 1};
   parallel(threads, [&](int index, int count) {
     if (prepare) {
-      (*prepare)(part(out.rows, 2 * kernel.tile_rows, index, count));
+      (*prepare)(part(rows, 2 * kernel.tile_rows, index, count));
       barrier(count);
     }
-    const int by =
-        grid_cols(out, kernel.tile_rows, kernel.tile_cols, p.depths[0].in_place ? 0 : kPackLeft, kPackRight, count);
-    const Range rows = part(out.rows, kernel.tile_rows, index / by, count / by);
-    const Range cols = part(out.cols, kernel.tile_cols, index % by, by);
-    if (index < count / by * by) run(kernel, p, rows, cols, all + index * own);
+    const int by = grid_cols(wide, kernel.tile_rows, kernel.tile_cols, in_place ? 0 : kPackLeft, kPackRight, count);
+    if (index >= count / by * by) return;
+    const Range mine = part(rows, kernel.tile_rows, index / by, count / by);
+    const Range cols = part(wide.cols, kernel.tile_cols, index % by, by);
+    int64_t first = 0;
+    for (const Problem& p : problems) {
+      const int64_t from = std::clamp<int64_t>(cols.first - first, 0, p.out.cols);
+      const int64_t to = std::clamp<int64_t>(cols.first + cols.size - first, 0, p.out.cols);
+      run(kernel, p, mine, {from, to - from}, all + index * own);
+      first += round_up(p.out.cols, kernel.tile_cols);
+    }
   });
 }
 

@@ -50,6 +50,14 @@ int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t lef
 void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
           const Prepare* prepare = nullptr);
 
+// A product among several of as many rows, which threads share out as if they were one.
+struct Result {
+  std::vector<Summand> summands;
+  const float* start;
+  Matrix out;
+};
+void gemm(const std::vector<Result>& results, int threads, const Prepare* prepare = nullptr);
+
 // The same by AMX. False where values lie outside what it multiplies as exactly: out is then undefined, left prepared.
 bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
                const Prepare* prepare);
