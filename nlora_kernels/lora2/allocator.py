@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import shards
 from .kernels import kernels
 from .layers import Layer, layers
 
@@ -54,10 +55,13 @@ class RankAllocator:
         group: process group of data-parallel ranks; the scores of its first rank then decide for all. None needs no
             communication and gives the same decisions wherever ranks hold equal parameters and gradients.
 
+    Where FSDP2 keeps the adapters in shards, a step gathers the tensors that it scores and their gradients by one
+    all-reduce, and decides the same on every rank. Make the allocator after `fully_shard`, which replaces parameters.
+
     Raises:
         TypeError: a step count or rank is no integer.
-        ValueError: the model has no LoRA² layers, or holds them in shards or on several devices; a number is out of
-        range, or t_init + t_final ≥ total_steps.
+        ValueError: the model has no LoRA² layers, or holds them on several devices; a number is out of range, or
+        t_init + t_final ≥ total_steps.
     """
 
     def __init__(
@@ -95,8 +99,6 @@ class RankAllocator:
         if target_rank * len(found) > sum(ranks):
             mean = sum(ranks) / len(found)
             raise ValueError(f"target_rank must be at most the mean r of the layers, {mean:g}, got {target_rank}")
-        if sharded := [layer.name for layer in found if any(hasattr(t, "full_tensor") for t in layer.scored)]:
-            raise ValueError(f"the LoRA² adapters must be whole on every rank, got shards (DTensor) in {sharded[0]}")
         devices = {str(t.device) for t in (*self._scored, *self._columns)}
         if len(devices) > 1:
             raise ValueError(f"the LoRA² adapters must be on one device, got {', '.join(sorted(devices))}")
@@ -153,15 +155,18 @@ class RankAllocator:
         budget = self.budget(t)
         if scoring or masking:
             masks = [layer.lora_mask for layer in self.layers] if freeze else []
+            tensors, grads = _gathered([*self._scored, *self._columns], grads)
             # The kernels read the small tensors alone.
-            found = None if self.full else kernels([t for t in (*self._scored, *grads, *masks) if t is not None])
+            found = None if self.full else kernels([t for t in (*tensors, *grads, *masks) if t is not None])
             options = {"scoring": scoring, "skip_nonfinite": skip_nonfinite}
             whole = hasattr(found, "allocate")
             if whole and self.group is None:
-                self._whole_step(found, grads, masks, budget if masking else None, **options)
+                self._whole_step(found, tensors, grads, masks, budget if masking else None, **options)
             else:
                 # In one call the group's first rank could not speak between scores and masks.
-                self._step(None if whole else found, grads, masks, budget if masking else None, **options)
+                self._step(None if whole else found, tensors, grads, masks, budget if masking else None, **options)
+            if masking:
+                shards.write(self._scored[::3], tensors[: len(self._scored) : 3])
         self.t = t
         return budget
 
@@ -219,10 +224,12 @@ class RankAllocator:
         # Elsewhere reading the flag would make the host wait for the device.
         return self.exp_avg.is_cpu
 
-    def _whole_step(self, found, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
+    def _whole_step(
+        self, found, tensors, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool
+    ) -> None:
         arguments = (
             self._sizes,
-            self._scored,
+            tensors,
             grads,
             masks,
             self.exp_avg,
@@ -236,23 +243,23 @@ class RankAllocator:
             self._report(skip_nonfinite)
             found.allocate(*arguments, scoring=False, budget=budget)
 
-    def _step(self, found, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
+    def _step(self, found, tensors, grads, masks, budget: int | None, *, scoring: bool, skip_nonfinite: bool) -> None:
         reporting = budget is not None or self._reports_at_once
         if scoring:
             # What is about to raise must have changed nothing.
-            self._smooth(found, grads, hold=reporting and not skip_nonfinite)
+            self._smooth(found, tensors, grads, hold=reporting and not skip_nonfinite)
         if reporting:
             self._report(skip_nonfinite)
         if budget is not None:
-            self._mask(found, budget, masks)
+            self._mask(found, tensors[: len(self._scored) : 3], budget, masks)
 
-    def _smooth(self, found, grads, *, hold: bool) -> None:
+    def _smooth(self, found, tensors, grads, *, hold: bool) -> None:
         """Moves the averages. If they must not, for a product is not finite, one is added to `_nonfinite`; with `hold`
         they stay too where that is not zero."""
         if found:
             return found.smooth(
                 self._sizes,
-                self._scored,
+                tensors,
                 grads,
                 self.exp_avg,
                 self.exp_unc,
@@ -262,7 +269,6 @@ class RankAllocator:
                 progress=self._progress,
                 hold=hold,
             )
-        tensors = [*self._scored, *self._columns]
         grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
         sensitivity = (self._flat(tensors) * self._flat(grads)).abs_()
         moves = sensitivity.isfinite().all()
@@ -297,8 +303,8 @@ class RankAllocator:
         sums = torch.stack([product.sum() for product in products]).view(-1, 2).sum(1)
         return rows + sums[self._layer] * self._share[:, 1]
 
-    def _mask(self, found, budget: int, masks: list[Tensor]) -> None:
-        scores, E = None, self._scored[::3]
+    def _mask(self, found, E: list[Tensor], budget: int, masks: list[Tensor]) -> None:
+        scores = None
         if self.group is not None:
             scores = self._scores()
             torch.distributed.broadcast(scores, group_src=0, group=self.group)
@@ -315,6 +321,14 @@ class RankAllocator:
     def _by_layer(self, values: Tensor, convert=Tensor.clone) -> dict[str, Any]:
         parts = zip(self.layers, values.split(self._sizes[::2]), strict=True)
         return {layer.name: convert(part) for layer, part in parts}
+
+
+def _gathered(tensors: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Both whole, by one sum where they are shards."""
+    present = [grad for grad in grads if grad is not None]
+    whole = shards.gathered([*tensors, *present])
+    rest = iter(whole[len(tensors) :])
+    return whole[: len(tensors)], [None if grad is None else next(rest) for grad in grads]
 
 
 def _score_index(found: list[Layer], flat: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..internals import composing, plain_apply
 from .kernels import kernels
 from .layers import layers
+from .shards import gathered
 
 FORMS = ("paper", "reference")
 TERMS = ("uv", "UV", "PQ")
@@ -49,7 +50,7 @@ def orthogonal_penalty(model: nn.Module, form: str = "reference", terms: Sequenc
     terms = tuple(term for term in TERMS if term in given)
     found = layers(model)
     # NOTE: the right pair is the left one transposed: with w = Vᵀ and t = Uᵀ its three terms read as those of v and u.
-    tensors = [t for layer in found for t in (layer.lora_v, layer.lora_u, layer.lora_V, layer.lora_U)]
+    tensors = gathered([t for layer in found for t in (layer.lora_v, layer.lora_u, layer.lora_V, layer.lora_U)])
     if composing():
         return _value(form, terms, tensors)
     return _penalty(form, terms, *tensors)

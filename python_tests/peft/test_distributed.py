@@ -15,26 +15,36 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nlora_kernels.checkpoint import WEIGHTS
+from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
 from nlora_kernels.peft.layer import FusedLinear
 from python_tests.peft.adapters import config
 from python_tests.tiny import counted_fusions, llama, tokens
 
 RANKS = 2
 STEPS = 3
-METHODS = ("slora", "nlora", "nlora_residual", "inttune", "lora2")
+# LoRA² with its penalty and its allocator too.
+METHODS = ("slora", "nlora", "nlora_residual", "inttune", "lora2", "lora2_pruned")
 PARALLEL = ("ddp", "fsdp2_sharded", "fsdp2_whole", "fsdp2_by_linear")
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
 
-def train(model, ids, after_backward=lambda: None):
+def train(model, ids, method, after_backward=lambda: None):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    pruning = method == "lora2_pruned"
+    # The last step freezes, so that what it takes is 0 in what is saved.
+    schedule = {"target_rank": 1, "total_steps": STEPS, "t_init": 0, "t_final": 0, "delta_t": 1}
+    allocator = RankAllocator(model, **schedule) if pruning else None
     losses = []
     for _ in range(STEPS):
         loss = model(ids, labels=ids).loss
+        if pruning:
+            loss = loss + 0.1 * orthogonal_penalty(model)
         loss.backward()
         after_backward()
         optimizer.step()
+        if pruning:
+            allocator.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
     return torch.stack(losses)
@@ -42,7 +52,7 @@ def train(model, ids, after_backward=lambda: None):
 
 def build(method):
     torch.manual_seed(0)
-    return peft.get_peft_model(llama(), config(method)).train()
+    return peft.get_peft_model(llama(), config(method.removesuffix("_pruned"))).train()
 
 
 def batch():
@@ -60,7 +70,7 @@ def parallel(rank, folder):
             model = build(method)
             target = folder / kind / method
             with counted_fusions() as calls:
-                losses = RUN[kind](model, mesh, ids, target)
+                losses = RUN[kind](model, mesh, ids, target, method)
             dist.all_reduce(losses, dist.ReduceOp.SUM)
             results[kind, method] = losses / RANKS, len(calls)
     if rank == 0:
@@ -69,13 +79,13 @@ def parallel(rank, folder):
     dist.destroy_process_group()
 
 
-def ddp(model, mesh, ids, target):
-    losses = train(DistributedDataParallel(model), ids)
+def ddp(model, mesh, ids, target, method):
+    losses = train(DistributedDataParallel(model), ids, method)
     model.save_pretrained(target, is_main_process=dist.get_rank() == 0)
     return losses
 
 
-def fsdp2(model, mesh, ids, target, whole=False, by_linear=False):
+def fsdp2(model, mesh, ids, target, method, whole=False, by_linear=False):
     adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
     ignored = {"ignored_params": set(adapters)} if whole else {}
     if by_linear:
@@ -92,7 +102,7 @@ def fsdp2(model, mesh, ids, target, whole=False, by_linear=False):
                 dist.all_reduce(p.grad, dist.ReduceOp.SUM)
                 p.grad /= RANKS
 
-    losses = train(model, ids, average)
+    losses = train(model, ids, method, average)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     model.save_pretrained(target, state_dict=state, is_main_process=dist.get_rank() == 0)
     return losses
@@ -120,7 +130,7 @@ def test_losses_and_checkpoint_are_those_of_one_process(kind, method, results, t
     model = build(method)
     untouched = copy.deepcopy(model.state_dict())
     losses, fused = runs[kind, method]
-    torch.testing.assert_close(losses, train(model, batch()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses, train(model, batch(), method), rtol=1e-5, atol=1e-5)
     layers = sum(isinstance(module, FusedLinear) for module in model.modules())
     assert fused == (0 if kind == "fsdp2_by_linear" else STEPS * layers)
     model.save_pretrained(tmp_path)
@@ -129,5 +139,8 @@ def test_losses_and_checkpoint_are_those_of_one_process(kind, method, results, t
     for name in expected:
         # One step of Adam is lr = 1e-2 wide, whatever the gradient: rounding must not turn a sign.
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-4)
+    if method == "lora2_pruned":
+        values = torch.cat([t.flatten() for name, t in actual.items() if "lora_E" in name])
+        assert (values != 0).sum() == layers
     moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, untouched[name])]
     assert moved and all(".lora_" in name for name in moved)

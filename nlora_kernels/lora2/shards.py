@@ -1,0 +1,90 @@
+"""LoRA²'s tensors where FSDP2 keeps a shard of each on every rank: whole for a moment, by one sum over the ranks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends.base import PLAIN
+from ..internals import plain_apply
+
+
+def is_shard(t: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    # Asking a plain tensor for an attribute that it lacks costs more than the rest of a step does for it.
+    return type(t) not in PLAIN and hasattr(t, "device_mesh")
+
+
+def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with every DTensor whole, the same on all ranks; plain ones as they are.
+
+    One all-reduce for all of a mesh and dtype, to be called on every rank alike. What is gathered can be
+    differentiated: gradients, which must be the same on all ranks, are cut into shards again without a word between
+    them.
+    """
+    places = [place for place, t in enumerate(tensors) if is_shard(t)]
+    if not places:
+        return list(tensors)
+    whole = list(tensors)
+    for place, t in zip(places, _gathered(*[tensors[place] for place in places]), strict=True):
+        whole[place] = t
+    return whole
+
+
+@torch.no_grad()
+def write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Puts what `gathered` gave, changed in place since and the same on all ranks, into the shards it came from."""
+    for t, value in zip(tensors, values, strict=True):
+        if is_shard(t):
+            t.to_local().copy_(value[_slices(t)])
+
+
+class _Gathered(torch.autograd.Function):
+    """Arguments: DTensors."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        # Kept for where their parts lie, not for what is in them.
+        ctx.tensors = tensors
+        groups: dict[tuple, list[int]] = {}
+        for place, t in enumerate(tensors):
+            groups.setdefault((t.device_mesh, t.dtype), []).append(place)
+        whole: list[Tensor] = [t for t in tensors]
+        for (mesh, _), places in groups.items():
+            sizes = [tensors[place].numel() for place in places]
+            local = tensors[places[0]].to_local()
+            flat = local.new_zeros(sum(sizes))
+            for place, part in zip(places, flat.split(sizes), strict=True):
+                t = tensors[place]
+                whole[place] = part.view(t.shape)
+                if _is_first_replica(t):
+                    whole[place][_slices(t)] = t.to_local()
+            # A sum of one value and zeros is that value, in whatever order.
+            for dim in range(mesh.ndim):
+                torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
+        return tuple(whole)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        from torch.distributed.tensor import DTensor
+
+        found = []
+        for t, grad in zip(ctx.tensors, grads, strict=True):
+            options = {"run_check": False, "shape": t.shape, "stride": t.stride()}
+            found.append(DTensor.from_local(grad[_slices(t)].contiguous(), t.device_mesh, t.placements, **options))
+        return tuple(found)
+
+
+_gathered = plain_apply(_Gathered)
+
+
+def _slices(t: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part lies in the whole."""
+    [chunk] = t.__create_chunk_list__()
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def _is_first_replica(t: Tensor) -> bool:
+    """Whether of all ranks that hold the same part this is the first."""
+    coordinate = t.device_mesh.get_coordinate()
+    return not any(place for place, kind in zip(coordinate, t.placements, strict=True) if kind.is_replicate())
