@@ -8,6 +8,8 @@ namespace {
 
 // Rows read at a time by sums: their pages stay within the first-level TLB.
 constexpr int64_t kSumDepth = 64;
+// Register tiles of rows up to which sums pay: for each they read the other side again, and convert it where it is not fp32.
+constexpr int64_t kSumTiles = 16, kSumTilesConverted = 8;
 
 }  // namespace
 
@@ -118,6 +120,13 @@ void Narrow::operator()(Range rows) const {
 void Narrow::all(int threads) const {
   if (from_dy_) from_dy_->all(threads);
   if (from_T_) from_T_->all(threads);
+}
+
+bool summed(const Kernels& kernel, const Backward& b) {
+  const int64_t R = b.A.rows;
+  // NOTE: of fewer rows packing costs less than sums in memory, and AMX multiplies what is packed several times as fast.
+  if (R <= kSkinny || b.dy.rows < R || tier() == Tier::kAmx) return R <= kSkinny;
+  return R <= kernel.tile_rows * (b.dy.dtype == Dtype::kFloat32 ? kSumTiles : kSumTilesConverted);
 }
 
 void rank_gradients(const Kernels& kernel, const Backward& b, const Narrow& narrow, Scratch& scratch) {

@@ -71,7 +71,10 @@ class Narrow {
   std::optional<Chain> from_dy_, from_T_;
 };
 
-// dA, dB and dN of a rank that is not small.
+// Whether dA, dB and dN are sums over the rows of x and dy as they lie; else these are packed, for rank_gradients.
+bool summed(const Kernels& kernel, const Backward& b);
+
+// dA, dB and dN by products of packed panels.
 void rank_gradients(const Kernels& kernel, const Backward& b, const Narrow& narrow, Scratch& scratch);
 
 // Gradients that are sums of rows weighted by few columns, all in one parallel region. Each thread has its own columns of

@@ -1,7 +1,7 @@
 // y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ and its gradients.
 //
-// The rule that picks a product's kernel: up to kSkinny rows or columns on one side go to dots or sums, which read the
-// other side in place; everything else is packed and goes to gemm. With x's few rows the whole layer is such a product.
+// The rule that picks a product's kernel: up to kSkinny columns go to dots and, of gradients, some more to sums, which read
+// the other side in place; everything else is packed and goes to gemm. With x's few rows the whole layer is such a product.
 #include <cstring>
 
 #include "cpu/adapter.h"
@@ -117,7 +117,7 @@ void backward(Backward b) {
     input_gradient(kernel, b, narrow, scratch);
   }
   if (b.dweight) gemm({{transposed(b.dy), transposed(b.x)}}, nullptr, b.dweight, b.threads);
-  if (R > kSkinny) {
+  if (!summed(kernel, b)) {
     rank_gradients(kernel, b, narrow, scratch);
   } else {
     sums.add({{b.dA, transposed(narrow.H), 1.0f}}, b.x);
