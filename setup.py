@@ -6,6 +6,7 @@ can build, and a message on stderr for what it cannot; the package then installs
     python setup.py build_ext --inplace     the extension, beside the sources; with --bound-spins, for tests on
                                             a device, CUDA kernels trap and say where when a wait lasts 2 s
     python setup.py sanitize [--long]       the C++ tests under AddressSanitizer and UBSan
+    python setup.py arm                     the tests of the CPU kernels, built for Arm, under QEMU
 """
 
 import os
@@ -27,13 +28,22 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-# By the end of the file name: only these files may hold code that not every x86-64 CPU can run, and no other CPU any.
-TIER_FLAGS = {"_avx2": ["-mavx2", "-mfma", "-mf16c"], "_avx512": AVX512_FLAGS, "_amx": AVX512_FLAGS}
-TIER_FLAGS["_avx512bf16"] = [*AVX512_FLAGS, "-mavx512bf16"]
-X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
-
-CPU_SOURCES = sorted(path for path in ROOT.glob("csrc/cpu/*.cpp") if X86 or not path.stem.endswith((*TIER_FLAGS,)))
+# By family and the end of the file name: only these files may hold code that not every CPU of the family can run, and
+# other families leave them out.
+TIER_FLAGS = {
+    "x86": {
+        "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "_avx512": AVX512_FLAGS,
+        "_amx": AVX512_FLAGS,
+        "_avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+    },
+    # NOTE: GCC would load more of a register tile's operands ahead than there are registers left.
+    "arm": {"_neon": ["-fno-schedule-insns"], "_neonbf16": ["-fno-schedule-insns", "-march=armv8.2-a+bf16"]},
+}
+FAMILIES = {**dict.fromkeys(("x86_64", "amd64", "i386", "i686"), "x86"), **dict.fromkeys(("aarch64", "arm64"), "arm")}
+FAMILY = FAMILIES.get(platform.machine().lower())
 CUDA_SOURCES = sorted(ROOT.glob("csrc/cuda/*/*.cu"))
+CPU_TESTS = [ROOT / "csrc/tests" / name for name in ("cpu_test.cpp", "lora2_training_test.cpp")]
 
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}"]
 RELEASE_FLAGS = ["-O3", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math"]
@@ -97,12 +107,37 @@ class Sanitize(Command):
             flags = [*CXX_FLAGS, *SANITIZE_FLAGS]
             # NOTE: no OpenMP runtime comes with PyTorch there. Nothing calls it by name, so it must not be left out.
             links = ["-Wl,--no-as-needed", "-fopenmp", "-fsanitize=address,undefined"]
-            build(folder / test.stem, [test, *CPU_SOURCES], folder / test.stem / "test", flags, links)
+            build(folder, [test, *cpu_sources()], folder / test.stem, flags, links)
             # NOTE: libgomp keeps its thread pool until exit, which is not a leak of ours.
             environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-            command = [str(folder / test.stem / "test"), *(["--long"] if self.long else [])]
+            command = [str(folder / test.stem), *(["--long"] if self.long else [])]
             if subprocess.run(command, env=environment).returncode:
                 raise CompileError(f"{test.name} failed under the sanitizers")
+
+
+class Arm(Command):
+    """Builds the C++ tests of the CPU kernels for Arm and runs them under QEMU, on CPUs with and without bf16."""
+
+    description = "build csrc/tests for Arm and run them under QEMU"
+    user_options = []
+    CXX, QEMU = "aarch64-linux-gnu-g++", ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        for test in CPU_TESTS:
+            folder = ROOT / "build" / "arm"
+            program = folder / test.stem
+            links = ["-Wl,--no-as-needed", "-fopenmp"]
+            flags = [*CXX_FLAGS, *RELEASE_FLAGS]
+            build(folder, [test, *cpu_sources("arm")], program, flags, links, cxx=self.CXX, family="arm")
+            for cpu in ("max", "cortex-a57"):
+                if subprocess.run([*self.QEMU, "-cpu", cpu, program]).returncode:
+                    raise CompileError(f"{test.name} failed on {cpu}")
 
 
 class Step(NamedTuple):
@@ -143,9 +178,18 @@ def ninja(folder: Path, steps: Sequence[Step], output: Path | str) -> None:
 
 
 def build(
-    folder: Path, sources: list[Path], output: Path, flags: list[str], links: list[str], nvcc_flags: Sequence[str] = ()
+    folder: Path,
+    sources: list[Path],
+    output: Path,
+    flags: list[str],
+    links: list[str],
+    nvcc_flags: Sequence[str] = (),
+    *,
+    cxx: str | None = None,
+    family: str | None = FAMILY,
 ) -> None:
     """Compiles `sources` to one object each and links them to `output`."""
+    cxx = cxx or compiler()
     output.parent.mkdir(parents=True, exist_ok=True)
     steps = []
     for source in sources:
@@ -154,14 +198,20 @@ def build(
             nvcc = [shutil.which("nvcc") or "nvcc", *NVCC_FLAGS, *nvcc_flags, *architecture_flags(stem.parent.name)]
             steps.append(Step(f"{stem}.o", [source.resolve()], [*nvcc, "-c"], depends="-MD"))
         else:
-            own = [compiler(), *flags, *tier_flags(stem.name), "-c"]
+            own = [cxx, *flags, *tier_flags(stem.name, family), "-c"]
             steps.append(Step(f"{stem}.o", [source.resolve()], own, depends="-MMD"))
     output = output.resolve()
-    ninja(folder, [*steps, Step(str(output), [step.output for step in steps], [compiler()], links)], output)
+    ninja(folder, [*steps, Step(str(output), [step.output for step in steps], [cxx], links)], output)
 
 
-def tier_flags(stem: str) -> list[str]:
-    return next((flags for suffix, flags in TIER_FLAGS.items() if stem.endswith(suffix)), [])
+def cpu_sources(family: str | None = FAMILY) -> list[Path]:
+    """The sources of the CPU kernels without those of other families."""
+    others = tuple(suffix for name, tiers in TIER_FLAGS.items() if name != family for suffix in tiers)
+    return sorted(path for path in ROOT.glob("csrc/cpu/*.cpp") if not path.stem.endswith(others))
+
+
+def tier_flags(stem: str, family: str | None) -> list[str]:
+    return next((flags for suffix, flags in TIER_FLAGS.get(family, {}).items() if stem.endswith(suffix)), [])
 
 
 def architecture_flags(folder: str) -> list[str]:
@@ -229,7 +279,7 @@ def extensions() -> list[Extension]:
     return [Extension(
         "nlora_kernels._C",
         sources=[str(path.relative_to(ROOT))
-                 for path in (ROOT / "csrc/bindings.cpp", *CPU_SOURCES, *(CUDA_SOURCES if home else []))],
+                 for path in (ROOT / "csrc/bindings.cpp", *cpu_sources(), *(CUDA_SOURCES if home else []))],
         include_dirs=[get_include(), *([str(home / "include")] if home else [])],
         library_dirs=[str(home / "lib64"), str(home / "lib")] if home else [],
         define_macros=[("NLORA_CUDA", None)] if home else [],
@@ -240,4 +290,4 @@ def extensions() -> list[Extension]:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild, "sanitize": Sanitize})
+    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild, "sanitize": Sanitize, "arm": Arm})

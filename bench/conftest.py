@@ -6,9 +6,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--seconds", type=float, help="for one row, shared with what it is compared with; default 1, or 0.2 in smoke"
     )
-    parser.addoption(
-        "--cap", choices=["portable", "avx2", "avx512", "amx"], help="the instruction set that ours stays within"
-    )
+    tiers = ["portable", "neon", "avx2", "avx512", "amx"]
+    parser.addoption("--cap", choices=tiers, help="the instruction set that ours stays within")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -219,14 +219,16 @@ PYBIND11_MODULE(_C, m) {
   m.attr("bfloat16") = int(nlora::Dtype::kBFloat16);
   m.attr("float16") = int(nlora::Dtype::kFloat16);
 
-  static const char* const kTiers[] = {"portable", "avx2", "avx512", "amx"};
-  m.def("cpu_tier", [] { return kTiers[int(tier())]; }, "The instruction set in use: portable, avx2, avx512 or amx.");
+  static const char* const kTiers[] = {"portable", "neon", "avx2", "avx512", "amx"};
+  m.def(
+      "cpu_tier", [] { return kTiers[int(tier())]; },
+      "The instruction set in use: portable, neon, avx2, avx512 or amx.");
   m.def(
       "cap_cpu_tier",
       [](const std::string& name) {
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 5; ++i)
           if (name == kTiers[i]) return kTiers[int(cap_tier(Tier(i)))];
-        throw py::value_error("name must be one of portable, avx2, avx512, amx, got '" + name + "'");
+        throw py::value_error("name must be one of portable, neon, avx2, avx512, amx, got '" + name + "'");
       },
       py::arg("name"), "Uses no instruction set above the named one from now on; returns the cap before.");
   m.def(

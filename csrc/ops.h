@@ -22,13 +22,15 @@ struct Matrix {
 
 namespace cpu {
 
-enum class Tier : int { kPortable, kAvx2, kAvx512, kAmx };
+// In ascending order: every CPU has kPortable, one of Arm kNeon, one of x86 some of the others.
+enum class Tier : int { kPortable, kNeon, kAvx2, kAvx512, kAmx };
 
 // The best instruction set this CPU has, not above the cap.
 Tier tier();
 // Lets tests and benchmarks run the code of a lesser CPU; returns the cap before.
 Tier cap_tier(Tier cap);
-// Whether this CPU multiplies bf16 (avx512_bf16, amx_bf16) or fp16 (avx512_fp16, amx_fp16) in hardware.
+// Whether this CPU multiplies bf16 (avx512_bf16, amx_bf16, Arm's bf16) or fp16 (avx512_fp16, amx_fp16, Arm's asimdhp) in
+// hardware.
 bool multiplies(Dtype dtype);
 // Bytes of a core's second-level cache, or a guess that fits most.
 int64_t second_level_cache();

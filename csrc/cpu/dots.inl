@@ -40,6 +40,16 @@ struct Step<BFloat16, BFloat16> {
     sum = (Vec)_mm512_dpbf16_ps((__m512)sum, left, right);
   }
 };
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <>
+struct Step<BFloat16, BFloat16> {
+  static constexpr int kSize = 2 * kWidth;
+  static INLINE bfloat16x8_t read(const BFloat16* p) { return (bfloat16x8_t)vld1q_u16(&p->bits); }
+  static INLINE bfloat16x8_t read_col(const BFloat16* p) { return read(p); }
+  static INLINE void add(Vec& sum, bfloat16x8_t left, bfloat16x8_t right) {
+    sum = (Vec)vbfdotq_f32((float32x4_t)sum, left, right);
+  }
+};
 #endif
 
 template <int ROWS, int COLS, class T, class C>

@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -49,6 +53,27 @@ Tier detect() {
 
 bool has_bf16() { return has_avx512_bf16() || leaf7(0, 3) >> 22 & 1; }
 bool has_fp16() { return leaf7(0, 3) >> 23 & 1 || leaf7(1, 0) >> 21 & 1; }
+#elif defined(__aarch64__)
+// AT_HWCAP and AT_HWCAP2 of Linux.
+constexpr unsigned long kHwcap = 16, kHwcap2 = 26;
+
+// By the bit that Linux sets, or the name that macOS has for it.
+bool has_feature([[maybe_unused]] unsigned long value, [[maybe_unused]] int bit, [[maybe_unused]] const char* name) {
+#if defined(__linux__)
+  return getauxval(value) >> bit & 1;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof found;
+  return !sysctlbyname(name, &found, &size, nullptr, 0) && found;
+#else
+  return false;
+#endif
+}
+
+// NOTE: a part of every 64-bit Arm CPU.
+Tier detect() { return Tier::kNeon; }
+bool has_bf16() { return has_neon_bf16(); }
+bool has_fp16() { return has_feature(kHwcap, 10, "hw.optional.arm.FEAT_FP16"); }
 #else
 Tier detect() { return Tier::kPortable; }
 bool has_bf16() { return false; }
@@ -67,7 +92,8 @@ const int registered [[maybe_unused]] = pthread_atfork(nullptr, nullptr, [] { in
 Tier tier() {
   static const Tier best = detect();
   const Tier limit = cap;
-  return best < limit ? best : limit;
+  if (best <= limit) return best;
+  return limit == Tier::kNeon ? Tier::kPortable : limit;
 }
 
 Tier cap_tier(Tier limit) { return cap.exchange(limit); }
@@ -75,7 +101,9 @@ Tier cap_tier(Tier limit) { return cap.exchange(limit); }
 bool multiplies(Dtype dtype) {
   static const bool bf16 = has_bf16(), fp16 = has_fp16();
   if (dtype == Dtype::kFloat32) return true;
-  return tier() >= Tier::kAvx512 && (dtype == Dtype::kBFloat16 ? bf16 : fp16);
+  const Tier used = tier();
+  if (used == Tier::kPortable || used == Tier::kAvx2) return false;
+  return dtype == Dtype::kBFloat16 ? bf16 : fp16;
 }
 
 int64_t second_level_cache() {
@@ -88,6 +116,8 @@ int64_t second_level_cache() {
 
 #if defined(__x86_64__) || defined(__i386__)
 bool has_avx512_bf16() { return leaf7(1, 0) >> 5 & 1; }
+#elif defined(__aarch64__)
+bool has_neon_bf16() { return has_feature(kHwcap2, 14, "hw.optional.arm.FEAT_BF16"); }
 #endif
 
 bool forked() { return in_child; }

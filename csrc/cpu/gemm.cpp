@@ -172,8 +172,11 @@ const Kernels& kernels() {
     case Tier::kAmx:
     case Tier::kAvx512: return avx512_kernels();
     case Tier::kAvx2: return avx2_kernels();
+    case Tier::kNeon:
     case Tier::kPortable: break;
   }
+#elif defined(__aarch64__)
+  if (tier() == Tier::kNeon) return neon_kernels();
 #endif
   return portable_kernels();
 }

@@ -55,11 +55,14 @@ struct Kernels {
 };
 
 const Kernels& portable_kernels();
+const Kernels& neon_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 
-// By avx512_bf16.
+// By avx512_bf16, and by Arm's bf16.
 bool has_avx512_bf16();
 void avx512_bf16_dots(const Dots& dots);
+bool has_neon_bf16();
+void neon_bf16_dots(const Dots& dots);
 
 }  // namespace nlora::cpu

@@ -4,6 +4,8 @@
 #include <cstdint>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace nlora::cpu {
@@ -92,6 +94,8 @@ INLINE Vec load(const Float16* p) {
   return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)*reinterpret_cast<const LooseHalf*>(p));
 #elif defined(__F16C__)
   return (Vec)_mm256_cvtph_ps((__m128i)*reinterpret_cast<const LooseHalf*>(p));
+#elif defined(__aarch64__)
+  return (Vec)vcvt_f32_f16((float16x4_t)vld1_u16(&p->bits));
 #else
   Vec result;
   for (int i = 0; i < kWidth; ++i) result[i] = to_float(p[i]);
@@ -119,6 +123,8 @@ INLINE void round_vector(const float* from, Float16* to) {
 #elif defined(__F16C__)
   const __m128i half = _mm256_cvtps_ph((__m256)load(from), _MM_FROUND_TO_NEAREST_INT);
   __builtin_memcpy(to, &half, sizeof half);
+#elif defined(__aarch64__)
+  vst1_u16(&to->bits, (uint16x4_t)vcvt_f16_f32((float32x4_t)load(from)));
 #else
   for (int i = 0; i < kWidth; ++i) from_float(from[i], to + i);
 #endif

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "cpu/gemm.h"
 #include "ops.h"
 
 namespace {
@@ -214,6 +214,32 @@ void check_add_product(int64_t N, int64_t K, int64_t R, int64_t gap, int threads
   compare("weight", weight, done ? sum : weight.exact, R + 1.0, done ? "add_product" : "nothing");
 }
 
+// Every value of a 16-bit dtype to fp32 and back, and the fp32 values halfway between two of them, which round to even.
+void check_conversions(Dtype dtype) {
+  const auto& kernel = nlora::cpu::kernels();
+  const int64_t n = 1 << 16;
+  std::vector<uint16_t> all(n), rounded(n);
+  std::vector<float> wide(n), halfway(n);
+  for (int64_t i = 0; i < n; ++i) all[i] = uint16_t(i);
+  const Matrix narrow = {all.data(), dtype, 1, n, n, 1}, to = {rounded.data(), dtype, 1, n, n, 1};
+  nlora::cpu::copy(kernel, narrow, {wide.data(), Dtype::kFloat32, 1, n, n, 1});
+  kernel.round(wide.data(), n, to);
+  const int infinity = dtype == Dtype::kFloat16 ? 0x7c00 : 0x7f80;
+  for (int64_t i = 0; i < n; ++i) {
+    const int magnitude = i & 0x7fff;
+    const bool as_it_was = magnitude < infinity ? wide[i] == read(narrow, 0, i) : std::isinf(wide[i]);
+    const bool right =
+        magnitude > infinity ? std::isnan(wide[i]) && (rounded[i] & 0x7fff) > infinity : as_it_was && rounded[i] == i;
+    if (!right) std::printf("dtype=%d: %04x became %g and %04x\n", int(dtype), int(i), wide[i], rounded[i]), ++failures;
+    halfway[i] = magnitude + 1 < infinity ? float((read(narrow, 0, i) + read(narrow, 0, i + 1)) / 2) : 0;
+  }
+  kernel.round(halfway.data(), n, to);
+  for (int64_t i = 0; i < n; ++i) {
+    if (!halfway[i] || rounded[i] == i + (i & 1)) continue;
+    std::printf("dtype=%d: %g became %04x\n", int(dtype), halfway[i], rounded[i]), ++failures;
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -232,9 +258,10 @@ int main(int argc, char** argv) {
     if (!index) team = count;
   });
   if (team != 3) return std::printf("expected a team of 3 threads, got %d\n", team), 1;
-  for (Tier tier : {Tier::kPortable, Tier::kAvx2, Tier::kAvx512, Tier::kAmx}) {
+  for (Tier tier : {Tier::kPortable, Tier::kNeon, Tier::kAvx2, Tier::kAvx512, Tier::kAmx}) {
     nlora::cpu::cap_tier(tier);
     if (nlora::cpu::tier() != tier) continue;
+    for (Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) check_conversions(dtype);
     for (const Shape& s : shapes)
       for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
         // Each shape takes another combination of the rest; over the shapes all of them come.

@@ -42,7 +42,10 @@ OPTIONAL = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 TRIED = ("float32", "bfloat16", "float16")
 # The instruction sets that decide between kernels, as Linux names them.
-INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
+INSTRUCTIONS = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16"),
+    *("asimd", "asimdhp", "bf16"),
+)
 UNPROVEN = "it has not passed its tests on such hardware"
 SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 

@@ -47,7 +47,7 @@ def short(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+@pytest.fixture(params=["portable", "neon", "avx2", "avx512", "amx"])
 def tier(request):
     """Caps the instruction set; skips where the CPU lacks it."""
     before = _C.cap_cpu_tier(request.param)
@@ -322,7 +322,7 @@ def test_a_call_it_cannot_take_is_refused_by_name():
     p = testing.problem(4, 3, 2, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16, got float64"):
         nk.lora_linear(p.x, p.weight, p.lora_A, p.lora_B, backend="cpu")
-    with pytest.raises(ValueError, match="name must be one of portable, avx2, avx512, amx, got 'sse'"):
+    with pytest.raises(ValueError, match="name must be one of portable, neon, avx2, avx512, amx, got 'sse'"):
         _C.cap_cpu_tier("sse")
 
 
@@ -345,6 +345,17 @@ def test_without_the_extension_the_backend_says_why(monkeypatch):
     # There, but not for this PyTorch: a compiler would not help.
     monkeypatch.setattr(native, "_IMPORT_ERROR", ImportError("torch must be 2.11 or newer"))
     assert nk.backends.available()["cpu"] == "the C++ kernels cannot be loaded: torch must be 2.11 or newer"
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")),
+    reason="needs a compiler for Arm and QEMU (Debian: g++-aarch64-linux-gnu, qemu-user)",
+)
+def test_the_kernels_built_for_arm_compute_the_same_under_an_emulator():
+    ran = subprocess.run([sys.executable, "setup.py", "-q", "arm"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    # On a CPU with products of bf16 and on one without.
+    assert ran.stdout.count(", 0 failures") == 2
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

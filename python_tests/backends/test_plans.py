@@ -69,10 +69,10 @@ def test_many_rows_share_a_folded_weight_where_the_library_is_fastest():
     assert plans.rule(costs, 64, 768, 768, 128, False, True) == "library"
 
 
-@pytest.mark.parametrize("tier", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("tier", ["portable", "neon", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_built_in_costs_leave_a_dtype_to_whoever_multiplies_it(monkeypatch, tier, dtype):
-    in_hardware = tier in ("avx512", "amx")
+    in_hardware = tier in ("neon", "avx512", "amx")
     monkeypatch.setattr(plans, "_C", types.SimpleNamespace(bfloat16=1, float32=0, cpu_multiplies=lambda dtype: True))
     chosen = plans.rule(plans.builtin(Setting(dtype, tier, 2)), 1024, 1024, 1024, 8, False, False)
     if dtype == torch.bfloat16:

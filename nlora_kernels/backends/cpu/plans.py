@@ -35,6 +35,8 @@ FEW, TILE = 16, 8
 ROUNDS, AGREE, WITHIN, LIMIT = 8, 4, 1.1, 0.5
 # A product that takes so many seconds is far too slow: to know it better would change nothing.
 SLOW = 0.01
+# What tells one CPU from another of the same name: on x86, and on Arm, whose CPUs have none.
+MODEL = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "CPU revision")
 
 
 class Line(NamedTuple):
@@ -160,11 +162,11 @@ def tune() -> list[Path]:
 def builtin(setting: Setting) -> Costs:
     """Costs where nothing was measured: of typical CPUs."""
     full, tier = setting.dtype == torch.float32, setting.tier
-    in_hardware = tier in ("avx512", "amx") and _C.cpu_multiplies(getattr(_C, short(setting.dtype)))
-    ours = {"portable": 1e-10, "avx2": 2.4e-11, "avx512": 1.1e-11, "amx": 6e-12}[tier]
-    library = 1.2e-11 if tier in ("avx512", "amx") else 2.5e-11
+    in_hardware = tier in ("neon", "avx512", "amx") and _C.cpu_multiplies(getattr(_C, short(setting.dtype)))
+    ours = {"portable": 1e-10, "neon": 4.2e-11, "avx2": 2.4e-11, "avx512": 1.1e-11, "amx": 6e-12}[tier]
+    library = {"neon": 4.4e-11, "avx512": 1.2e-11, "amx": 1.2e-11}.get(tier, 2.5e-11)
     if not full:
-        library = {"avx512": 5e-12, "amx": 2e-12}[tier] if in_hardware else 2e-10
+        library = {"neon": 1.1e-11, "avx512": 5e-12, "amx": 2e-12}[tier] if in_hardware else 2e-10
         ours = 2.2e-12 if in_hardware and tier == "amx" else ours
     packing = 4.4e-10 if tier == "amx" else 2.5e-10
 
@@ -245,7 +247,7 @@ def _settled(times: list[float]) -> bool:
 
 
 def processor() -> dict[str, str]:
-    """What Linux says of the first CPU, by its names; elsewhere the "model name" alone."""
+    """What Linux says of the first CPU, by its names; elsewhere, and where it does not say it, the "model name"."""
     try:
         said = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
@@ -257,7 +259,7 @@ def processor() -> dict[str, str]:
 @functools.cache
 def _machine() -> dict[str, Any]:
     fields = processor()
-    cpu = ", ".join(fields[name] for name in ("model name", "cpu family", "model", "stepping") if name in fields)
+    cpu = ", ".join(fields[name] for name in MODEL if name in fields)
     digest = hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()
     return {"cpu": cpu, "torch": torch.__version__, "extension": digest[:16]}
 
