@@ -250,6 +250,34 @@ PYBIND11_MODULE(_C, m) {
         backward({dy, x, T, weight, A, B, core, dx, dweight, dA, dB, dcore, dbias, scaling, threads});
       },
       free_threads());
+  m.def(
+      "cpu_forward_group",
+      [](const Matrix& x, const std::vector<Matrix>& weight, const std::vector<Matrix>& A, const std::vector<Matrix>& B,
+         const std::vector<Matrix>& N, const std::vector<Matrix>& bias, const std::vector<Matrix>& y,
+         const std::vector<Matrix>& T, const std::vector<float>& scaling, int threads) {
+        std::vector<Forward> members;
+        for (size_t i = 0; i < y.size(); ++i)
+          members.push_back(
+              {x, weight[i], A[i], B[i], Core{N[i], {}, {}, {}, {}}, bias[i], y[i], T[i], scaling[i], threads});
+        forward_group(std::move(members));
+      },
+      free_threads());
+  m.def(
+      "cpu_backward_group",
+      [](const std::vector<Matrix>& dy, const Matrix& x, const std::vector<Matrix>& T,
+         const std::vector<Matrix>& weight, const std::vector<Matrix>& A, const std::vector<Matrix>& B,
+         const std::vector<Matrix>& N, const Matrix& dx, const std::vector<std::vector<Matrix>>& grads,
+         const std::vector<float>& scaling, int threads) {
+        std::vector<Backward> members;
+        for (size_t i = 0; i < dy.size(); ++i) {
+          const auto& g = grads[i];
+          const Core core = {N[i], {}, {}, {}, {}}, dcore = {g[3], {}, {}, {}, {}};
+          members.push_back(
+              {dy[i], x, T[i], weight[i], A[i], B[i], core, {}, g[0], g[1], g[2], dcore, g[4], scaling[i], threads});
+        }
+        backward_group(std::move(members), dx);
+      },
+      free_threads());
   m.def("cpu_add_product", &add_product, free_threads());
   m.def("cpu_lora2_core", &lora2_core, free_threads());
   m.def("cpu_lora2_core_backward", &lora2_core_backward, free_threads());

@@ -45,7 +45,7 @@ struct Core {
   explicit operator bool() const { return N || u; }
 };
 
-// T = x·Aᵀ, y = x·Wᵀ + bias + s·(T·Nᵀ)·Bᵀ. Without weight y holds all but x·Wᵀ.
+// T = x·Aᵀ, y = x·Wᵀ + bias + s·(T·Nᵀ)·Bᵀ. Without weight y holds all but x·Wᵀ, and without A that and the bias alone.
 struct Forward {
   Matrix x, weight, A, B;
   Core core;
@@ -68,6 +68,10 @@ struct Backward {
   int threads;
 };
 void backward(Backward b);
+
+// The same of layers that share x, all with weight or all without; one without A has no adapter. dx = Σ dy·W + H·A.
+void forward_group(std::vector<Forward> members);
+void backward_group(std::vector<Backward> members, const Matrix& dx);
 
 // out = U·diag(E ⊙ mask)·u, and the gradients of u, E and U from that of N.
 void lora2_core(const Core& core, const Matrix& out);

@@ -10,10 +10,20 @@ import warnings
 from . import backends, init
 from .imports import when_imported
 from .layers import LoRA2Linear, NLoraLinear
-from .ops import lora2_core, lora2_linear, lora_linear
+from .ops import lora2_core, lora2_linear, lora_group_linear, lora_linear
 from .versions import __version__
 
-__all__ = ["LoRA2Linear", "NLoraLinear", "__version__", "backends", "init", "lora2_core", "lora2_linear", "lora_linear"]
+__all__ = [
+    "LoRA2Linear",
+    "NLoraLinear",
+    "__version__",
+    "backends",
+    "init",
+    "lora2_core",
+    "lora2_linear",
+    "lora_group_linear",
+    "lora_linear",
+]
 
 _LAZY = ("checkpoint", "cli", "lora2", "peft", "plotting", "trainer")
 

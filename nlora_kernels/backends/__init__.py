@@ -6,6 +6,7 @@ On a GPU a backend goes before those where the machine's own record says that it
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ __all__ = [
     "prefer",
     "preferred",
     "select",
+    "select_group",
     "verified",
 ]
 
@@ -108,6 +110,21 @@ def select(name: str | None, first: Tensor, call: Call | None = None, operation:
         if device in backend.verified_on and not backend.unavailable():
             if call is None or not backend.unsupported(call):
                 return backend
+    return REFERENCE
+
+
+def select_group(name: str | None, first: Tensor, calls: Sequence[Call], operation: str = "forward") -> Backend:
+    """The same for calls that share x: the first that takes all of them, of those that are chosen for one."""
+    adapted = [call for call in calls if call.lora_A is not None]
+    if name or _preferred:
+        backend = select(name, first)
+        if reason := backend.unsupported_group(calls):
+            raise ValueError(f"backend {backend.name!r} cannot take this call: {reason}")
+        return backend
+    for call in adapted or (None,):
+        backend = select(None, first, call, operation)
+        if not backend.unsupported_group(calls):
+            return backend
     return REFERENCE
 
 

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The types of PyTorch's own tensors. Of any other, only PyTorch's operations know where and what its values are.
@@ -123,6 +124,7 @@ class Call(NamedTuple):
 
     x: Tensor | None
     weight: Tensor
+    # Both None in a group, of a member without an adapter.
     lora_A: Tensor
     lora_B: Tensor
     # Factors where the backend `makes_core`.
@@ -140,6 +142,20 @@ class Call(NamedTuple):
     def drop(self, t: Tensor) -> Tensor:
         """What the adapter reads of x, and of dx what comes from it."""
         return self.dropout(t) if self.dropout else t
+
+
+def linear(call: Call) -> Tensor:
+    """x·Wᵀ + bias of a call without an adapter."""
+    return F.linear(call.x, call.weight, call.bias)
+
+
+def linear_backward(call: Call, dy: Tensor, needs: Needs) -> Grads:
+    """Its gradients."""
+    return Grads(
+        x=dy @ call.weight if needs.x else None,
+        weight=dy.T @ call.x if needs.weight else None,
+        bias=dy.sum(0) if needs.bias else None,
+    )
 
 
 class Backend:
@@ -179,6 +195,29 @@ class Backend:
     def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
         """x and T are there where `needs` makes them necessary."""
         raise NotImplementedError
+
+    # Of calls that share x, of which one with neither lora_A nor lora_B has no adapter, and no T.
+
+    def unsupported_group(self, calls: Sequence[Call]) -> str | None:
+        """Why it cannot take them together."""
+        reasons = (self.unsupported(call) for call in calls if call.lora_A is not None)
+        return next(filter(None, reasons), None)
+
+    def forward_group(self, calls: Sequence[Call]) -> list[tuple[Tensor, Tensor | None]]:
+        """(y, T) of each."""
+        return [(linear(call), None) if call.lora_A is None else self.forward(call) for call in calls]
+
+    def backward_group(
+        self, calls: Sequence[Call], dys: Sequence[Tensor], Ts: Sequence[Tensor | None], needs: Sequence[Needs]
+    ) -> tuple[Tensor | None, list[Grads]]:
+        """The gradient of x, and of each call the others. Whether x wants one is the same in all of `needs`."""
+        dx, grads = None, []
+        for call, dy, T, need in zip(calls, dys, Ts, needs, strict=True):
+            of = linear_backward(call, dy, need) if call.lora_A is None else self.backward(call, dy, T, need)
+            if of.x is not None:
+                dx = of.x if dx is None else dx.add_(of.x)
+            grads.append(of._replace(x=None))
+        return dx, grads
 
     def lora2_core(self, lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None) -> Tensor:
         raise NotImplementedError

@@ -7,7 +7,7 @@ letters are those of `reference`.
 import torch
 from torch import Tensor
 
-from .base import Call, Grads, Needs
+from .base import Call, Grads, Needs, linear_backward
 from .reference import Reference
 
 
@@ -25,15 +25,19 @@ class Lean(Reference):
             y = torch.addmm(call.bias, P, B.T, alpha=call.scaling)
         return y.addmm_(x, call.weight.T), T
 
-    def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+    def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs, dx: Tensor | None = None) -> Grads:
+        """A dx that is given is added to."""
         x, s, (A, B, N) = call.x, call.scaling, call.adapter
-        dx = dA = dB = dN = None
+        dA = dB = dN = None
         if needs.x or needs.lora_A or needs.lora_N:
             G = dy @ B  # [M, R]
         if needs.x or needs.lora_A:
             H = s * G if N is None else scaled_mm(G, N, s)  # [M, R]
-        if needs.x:
+        if needs.x and dx is None:
             dx = call.drop(H @ A).addmm_(dy, call.weight)
+        elif needs.x:
+            dx.addmm_(dy, call.weight)
+            dx = dx.add_(call.drop(H @ A)) if call.dropout else dx.addmm_(H, A)
         if needs.lora_A:
             dA = (H.T @ call.drop(x)).to(call.lora_A.dtype)
         if needs.lora_N:
@@ -48,6 +52,19 @@ class Lean(Reference):
             lora_N=dN,
             bias=dy.sum(0) if needs.bias else None,
         )
+
+    def backward_group(self, calls, dys, Ts, needs) -> tuple[Tensor | None, list[Grads]]:
+        dx, grads = None, []
+        for call, dy, T, need in zip(calls, dys, Ts, needs, strict=True):
+            if call.lora_A is not None:
+                of = Lean.backward(self, call, dy, T, need, dx)
+            else:
+                of = linear_backward(call, dy, need._replace(x=need.x and dx is None))
+                if need.x and dx is not None:
+                    of = of._replace(x=dx.addmm_(dy, call.weight))
+            dx = of.x
+            grads.append(of._replace(x=None))
+        return dx, grads
 
 
 def scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:

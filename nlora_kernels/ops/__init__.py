@@ -6,5 +6,6 @@ arithmetic.
 """
 
 from .api import lora2_core, lora2_linear, lora_linear
+from .group import lora_group_linear
 
-__all__ = ["lora2_core", "lora2_linear", "lora_linear"]
+__all__ = ["lora2_core", "lora2_linear", "lora_group_linear", "lora_linear"]

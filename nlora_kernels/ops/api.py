@@ -68,7 +68,7 @@ def lora_linear(
             return handle_torch_function(lora_linear, tensors, *tensors, **options)
         check_lora_linear(*tensors, scaling)
         composed = foreign(**dict(zip(_NAMES, tensors, strict=True)))
-    call = Call(*tensors, scaling, _dropout(x, dropout, seed) if dropout else None)
+    call = Call(*tensors, scaling, dropout_of(x, dropout, seed) if dropout else None)
     if composed:
         return _composed(composed, call)
     try:
@@ -144,7 +144,7 @@ def lora2_linear(
         names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
         check_lora_linear(x, weight, lora_v, lora_V, made, bias, scaling, names)
         composed = foreign(**dict(zip(_LORA2_NAMES, tensors, strict=True)))
-    call = Call(x, weight, lora_v, lora_V, factors, bias, scaling, _dropout(x, dropout, seed) if dropout else None)
+    call = Call(x, weight, lora_v, lora_V, factors, bias, scaling, dropout_of(x, dropout, seed) if dropout else None)
     if composed:
         return _composed(composed, call)
     try:
@@ -162,7 +162,7 @@ def _composed(foreign: str, call: Call) -> Tensor:
         raise TypeError(f"{foreign}, which PyTorch cannot compute with here: {error}") from error
 
 
-def _dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Dropout:
+def dropout_of(x: Tensor, p: float, seed: int | Tensor | None) -> Dropout:
     """Its seed is an int64 scalar on x's device, drawn there if none is given, so that nothing waits for a device."""
     if isinstance(p, bool) or not isinstance(p, numbers.Real):
         raise TypeError(f"dropout must be a real number, got {type(p).__name__}")

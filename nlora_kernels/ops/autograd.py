@@ -54,18 +54,18 @@ def linear(call: Call, backend: str | None) -> Tensor:
             (lora_N,) = resolved(lora_N)
     if internals.any_autocast():
         # Outside of the Function, so that what it keeps is what it got.
-        x = x.to(_operand_dtype(x))
+        x = x.to(operand_dtype(x))
     if trains:
         apply = _Linear.apply if shown else _apply_plainly
         p, seed = dropout or (0.0, None)
         options = scaling, p, backend, shown
         inner = (None, *factors) if factors else (lora_N, *_NO_FACTORS)
         return apply(x, weight, lora_A, lora_B, *inner, bias, seed, options)
-    weight, bias = _cast(weight, bias, x.dtype)
-    rows = _rows(x)
+    weight, bias = cast_base(weight, bias, x.dtype)
+    rows = as_rows(x)
     if not (rows is call.x and weight is call.weight and bias is call.bias and lora_N is call.lora_N and x.is_cpu):
         call = Call(rows, weight, lora_A, lora_B, lora_N, bias, scaling, dropout)
-    return _unflatten(_forward(call, backend, shown)[0], x)
+    return unflatten(_forward(call, backend, shown)[0], x)
 
 
 def core(lora_u, lora_E, lora_U, mask, backend=None) -> Tensor:
@@ -80,13 +80,13 @@ def core(lora_u, lora_E, lora_U, mask, backend=None) -> Tensor:
 
 def composed(call: Call) -> Tensor:
     """The operation as differentiable operations of PyTorch."""
-    x = call.x.to(_operand_dtype(call.x))
-    weight, bias = _cast(call.weight, call.bias, x.dtype)
+    x = call.x.to(operand_dtype(call.x))
+    weight, bias = cast_base(call.weight, call.bias, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if type(call.lora_N) is Factors:
             call = call._replace(lora_N=REFERENCE.lora2_core(*call.lora_N))
         A, B, N = call._replace(weight=weight).adapter
-        T = F.linear(call.drop(_rows(x)).view(x.shape) if call.dropout else x, A)
+        T = F.linear(call.drop(as_rows(x)).view(x.shape) if call.dropout else x, A)
         return F.linear(x, weight, bias) + call.scaling * F.linear(T if N is None else F.linear(T, N), B)
 
 
@@ -101,13 +101,13 @@ class _Linear(torch.autograd.Function):
         if lora_u is not None:
             lora_N = factors = Factors(lora_u, lora_E, lora_U, mask)
             dN = du or dE or dU
-        w, b = _cast(weight, bias, x.dtype)
-        call = Call(_rows(x), w, lora_A, lora_B, lora_N, b, scaling, Dropout(p, seed) if p else None)
+        w, b = cast_base(weight, bias, x.dtype)
+        call = Call(as_rows(x), w, lora_A, lora_B, lora_N, b, scaling, Dropout(p, seed) if p else None)
         y, T, core, backend = _forward(call, backend, shown)
         needs = Needs(dx, dweight, dA, dB, dN, dbias)
         # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
         _keep(ctx, x, T, weight, call, core, bias, needs, backend, factors)
-        return _unflatten(y, x)
+        return unflatten(y, x)
 
     @staticmethod
     def backward(ctx, dy):
@@ -155,7 +155,7 @@ def _keep(ctx, x, T, weight, call: Call, core, bias, needs: Needs, backend, fact
 def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
     x, T, weight, lora_A, lora_B, lora_N, seed = saved[:7]
     scaling, p, needs, bias_dtype, backend = ctx.call
-    rows, shown = _rows(dy), watched()
+    rows, shown = as_rows(dy), watched()
     # A backward that is itself differentiated, or runs for a batch of gradients or beside tangents.
     differentiates = torch.is_grad_enabled() or composing(shown)
     if factors and differentiates:
@@ -164,15 +164,15 @@ def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
     elif factors and lora_N is None:
         lora_N = factors
     w = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
-    x = None if x is None else _rows(x)
+    x = None if x is None else as_rows(x)
     call = Call(x, w, lora_A, lora_B, lora_N, None, scaling, p and Dropout(p, seed))
     if differentiates:
-        grads = _differentiable_backward(call, rows, T, needs)
+        grads = differentiable_backward(call, rows, T, needs)
     else:
         grads = _backward(call, rows, T, needs, backend, shown)
     dx, dweight, dA, dB, dN, dbias = grads
     if dx is not None:
-        dx = _unflatten(dx, dy)
+        dx = unflatten(dx, dy)
     if dweight is not None:
         dweight = dweight.to(weight.dtype)
     if dbias is not None:
@@ -180,7 +180,7 @@ def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
     return dx, dweight, dA, dB, dN, dbias
 
 
-def _differentiable_backward(call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+def differentiable_backward(call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
     with torch.autocast(dy.device.type, enabled=False):
         if call.x is not None:
             # T as a function of its factors.
@@ -226,9 +226,9 @@ def _backward(
     if shown or type(dy) not in PLAIN or dy.is_neg():
         x, *tensors, _, scaling, dropout = call
         if type(call.lora_N) is Factors:
-            tensors[3] = register.core(*call.lora_N, _name(backend))
+            tensors[3] = register.core(*call.lora_N, name_of(backend))
         return Grads(
-            *register.linear_backward(dy, x, T, *tensors, scaling, *(dropout or (0.0, None)), needs, _name(backend))
+            *register.linear_backward(dy, x, T, *tensors, scaling, *(dropout or (0.0, None)), needs, name_of(backend))
         )
     chosen = backend if isinstance(backend, Backend) else backends.select(backend, dy, call, "backward")
     if internals.any_autocast():
@@ -248,14 +248,14 @@ def _core_backward(d_core: Tensor, factors: Factors, backend: Backend | str | No
     if torch.is_grad_enabled() or composing(shown):
         return register.without_autocast(REFERENCE.lora2_core_backward, d_core, *factors)
     if shown or type(d_core) not in PLAIN or d_core.is_neg():
-        return register.core_backward(d_core, *factors, _name(backend))
+        return register.core_backward(d_core, *factors, name_of(backend))
     chosen = backend
     if not isinstance(backend, Backend):
         chosen = backends.select(backend, factors.lora_E, operation="lora2_core")
     return register.without_autocast(chosen.lora2_core_backward, d_core, *factors)
 
 
-def _name(backend: Backend | str | None) -> str | None:
+def name_of(backend: Backend | str | None) -> str | None:
     return backend.name if isinstance(backend, Backend) else backend
 
 
@@ -284,17 +284,17 @@ torch.library.register_autograd("nlora_kernels::lora_linear", _operator_backward
 torch.library.register_autograd("nlora_kernels::lora2_core", _Core.backward, setup_context=_keep_of_core)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """x (..., K) as (M, K)."""
     return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _unflatten(y: Tensor, x: Tensor) -> Tensor:
+def unflatten(y: Tensor, x: Tensor) -> Tensor:
     """y (M, N) in the leading dimensions of x."""
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _operand_dtype(x: Tensor) -> torch.dtype:
+def operand_dtype(x: Tensor) -> torch.dtype:
     """What autocast casts the operands of F.linear to: all but fp64."""
     device = x.device.type
     if internals.any_autocast() and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -302,7 +302,7 @@ def _operand_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def cast_base(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     # Each by itself: under autocast a weight may have the dtype already where its bias has not.
     if weight.dtype is not dtype:
         weight = weight.to(dtype)

@@ -2,6 +2,7 @@
 
 import contextlib
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -121,16 +122,16 @@ def check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names=No
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N, "bias": bias}
     if names:
         tensors = {names.get(name, name): t for name, t in tensors.items()}
-    _check_tensors(tensors, optional=("lora_N", "bias"))
+    x_name, weight_name, A_name, B_name, N_name, bias_name = tensors
+    _check_tensors(tensors, optional=(N_name, bias_name))
     # NOTE: a float first, because asking an abstract class costs more than all other checks of a number.
     if type(scaling) is not float and (isinstance(scaling, bool) or not isinstance(scaling, REAL)):
         raise TypeError(f"scaling must be a real number, got {type(scaling).__name__}")
-    x_name, weight_name, A_name, B_name, N_name, bias_name = tensors
     if weight.dim() != 2:
-        raise ValueError(f"weight must have shape (out, in), got {tuple(weight.shape)}")
+        raise ValueError(f"{weight_name} must have shape (out, in), got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must have shape (..., {in_features}), got {tuple(x.shape)}")
+        raise ValueError(f"{x_name} must have shape (..., {in_features}), got {tuple(x.shape)}")
     if lora_A.dim() != 2 or lora_A.shape[1] != in_features or lora_A.shape[0] == 0:
         raise ValueError(f"{A_name} must have shape (r, {in_features}) with r >= 1, got {tuple(lora_A.shape)}")
     r = lora_A.shape[0]
@@ -139,11 +140,45 @@ def check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names=No
     if lora_N is not None and lora_N.shape != (r, r):
         raise ValueError(f"{N_name} must have shape ({r}, {r}), got {tuple(lora_N.shape)}")
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
-    if not torch.is_autocast_enabled(x.device.type):
-        for name, t in (("weight", weight), ("bias", bias)):
-            if t is not None and t.dtype != x.dtype:
-                raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
+        raise ValueError(f"{bias_name} must have shape ({out_features},), got {tuple(bias.shape)}")
+    _check_dtypes({x_name: x, weight_name: weight, bias_name: bias})
+
+
+def check_linear(x, weight, bias, names):
+    """The same of a layer without an adapter."""
+    tensors = {"x": x, names["weight"]: weight, names["bias"]: bias}
+    _check_tensors(tensors, optional=(names["bias"],))
+    if weight.dim() != 2:
+        raise ValueError(f"{names['weight']} must have shape (out, in), got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have shape (..., {in_features}), got {tuple(x.shape)}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"{names['bias']} must have shape ({out_features},), got {tuple(bias.shape)}")
+    _check_dtypes(tensors)
+
+
+def check_group(weights, adapters, biases) -> int:
+    """The number of layers in the arguments of a group, of which each is a list with one of every layer."""
+    if not isinstance(weights, Sequence) or not weights:
+        raise TypeError(f"weights must be a list of at least one tensor, got {_said(weights)}")
+    for name, given in (("adapters", adapters), ("biases", biases)):
+        if given is None and name == "biases":
+            continue
+        if not isinstance(given, Sequence):
+            raise TypeError(f"{name} must be a list, got {_said(given)}")
+        if len(given) != len(weights):
+            raise ValueError(f"{name} must have one for each of the {len(weights)} weights, got {len(given)}")
+    for i, adapter in enumerate(adapters):
+        if adapter is not None and not (isinstance(adapter, Sequence) and len(adapter) in (2, 3)):
+            raise TypeError(
+                f"adapters[{i}] must be (lora_A, lora_B), (lora_A, lora_B, lora_N) or None, got {_said(adapter)}"
+            )
+    return len(weights)
+
+
+def _said(given) -> str:
+    return f"{type(given).__name__} of {len(given)}" if isinstance(given, Sequence) else type(given).__name__
 
 
 def check_lora2_core(lora_u, lora_E, lora_U, mask):
@@ -166,6 +201,16 @@ def check_lora2_core(lora_u, lora_E, lora_U, mask):
             raise ValueError(f"mask must have shape ({r},), got {tuple(mask.shape)}")
         if mask.device != lora_u.device:
             raise ValueError(f"mask must be on lora_u's device {lora_u.device}, got {mask.device}")
+
+
+def _check_dtypes(tensors: dict[str, Tensor | None]):
+    """Of x, weight and bias, unless autocast makes them one."""
+    (_, x), *others = tensors.items()
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    for name, t in others:
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
 
 
 def _check_tensors(tensors: dict[str, Tensor | None], optional: tuple[str, ...] = ()):

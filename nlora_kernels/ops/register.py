@@ -13,14 +13,15 @@ from ..imports import when_imported
 
 def without_autocast(function, *args):
     """Calls a function whose operands are cast already."""
-    device = (args[0].weight if isinstance(args[0], Call) else args[0]).device.type
+    first = args[0][0] if type(args[0]) is list else args[0]
+    device = (first.weight if isinstance(first, Call) else first).device.type
     if not torch.is_autocast_enabled(device):
         return function(*args)
     with torch.autocast(device, enabled=False):
         return function(*args)
 
 
-def _operator(schema: str):
+def operator(schema: str):
     """Registers an implementation under `schema` for every device; the operator takes its place."""
     name = f"nlora_kernels::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
@@ -32,7 +33,7 @@ def _operator(schema: str):
     return decorate
 
 
-@_operator(
+@operator(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? lora_N, Tensor? bias, "
     "float scaling, float dropout, Tensor? seed, str? backend) -> (Tensor y, Tensor T)"
 )
@@ -47,7 +48,7 @@ def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
 
 
-@_operator(
+@operator(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor? T, Tensor weight, Tensor lora_A, Tensor lora_B, "
     "Tensor? lora_N, float scaling, float dropout, Tensor? seed, bool[6] needs, str? backend) "
     "-> (Tensor dx, Tensor dweight, Tensor dA, Tensor dB, Tensor dN, Tensor dbias)"
@@ -67,7 +68,7 @@ def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, b
     return dx, *(t.new_empty(t.shape) if needed else None for t, needed in inputs), dbias
 
 
-@_operator("lora2_core(Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str? backend) -> Tensor")
+@operator("lora2_core(Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str? backend) -> Tensor")
 def core(lora_u, lora_E, lora_U, mask, backend):
     return backends.select(backend, lora_E, operation="lora2_core").lora2_core(lora_u, lora_E, lora_U, mask)
 
@@ -77,7 +78,7 @@ def _(lora_u, lora_E, lora_U, mask, backend):
     return lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
 
 
-@_operator(
+@operator(
     "lora2_core_backward(Tensor d_core, Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str? backend) "
     "-> (Tensor du, Tensor dE, Tensor dU)"
 )
@@ -91,6 +92,29 @@ def _(d_core, lora_u, lora_E, lora_U, mask, backend):
     return tuple(t.new_empty(t.shape) for t in (lora_u, lora_E, lora_U))
 
 
+def forward_flops(M, K, weight, lora_A, lora_N) -> int:
+    """Of a layer whose tensors have these shapes; lora_A is None where it has no adapter."""
+    N, R = weight[0], lora_A[0] if lora_A is not None else 0
+    return 2 * M * (K * N + R * (K + N + (R if lora_N is not None else 0)))
+
+
+def backward_flops(M, weight, lora_A, lora_N, needs) -> int:
+    """Of the gradients that are asked for."""
+    (N, K), R = weight, lora_A[0] if lora_A is not None else 0
+    core = R * R if lora_N is not None else 0
+    adapter = needs.x or needs.lora_A
+    products = (
+        (needs.x, N * K + R * K),  # dy·W, H·A
+        (adapter or needs.lora_N, N * R),  # G
+        (adapter, core),  # H
+        (needs.lora_A, R * K),
+        (needs.lora_N, R * R),
+        (needs.lora_B, N * R + core),  # dB, P
+        (needs.weight, N * K),
+    )
+    return 2 * M * sum(size for needed, size in products if needed)
+
+
 @when_imported("torch.utils.flop_counter")
 def _count_flops(flop_counter) -> None:
     """Tells FlopCounterMode the multiplications of each operator, two operations apiece, as it counts those of mm."""
@@ -99,25 +123,11 @@ def _count_flops(flop_counter) -> None:
     # Shapes stand for tensors.
     @flop_counter.register_flop_formula(operators.lora_linear)
     def _(x, weight, lora_A, lora_B, lora_N, *args, **kwargs):
-        (M, K), N, R = x, weight[0], lora_A[0]
-        return 2 * M * (K * N + R * (K + N + (R if lora_N is not None else 0)))
+        return forward_flops(*x, weight, lora_A, lora_N)
 
     @flop_counter.register_flop_formula(operators.lora_linear_backward)
     def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, *args, **kwargs):
-        needs = Needs(*needs)
-        (M, N), K, R = dy, weight[1], lora_A[0]
-        core = R * R if lora_N is not None else 0
-        adapter = needs.x or needs.lora_A
-        products = (
-            (needs.x, N * K + R * K),  # dy·W, H·A
-            (adapter or needs.lora_N, N * R),  # G
-            (adapter, core),  # H
-            (needs.lora_A, R * K),
-            (needs.lora_N, R * R),
-            (needs.lora_B, N * R + core),  # dB, P
-            (needs.weight, N * K),
-        )
-        return 2 * M * sum(size for needed, size in products if needed)
+        return backward_flops(dy[0], weight, lora_A, lora_N, Needs(*needs))
 
     @flop_counter.register_flop_formula(operators.lora2_core)
     def _(lora_u, *args, **kwargs):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ..base import Call, Factors, Grads, Needs, plain, short
+from ..base import Backend, Call, Factors, Grads, Needs, linear, plain, short
 from ..lean import Lean
 from ..native import _C
 from . import lora2, plans
@@ -123,6 +123,71 @@ class Cpu(Lean):
             grads = grads._replace(weight=dy.T @ x)
         return grads
 
+    def unsupported_group(self, calls: Sequence[Call]) -> str | None:
+        weight = calls[0].weight
+        if not weight.is_cpu or weight.dtype not in plans.DTYPES:
+            return f"x must be float32, bfloat16 or float16 on the CPU, got {short(weight.dtype)} on {weight.device}"
+        return super().unsupported_group(calls)
+
+    def forward_group(self, calls: Sequence[Call], plan: str | None = None) -> list[tuple[Tensor, Tensor | None]]:
+        x, plan = calls[0].x, plan or self.group_plan(calls, calls[0].x)
+        if plan not in _OWN:
+            return [(linear(call), None) if call.lora_A is None else self.forward(call, plan) for call in calls]
+        whole = plan == "whole"
+        own = calls if whole else [call for call in calls if call.lora_A is not None]
+        M = x.shape[0]
+        ys = [x.new_empty(M, call.weight.shape[0]) for call in own]
+        Ts = [None if call.lora_A is None else x.new_empty(M, call.lora_A.shape[0]) for call in own]
+        if own:
+            biases, scalings = [call.bias for call in own], [call.scaling for call in own]
+            _C.cpu_forward_group(_rows(x), *_operands(own, whole), biases, ys, Ts, scalings, torch.get_num_threads())
+        made = zip(ys, Ts, strict=True)
+        if whole:
+            return list(made)
+        return [(linear(c), None) if c.lora_A is None else _with_base(c, *next(made)) for c in calls]
+
+    def backward_group(
+        self,
+        calls: Sequence[Call],
+        dys: Sequence[Tensor],
+        Ts: Sequence[Tensor | None],
+        needs: Sequence[Needs],
+        plan: str | None = None,
+    ) -> tuple[Tensor | None, list[Grads]]:
+        plan = plan or self.group_plan(calls, dys[0], backward=True)
+        if plan == "library":
+            return super().backward_group(calls, dys, Ts, needs)
+        if plan == "folded":
+            # NOTE: the class between is past: its sum is made of products that fold nothing.
+            return Backend.backward_group(self, calls, dys, Ts, needs)
+        whole = plan == "whole"
+        own = [i for i, call in enumerate(calls) if whole or call.lora_A is not None]
+        x = next((call.x for call in calls if call.x is not None), None)
+        dx = dys[0].new_empty(dys[0].shape[0], calls[0].weight.shape[1]) if needs[0].x and own else None
+        grads = [_new_grads(call, dy, need, whole) for call, dy, need in zip(calls, dys, needs, strict=True)]
+        if own:
+            members = [calls[i] for i in own]
+            made = [(of.weight, of.lora_A, of.lora_B, of.lora_N, of.bias) for of in (grads[i] for i in own)]
+            dys_, Ts_, scalings = [_rows(dys[i]) for i in own], [Ts[i] for i in own], [c.scaling for c in members]
+            threads = torch.get_num_threads()
+            _C.cpu_backward_group(dys_, _rows(x), Ts_, *_operands(members, whole), dx, made, scalings, threads)
+        if whole:
+            return dx, grads
+        for i, (call, dy, need) in enumerate(zip(calls, dys, needs, strict=True)):
+            if need.x:
+                dx = dy @ call.weight if dx is None else dx.addmm_(dy, call.weight)
+            if need.weight:
+                grads[i] = grads[i]._replace(weight=dy.T @ call.x)
+            if need.bias and call.lora_A is None:
+                grads[i] = grads[i]._replace(bias=dy.sum(0))
+        return dx, grads
+
+    def group_plan(self, calls: Sequence[Call], first: Tensor, backward: bool = False) -> str:
+        """The plan of one layer of all members' columns, whose adapter multiplies as much as theirs."""
+        K, N = calls[0].weight.shape[1], sum(call.weight.shape[0] for call in calls)
+        inner = sum(call.lora_A.shape[0] * (K + call.weight.shape[0]) for call in calls if call.lora_A is not None)
+        return self.plan(first.dtype, first.shape[0], K, N, max(1, round(inner / (K + N))), backward=backward)
+
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
         if lora_u.dtype not in plans.DTYPES:
             return super().lora2_core(lora_u, lora_E, lora_U, mask)
@@ -148,6 +213,33 @@ class Cpu(Lean):
 
     def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> ModuleType | None:
         return lora2 if lora2.takes(tensors, size) else None
+
+
+def _operands(calls: Sequence[Call], whole: bool) -> tuple[list[Tensor | None], ...]:
+    """weight, lora_A, lora_B and lora_N of each, as the kernels read them."""
+    return (
+        [_rows(call.weight) if whole else None for call in calls],
+        [_rows(call.lora_A) for call in calls],
+        [call.lora_B for call in calls],
+        [call.lora_N for call in calls],
+    )
+
+
+def _with_base(call: Call, y: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
+    """A y that lacks x·Wᵀ, with it."""
+    return y.addmm_(call.x, call.weight.T), T
+
+
+def _new_grads(call: Call, dy: Tensor, needs: Needs, whole: bool) -> Grads:
+    """Room for the gradients that the kernels write, but for that of x."""
+    own = whole or call.lora_A is not None
+    return Grads(
+        weight=_new(call.weight) if needs.weight and whole else None,
+        lora_A=_new(call.lora_A) if needs.lora_A else None,
+        lora_B=_new(call.lora_B) if needs.lora_B else None,
+        lora_N=_new(call.lora_N) if needs.lora_N else None,
+        bias=dy.new_empty(dy.shape[1]) if needs.bias and own else None,
+    )
 
 
 def _folded(call: Call) -> Tensor:
