@@ -116,7 +116,7 @@ void backward_group(std::vector<Backward> members, const Matrix& dx) {
     const Backward& b = members[i];
     if (b.dweight) gemm({{transposed(b.dy), transposed(b.x)}}, nullptr, b.dweight, threads);
     std::vector<Sums::Result> of_dy;
-    if (b.A && b.A.rows > kSkinny) {
+    if (b.A && !summed(kernel, b)) {
       rank_gradients(kernel, b, *narrows[i], scratch);
     } else if (b.A) {
       of_x.push_back({b.dA, transposed(narrows[i]->H), 1.0f});

@@ -7,5 +7,6 @@ arithmetic.
 
 from .api import lora2_core, lora2_linear, lora_linear
 from .group import lora_group_linear
+from .mlp import lora_mlp
 
-__all__ = ["lora2_core", "lora2_linear", "lora_group_linear", "lora_linear"]
+__all__ = ["lora2_core", "lora2_linear", "lora_group_linear", "lora_linear", "lora_mlp"]

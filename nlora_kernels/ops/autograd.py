@@ -20,6 +20,10 @@ from . import register
 from .checks import resolved
 
 _NO_FACTORS = None, None, None, None
+X_IS_NEEDED = (
+    "second derivatives need x, which is not kept where lora_A is frozen: call lora_A.requires_grad_(), or "
+    "use torch.func, which keeps it"
+)
 
 
 def linear(call: Call, backend: str | None) -> Tensor:
@@ -186,10 +190,7 @@ def differentiable_backward(call: Call, dy: Tensor, T: Tensor | None, needs: Nee
             # T as a function of its factors.
             T = call.drop(call.x) @ call.lora_A.to(call.x.dtype).T
         elif needs.x and (needs.lora_B or needs.lora_N):
-            raise RuntimeError(
-                "second derivatives need x, which is not kept where lora_A is frozen: call lora_A.requires_grad_(), or "
-                "use torch.func, which keeps it"
-            )
+            raise RuntimeError(X_IS_NEEDED)
         return REFERENCE.backward(call, dy, T, needs)
 
 

@@ -111,6 +111,10 @@ def member_of(x, weight, adapter, bias, scaling, names: dict[str, str]) -> Call:
     return Call(x, weight, lora_A, lora_B, lora_N, bias, scaling)
 
 
+def resolved_member(call: Call) -> Call:
+    return call._replace(**dict(zip(_MEMBER[:5], resolved(*call[1:6]), strict=True)))
+
+
 def group(calls: list[Call], backend: str | None) -> tuple[Tensor, ...]:
     """y of each of several checked calls that share x, which may have any leading dimensions."""
     x, shown = calls[0].x, watched()
@@ -123,7 +127,7 @@ def group(calls: list[Call], backend: str | None) -> tuple[Tensor, ...]:
         trains = trains and not internals.tracing()
     else:
         (x,) = resolved(x)
-        calls = [call._replace(**dict(zip(_MEMBER[:5], resolved(*call[1:6]), strict=True))) for call in calls]
+        calls = [resolved_member(call) for call in calls]
     if internals.any_autocast():
         x = x.to(autograd.operand_dtype(x))
     if trains:
@@ -216,12 +220,16 @@ def gradients(ctx, saved, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, 
     else:
         dx, found = backward(calls, flat, Ts, wanted, backend, shown)
     for i, of in zip(used, found, strict=True):
-        weight = saved[6 * i + 1]
-        grads[i] = of._replace(
-            weight=None if of.weight is None else of.weight.to(weight.dtype),
-            bias=None if of.bias is None else of.bias.to(biases[i]),
-        )
+        grads[i] = in_dtypes(of, saved[6 * i + 1].dtype, biases[i])
     return None if dx is None else autograd.unflatten(dx, first), grads
+
+
+def in_dtypes(grads: Grads, weight: torch.dtype, bias: torch.dtype | None) -> Grads:
+    """With those of weight and bias in the dtypes that these had before autocast cast them."""
+    return grads._replace(
+        weight=None if grads.weight is None else grads.weight.to(weight),
+        bias=None if grads.bias is None else grads.bias.to(bias),
+    )
 
 
 def _differentiable(calls, dys, Ts, needs) -> tuple[Tensor | None, list[Grads]]:
