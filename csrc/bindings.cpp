@@ -8,6 +8,7 @@
 namespace py = pybind11;
 using nlora::Matrix;
 using nlora::cpu::Core;
+using nlora::cpu::Stack;
 
 namespace {
 
@@ -76,13 +77,22 @@ struct type_caster<Matrix> {
   bool load(handle source, bool) {
     value = Matrix();
     if (source.is_none()) return true;
+    DLTensor t;
+    return read(source, t, resolved_) && place(t, value);
+  }
+
+  // A tensor with its sign in memory: where that is a flag of the view a copy, for as long as the call lasts.
+  static bool read(handle source, DLTensor& t, object& resolved) {
     if (!tensors().holds(source)) return false;
     if (tensors().is_negative(source)) {
-      // The sign is a flag of the view: read a copy that has it in memory, for as long as the call lasts.
-      resolved_ = source.attr("resolve_neg")();
-      source = resolved_;
+      resolved = source.attr("resolve_neg")();
+      source = resolved;
     }
-    const DLTensor t = tensors().read(source);
+    t = tensors().read(source);
+    return true;
+  }
+
+  static bool place(const DLTensor& t, Matrix& value) {
     constexpr uint8_t kFloat = 2, kBFloat = 4;
     if (t.dims < 1 || t.dims > 2 || t.lanes != 1) return false;
     if (t.code == kFloat && t.bits == 32) {
@@ -106,6 +116,24 @@ struct type_caster<Matrix> {
       value.data = &value;
     }
     return true;
+  }
+
+ private:
+  object resolved_;
+};
+
+template <>
+struct type_caster<Stack> {
+  PYBIND11_TYPE_CASTER(Stack, const_name("Tensor | None"));
+
+  bool load(handle source, bool) {
+    value = Stack();
+    if (source.is_none()) return true;
+    DLTensor t;
+    if (!make_caster<Matrix>::read(source, t, resolved_) || t.dims < 2) return false;
+    value.stride = t.strides[0];
+    --t.dims, ++t.shape, ++t.strides;
+    return make_caster<Matrix>::place(t, value.first);
   }
 
  private:
@@ -276,6 +304,20 @@ PYBIND11_MODULE(_C, m) {
               {dy[i], x, T[i], weight[i], A[i], B[i], core, {}, g[0], g[1], g[2], dcore, g[4], scaling[i], threads});
         }
         backward_group(std::move(members), dx);
+      },
+      free_threads());
+  m.def(
+      "cpu_forward_experts",
+      [](const std::vector<int64_t>& ends, const Matrix& x, const Stack& weight, const Stack& A, const Stack& B,
+         const Stack& N, const Stack& bias, const Matrix& y, const Matrix& T, float scaling,
+         int threads) { forward_experts({ends, x, weight, A, B, N, bias, y, T, scaling, threads}); },
+      free_threads());
+  m.def(
+      "cpu_backward_experts",
+      [](const std::vector<int64_t>& ends, const Matrix& dy, const Matrix& x, const Matrix& T, const Stack& weight,
+         const Stack& A, const Stack& B, const Stack& N, const Matrix& dx, const Stack& dweight, const Stack& dA,
+         const Stack& dB, const Stack& dN, const Stack& dbias, float scaling, int threads) {
+        backward_experts({ends, dy, x, T, weight, A, B, N, dx, dweight, dA, dB, dN, dbias, scaling, threads});
       },
       free_threads());
   m.def("cpu_add_product", &add_product, free_threads());

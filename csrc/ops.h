@@ -73,6 +73,37 @@ void backward(Backward b);
 void forward_group(std::vector<Forward> members);
 void backward_group(std::vector<Backward> members, const Matrix& dx);
 
+// Matrices of one shape and dtype, one of each expert, `stride` elements apart; of vectors each is a row.
+struct Stack {
+  Matrix first;
+  int64_t stride = 0;
+
+  explicit operator bool() const { return bool(first); }
+};
+
+// `forward` of every expert e with its rows of x, y and T, those from ends[e - 1] to ends[e].
+struct ExpertsForward {
+  std::vector<int64_t> ends;
+  Matrix x;
+  Stack weight, A, B, N, bias;
+  Matrix y, T;
+  float scaling;
+  int threads;
+};
+void forward_experts(const ExpertsForward& f);
+
+// `backward` of every expert; without rows its gradients are zero.
+struct ExpertsBackward {
+  std::vector<int64_t> ends;
+  Matrix dy, x, T;
+  Stack weight, A, B, N;
+  Matrix dx;
+  Stack dweight, dA, dB, dN, dbias;
+  float scaling;
+  int threads;
+};
+void backward_experts(const ExpertsBackward& b);
+
 // out = U·diag(E ⊙ mask)·u, and the gradients of u, E and U from that of N.
 void lora2_core(const Core& core, const Matrix& out);
 void lora2_core_backward(const Matrix& dN, const Core& core, const Core& dcore);

@@ -10,7 +10,7 @@ import warnings
 from . import backends, init
 from .imports import when_imported
 from .layers import LoRA2Linear, NLoraLinear
-from .ops import lora2_core, lora2_linear, lora_group_linear, lora_linear, lora_mlp
+from .ops import lora2_core, lora2_linear, lora_group_linear, lora_grouped_linear, lora_linear, lora_mlp
 from .versions import __version__
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "lora2_core",
     "lora2_linear",
     "lora_group_linear",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_mlp",
 ]

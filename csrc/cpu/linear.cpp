@@ -90,7 +90,8 @@ void forward(Forward f) {
   Scratch scratch;
   if (f.core.u) f.core.N = square(f.A.rows, scratch), lora2_core(f.core, f.core.N);
   const float* start = row_vector(kernel, f.bias, scratch);
-  if (f.weight && f.x.rows <= kFewRows) return few_rows(kernel, f, start, scratch);
+  // What reads weight in place reads whole rows of it.
+  if (f.weight && f.x.rows <= kFewRows && f.weight.col_stride == 1) return few_rows(kernel, f, start, scratch);
   if (!f.A) return gemm({{f.x, f.weight}}, start, f.y, f.threads);
   const Chain chain(kernel, f.x, f.A, f.core.N, f.scaling, f.T, scratch);
   const Prepare prepare = [&](Range rows) { chain(rows); };
@@ -109,7 +110,7 @@ void backward(Backward b) {
   if (b.dcore.u) b.dcore.N = square(R, scratch);
   const Narrow narrow(kernel, b, scratch);
   Sums sums(kernel, scratch);
-  if (b.weight && b.dy.rows <= kFewRows) {
+  if (b.weight && b.dy.rows <= kFewRows && b.weight.col_stride == 1) {
     // Of few rows, dx is a sum over those of weight.
     narrow.all(b.threads);
     sums.add(b.dx, {{b.dy, b.weight}, {narrow.H, b.A}});

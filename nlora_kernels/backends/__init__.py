@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..internals import constant_in_compiled_code
 from . import native, verified
-from .base import Backend, Call, Dropout, Factors, Grads, Needs
+from .base import Backend, Call, Dropout, ExpertsCall, Factors, Grads, Needs
 from .cpu import Cpu
 from .cuda import Cuda
 from .lean import Lean
@@ -29,6 +29,7 @@ __all__ = [
     "Dropout",
     "Factors",
     "Grads",
+    "ExpertsCall",
     "Needs",
     "available",
     "drops_inside",
@@ -87,7 +88,8 @@ def select(name: str | None, first: Tensor, call: Call | None = None, operation:
 
     `name`, or what is `preferred` where there is none, is taken as it is: ValueError if it is unknown, cannot run here
     or cannot take this call. Without a name: on a GPU the fastest that passed `verify` there, can take the call and is
-    faster than "lean" at this `operation` ("forward", "backward", "lora2_core", "initialisation", "lora2_training");
+    faster than "lean" at this `operation` ("forward", "backward", "experts", "lora2_core", "initialisation",
+    "lora2_training");
     else the first of the table that can take the call and is verified on hardware of the tensors' kind.
     """
     name = name or _preferred

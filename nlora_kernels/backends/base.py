@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
 
@@ -158,6 +159,48 @@ def linear_backward(call: Call, dy: Tensor, needs: Needs) -> Grads:
     )
 
 
+class ExpertsCall(NamedTuple):
+    """One call of `lora_grouped_linear`, every argument checked: a `Call` for each of E experts, whose matrices are
+    stacked, weight (E, N, K) and bias (E, N), lora_A (E, R, K), lora_N (E, R, R) or None and lora_B (E, N, R).
+
+    Expert e has the rows of x (M, K) from offsets[e - 1] to offsets[e]; rows past the last of offsets (E,) have none.
+    """
+
+    x: Tensor | None
+    offsets: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_N: Tensor | None = None
+    bias: Tensor | None = None
+    scaling: float = 1.0
+
+    def expert(self, index: int, rows: slice = slice(0)) -> Call:
+        """The call of one expert with some rows of x."""
+        x, _, *stacks, scaling = self
+        return Call(None if x is None else x[rows], *(t if t is None else t[index] for t in stacks), scaling)
+
+    def experts(self) -> list[tuple[slice, Call]]:
+        """The rows and the call of every expert."""
+        ends = self.offsets.tolist()
+        rows = [slice(first, last) for first, last in pairwise([0, *ends])]
+        return [(each, self.expert(index, each)) for index, each in enumerate(rows)]
+
+
+def stacked(grads: Sequence[Grads], rows: int) -> Grads:
+    """The gradients of a call of so many rows from those of its experts; rows without an expert have none."""
+    dx, *others = zip(*grads, strict=True)
+    return Grads(
+        None if dx[0] is None else lengthened(torch.cat(dx), rows),
+        *(None if each[0] is None else torch.stack(each) for each in others),
+    )
+
+
+def lengthened(t: Tensor, rows: int) -> Tensor:
+    """t with zeros for the rows that it lacks."""
+    return t if t.shape[0] == rows else torch.cat([t, t.new_zeros(rows - t.shape[0], t.shape[1])])
+
+
 class Backend:
     """A way to compute the operations: one instance per backend in `backends.TABLE`.
 
@@ -218,6 +261,18 @@ class Backend:
                 dx = of.x if dx is None else dx.add_(of.x)
             grads.append(of._replace(x=None))
         return dx, grads
+
+    def forward_experts(self, call: ExpertsCall) -> tuple[Tensor, Tensor]:
+        """(y, T) of all experts; by default one after another."""
+        y, T = zip(*(self.forward(each) for _, each in call.experts()), strict=True)
+        M = call.x.shape[0]
+        return lengthened(torch.cat(y), M), lengthened(torch.cat(T), M)
+
+    def backward_experts(self, call: ExpertsCall, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+        """x and T are there where `needs` makes them necessary."""
+        experts = call.experts()
+        grads = [self.backward(each, dy[rows], None if T is None else T[rows], needs) for rows, each in experts]
+        return stacked(grads, dy.shape[0])
 
     def lora2_core(self, lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None) -> Tensor:
         raise NotImplementedError

@@ -7,7 +7,7 @@ letters are those of `reference`.
 import torch
 from torch import Tensor
 
-from .base import Call, Grads, Needs, linear_backward
+from .base import Call, ExpertsCall, Grads, Needs, linear_backward
 from .reference import Reference
 
 
@@ -15,14 +15,15 @@ class Lean(Reference):
     name = "lean"
     verified_on = frozenset({"cpu", "cuda"})
 
-    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+    def forward(self, call: Call, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Into y, where it is given."""
         x, (A, B, N) = call.x, call.adapter
         T = call.drop(x) @ A.T  # [M, R]
         P = T if N is None else T @ N.T  # [M, R]
         if call.bias is None:
-            y = scaled_mm(P, B.T, call.scaling)
+            y = scaled_mm(P, B.T, call.scaling, y)
         else:
-            y = torch.addmm(call.bias, P, B.T, alpha=call.scaling)
+            y = torch.addmm(call.bias, P, B.T, alpha=call.scaling, out=y)
         return y.addmm_(x, call.weight.T), T
 
     def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs, dx: Tensor | None = None) -> Grads:
@@ -66,9 +67,33 @@ class Lean(Reference):
             grads.append(of._replace(x=None))
         return dx, grads
 
+    def forward_experts(self, call: ExpertsCall) -> tuple[Tensor, Tensor]:
+        x, M, N = call.x, call.x.shape[0], call.weight.shape[1]
+        y, T = x.new_empty(M, N), x.new_empty(M, call.lora_A.shape[1])
+        last = 0
+        for rows, each in call.experts():
+            if rows.start < rows.stop:
+                T[rows] = Lean.forward(self, each, y[rows])[1]
+            last = rows.stop
+        y[last:], T[last:] = 0, 0
+        return y, T
 
-def scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    def backward_experts(self, call: ExpertsCall, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+        dx = dy.new_zeros(dy.shape[0], call.weight.shape[2]) if needs.x else None
+        bias = dy.new_zeros(call.weight.shape[:2]) if needs.bias else None
+        others = [torch.zeros_like(t) if needed else None for t, needed in zip(call[2:6], needs[1:5], strict=True)]
+        for index, (rows, each) in enumerate(call.experts()):
+            if rows.start < rows.stop:
+                to, own = None if dx is None else dx[rows], None if T is None else T[rows]
+                grads = Lean.backward(self, each, dy[rows], own, needs, to)
+                for stack, grad in zip((*others, bias), grads[1:], strict=True):
+                    if grad is not None:
+                        stack[index] = grad
+        return Grads(dx, *others, bias)
+
+
+def scaled_mm(a: Tensor, b: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
     """alpha·a·b with the factor inside the product, not in a pass of its own."""
-    out = a.new_empty(a.shape[0], b.shape[1])
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
     # NOTE: beta=0 never reads the uninitialised tensor, so NaN in it does not spread.
     return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)

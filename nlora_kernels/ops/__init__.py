@@ -6,7 +6,8 @@ arithmetic.
 """
 
 from .api import lora2_core, lora2_linear, lora_linear
+from .experts import lora_grouped_linear
 from .group import lora_group_linear
 from .mlp import lora_mlp
 
-__all__ = ["lora2_core", "lora2_linear", "lora_group_linear", "lora_linear", "lora_mlp"]
+__all__ = ["lora2_core", "lora2_linear", "lora_group_linear", "lora_grouped_linear", "lora_linear", "lora_mlp"]

@@ -3,6 +3,7 @@
 import contextlib
 import numbers
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -124,9 +125,7 @@ def check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names=No
         tensors = {names.get(name, name): t for name, t in tensors.items()}
     x_name, weight_name, A_name, B_name, N_name, bias_name = tensors
     _check_tensors(tensors, optional=(N_name, bias_name))
-    # NOTE: a float first, because asking an abstract class costs more than all other checks of a number.
-    if type(scaling) is not float and (isinstance(scaling, bool) or not isinstance(scaling, REAL)):
-        raise TypeError(f"scaling must be a real number, got {type(scaling).__name__}")
+    _check_scaling(scaling)
     if weight.dim() != 2:
         raise ValueError(f"{weight_name} must have shape (out, in), got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
@@ -179,6 +178,52 @@ def check_group(weights, adapters, biases) -> int:
 
 def _said(given) -> str:
     return f"{type(given).__name__} of {len(given)}" if isinstance(given, Sequence) else type(given).__name__
+
+
+def check_experts(x, offsets, weight, lora_A, lora_B, lora_N, bias, scaling):
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N, "bias": bias}
+    _check_tensors(tensors, optional=("lora_N", "bias"))
+    _check_scaling(scaling)
+    if weight.dim() != 3 or weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape (experts, out, in) with experts >= 1, got {tuple(weight.shape)}")
+    experts, out_features, in_features = weight.shape
+    if x.dim() != 2 or x.shape[1] != in_features:
+        raise ValueError(f"x must have shape (rows, {in_features}), got {tuple(x.shape)}")
+    A_shape = tuple(lora_A.shape)
+    if len(A_shape) != 3 or A_shape[::2] != (experts, in_features) or A_shape[1] == 0:
+        raise ValueError(f"lora_A must have shape ({experts}, r, {in_features}) with r >= 1, got {A_shape}")
+    r = A_shape[1]
+    for name, t, shape in (
+        ("lora_B", lora_B, (experts, out_features, r)),
+        ("lora_N", lora_N, (experts, r, r)),
+        ("bias", bias, (experts, out_features)),
+    ):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    _check_dtypes({"x": x, "weight": weight, "bias": bias})
+    _check_offsets(offsets, x, experts)
+
+
+def _check_offsets(offsets, x: Tensor, experts: int):
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets must be a Tensor, got {type(offsets).__name__}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype}")
+    if offsets.shape != (experts,):
+        raise ValueError(f"offsets must have shape ({experts},), got {tuple(offsets.shape)}")
+    if offsets.device != x.device:
+        raise ValueError(f"offsets must be on x's device {x.device}, got {offsets.device}")
+    # Elsewhere to read them would wait for the device, and of a fake there is nothing to read.
+    if type(offsets) in PLAIN and offsets.is_cpu and not torch.compiler.is_compiling():
+        ends = offsets.tolist()
+        if any(last < first for first, last in pairwise([0, *ends, x.shape[0]])):
+            raise ValueError(f"offsets must rise from 0 to at most the {x.shape[0]} rows of x, got {ends}")
+
+
+def _check_scaling(scaling):
+    # NOTE: a float first, because asking an abstract class costs more than all other checks of a number.
+    if type(scaling) is not float and (isinstance(scaling, bool) or not isinstance(scaling, REAL)):
+        raise TypeError(f"scaling must be a real number, got {type(scaling).__name__}")
 
 
 def check_lora2_core(lora_u, lora_E, lora_U, mask):

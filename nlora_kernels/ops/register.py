@@ -7,14 +7,14 @@ import functools
 import torch
 
 from .. import backends
-from ..backends import Call, Dropout, Needs
+from ..backends import Call, Dropout, ExpertsCall, Needs
 from ..imports import when_imported
 
 
 def without_autocast(function, *args):
     """Calls a function whose operands are cast already."""
     first = args[0][0] if type(args[0]) is list else args[0]
-    device = (first.weight if isinstance(first, Call) else first).device.type
+    device = (first.weight if isinstance(first, Call | ExpertsCall) else first).device.type
     if not torch.is_autocast_enabled(device):
         return function(*args)
     with torch.autocast(device, enabled=False):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ..base import Backend, Call, Factors, Grads, Needs, linear, plain, short
+from ..base import Backend, Call, ExpertsCall, Factors, Grads, Needs, linear, plain, short
 from ..lean import Lean
 from ..native import _C
 from . import lora2, plans
@@ -37,6 +37,7 @@ class Cpu(Lean):
     name = "cpu"
     verified_on = frozenset({"cpu"})
     plan = staticmethod(plans.plan)
+    multiplies_experts = staticmethod(plans.multiplies_experts)
     makes_core = True
 
     def unavailable(self) -> str | None:
@@ -188,6 +189,39 @@ class Cpu(Lean):
         inner = sum(call.lora_A.shape[0] * (K + call.weight.shape[0]) for call in calls if call.lora_A is not None)
         return self.plan(first.dtype, first.shape[0], K, N, max(1, round(inner / (K + N))), backward=backward)
 
+    def forward_experts(self, call: ExpertsCall) -> tuple[Tensor, Tensor]:
+        x, offsets, weight, lora_A, lora_B, lora_N, bias, scaling = call
+        (M, K), (E, N, _), R = x.shape, weight.shape, lora_A.shape[1]
+        if not self.multiplies_experts(x.dtype, M, E, K, N, R):
+            return super().forward_experts(call)
+        ends, y, T = offsets.tolist(), x.new_empty(M, N), x.new_empty(M, R)
+        y[ends[-1] :], T[ends[-1] :] = 0, 0
+        adapter = _columns(lora_A), lora_B.contiguous(), lora_N
+        threads = torch.get_num_threads()
+        _C.cpu_forward_experts(ends, _rows(x), weight, *adapter, bias, y, T, scaling, threads)
+        return y, T
+
+    def backward_experts(self, call: ExpertsCall, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+        x, offsets, weight, lora_A, lora_B, lora_N, _, scaling = call
+        M, (E, N, K), R = dy.shape[0], weight.shape, lora_A.shape[1]
+        if not self.multiplies_experts(dy.dtype, M, E, K, N, R, backward=True):
+            return super().backward_experts(call, dy, T, needs)
+        ends, lora_A, lora_B = offsets.tolist(), _columns(lora_A), lora_B.contiguous()
+        grads = Grads(
+            x=dy.new_empty(M, K) if needs.x else None,
+            weight=_new(weight) if needs.weight else None,
+            lora_A=_new(lora_A) if needs.lora_A else None,
+            lora_B=_new(lora_B) if needs.lora_B else None,
+            lora_N=_new(lora_N) if needs.lora_N else None,
+            bias=dy.new_empty(E, N) if needs.bias else None,
+        )
+        if needs.x:
+            grads.x[ends[-1] :] = 0
+        threads = torch.get_num_threads()
+        tensors = _rows(dy), _rows(x), T, weight, lora_A, lora_B, lora_N
+        _C.cpu_backward_experts(ends, *tensors, *grads, scaling, threads)
+        return grads
+
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
         if lora_u.dtype not in plans.DTYPES:
             return super().lora2_core(lora_u, lora_E, lora_U, mask)
@@ -256,6 +290,11 @@ def _readable(factors: Factors) -> Factors:
 def _rows(t: Tensor | None) -> Tensor | None:
     """A matrix with its columns side by side, as the kernels read it."""
     return t if t is None or t.is_contiguous() or t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _columns(t: Tensor) -> Tensor:
+    """The same of stacked matrices."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _new(like: Tensor) -> Tensor:
