@@ -170,13 +170,21 @@ def _as_lora(layer: dict[str, Tensor], config: dict, scaling: float) -> _Lora:
         return _Lora({"A.weight": A, "B.weight": scaling * B, **bias})
     if "A0" in layer:
         (A, B), (A0, B0) = (_folded(layer[f"A{n}"], scaling * layer[f"N{n}"], layer[f"B{n}"]) for n in ("", "0"))
-        return _Lora.of(torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
+        E = layer["N"].shape[0] // layer["N"].shape[1]
+        A, A0 = (t.unflatten(0, (E, -1)) for t in (A, A0))
+        B, B0 = (t.unflatten(1, (-1, E)) for t in (B, B0))
+        return _Lora.of(torch.cat([A, A0], dim=1).flatten(0, 1), torch.cat([B, -B0], dim=1).flatten(1))
     N = layer["N"] - layer["N0"] if "N0" in layer else layer["N"]
     return _Lora.of(*_folded(A, scaling * N, B))
 
 
 def _folded(A: Tensor, N: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    return (A, B @ N) if B.shape[0] <= A.shape[1] else (N @ A, B)
+    """(A, B·N) or (N·A, B), of every expert, whose number the shape of the cores below each other tells."""
+    E, r = N.shape[0] // N.shape[1], N.shape[1]
+    N = N.view(E, r, r)
+    if B.shape[0] <= A.shape[1]:
+        return A, torch.einsum("ore,ers->ose", B.unflatten(1, (r, E)), N).flatten(1)
+    return torch.einsum("ers,esi->eri", N, A.unflatten(0, (E, r))).flatten(0, 1), B
 
 
 def _of_one_rank(src_dir, config: dict, exported: dict[str, _Lora]) -> tuple[dict, dict[str, _Lora]]:
@@ -187,7 +195,7 @@ def _of_one_rank(src_dir, config: dict, exported: dict[str, _Lora]) -> tuple[dic
         raise ValueError(f"{Path(src_dir, CONFIG)} has patterns for target_parameters, which need keep_patterns")
     else:
         # The ranks of several experts lie side by side.
-        r = config["r"]
+        r = config["r"] * (2 if config.get("residual") and config.get("train") != "core" else 1)
     one = {"r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     return config | one, exported
 

@@ -39,7 +39,8 @@ def nystrom(
     The Nyström initialisation of NLoRA (arXiv 2502.14482); its weight is the transpose of ours.
 
     Args:
-        weight: W (out, in), any floating dtype. On the meta device only shapes are made.
+        weight: W (out, in), any floating dtype, or those of several experts, (experts, out, in), each with rows and
+            columns of its own. On the meta device only shapes are made.
         r: number of rows and columns, 1 <= r <= min(out, in).
         core: "sample"   N = W[I][:, J] as it stands. As published; B·N·A is then no approximation of W but a small
                          perturbation correlated with it.
@@ -51,17 +52,21 @@ def nystrom(
         generator: for select="uniform".
 
     Returns:
-        A (r, in), N (r, r), B (out, r), new tensors in the weight's dtype; "optimal" and "pinv" compute in fp32 (fp64
-        for an fp64 weight).
+        A (r, in), N (r, r), B (out, r), new tensors in the weight's dtype, stacked as it is; "optimal" and "pinv"
+        compute in fp32 (fp64 for an fp64 weight).
 
     Raises:
         TypeError: weight is no floating tensor, r is no integer.
         ValueError: r, an index, core or select out of range; weight holds NaN or infinity.
     """
-    _check_weight(weight)
-    check_rank(r, min(weight.shape), "min(out, in)")
+    _check_weight(weight, stacked=True)
+    check_rank(r, min(weight.shape[-2:]), "min(out, in)")
     check_choice("core", core, CORES)
     _check_finite(weight)
+    if weight.dim() == 3:
+        if rows is not None or cols is not None:
+            raise ValueError("rows and cols must be None for a weight of several experts")
+        return _nystrom_of_experts(weight.detach(), r, core, select, generator)
     chosen_rows, chosen_cols = None, None
     if rows is None or cols is None:
         chosen_rows, chosen_cols = _select(weight, r, select, generator)
@@ -78,6 +83,27 @@ def nystrom(
     elif core == "pinv":
         N = torch.linalg.pinv(N.to(_accumulator(weight.dtype)))
     return A, N.to(weight.dtype), B.contiguous()
+
+
+def _nystrom_of_experts(weight: Tensor, r: int, core: str, select: str, generator) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = _select_of_experts(weight, r, select, generator)
+    A = weight.take_along_dim(rows[:, :, None], 1)
+    B = weight.take_along_dim(cols[:, None, :], 2)
+    N = A.take_along_dim(cols[:, None, :], 2)
+    if core == "optimal":
+        N = _optimal_core(weight, A, B)
+    elif core == "pinv":
+        N = torch.linalg.pinv(N.to(_accumulator(weight.dtype)))
+    return A, N.to(weight.dtype), B
+
+
+def _select_of_experts(weight: Tensor, r: int, how: str, generator) -> tuple[Tensor, Tensor]:
+    """(I, J), each (experts, r)."""
+    if how == "norm" and not weight.is_meta:
+        dtype = _accumulator(weight.dtype)
+        norms = (torch.linalg.vector_norm(weight, dim=dim, dtype=dtype) for dim in (2, 1))
+        return tuple(n.argsort(dim=1, descending=True, stable=True)[:, :r] for n in norms)
+    return tuple(map(torch.stack, zip(*(_select(each, r, how, generator) for each in weight), strict=True)))
 
 
 def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -162,6 +188,8 @@ def adapter(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(A, N, B) of one method for a weight W (out, in), in its dtype and on its device.
 
+    Of the weights of several experts, W (experts, out, in), they are stacked alike.
+
     method  "lora"            A ~ U(±1/√in), no N, B = 0                    (Kaiming uniform with a = √5)
             "slora"           A ~ U(±1/√in), N ~ U(±1/√r), B = 0           (arXiv 2502.14482)
             "slora_gaussian"  A ~ U(±1/√in), N ~ N(0, 1/r²), B = 0
@@ -172,16 +200,16 @@ def adapter(
     check_choice("method", method, METHODS)
     if method == "nystrom":
         return nystrom(weight, r, core=core, select=select, generator=generator)
-    _check_weight(weight)
+    _check_weight(weight, stacked=True)
     check_rank(r)
-    out_features, in_features = weight.shape
-    A = _uniform((r, in_features), 1 / math.sqrt(in_features), weight, generator)
-    B = weight.new_zeros(out_features, r)
+    *experts, out_features, in_features = weight.shape
+    A = _uniform((*experts, r, in_features), 1 / math.sqrt(in_features), weight, generator)
+    B = weight.new_zeros(*experts, out_features, r)
     if method == "lora":
         return A, None, B
     if method == "slora":
-        return A, _uniform((r, r), 1 / math.sqrt(r), weight, generator), B
-    return A, _normal((r, r), 1 / r, weight, generator), B
+        return A, _uniform((*experts, r, r), 1 / math.sqrt(r), weight, generator), B
+    return A, _normal((*experts, r, r), 1 / r, weight, generator), B
 
 
 def lora2(
@@ -211,12 +239,13 @@ def _optimal_core(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     # With B = Q_B·R_B and Aᵀ = Q_A·R_A:  B⁺·W·A⁺ = R_B⁺·(Q_Bᵀ·W·Q_A)·R_A⁺ᵀ. Only r×r matrices are inverted, and the
     # pseudo-inverse stands in for the triangular solve because rows of a real weight can be dependent.
     dtype = _accumulator(weight.dtype)
-    Q_A, R_A = torch.linalg.qr(A.T.to(dtype))
+    Q_A, R_A = torch.linalg.qr(A.mT.to(dtype))
     Q_B, R_B = torch.linalg.qr(B.to(dtype))
-    projected = sum(q.T @ (tile @ Q_A) for q, tile in zip(Q_B.split(_TILE_ROWS), _tiles(weight, dtype), strict=True))
-    if solve := _kernel("solve_triangular", weight, A.shape[0]):
+    tiles = zip(Q_B.split(_TILE_ROWS, dim=-2), _tiles(weight, dtype), strict=True)
+    projected = sum(q.mT @ (tile @ Q_A) for q, tile in tiles)
+    if weight.dim() == 2 and (solve := _kernel("solve_triangular", weight, A.shape[0])):
         return solve(R_B, solve(R_A, projected.T).T)
-    return torch.linalg.pinv(R_B) @ projected @ torch.linalg.pinv(R_A).T
+    return torch.linalg.pinv(R_B) @ projected @ torch.linalg.pinv(R_A).mT
 
 
 def _select(weight, r, how, generator) -> tuple[Tensor, Tensor]:
@@ -262,7 +291,7 @@ def _pivoted_rows(weight: Tensor, r: int) -> Tensor:
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    for part in weight.split(_TILE_ROWS):
+    for part in weight.split(_TILE_ROWS, dim=-2):
         yield part.to(dtype)
 
 
@@ -300,13 +329,14 @@ def _indices(name: str, indices, r: int, limit: int, device) -> Tensor:
     return indices.long()
 
 
-def _check_weight(weight) -> None:
+def _check_weight(weight, stacked: bool = False) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():
         raise TypeError(f"weight must be a floating tensor, got {weight.dtype}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must have shape (out, in), got {tuple(weight.shape)}")
+    if weight.dim() != 2 and not (stacked and weight.dim() == 3):
+        shapes = "(out, in) or (experts, out, in)" if stacked else "(out, in)"
+        raise ValueError(f"weight must have shape {shapes}, got {tuple(weight.shape)}")
 
 
 def check_rank(r, limit: float = math.inf, limit_name: str = "", name: str = "r") -> None:

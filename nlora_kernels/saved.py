@@ -168,15 +168,19 @@ def check_layers(file: Path, layers: dict[str, dict[str, Tensor]], config: dict)
             raise ValueError(f"{file}: {name} has {', '.join(foreign)}, which {CONFIG} says nothing of")
         sizes = {"r": rank(config, name), "k": config.get("k")}
         if config.get("target_parameters"):
-            # The ranks of several experts lie side by side.
+            # The ranks of several experts lie side by side, and below each other the cores.
             del sizes["r"]
+            core = layer.get("N")
+            if core is not None and core.dim() == 2 and core.shape[0] % max(1, core.shape[1]) == 0:
+                sizes["core"] = core.shape[1]
         for kind, tensor in layer.items():
             # Convolutions have more dimensions, plain LoRA's alone.
             shape = tensor.shape[:2] if kinds == ("A", "B") else tensor.shape
             known = dict(sizes)
-            wanted = [sizes.setdefault(size, there) for size, there in zip(_SHAPES[kind], shape, strict=False)]
-            if len(_SHAPES[kind]) != len(shape) or wanted != list(shape):
-                expected = ", ".join(str(known.get(size, size)) for size in _SHAPES[kind])
+            names = ("r", "core") if kind in ("N", "N0") and "core" in sizes else _SHAPES[kind]
+            wanted = [sizes.setdefault(size, there) for size, there in zip(names, shape, strict=False)]
+            if len(names) != len(shape) or wanted != list(shape):
+                expected = ", ".join(str(known.get(size, size)) for size in names)
                 raise ValueError(
                     f"{file}: {name} does not fit together: lora_{kind} must have shape ({expected}), "
                     f"got {tuple(tensor.shape)}"

@@ -45,6 +45,41 @@ def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
     return _enlarged(GPT2LMHeadModel(config)).to(dtype).eval()
 
 
+def mixtral():
+    """Experts with weights (E, out, in), gate and up one after the other."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return _mixture(MixtralForCausalLM, MixtralConfig, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
+
+
+def qwen3_moe():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3, "head_dim": 8}
+    return _mixture(Qwen3MoeForCausalLM, Qwen3MoeConfig, **sizes)
+
+
+def gpt_oss():
+    """Experts with weights (E, in, out) and biases, gate and up by turns."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    return _mixture(GptOssForCausalLM, GptOssConfig, **sizes)
+
+
+MIXTURES = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
+
+
+def _mixture(model, config, **sizes) -> nn.Module:
+    torch.manual_seed(0)
+    shared = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = model(config(vocab_size=VOCABULARY, max_position_embeddings=64, **shared, **sizes))
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            parameter.data.mul_(5)
+    return _enlarged(model).eval()
+
+
 def tokens(batch: int = 3, length: int = 9, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 

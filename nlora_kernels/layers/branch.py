@@ -93,17 +93,24 @@ def obstacle_of(linear: nn.Module, other: type | None = None) -> str | None:
     kind = type(linear)
     if kind is not nn.Linear and kind is not other and not is_conv1d(linear):
         return f"its type is {kind.__qualname__}, not nn.Linear or Conv1D"
+    if reason := altered(linear):
+        return reason
+    weight = tensor_of(linear, "weight")
+    if not is_dense(weight):
+        return f"its weight is a {type(weight).__qualname__} of {weight.dtype}, not a dense tensor"
+    return None
+
+
+def altered(module: nn.Module) -> str | None:
+    """None if calling a module is its forward and no more, else what was done to it."""
     # A look into the dictionary costs a tenth of an attribute that a module lacks.
-    own = linear.__dict__
+    own = module.__dict__
     if "forward" in own:
         return "its forward is replaced on the instance, as offloading and tensor parallelism do"
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "it has hooks"
     if own.get("_hf_tp_plan") is not None:
         return "it has a tensor-parallel plan"
-    weight = tensor_of(linear, "weight")
-    if not is_dense(weight):
-        return f"its weight is a {type(weight).__qualname__} of {weight.dtype}, not a dense tensor"
     return None
 
 

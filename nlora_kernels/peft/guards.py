@@ -8,6 +8,7 @@ from peft.utils import hotswap, save_and_load
 from torch import nn
 
 from .config import LoRA2Config, NLoraConfig
+from .experts import FusedExperts
 from .layer import FusedLinear
 from .nlora import NLoraLinear, deferred, subtract_initial
 from .tuner import FIXED_IN_HOT_SWAP, withdraw
@@ -90,7 +91,7 @@ def _from_pretrained_whole(load):
             return loaded
         except BaseException:
             after = _layers(model)
-            if not before and after and all(isinstance(layer, FusedLinear) for layer in after.values()):
+            if not before and after and all(isinstance(layer, FusedLinear | FusedExperts) for layer in after.values()):
                 withdraw(model, adapter_name, set())
                 model.__dict__.pop("peft_config", None)
             raise

@@ -205,7 +205,7 @@ class FusedLinear(Linear):
     def _adding(self, name: str, sign: int, safe: bool = False) -> tuple[Callable[[], object], ...]:
         """Steps for `commit` that add what the adapter adds to the base layer, or take it away."""
         base = self.get_base_layer()
-        check = partial(_check_finite, name) if safe else None
+        check = partial(check_finite, name) if safe else None
         torchao = self.kwargs.get("get_apply_tensor_subclass")
         steps = base_weights.adding(base, self._shift(name), sign, check=check, torchao=torchao)
         if self.lora_bias[name]:
@@ -244,7 +244,7 @@ def check_whole(base: nn.Module, method: str) -> None:
         raise ValueError(f"{method} is not supported on a tensor-parallel layer, got the plan {plan!r}")
 
 
-def _check_finite(adapter: str, merged: Tensor) -> None:
+def check_finite(adapter: str, merged: Tensor) -> None:
     if not torch.isfinite(merged).all():
         # In the words of PEFT, which its users look for.
         raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")

@@ -28,9 +28,11 @@ from torch.nn.parameter import is_lazy
 
 from .. import patterns, saved
 from ..layers import branch as branches
+from ..layers import experts
 from ..layers.modules import check_alpha
 from . import base as base_weights
 from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
+from .experts import FusedExperts, NLoraExperts
 from .fuse import fuse_layers, unfuse
 from .layer import FusedLinear
 from .lora2 import LoRA2Linear
@@ -45,7 +47,12 @@ class _FusedModel(LoraModel):
         # Meanwhile layers of plain LoRA are PEFT's own, made and named in its messages as with LoraConfig.
         unfuse(model)
         try:
-            _refuse_experts(model, self.peft_config[adapter_name])
+            config = self.peft_config[adapter_name]
+            _find_experts(model, config)
+            if config.target_parameters and not _is_lora(config):
+                # NOTE: not where PEFT comes to them, walking through modules that must not get others meanwhile.
+                for module in list(model.modules()):
+                    NLoraExperts.adopt(module)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             withdraw(model, adapter_name, before)
@@ -202,8 +209,9 @@ class NLoraModel(_FusedModel):
             _fit_ranks(model, peft_config)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if not _is_lora(lora_config) and isinstance(target, LoraLayer) and not NLoraLinear.adopt(target):
-            raise _unsupported(lora_config, target.get_base_layer(), current_key)
+        if not _is_lora(lora_config) and isinstance(target, LoraLayer):
+            if not (NLoraLinear.adopt(target) or NLoraExperts.adopt(target)):
+                raise _unsupported(lora_config, target.get_base_layer(), current_key)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
@@ -212,9 +220,10 @@ class NLoraModel(_FusedModel):
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
         if _is_lora(lora_config):
             return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        if kwargs.get("parameter_name"):
+            return NLoraExperts(target, adapter_name, config=lora_config, **kwargs)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        linear = isinstance(base, nn.Linear) or branches.is_conv1d(base)
-        if not linear or kwargs.get("parameter_name"):
+        if not (isinstance(base, nn.Linear) or branches.is_conv1d(base)):
             raise _unsupported(lora_config, base, kwargs.get("target_name"))
         return NLoraLinear(target, adapter_name, config=lora_config, **kwargs)
 
@@ -282,20 +291,30 @@ def _as_lora(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _refuse_experts(model: nn.Module, config: LoraConfig) -> None:
-    """What PEFT turns into parameters of fused experts must not be left out of a method that cannot adapt them."""
+def _find_experts(model: nn.Module, config: LoraConfig) -> None:
+    """Has a configuration name the parameters that transformers keeps in place of the layers it names, fused experts.
+
+    PEFT does so where the type is its own. ValueError for a method that cannot adapt them.
+    """
     if _is_lora(config) or not is_transformers_ge_v5 or not hasattr(getattr(model, "config", None), "model_type"):
         return
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     converted = copy.deepcopy(_as_lora(config))
     convert_peft_config_for_transformers(converted, model=model, conversions=None)
-    if converted.target_parameters:
+    if not converted.target_parameters:
+        return
+    if isinstance(config, LoRA2Config):
         raise ValueError(
             f"target_modules must be linear for {method(config)}, got {_listed(config.target_modules)}, of which "
             f"{type(model).__name__} keeps as parameters {_listed(converted.target_parameters)}, and as linear layers "
             f"{_listed(converted.target_modules) or 'none'}"
         )
+    named_none = config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+        setattr(config, name, getattr(converted, name))
+    if named_none and config.init_lora_weights == "nystrom":
+        _fit_ranks(model, config)
 
 
 def _layer_of(key: str) -> str | None:
@@ -332,6 +351,14 @@ def _advise(model: nn.Module, config) -> None:
     # What its user chose, such as dropout, a layer runs unfused for without a word.
     bases = ((name, module.base_layer) for name, module in model.named_modules() if isinstance(module, FusedLinear))
     unfused = {name: reason for name, base in bases if (reason := branches.obstacle(base))}
+    wrappers = ((name, module) for name, module in model.named_modules() if isinstance(module, FusedExperts))
+    # The outermost computes. Nothing is said of routers, whose parameters are no stacks.
+    outermost = [
+        (name, module.get_base_layer())
+        for name, module in wrappers
+        if module.num_experts > 1 and not name.endswith(".base_layer")
+    ]
+    unfused |= {name: reason for name, base in outermost if (reason := experts.obstacle(base))}
     if unfused:
         name, reason = next(iter(unfused.items()))
         warnings.warn(
@@ -374,6 +401,9 @@ def _fit_ranks(model: nn.Module, config: NLoraConfig) -> None:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if (isinstance(base, nn.Linear) or branches.is_conv1d(base)) and check_target_module_exists(found, name):
             limits[name] = min(_get_in_out_features(base))
+    for name, parameter in model.named_parameters():
+        if any(f".{name}".endswith(f".{target}") for target in found.target_parameters or ()):
+            limits[name] = min(parameter.shape[-2:])
     named = {name for name in limits if patterns.lookup(config.rank_pattern, name, None) is not None}
     ranks = {name: limit for name, limit in limits.items() if 0 < limit < config.r and name not in named}
     if not ranks:
