@@ -64,6 +64,11 @@ def composing(shown: bool | None = None) -> bool:
     )
 
 
+def in_backward() -> bool:
+    """Whether autograd computes gradients in this thread now, as where a checkpoint makes its forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def plain_apply(function: type[torch.autograd.Function]) -> Callable:
     """function.apply for calls where nothing is `watched`.
 

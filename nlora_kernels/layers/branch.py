@@ -91,7 +91,7 @@ def obstacle_of(linear: nn.Module, other: type | None = None) -> str | None:
     """
     # A subclass (quantised, FSDP2's own, parametrized) is another type.
     kind = type(linear)
-    if kind is not nn.Linear and kind is not other and not is_conv1d(linear):
+    if not (kind is nn.Linear or kind is other or getattr(kind, "computes_linear", False) or is_conv1d(linear)):
         return f"its type is {kind.__qualname__}, not nn.Linear or Conv1D"
     if reason := altered(linear):
         return reason
@@ -112,6 +112,18 @@ def altered(module: nn.Module) -> str | None:
     if own.get("_hf_tp_plan") is not None:
         return "it has a tensor-parallel plan"
     return None
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether calling a module is calling the forward of its class."""
+    own = module.__dict__
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in own and not any([own[name] for name in hooks]) and not nn_module._has_any_global_hook()
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor of PyTorch's own with rows."""
+    return type(x) in PLAIN and not x.is_nested
 
 
 def dropout_obstacle(linear: nn.Module) -> str | None:

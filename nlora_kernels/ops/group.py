@@ -1,6 +1,7 @@
 """Layers that share x, as one operation: q, k and v of an attention, gate and up of an MLP."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from .checks import check_group, check_linear, check_lora_linear, check_memory, 
 
 # Tensors of a member, in the order of autograd.
 _MEMBER = ("weight", "lora_A", "lora_B", "lora_N", "bias", "seed")
+
+
+class Projection(NamedTuple):
+    """A linear layer with its adapter, (lora_A, lora_B) or (lora_A, lora_B, lora_N), or without."""
+
+    weight: Tensor
+    adapter: Sequence[Tensor] | None = None
+    bias: Tensor | None = None
+    scaling: float = 1.0
+    dropout: float = 0.0
+    seed: int | Tensor | None = None
 
 
 def lora_group_linear(

@@ -39,17 +39,6 @@ ACTIVATIONS = {
 }
 
 
-class Projection(NamedTuple):
-    """A linear layer with its adapter, (lora_A, lora_B) or (lora_A, lora_B, lora_N), or without."""
-
-    weight: Tensor
-    adapter: Sequence[Tensor] | None = None
-    bias: Tensor | None = None
-    scaling: float = 1.0
-    dropout: float = 0.0
-    seed: int | Tensor | None = None
-
-
 def lora_mlp(
     x: Tensor,
     gate: Sequence,
@@ -112,11 +101,11 @@ def lora_mlp(
         raise
 
 
-def _projection(name: str, given) -> Projection:
-    if not isinstance(given, Sequence) or not 1 <= len(given) <= len(Projection._fields):
-        kinds = ", ".join(Projection._fields)
+def _projection(name: str, given) -> group.Projection:
+    if not isinstance(given, Sequence) or not 1 <= len(given) <= len(group.Projection._fields):
+        kinds = ", ".join(group.Projection._fields)
         raise TypeError(f"{name} must be ({kinds}) or a part of it, got {type(given).__name__}")
-    return Projection(*given)
+    return group.Projection(*given)
 
 
 def _product_like(x: Tensor, calls: list[Call]) -> Tensor:

@@ -14,8 +14,20 @@ from . import required  # noqa: F401
 from . import card, guards, optimizers  # noqa: F401
 from .config import LoRA2Config, NLoraConfig
 from .fuse import fuse, unfuse
+from .group import group, ungroup
 from .lora2 import LoRA2Linear
 from .nlora import NLoraLinear
 from .tuner import LoRA2Model, NLoraModel
 
-__all__ = ["LoRA2Config", "LoRA2Linear", "LoRA2Model", "NLoraConfig", "NLoraLinear", "NLoraModel", "fuse", "unfuse"]
+__all__ = [
+    "LoRA2Config",
+    "LoRA2Linear",
+    "LoRA2Model",
+    "NLoraConfig",
+    "NLoraLinear",
+    "NLoraModel",
+    "fuse",
+    "group",
+    "unfuse",
+    "ungroup",
+]

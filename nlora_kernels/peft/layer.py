@@ -14,7 +14,9 @@ from ..backends.base import PLAIN
 from ..commit import commit
 from ..layers import branch as branches
 from ..layers.branch import Branch, Lora2Branch, tensor_of
+from ..ops.group import Projection
 from . import base as base_weights
+from . import sharing
 
 
 class Term(NamedTuple):
@@ -96,7 +98,36 @@ class FusedLinear(Linear):
         dropout = self._modules["lora_dropout"]._modules[name]
         return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
+    def base(self, x: Tensor) -> Tensor:
+        """The base layer's output."""
+        return self._modules["base_layer"](x)
+
+    def projection(self, x: Tensor) -> Projection | None:
+        """What the layer computes of x now, if that is one operation on dense tensors and all that calling it does."""
+        if self.lora_variant or not branches.is_called_plainly(self) or not branches.is_plain(x):
+            return None
+        if self._disable_adapters and self.merged_adapters:
+            return None
+        terms, base = self._terms(None), self._modules["base_layer"]
+        if len(terms) > 1 or branches.obstacle(base):
+            return None
+        weight, bias = branches.weight_of(base), tensor_of(base, "bias")
+        if not branches.is_dense(weight):
+            return None
+        if not terms:
+            return Projection(weight, None, bias)
+        branch = self._fusible(terms[0], x)
+        if branch is None:
+            return None
+        A, N, B, scaling, dropout = branch.collapsed
+        return Projection(weight, (A, B) if N is None else (A, B, N), bias, scaling, dropout)
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        shared = sharing.current()
+        if shared is not None and not args and not kwargs:
+            y = shared.output(self, x)
+            if y is not None:
+                return y
         if self.lora_variant:
             return super().forward(x, *args, **kwargs)
         adapter_names = None

@@ -87,6 +87,16 @@ def test_a_batch_of_gradients_composes():
     assert seen == [True]
 
 
+def test_a_backward_is_known_from_inside():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(
+        lambda x: seen.append(internals.in_backward()) or x.sin(), x, use_reentrant=False
+    )
+    y.sum().backward()
+    assert seen == [False, True] and not internals.in_backward()
+
+
 def test_any_autocast_is_that_of_any_device():
     assert not internals.any_autocast()
     with torch.autocast("cpu"):

@@ -1,0 +1,129 @@
+"""Which forward of a module is under way whose layers share x, and what has been computed of it in advance.
+
+The first layer of a group that is called computes all of it; the others find their output here when they are called
+with the same x. What nobody asks for is forgotten when the module's forward ends.
+"""
+
+import threading
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import lora_group_linear
+
+
+class _Place:
+    """Where the innermost forward is noted."""
+
+    forward = None
+
+
+class _Places(threading.local, _Place):
+    """The same for every thread."""
+
+
+# NOTE: the compiler traces no thread's own.
+_eager, _traced = _Places(), _Place()
+
+
+def current():
+    """The forward under way, or None."""
+    if torch.compiler.is_compiling():
+        return _traced.forward
+    return _eager.forward
+
+
+def enter(forward):
+    """Makes it the one under way; returns the one before."""
+    place = _traced if torch.compiler.is_compiling() else _eager
+    before = place.forward
+    place.forward = forward
+    return before
+
+
+class Group:
+    """The layers that share x in one forward of their module."""
+
+    def __init__(self, members: tuple[nn.Module, ...]):
+        self.members = members
+        self.outputs: list[Tensor | None] = [None] * len(members)
+        self.started = False
+        self.x = self.mode = None
+
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """That of a member, or None if it is to compute it alone."""
+        for index, member in enumerate(self.members):
+            if member is layer:
+                return self._start(index, x) if not self.started else self._take(index, x)
+        return None
+
+    def _take(self, index: int, x: Tensor) -> Tensor | None:
+        if self.outputs[index] is None or x is not self.x or _mode(x) != self.mode:
+            return None
+        y, self.outputs[index] = self.outputs[index], None
+        if not self.left:
+            self.x = None
+        return y
+
+    def _start(self, index: int, x: Tensor) -> Tensor | None:
+        # Of what is no adapter layer any more, None.
+        parts = [m.projection(x) if hasattr(type(m), "projection") else None for m in self.members]
+        able = [i for i, part in enumerate(parts) if part is not None]
+        if index not in able or len(able) < 2:
+            return None
+        self.started, self.x, self.mode = True, x, _mode(x)
+        weights, adapters, biases, scalings, drops, _ = zip(*[parts[i] for i in able], strict=True)
+        ys = lora_group_linear(x, weights, adapters, biases, scaling=scalings, dropout=drops)
+        for i, y in zip(able, ys, strict=True):
+            self.outputs[i] = y
+        y, self.outputs[index] = self.outputs[index], None
+        return y
+
+    @property
+    def left(self) -> list[int]:
+        """The members that have not been called with x."""
+        return [i for i, y in enumerate(self.outputs) if y is not None]
+
+
+class Forward:
+    """One forward of a module with groups."""
+
+    def __init__(self, groups: list[Group]):
+        self.groups = groups
+
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        for group in self.groups:
+            y = group.output(layer, x)
+            if y is not None:
+                return y
+        return None
+
+
+class Watch:
+    """A forward of a model that notes the first x of every layer."""
+
+    def __init__(self):
+        self.seen: dict[nn.Module, tuple[Tensor, int]] = {}
+
+    def output(self, layer: nn.Module, x: Tensor) -> None:
+        self.seen.setdefault(layer, (x, x._version))
+
+
+class Probe:
+    """A forward in which layers compute without their adapters, and which notes what came and went."""
+
+    def __init__(self):
+        self.calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor:
+        y = layer.base(x)
+        self.calls[layer] = x, y
+        return y
+
+
+def _mode(x: Tensor) -> tuple:
+    """What x is computed with. In inference mode a tensor does not count its changes."""
+    grad, cast = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+    if torch.compiler.is_compiling() or x.is_inference():
+        return grad, cast
+    return grad, cast, x._version
