@@ -207,6 +207,9 @@ void pack_rows(const T* source, int64_t row_stride, int rows, int64_t k, int siz
         panel[i / LANES * distance + p * size + i % LANES] = i < rows ? to_float(source[i * row_stride + p]) : 0.0f;
 }
 
+// Rows of a source that are fetched ahead.
+constexpr int kRowsAhead = 4;
+
 template <class T>
 void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size,
                 int64_t distance, float* panels) {
@@ -227,7 +230,8 @@ void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t r
       for (int64_t p = 0; p < k; ++p) panels[row / size * distance + row % size + p * size] = 0.0f;
     return;
   }
-  // The source is read along its rows, whatever number of panels they go to.
+  // The source is read along its rows, whatever number of panels they go to. Where these lie far apart, no hardware
+  // prefetcher looks for the next one.
   for (int64_t p = 0; p < k; ++p) {
     const T* from = source + p * k_stride;
     float* to = panels + p * size;
@@ -235,7 +239,10 @@ void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t r
       const int count = int(rows - row < size ? rows - row : size);
       int i = 0;
       if (row_stride == 1)
-        for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+        for (; i + kWidth <= count; i += kWidth) {
+          store(to + i, load(from + i));
+          __builtin_prefetch(from + kRowsAhead * k_stride + i);
+        }
       if (row_stride == 1 && sizeof(T) == sizeof(float))
         for (; i + 4 <= count; i += 4) __builtin_memcpy(to + i, from + i, 4 * sizeof(float));
       for (; i < count; ++i) to[i] = to_float(from[i * row_stride]);
