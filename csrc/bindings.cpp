@@ -167,6 +167,24 @@ struct type_caster<Core> {
   make_caster<Matrix> parts_[4];
 };
 
+template <>
+struct type_caster<nlora::cpu::Weight> {
+  PYBIND11_TYPE_CASTER(nlora::cpu::Weight, const_name("Tensor | Quantised | None"));
+
+  bool load(handle source, bool convert) {
+    if (isinstance<nlora::cpu::Quantised>(source)) {
+      value = nlora::cpu::Weight(source.cast<const nlora::cpu::Quantised&>());
+      return true;
+    }
+    if (!dense_.load(source, convert)) return false;
+    value = cast_op<Matrix&>(dense_);
+    return true;
+  }
+
+ private:
+  make_caster<Matrix> dense_;
+};
+
 }  // namespace pybind11::detail
 
 namespace {
@@ -264,15 +282,40 @@ PYBIND11_MODULE(_C, m) {
       "Whether the CPU multiplies this dtype in hardware.");
   m.def("forked", &forked, "Whether this is a child of fork(), where the kernels run on one thread.");
 
+  static const char* const kLayouts[] = {"nibbles", "interleaved", "bytes", "int8"};
+  py::class_<Quantised>(m, "CpuQuantised")
+      .def(py::init([](const std::string& layout, int64_t codes, int64_t rows, int64_t cols, int64_t values,
+                       int64_t scales, int scale_dtype, int64_t block, int64_t row_stride, int64_t block_stride,
+                       int64_t nested_values, int64_t nested_scales, int64_t offset, int64_t nested_block) {
+             for (int i = 0; i < 4; ++i)
+               if (layout == kLayouts[i])
+                 return Quantised{Codes(i),
+                                  pointer<uint8_t>(codes),
+                                  rows,
+                                  cols,
+                                  pointer<float>(values),
+                                  pointer<void>(scales),
+                                  nlora::Dtype(scale_dtype),
+                                  block,
+                                  row_stride,
+                                  block_stride,
+                                  pointer<float>(nested_values),
+                                  pointer<float>(nested_scales),
+                                  pointer<float>(offset),
+                                  nested_block};
+             throw py::value_error("layout must be one of nibbles, interleaved, bytes, int8, got '" + layout + "'");
+           }),
+           "Addresses of tensors, which must be kept alive, their shape and their strides.");
+  m.def("cpu_dequantise", &dequantise, free_threads());
   m.def(
       "cpu_forward",
-      [](const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B, const Core& core, const Matrix& bias,
+      [](const Matrix& x, const Weight& weight, const Matrix& A, const Matrix& B, const Core& core, const Matrix& bias,
          const Matrix& y, const Matrix& T, float scaling,
          int threads) { forward({x, weight, A, B, core, bias, y, T, scaling, threads}); },
       free_threads());
   m.def(
       "cpu_backward",
-      [](const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight, const Matrix& A, const Matrix& B,
+      [](const Matrix& dy, const Matrix& x, const Matrix& T, const Weight& weight, const Matrix& A, const Matrix& B,
          const Core& core, const Matrix& dx, const Matrix& dweight, const Matrix& dA, const Matrix& dB,
          const Core& dcore, const Matrix& dbias, float scaling, int threads) {
         backward({dy, x, T, weight, A, B, core, dx, dweight, dA, dB, dcore, dbias, scaling, threads});

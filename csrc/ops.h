@@ -22,6 +22,38 @@ struct Matrix {
 
 namespace cpu {
 
+// A frozen W (N, K) in few bits: each value is that of its code times a scale, in fp32.
+enum class Codes : int {
+  kNibbles,      // two a byte, the first in the high half; rows follow one another without a gap
+  kInterleaved,  // [N / 32][K / 2] times 32 rows of 2 codes: in byte i row i / 2, and in its high half row 16 + i / 2
+  kBytes,  // of 256 values
+  kInt8,  // its own value
+};
+struct Quantised {
+  Codes layout;
+  const uint8_t* codes;
+  int64_t rows, cols;
+  const float* values;  // 16 or 256 of them
+  // Of `block` codes. Where row_stride is 0, blocks are cut from the codes of all rows in sequence.
+  const void* scales;
+  Dtype scale_dtype;
+  int64_t block, row_stride, block_stride;
+  // Where they are there, a scale is nested_values[its byte]·nested_scales[its place / nested_block] + *offset.
+  const float *nested_values, *nested_scales, *offset;
+  int64_t nested_block;
+};
+// W as an operand: dense, or of that shape without data of its own.
+struct Weight : Matrix {
+  const Quantised* quantised = nullptr;
+
+  Weight() = default;
+  Weight(const Matrix& dense) : Matrix(dense) {}
+  explicit Weight(const Quantised& q)
+      : Matrix{const_cast<uint8_t*>(q.codes), Dtype::kFloat32, q.rows, q.cols, q.cols, 1}, quantised(&q) {}
+};
+// to = W from (row, col) on.
+void dequantise(const Quantised& weight, int64_t row, int64_t col, const Matrix& to, int threads);
+
 // In ascending order: every CPU has kPortable, one of Arm kNeon, one of x86 some of the others.
 enum class Tier : int { kPortable, kNeon, kAvx2, kAvx512, kAmx };
 
@@ -47,7 +79,9 @@ struct Core {
 
 // T = x·Aᵀ, y = x·Wᵀ + bias + s·(T·Nᵀ)·Bᵀ. Without weight y holds all but x·Wᵀ, and without A that and the bias alone.
 struct Forward {
-  Matrix x, weight, A, B;
+  Matrix x;
+  Weight weight;
+  Matrix A, B;
   Core core;
   Matrix bias;
   Matrix y, T;
@@ -59,7 +93,9 @@ void forward(Forward f);
 // G = dy·B, H = s·G·N, dx = dy·W + H·A, dA = Hᵀ·x, dB = s·dyᵀ·(T·Nᵀ), dN = s·Gᵀ·T, dW = dyᵀ·x, dbias = Σ dy, those that
 // are there; of LoRA²'s du, dE and dU all or none. Without weight dx holds H·A alone.
 struct Backward {
-  Matrix dy, x, T, weight, A, B;
+  Matrix dy, x, T;
+  Weight weight;
+  Matrix A, B;
   Core core;
   Matrix dx, dweight, dA, dB;
   Core dcore;

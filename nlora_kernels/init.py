@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends.quantised import Quantised, view
 from .commit import commit
 
 METHODS = ("lora", "slora", "slora_gaussian", "nystrom")
@@ -40,7 +41,8 @@ def nystrom(
 
     Args:
         weight: W (out, in), any floating dtype, or those of several experts, (experts, out, in), each with rows and
-            columns of its own. On the meta device only shapes are made.
+            columns of its own; or quantised, of which no more than the chosen rows and columns, or a tile of rows, is
+            decoded at a time. On the meta device only shapes are made.
         r: number of rows and columns, 1 <= r <= min(out, in).
         core: "sample"   N = W[I][:, J] as it stands. As published; B·N·A is then no approximation of W but a small
                          perturbation correlated with it.
@@ -59,7 +61,7 @@ def nystrom(
         TypeError: weight is no floating tensor, r is no integer.
         ValueError: r, an index, core or select out of range; weight holds NaN or infinity.
     """
-    _check_weight(weight, stacked=True)
+    weight = _check_weight(weight, stacked=True)
     check_rank(r, min(weight.shape[-2:]), "min(out, in)")
     check_choice("core", core, CORES)
     _check_finite(weight)
@@ -72,7 +74,6 @@ def nystrom(
         chosen_rows, chosen_cols = _select(weight, r, select, generator)
     rows = chosen_rows if rows is None else _indices("rows", rows, r, weight.shape[0], weight.device)
     cols = chosen_cols if cols is None else _indices("cols", cols, r, weight.shape[1], weight.device)
-    weight = weight.detach()
     if gather := _kernel("gather", weight, r):
         A, N, B = gather(weight, rows, cols)
     else:
@@ -118,7 +119,7 @@ def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None =
 
     Raises ValueError and TypeError as `nystrom` does.
     """
-    _check_weight(weight)
+    weight = _check_weight(weight)
     check_rank(r, min(weight.shape), "min(out, in)")
     _check_finite(weight)
     return _select(weight, r, how, generator)
@@ -146,7 +147,8 @@ def add_product(
     weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: float, *steps: Callable[[], object]
 ) -> None:
     """W ← W + s·B·N·A in place, as `subtract_` has it, and the steps in one `commit`."""
-    _check_weight(weight)
+    if isinstance(_check_weight(weight), Quantised):
+        raise TypeError(f"weight must be a dense tensor to be added to, got a quantised {type(weight).__qualname__}")
     out_features, in_features = weight.shape
     r = A.shape[0]
     for name, t, shape in (("A", A, (r, in_features)), ("N", N, (r, r)), ("B", B, (out_features, r))):
@@ -200,11 +202,11 @@ def adapter(
     check_choice("method", method, METHODS)
     if method == "nystrom":
         return nystrom(weight, r, core=core, select=select, generator=generator)
-    _check_weight(weight, stacked=True)
+    weight = _check_weight(weight, stacked=True)
     check_rank(r)
     *experts, out_features, in_features = weight.shape
     A = _uniform((*experts, r, in_features), 1 / math.sqrt(in_features), weight, generator)
-    B = weight.new_zeros(*experts, out_features, r)
+    B = _zeros((*experts, out_features, r), weight)
     if method == "lora":
         return A, None, B
     if method == "slora":
@@ -220,18 +222,20 @@ def lora2(
     In the weight's dtype and on its device. Raises ValueError and TypeError as `nystrom` does; r and k have no upper
     limit.
     """
-    _check_weight(weight)
+    weight = _check_weight(weight)
     check_rank(r)
     check_rank(k, name="k")
     out_features, in_features = weight.shape
     v, u, U, V = (
         _normal(shape, 0.02, weight, generator) for shape in ((k, in_features), (r, k), (k, r), (out_features, k))
     )
-    return v, u, weight.new_zeros(r), U, V
+    return v, u, _zeros((r,), weight), U, V
 
 
 def _kernel(name: str, weight: Tensor, r: int):
     """A kernel for this weight of a backend named by NLORA_BACKEND or verified on its device; None if there is none."""
+    if isinstance(weight, Quantised):
+        return None
     return getattr(backends.select(None, weight, operation="initialisation").initialisation(weight, r), name, None)
 
 
@@ -250,48 +254,55 @@ def _optimal_core(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def _select(weight, r, how, generator) -> tuple[Tensor, Tensor]:
     check_choice("select", how, SELECTIONS)
-    weight = weight.detach()
-    if how == "leading" or weight.is_meta:
+    if how == "leading" or weight.device.type == "meta":
         rows = torch.arange(r, device=weight.device)
         return rows, rows.clone()
     if how == "uniform":
         return tuple(_permutation(n, generator)[:r].sort().values.to(weight.device) for n in weight.shape)
     if how == "norm":
-        dtype = _accumulator(weight.dtype)
         if squared_norms := _kernel("squared_norms", weight, r):
             norms = squared_norms(weight)
         else:
-            norms = (torch.linalg.vector_norm(weight, dim=dim, dtype=dtype) for dim in (1, 0))
+            norms = (_norms(weight, dim) for dim in (0, 1))
         return tuple(n.argsort(descending=True, stable=True)[:r] for n in norms)
-    return _pivoted_rows(weight, r), _pivoted_rows(weight.T, r)
+    return _pivots(weight, r, 0), _pivots(weight, r, 1)
 
 
-def _pivoted_rows(weight: Tensor, r: int) -> Tensor:
-    """The first r pivots of a QR factorisation of Wᵀ with column pivoting; no host synchronisation."""
+def _norms(weight: Tensor | Quantised, dim: int) -> Tensor:
+    """The Euclidean norms of the rows (dim 0) or columns (dim 1)."""
+    norm = partial(torch.linalg.vector_norm, dim=1 - dim, dtype=_accumulator(weight.dtype))
+    return (
+        torch.cat([norm(t) for t in weight.split(_TILE_ROWS, dim)]) if isinstance(weight, Quantised) else norm(weight)
+    )
+
+
+def _pivots(weight: Tensor | Quantised, r: int, dim: int) -> Tensor:
+    """The first r pivots of a QR factorisation with column pivoting of Wᵀ (dim 0), whose columns are the rows of W, or
+    of W (dim 1); no host synchronisation but for a weight in few bits."""
     dtype = _accumulator(weight.dtype)
-    squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+    squares = _norms(weight, dim).square()
     negligible = squares.max() * torch.finfo(dtype).eps
-    basis = weight.new_zeros(r, weight.shape[1], dtype=dtype)
+    basis = torch.zeros(r, weight.shape[1 - dim], dtype=dtype, device=weight.device)
     pivots = torch.empty(r, dtype=torch.int64, device=weight.device)
     for step in range(r):
         pivot = squares.argmax()
         pivots[step] = pivot
-        q = weight.index_select(0, pivot[None])[0].to(dtype)
+        q = weight.index_select(dim, pivot[None]).flatten().to(dtype)
         # Twice is enough for orthogonality to rounding.
         for _ in range(2):
             q = q - basis[:step].T @ (basis[:step] @ q)
         square = q.dot(q)
         q = torch.where(square > negligible, q * square.rsqrt(), torch.zeros_like(q))
         basis[step] = q
-        explained = torch.cat([tile @ q for tile in _tiles(weight, dtype)])
+        explained = torch.cat([(tile if dim == 0 else tile.T) @ q for tile in _tiles(weight, dtype, dim)])
         squares = (squares - explained.square()).clamp_(min=0)
         # A chosen row never returns, though all others be explained as well.
         squares[pivots[: step + 1]] = -1
     return pivots
 
 
-def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    for part in weight.split(_TILE_ROWS, dim=-2):
+def _tiles(weight: Tensor | Quantised, dtype: torch.dtype, dim: int = -2) -> Iterator[Tensor]:
+    for part in weight.split(_TILE_ROWS, dim):
         yield part.to(dtype)
 
 
@@ -307,9 +318,13 @@ def _normal(shape, std, like: Tensor, generator) -> Tensor:
     return _sample(shape, like, generator, lambda t: t.normal_(0, std, generator=generator))
 
 
-def _sample(shape, like: Tensor, generator, fill) -> Tensor:
-    if like.is_meta:
-        return like.new_empty(shape)
+def _zeros(shape, like: Tensor | Quantised) -> Tensor:
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def _sample(shape, like: Tensor | Quantised, generator, fill) -> Tensor:
+    if like.device.type == "meta":
+        return torch.empty(shape, dtype=like.dtype, device="meta")
     device = "cpu" if generator is None else generator.device
     return fill(torch.empty(shape, device=device)).to(like.device, like.dtype)
 
@@ -329,14 +344,20 @@ def _indices(name: str, indices, r: int, limit: int, device) -> Tensor:
     return indices.long()
 
 
-def _check_weight(weight, stacked: bool = False) -> None:
+def _check_weight(weight, stacked: bool = False) -> Tensor | Quantised:
+    """The weight as it is read here."""
+    if isinstance(weight, Quantised):
+        return weight
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    if (quantised := view(weight)) is not None:
+        return quantised
     if not weight.is_floating_point():
         raise TypeError(f"weight must be a floating tensor, got {weight.dtype}")
     if weight.dim() != 2 and not (stacked and weight.dim() == 3):
         shapes = "(out, in) or (experts, out, in)" if stacked else "(out, in)"
         raise ValueError(f"weight must have shape {shapes}, got {tuple(weight.shape)}")
+    return weight.detach()
 
 
 def check_rank(r, limit: float = math.inf, limit_name: str = "", name: str = "r") -> None:
@@ -352,11 +373,11 @@ def check_choice(name: str, value, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_finite(weight: Tensor) -> None:
-    if weight.is_meta or weight.numel() == 0:
+def _check_finite(weight: Tensor | Quantised) -> None:
+    if weight.device.type == "meta" or weight.shape.numel() == 0:
         return
-    # Passes without a temporary of the weight's size. A sum is finite only if every element is; where it overflows,
-    # the extremes decide, which are NaN where any element is.
-    weight = weight.detach()
-    if not math.isfinite(weight.sum()) and not all(map(math.isfinite, torch.aminmax(weight))):
-        raise ValueError("weight must be finite, got NaN or infinity")
+    for part in weight.split(_TILE_ROWS) if isinstance(weight, Quantised) else (weight,):
+        # Passes without a temporary of the weight's size. A sum is finite only if every element is; where it overflows,
+        # the extremes decide, which are NaN where any element is.
+        if not math.isfinite(part.sum()) and not all(map(math.isfinite, torch.aminmax(part))):
+            raise ValueError("weight must be finite, got NaN or infinity")

@@ -11,6 +11,9 @@ constexpr int64_t kDepth = 384;
 constexpr int64_t kRows = 1024;
 // Rows and columns from which on splitting values for the matrix unit pays.
 constexpr int64_t kManyForTiles = 48;
+// Values of a quantised right that are decoded at a time, rows of W or columns where it is transposed: within the first
+// level.
+constexpr int64_t kTile = 6144, kTileRowsAtATime = 16;
 // What packing a value costs, in multiply-adds of one k.
 constexpr int64_t kPackLeft = 16, kPackRight = 32;
 
@@ -33,6 +36,7 @@ struct Problem {
   Matrix out;
   int64_t k, deepest;
   int64_t fitting;  // values of packed right
+  bool quantised;
 };
 
 // The k of all summands in nearly equal runs. A shallow summand goes with the run before it, which saves a pass over out;
@@ -82,7 +86,7 @@ int64_t sums_size(const Kernels& kernel, const Problem& p) {
 
 // What a thread needs for itself.
 int64_t own_size(const Kernels& kernel, const Problem& p) {
-  return right_size(kernel, p) + step_rows(kernel) * p.deepest + sums_size(kernel, p);
+  return right_size(kernel, p) + step_rows(kernel) * p.deepest + sums_size(kernel, p) + (p.quantised ? kTile : 0);
 }
 
 // Panels of `size` rows or columns.
@@ -91,6 +95,32 @@ void pack(const Kernels& kernel, const Depth& depth, Matrix Summand::* side, Ran
     const Matrix from = slice(piece.summand->*side, rows, piece.range);
     kernel.pack(from.data, from.dtype, from.row_stride, from.col_stride, from.rows, from.cols, size, depth.k * size,
                 panels + piece.at * size);
+  }
+}
+
+// The same of right, by way of `tile` where it is quantised.
+void pack_right(const Kernels& kernel, const Depth& depth, Range rows, float* panels, float* tile) {
+  const int size = kernel.tile_cols;
+  for (const Piece& piece : depth.pieces) {
+    const Summand& summand = *piece.summand;
+    const auto to = [&](const Matrix& from, int64_t row, int64_t k) {
+      kernel.pack(from.data, from.dtype, from.row_stride, from.col_stride, from.rows, from.cols, size, depth.k * size,
+                  panels + row * depth.k + (piece.at + k) * size);
+    };
+    if (!summand.quantised) {
+      to(slice(summand.right, rows, piece.range), 0, 0);
+      continue;
+    }
+    const bool across = summand.is_transposed;
+    const int64_t height = across ? kTile / kTileRowsAtATime / size * size : size, depth_of_tile = kTile / height;
+    for (int64_t row = 0; row < rows.size; row += height)
+      for (int64_t k = 0; k < piece.range.size; k += depth_of_tile) {
+        const Range of = {rows.first + row, std::min(height, rows.size - row)};
+        const Range at = {piece.range.first + k, std::min(depth_of_tile, piece.range.size - k)};
+        const Matrix decoded = across ? fp32(tile, at.size, of.size, of.size) : fp32(tile, of.size, at.size, at.size);
+        kernel.dequantise(*summand.quantised, across ? at.first : of.first, across ? of.first : at.first, decoded);
+        to(across ? transposed(decoded) : decoded, row, k);
+      }
   }
 }
 
@@ -114,6 +144,7 @@ void run(const Kernels& kernel, const Problem& p, Range rows, Range cols, float*
   float* right = own;
   float* left = right + right_size(kernel, p);
   float* sums = left + step * p.deepest;
+  float* tile = sums + sums_size(kernel, p);
   const int64_t width = block_cols(kernel, p, cols.size);
   for (int64_t col = 0; col < cols.size; col += width) {
     const Range block = {cols.first + col, std::min(width, cols.size - col)};
@@ -126,7 +157,7 @@ void run(const Kernels& kernel, const Problem& p, Range rows, Range cols, float*
         // As many runs of k as fit.
         int64_t k = 0;
         for (last = first; last < count && (last == first || padded * (k + p.depths[last].k) <= p.fitting); ++last) {
-          pack(kernel, p.depths[last], &Summand::right, block, int(tile_cols), right + padded * k);
+          pack_right(kernel, p.depths[last], block, right + padded * k, tile);
           k += p.depths[last].k;
         }
         for (int64_t row = top; row < bottom; row += step) {
@@ -199,6 +230,14 @@ Matrix copied(const Kernels& kernel, const Matrix& m, int64_t unit, Scratch& scr
   return result;
 }
 
+void dequantise(const Quantised& weight, int64_t row, int64_t col, const Matrix& to, int threads) {
+  const Kernels& kernel = kernels();
+  parallel(forked() ? 1 : threads, [&](int index, int count) {
+    const Range rows = part(to.rows, 1, index, count);
+    if (rows.size) kernel.dequantise(weight, row + rows.first, col, slice(to, rows, {0, to.cols}));
+  });
+}
+
 Dots dots(const Matrix& rows, const Matrix& cols, const Matrix& out) {
   Dots d = {};
   d.rows = rows.data, d.dtype = rows.dtype, d.row = rows.row_stride;
@@ -238,14 +277,16 @@ void gemm(const std::vector<Result>& results, int threads, const Prepare* prepar
   bool in_place = true;
   for (const auto& [summands, start, out] : results) {
     if (!out.cols) continue;
+    const auto is_quantised = [](const Summand& summand) { return summand.quantised != nullptr; };
+    const bool quantised = std::any_of(summands.begin(), summands.end(), is_quantised);
 #if defined(__x86_64__) || defined(__i386__)
-    if (tier() == Tier::kAmx && std::min(out.rows, out.cols) >= kManyForTiles) {
+    if (tier() == Tier::kAmx && !quantised && std::min(out.rows, out.cols) >= kManyForTiles) {
       const bool done = tile_gemm(summands, start, out, threads, prepare);
       prepare = nullptr;
       if (done) continue;
     }
 #endif
-    Problem p = {depths_of(summands, kernel.width), start, out, 0, 1, second_level_cache() / 8 * 5 / 4};
+    Problem p = {depths_of(summands, kernel.width), start, out, 0, 1, second_level_cache() / 8 * 5 / 4, quantised};
     for (const Depth& depth : p.depths) p.k += depth.k, p.deepest = std::max(p.deepest, depth.k);
     own = std::max(own, own_size(kernel, p));
     strips += round_up(out.cols, kernel.tile_cols) / kernel.tile_cols;

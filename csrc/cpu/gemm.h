@@ -35,6 +35,9 @@ Dots dots(const Matrix& rows, const Matrix& cols, const Matrix& out);
 struct Summand {
   Matrix left;   // (m, k)
   Matrix right;  // (n, k)
+  // W, where right is W or Wᵀ and has no values to read.
+  const Quantised* quantised = nullptr;
+  bool is_transposed = false;
 };
 
 // Computes some rows of left, called by each thread before any of them multiplies.

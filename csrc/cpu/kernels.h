@@ -52,6 +52,8 @@ struct Kernels {
                int64_t distance, float* panels);
   // to(i, j) = from[i * from_row + j], rounded to its dtype
   void (*round)(const float* from, int64_t from_row, const Matrix& to);
+  // to = W from (row, col) on, its columns side by side.
+  void (*dequantise)(const Quantised& weight, int64_t row, int64_t col, const Matrix& to);
 };
 
 const Kernels& portable_kernels();

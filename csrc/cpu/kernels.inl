@@ -6,6 +6,7 @@
 
 #include "cpu/vectors.inl"
 #include "cpu/dots.inl"
+#include "cpu/quantised.inl"
 
 namespace nlora::cpu {
 namespace {
@@ -283,7 +284,7 @@ void round(const float* from, int64_t from_row, const Matrix& to) {
   }
 }
 
-constexpr Kernels kKernels = {kWidth, kTileRows, kTileCols, multiply, dots, nullptr, pack, round};
+constexpr Kernels kKernels = {kWidth, kTileRows, kTileCols, multiply, dots, nullptr, pack, round, dequantise};
 
 }  // namespace
 }  // namespace nlora::cpu

@@ -70,7 +70,8 @@ void few_rows(const Kernels& kernel, const Forward& f, const float* bias, Scratc
 // dx = dy·W + H·A, or H·A alone, with `narrow` on the way.
 void input_gradient(const Kernels& kernel, const Backward& b, const Narrow& narrow, Scratch& scratch) {
   const auto all = [&](const Prepare* prepare) {
-    gemm({{b.dy, transposed(b.weight)}, {narrow.H, transposed(b.A)}}, nullptr, b.dx, b.threads, prepare);
+    const Summand base = {b.dy, transposed(b.weight), b.weight.quantised, true};
+    gemm({base, {narrow.H, transposed(b.A)}}, nullptr, b.dx, b.threads, prepare);
   };
   if (b.dx && b.weight && b.A.rows <= kSkinny) {
     const Prepare prepare = [&](Range rows) { narrow(rows); };
@@ -91,14 +92,15 @@ void forward(Forward f) {
   if (f.core.u) f.core.N = square(f.A.rows, scratch), lora2_core(f.core, f.core.N);
   const float* start = row_vector(kernel, f.bias, scratch);
   // What reads weight in place reads whole rows of it.
-  if (f.weight && f.x.rows <= kFewRows && f.weight.col_stride == 1) return few_rows(kernel, f, start, scratch);
-  if (!f.A) return gemm({{f.x, f.weight}}, start, f.y, f.threads);
+  if (f.weight && !f.weight.quantised && f.x.rows <= kFewRows && f.weight.col_stride == 1)
+    return few_rows(kernel, f, start, scratch);
+  if (!f.A) return gemm({{f.x, f.weight, f.weight.quantised}}, start, f.y, f.threads);
   const Chain chain(kernel, f.x, f.A, f.core.N, f.scaling, f.T, scratch);
   const Prepare prepare = [&](Range rows) { chain(rows); };
   const bool fused = f.weight && chain.skinny();
   if (!fused) chain.all(f.threads);
   if (!f.weight) return widen(kernel, chain.outcome, transposed(f.B), start, f.y, f.threads, scratch);
-  gemm({{f.x, f.weight}, {chain.outcome, f.B}}, start, f.y, f.threads, fused ? &prepare : nullptr);
+  gemm({{f.x, f.weight, f.weight.quantised}, {chain.outcome, f.B}}, start, f.y, f.threads, fused ? &prepare : nullptr);
 }
 
 void backward(Backward b) {
@@ -110,7 +112,7 @@ void backward(Backward b) {
   if (b.dcore.u) b.dcore.N = square(R, scratch);
   const Narrow narrow(kernel, b, scratch);
   Sums sums(kernel, scratch);
-  if (b.weight && b.dy.rows <= kFewRows && b.weight.col_stride == 1) {
+  if (b.weight && !b.weight.quantised && b.dy.rows <= kFewRows && b.weight.col_stride == 1) {
     // Of few rows, dx is a sum over those of weight.
     narrow.all(b.threads);
     sums.add(b.dx, {{b.dy, b.weight}, {narrow.H, b.A}});

@@ -17,6 +17,7 @@ from .base import Backend, Call, Dropout, ExpertsCall, Factors, Grads, Needs
 from .cpu import Cpu
 from .cuda import Cuda
 from .lean import Lean
+from .quantised import Quantised
 from .reference import Reference
 from .triton import Triton
 
@@ -38,6 +39,7 @@ __all__ = [
     "native",
     "prefer",
     "preferred",
+    "readable",
     "select",
     "select_group",
     "verified",
@@ -128,6 +130,17 @@ def select_group(name: str | None, first: Tensor, calls: Sequence[Call], operati
         if not backend.unsupported_group(calls):
             return backend
     return REFERENCE
+
+
+def readable(call: Call, backend: Backend | None = None) -> Call:
+    """The call with its weight as a backend reads it; without one, as those of the weight's device are asked about it.
+
+    A weight in few bits stays so on the CPU and for a backend that `reads_quantised`.
+    """
+    weight = call.weight
+    if not isinstance(weight, Quantised) or (backend.reads_quantised if backend else weight.is_cpu):
+        return call
+    return call._replace(weight=weight.decode())
 
 
 def makes_core(name: str | None) -> bool:

@@ -117,7 +117,8 @@ class Factors(NamedTuple):
 
 class Call(NamedTuple):
     """One call of `lora_linear`, every argument checked: x (M, K) in any strides, weight (N, K) and bias (N,) in x's
-    dtype, lora_A (R, K), lora_N (R, R) or None and lora_B (N, R) in any floating dtype.
+    dtype, lora_A (R, K), lora_N (R, R) or None and lora_B (N, R) in any floating dtype. weight is a tensor, or a
+    `quantised.Quantised` for a backend that `reads_quantised`.
 
     x is None in a backward that has been promised not to need it, and so is the bias in every backward. On its way to a
     backend x is (..., K) until `ops.autograd` makes it flat.
@@ -218,6 +219,8 @@ class Backend:
     drops_inside = False
     # Whether it makes LoRA²'s core, and its gradients, inside forward and backward.
     makes_core = False
+    # Whether it decodes a weight in few bits itself; for others it is decoded as a whole before.
+    reads_quantised = False
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine at all."""

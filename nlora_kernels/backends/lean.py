@@ -1,13 +1,14 @@
 """Library GEMMs in place: the adapter's product is written first and the large product accumulates into it.
 
 So y and dx are each written once and read once, and no second tensor of their size ever exists. Equations and
-letters are those of `reference`.
+letters are those of `reference`. A weight in few bits is decoded a tile at a time.
 """
 
 import torch
 from torch import Tensor
 
 from .base import Call, ExpertsCall, Grads, Needs, linear_backward
+from .quantised import Quantised
 from .reference import Reference
 
 
@@ -24,7 +25,7 @@ class Lean(Reference):
             y = scaled_mm(P, B.T, call.scaling, y)
         else:
             y = torch.addmm(call.bias, P, B.T, alpha=call.scaling, out=y)
-        return y.addmm_(x, call.weight.T), T
+        return add_output(y, x, call.weight), T
 
     def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs, dx: Tensor | None = None) -> Grads:
         """A dx that is given is added to."""
@@ -35,9 +36,9 @@ class Lean(Reference):
         if needs.x or needs.lora_A:
             H = s * G if N is None else scaled_mm(G, N, s)  # [M, R]
         if needs.x and dx is None:
-            dx = call.drop(H @ A).addmm_(dy, call.weight)
+            dx = add_input_gradient(call.drop(H @ A), dy, call.weight)
         elif needs.x:
-            dx.addmm_(dy, call.weight)
+            dx = add_input_gradient(dx, dy, call.weight)
             dx = dx.add_(call.drop(H @ A)) if call.dropout else dx.addmm_(H, A)
         if needs.lora_A:
             dA = (H.T @ call.drop(x)).to(call.lora_A.dtype)
@@ -90,6 +91,25 @@ class Lean(Reference):
                     if grad is not None:
                         stack[index] = grad
         return Grads(dx, *others, bias)
+
+
+def add_output(y: Tensor, x: Tensor, weight: Tensor | Quantised) -> Tensor:
+    """y += x·Wᵀ, returned"""
+    if isinstance(weight, Tensor):
+        return y.addmm_(x, weight.T)
+    for rows, tile in weight.tiles(0):
+        y[:, rows].addmm_(x, tile.T)
+    return y
+
+
+def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor | Quantised) -> Tensor:
+    """dx += dy·W, returned"""
+    if isinstance(weight, Tensor):
+        return dx.addmm_(dy, weight)
+    # By columns, so that every sum is rounded once.
+    for cols, tile in weight.tiles(1):
+        dx[:, cols].addmm_(dy, tile)
+    return dx
 
 
 def scaled_mm(a: Tensor, b: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:

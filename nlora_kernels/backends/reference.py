@@ -10,17 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Backend, Call, Grads, Needs
+from .quantised import Quantised
 
 
 class Reference(Backend):
     name = "reference"
     verified_on = frozenset({"cpu", "cuda", "meta"})
+    reads_quantised = True
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         x, (A, B, N) = call.x, call.adapter
         T = call.drop(x) @ A.T  # [M, R]
         P = T if N is None else T @ N.T  # [M, R]
-        return F.linear(x, call.weight, call.bias) + call.scaling * (P @ B.T), T
+        return F.linear(x, _dense(call.weight), call.bias) + call.scaling * (P @ B.T), T
 
     def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
         x, s, (A, B, N) = call.x, call.scaling, call.adapter
@@ -28,7 +30,7 @@ class Reference(Backend):
         H = s * (G if N is None else G @ N)  # [M, R]
         P = None if T is None else T if N is None else T @ N.T  # [M, R]
         return Grads(
-            x=dy @ call.weight + call.drop(H @ A) if needs.x else None,
+            x=dy @ _dense(call.weight) + call.drop(H @ A) if needs.x else None,
             weight=dy.T @ x if needs.weight else None,
             lora_A=(H.T @ call.drop(x)).to(call.lora_A.dtype) if needs.lora_A else None,
             lora_B=(s * (dy.T @ P)).to(call.lora_B.dtype) if needs.lora_B else None,
@@ -44,6 +46,10 @@ class Reference(Backend):
         C = lora_U.T @ d_core  # [r, k]
         dE = (C * lora_u).sum(1)  # the diagonal of Uᵀ·dN·uᵀ
         return E[:, None] * C, _masked(dE, mask), (d_core @ lora_u.T) * E
+
+
+def _dense(weight: Tensor | Quantised) -> Tensor:
+    return weight.decode() if isinstance(weight, Quantised) else weight
 
 
 def _masked(t: Tensor, mask: Tensor | None) -> Tensor:

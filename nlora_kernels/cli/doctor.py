@@ -367,10 +367,11 @@ def _inspect(model: nn.Module | str | Path, problems: list[str]) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"model must be a folder with a config.json, got {model}")
     config = json.loads(file.read_text())
-    if quantised := config.get("quantization_config"):
+    quantised = config.get("quantization_config")
+    if quantised and quantised.get("quant_method") not in ("bitsandbytes", "torchao"):
         problems.append(
             f"{model} is quantised ({quantised.get('quant_method', 'unknown method')}): its layers run as base layer "
-            "plus adapter, right but not fused; only those of bitsandbytes and torchao can be merged into"
+            "plus adapter, right but not fused; only those of bitsandbytes and torchao are fused and can be merged into"
         )
 
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..backends import drops_inside
+from ..backends import drops_inside, quantised
 from ..backends.base import PLAIN
+from ..backends.quantised import Quantised
 from ..ops import lora2_core, lora2_linear, lora_linear
 from ..ops.checks import DTYPES
 
@@ -35,8 +36,9 @@ class Branch(NamedTuple):
 
     def fused(self, x: Tensor, linear: nn.Module) -> Tensor:
         """The output of a linear layer and the branch, as one operation."""
-        weight, bias = weight_of(linear), tensor_of(linear, "bias")
-        return lora_linear(x, weight, self.A, self.B, self.N, bias, scaling=self.scaling, dropout=self.dropout)
+        dtype, (x, weight, bias) = x.dtype, operands(linear, x)
+        y = lora_linear(x, weight, self.A, self.B, self.N, bias, scaling=self.scaling, dropout=self.dropout)
+        return y if y.dtype is dtype or x.dtype is dtype else y.to(dtype)
 
     def product(self, dtype: torch.dtype | None = None) -> Tensor:
         """s·B·N·A, (out, in), in `dtype`, by default the adapter's; half precision is rounded once, at the end."""
@@ -65,8 +67,9 @@ class Lora2Branch(NamedTuple):
 
     def fused(self, x: Tensor, linear: nn.Module) -> Tensor:
         """The output of a linear layer and the branch, as one operation."""
-        weight, bias = weight_of(linear), tensor_of(linear, "bias")
-        return lora2_linear(x, weight, *self[:6], bias, scaling=self.scaling, dropout=self.dropout)
+        dtype, (x, weight, bias) = x.dtype, operands(linear, x)
+        y = lora2_linear(x, weight, *self[:6], bias, scaling=self.scaling, dropout=self.dropout)
+        return y if y.dtype is dtype or x.dtype is dtype else y.to(dtype)
 
 
 # Packages whose patched attention and MLP compute LoRA by themselves.
@@ -74,7 +77,7 @@ READ_ONLY_A_AND_B = ("unsloth", "axolotl")
 
 
 def obstacle(linear: nn.Module) -> str | None:
-    """None if calling `linear` is exactly x·Wᵀ + bias with a dense weight, else why it is not.
+    """None if calling `linear` is exactly x·Wᵀ + bias with a weight that is dense or can be decoded, else why not.
 
     It looks at the layer as it is now, so a layer that FSDP gathers for its forward is taken then.
     """
@@ -89,16 +92,15 @@ def obstacle_of(linear: nn.Module, other: type | None = None) -> str | None:
 
     `other` is a type that is known as well as nn.Linear.
     """
-    # A subclass (quantised, FSDP2's own, parametrized) is another type.
+    # A subclass (FSDP2's own, parametrized) is another type.
     kind = type(linear)
-    if not (kind is nn.Linear or kind is other or getattr(kind, "computes_linear", False) or is_conv1d(linear)):
+    known = kind is nn.Linear or kind is other or getattr(kind, "computes_linear", False) or is_conv1d(linear)
+    if not (known or quantised.is_layer(kind)):
         return f"its type is {kind.__qualname__}, not nn.Linear or Conv1D"
     if reason := altered(linear):
         return reason
     weight = tensor_of(linear, "weight")
-    if not is_dense(weight):
-        return f"its weight is a {type(weight).__qualname__} of {weight.dtype}, not a dense tensor"
-    return None
+    return None if is_dense(weight) else quantised.obstacle(linear, weight)
 
 
 def altered(module: nn.Module) -> str | None:
@@ -128,7 +130,8 @@ def is_plain(x: Tensor) -> bool:
 
 def dropout_obstacle(linear: nn.Module) -> str | None:
     """None if dropout of the adapter's input belongs inside the operation on a layer's device, else why it does not."""
-    device, dtype = linear.weight.device, linear.weight.dtype
+    weight = linear.weight
+    device, dtype = weight.device, weight.dtype if is_dense(weight) else torch.float32
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     if drops_inside(device, dtype):
@@ -155,6 +158,32 @@ def is_conv1d(linear: nn.Module) -> bool:
     """Whether it is the linear layer of GPT-2, which keeps W as (in, out)."""
     # By name, because transformers is not imported for the sake of a question.
     return type(linear).__name__ == "Conv1D" and type(linear).__module__ == "transformers.pytorch_utils"
+
+
+def operands(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | Quantised, Tensor | None]:
+    """(x, W (out, in), bias) as a layer multiplies them.
+
+    Raises ValueError where what belongs to a quantised weight does not fit it.
+    """
+    weight, bias = tensor_of(linear, "weight"), tensor_of(linear, "bias")
+    if is_dense(weight):
+        return x, weight_of(linear), bias
+    x, bias = quantised.operands(linear, x, bias)
+    return x, quantised.of_layer(linear, weight).to(x.dtype), bias
+
+
+def readable_weight(linear: nn.Module) -> Tensor | Quantised:
+    """W (out, in) for reading: quantised, it can be decoded in parts. None of it is a copy.
+
+    Raises ValueError as `operands` does.
+    """
+    weight = tensor_of(linear, "weight")
+    if is_dense(weight):
+        return weight_of(linear)
+    if quantised.is_layer(type(linear)) and not weight.is_floating_point():
+        return quantised.of_layer(linear, weight)
+    found = quantised.view(weight)
+    return weight if found is None else found
 
 
 def weight_of(linear: nn.Module) -> Tensor:

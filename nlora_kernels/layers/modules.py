@@ -1,4 +1,7 @@
-"""Adapter layers as plain nn.Modules: a frozen linear layer and its trainable matrices. No PEFT needed."""
+"""Adapter layers as plain nn.Modules: a frozen linear layer and its trainable matrices. No PEFT needed.
+
+The linear layer may be a quantised one of bitsandbytes or torchao.
+"""
 
 import math
 import numbers
@@ -81,6 +84,8 @@ class _AdapterLinear(nn.Module):
 
         The product is made first, in memory of W's size, and added at once: an interrupt leaves weight and `merged` as
         they were or both changed.
+
+        Raises TypeError for a quantised weight, which the layers of `nlora_kernels.peft` quantise again.
         """
         if not self.merged:
             self._shift(Tensor.add_, merged=True)
@@ -92,6 +97,11 @@ class _AdapterLinear(nn.Module):
             self._shift(Tensor.sub_, merged=False)
 
     def _shift(self, change: Callable[[Tensor, Tensor], Tensor], merged: bool) -> None:
+        if not branches.is_dense(self.base.weight):
+            kind = type(self.base.weight).__qualname__
+            raise TypeError(
+                f"merge needs a dense weight, got a {kind}: the layers of nlora_kernels.peft merge into one"
+            )
         # Rounded on its own, so that what is taken away is bitwise what was added.
         delta = self.delta_weight(torch.promote_types(self.base.weight.dtype, torch.float32))
         commit(partial(change, self.base.weight, delta), attributes(self, merged=merged))
@@ -143,8 +153,10 @@ class NLoraLinear(_AdapterLinear):
         if outer:
             self.register_buffer("lora_A0", lora_A.detach().clone())
             self.register_buffer("lora_B0", lora_B.detach().clone())
-            self.initial_scaling = self.scaling
-            subtract_(base.weight, self.lora_A0, self.lora_N0, self.lora_B0, self.scaling)
+            # A quantised weight stays as it is, and all of the product is an excess.
+            self.initial_scaling = self.scaling if branches.is_dense(base.weight) else 0.0
+            if self.initial_scaling:
+                subtract_(base.weight, self.lora_A0, self.lora_N0, self.lora_B0, self.scaling)
 
     @classmethod
     def from_linear(
@@ -184,8 +196,9 @@ class NLoraLinear(_AdapterLinear):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         check_method(init, core, residual)
-        A, N, B = initial_adapter(linear.weight, r, init, core=core, select=select, generator=generator)
-        A, N, B = (None if t is None else t.to(dtype or adapter_dtype(linear.weight)) for t in (A, N, B))
+        weight = branches.readable_weight(linear)
+        A, N, B = initial_adapter(weight, r, init, core=core, select=select, generator=generator)
+        A, N, B = (None if t is None else t.to(dtype or adapter_dtype(weight)) for t in (A, N, B))
         return cls(linear, A, B, N, alpha=alpha, train=train, residual=residual, dropout=dropout)
 
     def branch(self) -> Branch:
@@ -216,6 +229,9 @@ class NLoraLinear(_AdapterLinear):
 
     def _exchange(self, kept: tuple[Tensor, ...], loaded: list[Tensor]) -> None:
         if all(torch.equal(new.to(old), old) for new, old in zip(loaded, kept, strict=True)):
+            return
+        if not branches.is_dense(self.base.weight):
+            # Nothing is out of it, and the matrices are loaded as they come.
             return
         weight = self.base.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -271,10 +287,9 @@ class LoRA2Linear(_AdapterLinear):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
-        tensors = initial_lora2(linear.weight, r, k, generator=generator)
-        return cls(
-            linear, *(t.to(dtype or adapter_dtype(linear.weight)) for t in tensors), alpha=alpha, dropout=dropout
-        )
+        weight = branches.readable_weight(linear)
+        tensors = initial_lora2(weight, r, k, generator=generator)
+        return cls(linear, *(t.to(dtype or adapter_dtype(weight)) for t in tensors), alpha=alpha, dropout=dropout)
 
     def branch(self) -> Lora2Branch:
         tensors = [tensor_of(self, name) for name in ("lora_v", "lora_u", "lora_E", "lora_U", "lora_V")]

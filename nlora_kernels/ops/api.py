@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends import REFERENCE, Call, Dropout, Factors
+from ..backends.base import PLAIN
 from . import autograd
-from .checks import check_lora2_core, check_lora_linear, check_memory, fits, fits_core, foreign
+from .checks import check_lora2_core, check_lora_linear, check_memory, fits, fits_core, foreign, seen_through
 
 _NAMES = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
 _LORA2_NAMES = ("x", "weight", "lora_v", "lora_u", "lora_E", "lora_U", "lora_V", "mask", "bias")
@@ -34,7 +35,8 @@ def lora_linear(
 
     Args:
         x: (..., in), fp32, bf16, fp16 or fp64; any strides.
-        weight: (out, in) in x's dtype.
+        weight: (out, in) in x's dtype, or a quantised tensor of bitsandbytes or torchao, or any that has a
+            `dequantize()`, which is used in x's dtype, kept as it is for backward, and gets no gradient.
         lora_A: (r, in). The three adapter matrices may be of any floating dtype and are used in x's dtype.
         lora_B: (out, r).
         lora_N: (r, r), or None for plain LoRA.
@@ -57,12 +59,15 @@ def lora_linear(
 
     Raises:
         TypeError: an argument is no tensor or number, or dtypes do not fit together.
-        ValueError: shapes or devices do not fit, dropout is not within [0, 1], or the named backend is unknown or
-            cannot take the call.
+        ValueError: shapes or devices do not fit, dropout is not within [0, 1], the named backend is unknown or cannot
+            take the call, or a quantised weight requires a gradient or lacks what belongs to it.
     """
     composed = False
     tensors = x, weight, lora_A, lora_B, lora_N, bias
     if not fits(*tensors, scaling):
+        if type(weight) not in PLAIN and (quantised := seen_through(weight, x)) is not None:
+            weight = quantised
+            tensors = x, weight, lora_A, lora_B, lora_N, bias
         if has_torch_function(tensors):
             options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
             return handle_torch_function(lora_linear, tensors, *tensors, **options)
@@ -135,6 +140,9 @@ def lora2_linear(
     tensors = x, weight, lora_v, lora_u, lora_E, lora_U, lora_V, mask, bias
     composed = False
     if not (fits(x, weight, lora_v, lora_V, None, bias, scaling) and fits_core(lora_v, *factors)):
+        if type(weight) not in PLAIN and (quantised := seen_through(weight, x)) is not None:
+            weight = quantised
+            tensors = x, weight, lora_v, lora_u, lora_E, lora_U, lora_V, mask, bias
         if has_torch_function(tensors):
             options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
             return handle_torch_function(lora2_linear, tensors, *tensors, **options)

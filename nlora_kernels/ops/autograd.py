@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backends, internals
 from ..backends import REFERENCE, Backend, Call, Dropout, Factors, Grads, Needs
 from ..backends.base import PLAIN
+from ..backends.quantised import Opaque, Quantised
 from ..internals import composing, watched
 from . import register
 from .checks import resolved
@@ -48,6 +49,9 @@ def linear(call: Call, backend: str | None) -> Tensor:
     if shown or internals.dual():
         if composing(shown):
             return composed(call)
+        # A program that is recorded has the weight as its values.
+        if isinstance(weight, Opaque) or (isinstance(weight, Quantised) and _recording()):
+            weight = weight.composed()
         trains = trains and not internals.tracing()
     elif not x.is_cpu:
         # NOTE: on a CPU the extension, which reads every tensor itself, does it.
@@ -82,10 +86,16 @@ def core(lora_u, lora_E, lora_U, mask, backend=None) -> Tensor:
     return _core_forward(factors, backend, watched())
 
 
+def _recording() -> bool:
+    return torch.compiler.is_compiling() or internals.tracing()
+
+
 def composed(call: Call) -> Tensor:
     """The operation as differentiable operations of PyTorch."""
     x = call.x.to(operand_dtype(call.x))
     weight, bias = cast_base(call.weight, call.bias, x.dtype)
+    if isinstance(weight, Quantised):
+        weight = weight.composed()
     with torch.autocast(x.device.type, enabled=False):
         if type(call.lora_N) is Factors:
             call = call._replace(lora_N=REFERENCE.lora2_core(*call.lora_N))
@@ -117,7 +127,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         # NOTE: read once, for activation checkpointing gives them out once.
         saved = ctx.saved_tensors
-        factors = Factors(*saved[7:]) if len(saved) > 7 else None
+        factors = Factors(*saved[7:11]) if ctx.has_factors else None
         dx, dweight, dA, dB, dN, dbias = _linear_backward(ctx, saved, factors, dy)
         du = dE = dU = None
         if factors and dN is not None:
@@ -143,15 +153,19 @@ class _Core(torch.autograd.Function):
 
 def _keep(ctx, x, T, weight, call: Call, core, bias, needs: Needs, backend, factors: Factors | None = None) -> None:
     dropout = call.dropout
+    ctx.has_factors = factors is not None
+    ctx.quantised = weight if isinstance(weight, Quantised) else None
     ctx.save_for_backward(
         x if needs.weight or needs.lora_A else None,
         T if needs.lora_B or needs.lora_N else None,
-        weight,
+        None if ctx.quantised else weight,
         call.lora_A,
         call.lora_B,
         core,
         dropout and dropout.seed,
         *(factors or ()),
+        # So that a change of them until backward is noticed.
+        *(ctx.quantised.tensors if ctx.quantised else ()),
     )
     ctx.call = call.scaling, dropout and dropout.p, needs, needs.bias and bias.dtype, backend
 
@@ -159,6 +173,8 @@ def _keep(ctx, x, T, weight, call: Call, core, bias, needs: Needs, backend, fact
 def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
     x, T, weight, lora_A, lora_B, lora_N, seed = saved[:7]
     scaling, p, needs, bias_dtype, backend = ctx.call
+    if ctx.quantised:
+        weight = ctx.quantised
     rows, shown = as_rows(dy), watched()
     # A backward that is itself differentiated, or runs for a batch of gradients or beside tangents.
     differentiates = torch.is_grad_enabled() or composing(shown)
@@ -209,10 +225,10 @@ def _forward(
             core = _core_forward(call.lora_N, backend, shown)
             call = call._replace(lora_N=core)
     if shown:
-        *tensors, scaling, dropout = call
-        y, T = register.linear(*tensors, scaling, *(dropout or (0.0, None)), backend)
-        return y, T, core, backend
+        return *register.forward(call, backend), core, backend
+    call = backends.readable(call)
     chosen = backends.select(backend, call.x, call)
+    call = backends.readable(call, chosen)
     if type(call.lora_N) is Factors and not chosen.makes_core:
         core = register.without_autocast(chosen.lora2_core, *call.lora_N)
         call = call._replace(lora_N=core)
@@ -225,13 +241,12 @@ def _backward(
 ) -> Grads:
     # The sign of a gradient may be a flag; the other tensors were looked at in forward.
     if shown or type(dy) not in PLAIN or dy.is_neg():
-        x, *tensors, _, scaling, dropout = call
         if type(call.lora_N) is Factors:
-            tensors[3] = register.core(*call.lora_N, name_of(backend))
-        return Grads(
-            *register.linear_backward(dy, x, T, *tensors, scaling, *(dropout or (0.0, None)), needs, name_of(backend))
-        )
+            call = call._replace(lora_N=register.core(*call.lora_N, name_of(backend)))
+        return register.backward(call, dy, T, needs, name_of(backend))
+    call = backends.readable(call)
     chosen = backend if isinstance(backend, Backend) else backends.select(backend, dy, call, "backward")
+    call = backends.readable(call, chosen)
     if internals.any_autocast():
         return register.without_autocast(chosen.backward, call, dy, T, needs)
     return chosen.backward(call, dy, T, needs)

@@ -8,7 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..backends import quantised
 from ..backends.base import PLAIN
+from ..backends.quantised import Quantised
 
 REAL = (numbers.Real, torch.SymFloat, torch.SymInt)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -23,6 +25,7 @@ def check_dense(**tensors: Tensor | None) -> None:
 
 def check_memory(**tensors: Tensor | None) -> None:
     """TypeError or ValueError, by name, for what cannot be read: asked where a call has failed."""
+    tensors = {name: t for name, t in tensors.items() if not isinstance(t, Quantised)}
     check_dense(**tensors)
     for name, t in tensors.items():
         if t is not None and type(t) in PLAIN and t.device.type != "meta" and t.numel():
@@ -37,9 +40,19 @@ def foreign(**tensors: Tensor | None) -> str:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    known = (*PLAIN, FakeTensor, FunctionalTensor)
-    found = {name: type(t) for name, t in tensors.items() if t is not None and type(t) not in known}
+    known = (*PLAIN, FakeTensor, FunctionalTensor, type(None))
+    found = {name: type(t) for name, t in tensors.items() if type(t) not in known and not isinstance(t, Quantised)}
     return " and ".join(f"{name} is a {kind.__qualname__}" for name, kind in found.items())
+
+
+def seen_through(weight: Tensor, x: Tensor) -> Quantised | None:
+    """A quantised weight as one that is decoded to x's dtype; None for any other. ValueError if it is to train."""
+    found = quantised.view(weight) if isinstance(weight, Tensor) and isinstance(x, Tensor) else None
+    if found is None:
+        return None
+    if weight.requires_grad:
+        raise ValueError("weight is quantised and gets no gradient: call weight.requires_grad_(False)")
+    return found.to(x.dtype)
 
 
 def resolved(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -56,7 +69,7 @@ def fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
         return (
             type(scaling) is float
             and type(x) in PLAIN
-            and type(weight) in PLAIN
+            and (type(weight) in PLAIN or isinstance(weight, Quantised))
             and type(lora_A) in PLAIN
             and type(lora_B) in PLAIN
             and (lora_N is None or type(lora_N) in PLAIN)
@@ -263,9 +276,10 @@ def _check_tensors(tensors: dict[str, Tensor | None], optional: tuple[str, ...] 
     for name, t in tensors.items():
         if t is None and name in optional:
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        check_dense(**{name: t})
+        if not isinstance(t, Quantised):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+            check_dense(**{name: t})
         if t.dtype not in DTYPES:
             allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
             raise TypeError(f"{name} must be one of {allowed}, got {t.dtype}")

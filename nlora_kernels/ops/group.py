@@ -10,11 +10,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import backends, internals
 from ..backends import Backend, Call, Dropout, Grads, Needs
 from ..backends.base import PLAIN, linear, linear_backward
+from ..backends.quantised import Quantised
 from ..imports import when_imported
 from ..internals import composing, watched
 from . import autograd, register
 from .api import dropout_of
-from .checks import check_group, check_linear, check_lora_linear, check_memory, fits, foreign, resolved
+from .checks import check_group, check_linear, check_lora_linear, check_memory, fits, foreign, resolved, seen_through
 
 # Tensors of a member, in the order of autograd.
 _MEMBER = ("weight", "lora_A", "lora_B", "lora_N", "bias", "seed")
@@ -113,6 +114,8 @@ def tensors_of(call: Call, names: dict[str, str]) -> dict[str, Tensor | None]:
 
 def member_of(x, weight, adapter, bias, scaling, names: dict[str, str]) -> Call:
     """A checked call."""
+    if isinstance(weight, Quantised) or (type(weight) not in PLAIN and seen_through(weight, x) is not None):
+        raise TypeError(f"{names['weight']} is quantised, which lora_linear alone takes")
     if adapter is None:
         check_linear(x, weight, bias, names)
         return Call(x, weight, None, None, None, bias)

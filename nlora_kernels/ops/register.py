@@ -3,11 +3,14 @@ flat list, as its schema is. Tensors are matrices: x (M, in), dy (M, out).
 """
 
 import functools
+import json
 
 import torch
+from torch import Tensor
 
 from .. import backends
-from ..backends import Call, Dropout, ExpertsCall, Needs
+from ..backends import Call, Dropout, ExpertsCall, Grads, Needs
+from ..backends.quantised import Quantised, restored
 from ..imports import when_imported
 
 
@@ -37,14 +40,19 @@ def operator(schema: str):
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? lora_N, Tensor? bias, "
     "float scaling, float dropout, Tensor? seed, str? backend) -> (Tensor y, Tensor T)"
 )
-def linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
+def linear(x, weight, *args):
+    return _linear(x, weight, *args)
+
+
+def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     drop = Dropout(dropout, seed) if dropout else None
-    call = Call(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop)
-    return backends.select(backend, x, call).forward(call)
+    call = backends.readable(Call(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop))
+    chosen = backends.select(backend, x, call)
+    return chosen.forward(backends.readable(call, chosen))
 
 
 @torch.library.register_fake("nlora_kernels::lora_linear")
-def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
+def _fake_linear(x, weight, lora_A, *args):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
 
 
@@ -53,19 +61,73 @@ def _(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     "Tensor? lora_N, float scaling, float dropout, Tensor? seed, bool[6] needs, str? backend) "
     "-> (Tensor dx, Tensor dweight, Tensor dA, Tensor dB, Tensor dN, Tensor dbias)"
 )
-def linear_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
+def linear_backward(dy, x, T, weight, *args):
+    return _linear_backward(dy, x, T, weight, *args)
+
+
+def _linear_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
     """As in aten's backwards, None stands where no gradient was asked for."""
     drop = Dropout(dropout, seed) if dropout else None
-    call = Call(x, weight, lora_A, lora_B, lora_N, None, scaling, drop)
-    return tuple(backends.select(backend, dy, call, "backward").backward(call, dy, T, Needs(*needs)))
+    call = backends.readable(Call(x, weight, lora_A, lora_B, lora_N, None, scaling, drop))
+    chosen = backends.select(backend, dy, call, "backward")
+    return tuple(chosen.backward(backends.readable(call, chosen), dy, T, Needs(*needs)))
 
 
 @torch.library.register_fake("nlora_kernels::lora_linear_backward")
-def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
+def _fake_linear_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
     inputs = zip((weight, lora_A, lora_B, lora_N), needs[1:5], strict=True)
     dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None
     dbias = dy.new_empty(dy.shape[1]) if needs[5] else None
     return dx, *(t.new_empty(t.shape) if needed else None for t, needed in inputs), dbias
+
+
+# The same with a weight in few bits, which is its tensors and a description of them.
+
+
+@operator(
+    "quantised_lora_linear(Tensor x, Tensor[] weight, str description, Tensor lora_A, Tensor lora_B, Tensor? lora_N, "
+    "Tensor? bias, float scaling, float dropout, Tensor? seed, str? backend) -> (Tensor y, Tensor T)"
+)
+def quantised_linear(x, weight, description, *args):
+    return _linear(x, restored(description, weight), *args)
+
+
+@torch.library.register_fake("nlora_kernels::quantised_lora_linear")
+def _(x, weight, description, *args):
+    return _fake_linear(x, restored(description, weight), *args)
+
+
+@operator(
+    "quantised_lora_linear_backward(Tensor dy, Tensor? x, Tensor? T, Tensor[] weight, str description, Tensor lora_A, "
+    "Tensor lora_B, Tensor? lora_N, float scaling, float dropout, Tensor? seed, bool[6] needs, str? backend) "
+    "-> (Tensor dx, Tensor dweight, Tensor dA, Tensor dB, Tensor dN, Tensor dbias)"
+)
+def quantised_linear_backward(dy, x, T, weight, description, *args):
+    return _linear_backward(dy, x, T, restored(description, weight), *args)
+
+
+@torch.library.register_fake("nlora_kernels::quantised_lora_linear_backward")
+def _(dy, x, T, weight, description, *args):
+    return _fake_linear_backward(dy, x, T, restored(description, weight), *args)
+
+
+def forward(call: Call, backend: str | None) -> tuple[Tensor, Tensor]:
+    """(y, T) of a call by its operator."""
+    x, weight, *tensors, scaling, dropout = call
+    options = scaling, *(dropout or (0.0, None)), backend
+    if isinstance(weight, Quantised):
+        return quantised_linear(x, weight.tensors, weight.description(), *tensors, *options)
+    return linear(x, weight, *tensors, *options)
+
+
+def backward(call: Call, dy: Tensor, T: Tensor | None, needs: Needs, backend: str | None) -> Grads:
+    x, weight, *tensors, _, scaling, dropout = call
+    options = scaling, *(dropout or (0.0, None)), needs, backend
+    if isinstance(weight, Quantised):
+        grads = quantised_linear_backward(dy, x, T, weight.tensors, weight.description(), *tensors, *options)
+    else:
+        grads = linear_backward(dy, x, T, weight, *tensors, *options)
+    return Grads(*grads)
 
 
 @operator("lora2_core(Tensor lora_u, Tensor lora_E, Tensor lora_U, Tensor? mask, str? backend) -> Tensor")
@@ -121,12 +183,23 @@ def _count_flops(flop_counter) -> None:
     operators = torch.ops.nlora_kernels
 
     # Shapes stand for tensors.
+    def size(description):
+        return json.loads(description)[3]
+
+    @flop_counter.register_flop_formula(operators.quantised_lora_linear)
+    def _(x, weight, description, *args, **kwargs):
+        return count_linear(x, size(description), *args)
+
+    @flop_counter.register_flop_formula(operators.quantised_lora_linear_backward)
+    def _(dy, x, T, weight, description, *args, **kwargs):
+        return count_linear_backward(dy, x, T, size(description), *args)
+
     @flop_counter.register_flop_formula(operators.lora_linear)
-    def _(x, weight, lora_A, lora_B, lora_N, *args, **kwargs):
+    def count_linear(x, weight, lora_A, lora_B, lora_N, *args, **kwargs):
         return forward_flops(*x, weight, lora_A, lora_N)
 
     @flop_counter.register_flop_formula(operators.lora_linear_backward)
-    def _(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, *args, **kwargs):
+    def count_linear_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, *args, **kwargs):
         return backward_flops(dy[0], weight, lora_A, lora_N, Needs(*needs))
 
     @flop_counter.register_flop_formula(operators.lora2_core)

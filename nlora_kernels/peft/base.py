@@ -1,7 +1,6 @@
 """The weight of a base layer: reading it in full, and adding to it, dense or quantised."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,16 +9,37 @@ from accelerate.hooks import AlignDevicesHook
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from ..backends.quantised import Quantised
 from ..commit import attributes
 from ..layers import branch as branches
 
 
-def read(base: nn.Module) -> Tensor:
-    """W as (out, in) for reading, in full and dequantised: gathered from its shards if need be."""
-    weight = _dequantised(base).detach()
+def check_readable(base: nn.Module) -> None:
+    """Unreadable, a ValueError, if what belongs to a quantised weight does not fit it."""
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and not weight.is_meta and not branches.is_dense(weight):
+        branches.readable_weight(base)
+
+
+def readable(base: nn.Module) -> Tensor | Quantised:
+    """W as (out, in) for reading: gathered from its shards if need be, and in few bits where it is quantised."""
+    weight = branches.readable_weight(base)
+    if isinstance(weight, Quantised):
+        return weight
+    weight = weight.detach()
+    if not branches.is_dense(weight) and not hasattr(weight, "full_tensor"):
+        # By libraries of which PEFT knows how.
+        weight = dequantize_module_weight(base).detach()
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
-    return weight.T if branches.is_conv1d(base) else weight
+        return weight.T if branches.is_conv1d(base) else weight
+    return weight
+
+
+def read(base: nn.Module) -> Tensor:
+    """The same in full and decoded."""
+    weight = readable(base)
+    return weight.decode() if isinstance(weight, Quantised) else weight
 
 
 @contextlib.contextmanager
@@ -77,7 +97,7 @@ def adding(
             "merging into a weight of torchao needs the configuration that quantised it: load the base model with "
             "transformers and a TorchAoConfig, which keeps it"
         )
-    W = _dequantised(base).detach()
+    W = read(base)
     merged = (W.to(torch.promote_types(W.dtype, delta.dtype)) + sign * delta.to(W.device)).to(W.dtype)
     if check is not None:
         check(merged)
@@ -86,41 +106,6 @@ def adding(
 
 def _is_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
-
-
-def _dequantised(base: nn.Module) -> Tensor:
-    weight = base.weight
-    kind = type(weight).__name__
-    if kind == "Params4bit" and weight.quant_state is not None:
-        return _read_4bit(weight)
-    if kind == "Int8Params":
-        return _read_8bit(base)
-    return dequantize_module_weight(base)
-
-
-def _read_4bit(weight) -> Tensor:
-    import bitsandbytes as bnb
-
-    data, state = weight.data, weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        # What the first inference on a CPU made of it. The inverse changes the state that it is given, and takes the
-        # absolute maxima for quantised; here they stay as the layer computes with them.
-        packed, state = state, copy.copy(state)
-        state.original_nested = False
-        data, state = bnb.functional._convert_weight_packed_for_cpu_inverse(data, state)
-        state.absmax = packed.absmax.T.reshape(-1).float()
-    return bnb.functional.dequantize_4bit(data, state)
-
-
-def _read_8bit(base: nn.Module) -> Tensor:
-    import bitsandbytes as bnb
-
-    weight = base.weight
-    if weight.dtype != torch.int8:
-        return weight
-    # The first forward moves the scales from the weight to the layer.
-    scales = weight.SCB if base.state.SCB is None else base.state.SCB
-    return bnb.functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
 
 
 def _quantise_4bit(base: nn.Module, merged: Tensor) -> tuple[Callable[[], object], ...]:

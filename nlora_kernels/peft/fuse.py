@@ -1,23 +1,25 @@
 """Fusing the layers of an existing PEFT LoRA model, in place and back."""
 
-from peft.tuners.lora import Linear, ParamWrapper
+import sys
+
+from peft.tuners.lora import ParamWrapper
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .experts import FusedExperts
-from .layer import FusedLinear
+from .layer import FUSED, FusedLinear
 
-# PEFT's layers of plain LoRA and those that take their place.
-_FUSED = {Linear: FusedLinear, ParamWrapper: FusedExperts}
+# PEFT's layers of plain LoRA, by module and name, and those that take their place.
+_FUSED = {**FUSED, (ParamWrapper.__module__, ParamWrapper.__name__): FusedExperts}
 
 
 def fuse(model: nn.Module) -> nn.Module:
     """Makes every plain LoRA layer of PEFT on a linear layer compute y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ as one operation.
 
-    Those on the parameters of a mixture's experts are computed as `nlora_kernels.lora_grouped_linear` does. Outputs,
-    parameters and state dict stay as they are, and so does everything PEFT can do with the model; `unfuse` takes it
-    back. Layers on quantised bases have types of their own in PEFT and are left alone, as is every layer that computes
-    fused already.
+    Those on the parameters of a mixture's experts are computed as `nlora_kernels.lora_grouped_linear` does; on bases
+    that bitsandbytes or torchao quantised the weight is decoded inside the operation. Outputs, parameters and state
+    dict stay as they are, and so does everything PEFT can do with the model; `unfuse` takes it back. A layer that
+    computes fused already is left alone, as are PEFT's layers of other types.
 
     Args:
         model: a PEFT model, or any module that has PEFT LoRA layers in it.
@@ -38,12 +40,17 @@ def fuse(model: nn.Module) -> nn.Module:
 
 def fuse_layers(model: nn.Module) -> None:
     """The same of however many layers there are, or none."""
-    for module in model.modules():
-        fused = _FUSED.get(type(module))
+    for name, module in model.named_modules():
+        fused = _FUSED.get((type(module).__module__, type(module).__name__))
         # The output of nn.MultiheadAttention is never called.
-        if fused and not isinstance(module.get_base_layer(), NonDynamicallyQuantizableLinear):
-            # A layer's type is its behaviour: no attribute changes, so copies and pickles stay what they are.
+        if fused is None or isinstance(module.get_base_layer(), NonDynamicallyQuantizableLinear):
+            continue
+        # Variants on quantised weights are merged by PEFT's own layer.
+        if fused in (FusedLinear, FusedExperts) or not module.lora_variant:
+            # A layer's type is its behaviour: copies and pickles stay what they are.
             module.__class__ = fused
+            if fused not in (FusedLinear, FusedExperts):
+                module.layer_name = name
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -51,5 +58,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     own = {fused: plain for plain, fused in _FUSED.items()}
     for module in model.modules():
         if type(module) in own:
-            module.__class__ = own[type(module)]
+            where, name = own[type(module)]
+            module.__class__ = getattr(sys.modules[where], name)
+            vars(module).pop("layer_name", None)
     return model

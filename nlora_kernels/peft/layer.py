@@ -10,7 +10,9 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..backends import quantised
 from ..backends.base import PLAIN
+from ..backends.quantised import Unreadable
 from ..commit import commit
 from ..layers import branch as branches
 from ..layers.branch import Branch, Lora2Branch, tensor_of
@@ -38,6 +40,12 @@ class FusedLinear(Linear):
 
     # The type of a module among the factors beside nn.Linear.
     other_factor: type[nn.Module] | None = None
+    # PEFT's layer in whose place it stands: module and name.
+    stock = Linear.__module__, Linear.__name__
+    # Its place in the model, for messages.
+    layer_name = ""
+    # Where PEFT's layer on a quantised weight has not said it.
+    is_target_conv_1d_layer = False
 
     def branch(self, name: str) -> Branch | Lora2Branch:
         """What an adapter adds now."""
@@ -143,7 +151,11 @@ class FusedLinear(Linear):
             branch = self._fusible(terms[0], x)
             if branch is not None:
                 return self._fused(x, branch)
-        result = self.base_layer(x, *args, **kwargs)
+        result = self._with_first(terms, x) if len(terms) > 1 and not args and not kwargs else None
+        if result is None:
+            result = self.base_layer(x, *args, **kwargs)
+        else:
+            terms = terms[1:]
         dtype = result.dtype
         for term in terms:
             if term.rows is None:
@@ -152,8 +164,18 @@ class FusedLinear(Linear):
                 result[term.rows] += self._part(term, x[term.rows]).to(dtype)
         return result.to(dtype)
 
+    def _with_first(self, terms: list[Term], x: Tensor) -> Tensor | None:
+        """The base layer and the first of several terms as one operation, where that saves decoding a weight twice."""
+        if terms[0].rows is not None or branches.is_dense(tensor_of(self._modules["base_layer"], "weight")):
+            return None
+        branch = self._fusible(terms[0], x)
+        return None if branch is None else self._fused(x, branch)
+
     def _fused(self, x: Tensor, branch: Branch | Lora2Branch) -> Tensor:
-        return branch.fused(x, self._modules["base_layer"])
+        try:
+            return branch.fused(x, self._modules["base_layer"])
+        except Unreadable as error:
+            raise Unreadable(f"layer {self.layer_name!r}: {error}") from error
 
     def _fusible(self, term: Term, x: Tensor) -> Branch | Lora2Branch | None:
         """What a term adds, if the base layer can take it in."""
@@ -237,7 +259,7 @@ class FusedLinear(Linear):
         """Steps for `commit` that add what the adapter adds to the base layer, or take it away."""
         base = self.get_base_layer()
         check = partial(check_finite, name) if safe else None
-        torchao = self.kwargs.get("get_apply_tensor_subclass")
+        torchao = self.kwargs.get("get_apply_tensor_subclass") or vars(self).get("get_apply_tensor_subclass")
         steps = base_weights.adding(base, self._shift(name), sign, check=check, torchao=torchao)
         if self.lora_bias[name]:
             if base.bias is None:
@@ -262,10 +284,39 @@ class FusedLinear(Linear):
 
     def _get_name(self) -> str:
         # Printed, plain LoRA is PEFT's own layer, as it is to whoever asks for its type.
-        return Linear.__name__ if type(self) is FusedLinear else super()._get_name()
+        return self.stock[1] if type(self) in FUSED.values() else super()._get_name()
 
     def extra_repr(self) -> str:
         return "fused by nlora_kernels"
+
+
+class FusedLinear4bit(FusedLinear):
+    """The same in the place of PEFT's layer on a 4-bit one of bitsandbytes."""
+
+    stock = "peft.tuners.lora.bnb", "Linear4bit"
+
+
+class FusedLinear8bitLt(FusedLinear):
+    """On an 8-bit one of bitsandbytes."""
+
+    stock = "peft.tuners.lora.bnb", "Linear8bitLt"
+
+
+class FusedTorchaoLinear(FusedLinear):
+    """On one whose weight is torchao's."""
+
+    stock = "peft.tuners.lora.torchao", "TorchaoLoraLinear"
+
+
+# {PEFT's layer of plain LoRA: ours}, by name, because theirs are there only where the quantising library is.
+FUSED = {kind.stock: kind for kind in (FusedLinear, FusedLinear4bit, FusedLinear8bitLt, FusedTorchaoLinear)}
+
+
+def plain_layer(base: nn.Module) -> type[FusedLinear]:
+    """The class of plain LoRA on such a base layer."""
+    if quantised.is_layer(type(base)):
+        return FusedLinear8bitLt if type(base).__name__ == "Linear8bitLt" else FusedLinear4bit
+    return FusedTorchaoLinear if type(base.weight).__module__.startswith("torchao.") else FusedLinear
 
 
 def check_whole(base: nn.Module, method: str) -> None:

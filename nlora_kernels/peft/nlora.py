@@ -9,20 +9,20 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import onload_layer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from .. import init
 from ..backends.base import PLAIN
+from ..backends.quantised import Quantised
 from ..commit import attributes, commit
 from ..layers import branch as branches
 from ..layers.branch import Branch, tensor_of
 from ..layers.modules import check_alpha
 from . import base as base_weights
 from .config import NLoraConfig
-from .layer import FusedLinear, Term, check_whole
+from .layer import FUSED, FusedLinear, Term, check_whole, plain_layer
 
 _deferring = ContextVar("deferring", default=False)
 
@@ -73,7 +73,8 @@ class NLoraLinear(FusedLinear):
     @classmethod
     def adopt(cls, layer: nn.Module) -> bool:
         """Makes a layer of plain LoRA one of this class, with the adapters that it has; whether it is one now."""
-        if type(layer) in (Linear, FusedLinear):
+        kind = type(layer)
+        if kind in FUSED.values() or (kind.__module__, kind.__name__) in FUSED:
             layer.__class__ = cls
             layer._make_room()
         return isinstance(layer, cls)
@@ -149,9 +150,9 @@ class NLoraLinear(FusedLinear):
             if name in matrix:
                 matrix[name].weight.copy_(tensor)
 
-    def _base_weight(self) -> Tensor:
+    def _base_weight(self) -> Tensor | Quantised:
         """W as (out, in) for reading, with the product that is subtracted from it."""
-        W = base_weights.read(self.get_base_layer())
+        W = base_weights.readable(self.get_base_layer())
         if self.subtracted is None:
             return W
         return init.subtract_(W.clone(), *self._initial(self.subtracted), -self.initial_scaling[self.subtracted])
@@ -374,7 +375,7 @@ class NLoraLinear(FusedLinear):
             # What is left is plain LoRA, until a core is added again.
             for name in ("lora_N", "lora_A0", "lora_N0", "lora_B0", "initial_scaling", "subtracted"):
                 delattr(self, name)
-            self.__class__ = FusedLinear
+            self.__class__ = plain_layer(self.get_base_layer())
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names) -> nn.Module:
         base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .. import patterns, saved
+from ..backends.quantised import INPUT_TOO, Unreadable
 from ..layers import branch as branches
 from ..layers import experts
 from ..layers.modules import check_alpha
@@ -87,15 +88,18 @@ class _FusedModel(LoraModel):
         try:
             # NOTE: an adapter goes to where the base weight is, and offloaded that would be the meta device.
             with base_weights.brought(base):
+                base_weights.check_readable(base)
                 super()._create_and_replace(
                     lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
                 )
         except (TypeError, ValueError) as error:
             # What a layer refuses, it refuses without knowing its name.
-            if _is_lora(lora_config) or type(error) not in (TypeError, ValueError) or repr(current_key) in str(error):
+            known = (Unreadable,) if _is_lora(lora_config) else (TypeError, ValueError, Unreadable)
+            if type(error) not in known or repr(current_key) in str(error):
                 raise
             raise type(error)(f"{current_key!r} cannot be adapted: {error}") from error
         layer = getattr(parent, target_name)
+        layer.layer_name = current_key
         if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
             layer.register_forward_pre_hook(_called)
 
@@ -351,6 +355,7 @@ def _advise(model: nn.Module, config) -> None:
     # What its user chose, such as dropout, a layer runs unfused for without a word.
     bases = ((name, module.base_layer) for name, module in model.named_modules() if isinstance(module, FusedLinear))
     unfused = {name: reason for name, base in bases if (reason := branches.obstacle(base))}
+    unfused = {name: reason for name, reason in unfused.items() if reason != INPUT_TOO}
     wrappers = ((name, module) for name, module in model.named_modules() if isinstance(module, FusedExperts))
     # The outermost computes. Nothing is said of routers, whose parameters are no stacks.
     outermost = [

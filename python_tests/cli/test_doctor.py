@@ -149,10 +149,10 @@ def test_traps(light, monkeypatch, tmp_path, capsys):
     assert any("axolotl is loaded" in problem for problem in found["problems"])
     assert any("under FSDP" in note for note in found["notes"])
 
-    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert cli.main(["doctor", "--model", str(tmp_path)]) == 1
-    assert "is quantised (bitsandbytes)" in capsys.readouterr().out
+    assert "is quantised (gptq)" in capsys.readouterr().out
     assert cli.main(["doctor", "--model", str(tmp_path / "nowhere")]) == 1
     assert "must be a folder with a config.json" in capsys.readouterr().err
 

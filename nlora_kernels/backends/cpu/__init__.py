@@ -7,6 +7,9 @@ A call is computed in one of four ways (`plans`), which differ in who does the p
     library   `lean`
     folded    the library's products with a scratch copy of weight + s·B·N·A, which many rows of x share; in fp32 alone,
               for a half-precision weight would round small updates away
+
+A weight in few bits is decoded while it is packed in "whole"; in "adapter", which stands for the other two as well, a
+tile of it at a time for the library.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +22,9 @@ from torch import Tensor
 
 from .. import native
 from ..base import Backend, Call, ExpertsCall, Factors, Grads, Needs, linear, plain, short
-from ..lean import Lean
+from ..lean import Lean, add_input_gradient, add_output
 from ..native import _C
+from ..quantised import Coded, Quantised
 from . import lora2, plans
 
 PLANS = {
@@ -72,7 +76,7 @@ class Cpu(Lean):
     def forward(self, call: Call, plan: str | None = None) -> tuple[Tensor, Tensor]:
         x, weight, lora_A, lora_N = call.x, call.weight, call.lora_A, call.lora_N
         (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
-        plan = plan or self.plan(x.dtype, M, K, N, R)
+        plan = _possible(plan or self.plan(x.dtype, M, K, N, R), weight)
         if type(lora_N) is Factors:
             if plan in _OWN:
                 lora_N = _readable(lora_N)
@@ -83,15 +87,15 @@ class Cpu(Lean):
         if plan == "folded":
             return F.linear(x, _folded(call), call.bias), x @ lora_A.to(x.dtype).T
         y, T = x.new_empty(M, N), x.new_empty(M, R)
-        inside = _rows(weight) if plan == "whole" else None
+        inside = _inside(weight) if plan == "whole" else None
         lora_B, bias, threads = call.lora_B, call.bias, torch.get_num_threads()
         _C.cpu_forward(_rows(x), inside, _rows(lora_A), lora_B, lora_N, bias, y, T, call.scaling, threads)
-        return (y if plan == "whole" else y.addmm_(x, weight.T)), T
+        return (y if plan == "whole" else add_output(y, x, weight)), T
 
     def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs, plan: str | None = None) -> Grads:
         x, weight, lora_A, lora_B, lora_N, _, scaling, _ = call
         M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
-        plan = plan or self.plan(dy.dtype, M, K, N, R, backward=True)
+        plan = _possible(plan or self.plan(dy.dtype, M, K, N, R, backward=True), weight)
         factors = lora_N if type(lora_N) is Factors else None
         if factors and plan not in _OWN:
             grads = self.backward(call._replace(lora_N=self.lora2_core(*factors)), dy, T, needs, plan)
@@ -107,7 +111,7 @@ class Cpu(Lean):
         whole = plan == "whole"
         if factors:
             lora_N = _readable(factors)
-        dy, x, lora_A, inside = _rows(dy), _rows(x), _rows(lora_A), _rows(weight) if whole else None
+        dy, x, lora_A, inside = _rows(dy), _rows(x), _rows(lora_A), _inside(weight) if whole else None
         grads = Grads(
             x=dy.new_empty(M, K) if needs.x else None,
             weight=_new(weight) if needs.weight and whole else None,
@@ -119,7 +123,7 @@ class Cpu(Lean):
         threads = torch.get_num_threads()
         _C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, *grads, scaling, threads)
         if not whole and needs.x:
-            grads.x.addmm_(dy, weight)
+            add_input_gradient(grads.x, dy, weight)
         if not whole and needs.weight:
             grads = grads._replace(weight=dy.T @ x)
         return grads
@@ -274,6 +278,18 @@ def _new_grads(call: Call, dy: Tensor, needs: Needs, whole: bool) -> Grads:
         lora_N=_new(call.lora_N) if needs.lora_N else None,
         bias=dy.new_empty(dy.shape[1]) if needs.bias and own else None,
     )
+
+
+def _possible(plan: str, weight: Tensor | Quantised) -> str:
+    """The plan, or where it cannot take a weight in few bits the nearest that can."""
+    if isinstance(weight, Tensor) or (plan == "whole" and isinstance(weight, Coded)):
+        return plan
+    return "adapter"
+
+
+def _inside(weight: Tensor | Coded):
+    """The weight as the kernels read it."""
+    return weight.native() if isinstance(weight, Coded) else _rows(weight)
 
 
 def _folded(call: Call) -> Tensor:

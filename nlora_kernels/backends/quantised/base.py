@@ -1,0 +1,321 @@
+"""What a weight in few bits is to an operation, and the class of those that are codes and scales."""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..base import short
+
+# Values of a tile that stays in a second- or third-level cache while it is multiplied with.
+_TILE = 1 << 21
+
+ALL = slice(None)
+
+
+class Unreadable(ValueError):
+    """What belongs to a quantised weight is missing or does not fit it."""
+
+
+class Quantised:
+    """W (out, in), frozen and in few bits; any part of it can be had in `dtype`.
+
+    It stands for a tensor where an operation takes a weight. `to` changes the dtype in which it is decoded and copies
+    nothing. A format implements `decode`, `tensors` and `layout`.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    # Nothing here can be trained.
+    requires_grad = False
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is kept of it, for backward too."""
+        raise NotImplementedError
+
+    def layout(self) -> tuple:
+        """Everything else that `from_layout` needs, as values that JSON keeps."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_layout(cls, layout: list, tensors: list[Tensor], dtype: torch.dtype) -> "Quantised":
+        """The weight that said `layout` and `tensors`."""
+        raise NotImplementedError
+
+    def decode(self, rows: slice = ALL, cols: slice = ALL, out: Tensor | None = None) -> Tensor:
+        """W[rows, cols] in `dtype`, each value rounded once; in `out` where it is given, contiguous and as large."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.tensors[0].is_cpu
+
+    def dim(self) -> int:
+        return 2
+
+    def to(self, dtype: torch.dtype) -> "Quantised":
+        other = copy.copy(self)
+        other.dtype = dtype
+        return other
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Some rows (dim 0) or columns (dim 1), of which each is decoded by itself."""
+        parts = [slice(i, i + 1) for i in index.tolist()]
+        return torch.cat([self.decode(*((at, ALL) if dim == 0 else (ALL, at))) for at in parts], dim)
+
+    def split(self, size: int, dim: int = 0) -> Iterator[Tensor]:
+        """All rows (dim 0 or -2) or columns (dim 1 or -1), `size` at a time."""
+        for first in range(0, self.shape[dim], size):
+            at = slice(first, first + size)
+            yield self.decode(*((at, ALL) if dim % 2 == 0 else (ALL, at)))
+
+    def composed(self) -> Tensor:
+        """W as PyTorch's own operations make it, for what records them."""
+        return self.decode()
+
+    def tiles(self, dim: int) -> Iterator[tuple[slice, Tensor]]:
+        """W as (place, tile) of some rows (dim 0) or columns (dim 1) each, a tile being valid until the next."""
+        size, other = self.shape[dim], self.shape[1 - dim]
+        step = min(size, max(64, _TILE // max(1, other) // 64 * 64))
+        memory = torch.empty(step * other, dtype=self.dtype, device=self.device)
+        for first in range(0, size, step):
+            at = slice(first, min(first + step, size))
+            count = at.stop - first
+            tile = memory[: count * other].view((count, other) if dim == 0 else (other, count))
+            yield at, self.decode(*((at, ALL) if dim == 0 else (ALL, at)), out=tile)
+
+    def description(self) -> str:
+        """Of which, with `tensors`, `restored` makes it again: what an operator's schema takes."""
+        return json.dumps([type(self).__name__, short(self.dtype), *self.layout()])
+
+
+def restored(description: str, tensors: list[Tensor]) -> Quantised:
+    """The weight that gave this description and these tensors."""
+    name, dtype, *layout = json.loads(description)
+    kind = next(kind for kind in (Coded, Opaque) if kind.__name__ == name)
+    return kind.from_layout(layout, tensors, getattr(torch, dtype))
+
+
+class Nested(NamedTuple):
+    """Scales that are codes themselves: values[code]·scales[place / block] + offset."""
+
+    # 256 values.
+    values: Tensor
+    scales: Tensor
+    # One value.
+    offset: Tensor
+    block: int
+
+
+class Coded(Quantised):
+    """W[i, j] = values[code]·scale, in fp32, rounded to the dtype it is decoded to.
+
+    Args:
+        codes: uint8, contiguous, by `kind`
+            "nibbles"      two codes a byte, the first in the high half, rows in sequence without a gap
+            "interleaved"  (out / 32, in / 2) times 32 rows of two codes each: in byte i those of row i // 2, and in its
+                           high half those of row 16 + i // 2 (bitsandbytes on CPUs with avx512_bf16)
+            "bytes"        one code a byte
+            "int8"         one value a byte, as int8, without `values`
+        values: fp32, of all 16 or 256 codes.
+        scales: fp32, bf16 or fp16, one for `block` codes; or, with `nested`, uint8.
+        strides: (distance of the scales of two rows, of two blocks of a row), for which `block` divides a row; None
+            where the codes of all rows are cut into blocks in sequence.
+
+    Raises Unreadable, a ValueError in which each is named, where they do not fit together.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        codes: Tensor,
+        values: Tensor | None,
+        scales: Tensor,
+        block: int,
+        strides: tuple[int, int] | None = None,
+        nested: Nested | None = None,
+    ):
+        self.kind, self.shape, self.dtype, self.block, self.strides = kind, torch.Size(shape), dtype, block, strides
+        self.codes, self.values, self.scales, self.nested = codes, values, scales, nested
+        self._native = None
+        self._check()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        found = [self.codes, self.scales]
+        if self.values is not None:
+            found.append(self.values)
+        return found if self.nested is None else [*found, *self.nested[:3]]
+
+    def layout(self) -> tuple:
+        return self.kind, tuple(self.shape), self.block, self.strides, self.nested and self.nested.block
+
+    @classmethod
+    def from_layout(cls, layout, tensors, dtype) -> "Coded":
+        kind, shape, block, strides, nested_block = layout
+        codes, scales, *others = tensors
+        values = None if kind == "int8" else others.pop(0)
+        nested = Nested(*others, nested_block) if nested_block else None
+        return cls(kind, shape, dtype, codes, values, scales, block, strides, nested)
+
+    def _check(self) -> None:
+        (N, K), count = self.shape, self.shape.numel()
+        two = self.kind in ("nibbles", "interleaved")
+        _check(
+            "codes", self.codes, -(-count // 2) if two else count, (torch.int8 if self.kind == "int8" else torch.uint8,)
+        )
+        if self.values is not None:
+            _check("values of the codes", self.values, 16 if two else 256, (torch.float32,))
+        if self.block < 1:
+            raise Unreadable(f"the block size must be at least 1, got {self.block}")
+        blocks = -(-count // self.block) if self.strides is None else N * -(-K // self.block)
+        _check("scales", self.scales, blocks, (torch.uint8,) if self.nested else _SCALES)
+        if self.nested:
+            if self.nested.block < 1:
+                raise Unreadable(f"the block size of the scales must be at least 1, got {self.nested.block}")
+            _check("values of the scales", self.nested.values, 256, (torch.float32,))
+            _check("scales of the scales", self.nested.scales, -(-blocks // self.nested.block), (torch.float32,))
+            _check("offset of the scales", self.nested.offset, 1, (torch.float32,))
+        for t in self.tensors:
+            if t.device != self.codes.device:
+                raise Unreadable(f"what belongs to the weight must be on {self.codes.device}, got {t.device}")
+
+    def native(self):
+        """What the C++ kernels read."""
+        if self._native is None:
+            nested, scales = self.nested, self.scales
+            self._native = native._C.CpuQuantised(
+                self.kind,
+                self.codes.data_ptr(),
+                *self.shape,
+                0 if self.values is None else self.values.data_ptr(),
+                scales.data_ptr(),
+                getattr(native._C, "float32" if nested else short(scales.dtype)),
+                self.block,
+                *(self.strides or (0, 0)),
+                *((t.data_ptr() for t in nested[:3]) if nested else (0, 0, 0)),
+                nested.block if nested else 0,
+            )
+        return self._native
+
+    def decode(self, rows=ALL, cols=ALL, out=None) -> Tensor:
+        first_row, stop_row, _ = rows.indices(self.shape[0])
+        first_col, stop_col, _ = cols.indices(self.shape[1])
+        if self.is_cpu and native._C is not None and self.dtype in _SCALES and self._has_memory():
+            if out is None:
+                out = torch.empty(stop_row - first_row, stop_col - first_col, dtype=self.dtype)
+            if out.numel():
+                native._C.cpu_dequantise(self.native(), first_row, first_col, out, torch.get_num_threads())
+            return out
+        tile = self._plain(first_row, stop_row, first_col, stop_col).to(self.dtype)
+        return tile if out is None else out.copy_(tile)
+
+    def composed(self) -> Tensor:
+        return self._plain(0, self.shape[0], 0, self.shape[1]).to(self.dtype)
+
+    def _has_memory(self) -> bool:
+        try:
+            return self.native() is not None
+        except RuntimeError:
+            # Tensors of torch.func have no address.
+            return False
+
+    def _plain(self, first_row: int, stop_row: int, first_col: int, stop_col: int) -> Tensor:
+        """The same in fp32 by PyTorch's own operations, on any device."""
+        K = self.shape[1]
+        rows, cols = (
+            torch.arange(first, stop, device=self.device)
+            for first, stop in ((first_row, stop_row), (first_col, stop_col))
+        )
+        at = rows[:, None] * K + cols  # [rows, cols]
+        codes = self.codes.flatten()
+        if self.kind == "int8":
+            values = codes[at].float()
+        elif self.kind == "bytes":
+            values = self.values[codes[at].long()]
+        elif self.kind == "nibbles":
+            pair = codes[at // 2]
+            values = self.values[torch.where(at % 2 == 0, pair >> 4, pair & 15).long()]
+        else:
+            row, col = rows[:, None], cols
+            pair = codes[((row // 32 * (K // 2) + col // 2) * 16 + row % 16) * 2 + col % 2]
+            values = self.values[torch.where(row % 32 >= 16, pair >> 4, pair & 15).long()]
+        if self.strides is None:
+            place = at // self.block
+        else:
+            place = rows[:, None] * self.strides[0] + cols // self.block * self.strides[1]
+        return values * self._scales()[place]
+
+    def _scales(self) -> Tensor:
+        scales = self.scales.reshape(-1)
+        if self.nested is None:
+            return scales.float()
+        place = torch.arange(len(scales), device=self.device) // self.nested.block
+        return self.nested.values[scales.long()] * self.nested.scales[place] + self.nested.offset
+
+
+class Opaque(Quantised):
+    """A tensor of which only its own `dequantize()` knows what its values are. Every tile costs all of them."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        self.weight, self.shape, self.dtype = weight, weight.shape, dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight]
+
+    def layout(self) -> tuple:
+        return ()
+
+    @classmethod
+    def from_layout(cls, layout, tensors, dtype) -> "Opaque":
+        return cls(*tensors, dtype)
+
+    def decode(self, rows=ALL, cols=ALL, out=None) -> Tensor:
+        with torch.no_grad():
+            tile = self.weight.dequantize()[rows, cols].to(self.dtype)
+        return tile if out is None else out.copy_(tile)
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Some rows (dim 0) or columns (dim 1), of which each is decoded by itself."""
+        parts = [slice(i, i + 1) for i in index.tolist()]
+        return torch.cat([self.decode(*((at, ALL) if dim == 0 else (ALL, at))) for at in parts], dim)
+
+    def split(self, size: int, dim: int = 0) -> Iterator[Tensor]:
+        """All rows (dim 0 or -2) or columns (dim 1 or -1), `size` at a time."""
+        for first in range(0, self.shape[dim], size):
+            at = slice(first, first + size)
+            yield self.decode(*((at, ALL) if dim % 2 == 0 else (ALL, at)))
+
+    def composed(self) -> Tensor:
+        """W as PyTorch's own operations make it, for what records them."""
+        return self.decode()
+
+    def tiles(self, dim: int) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(0, self.shape[dim]), self.decode()
+
+
+_SCALES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check(name: str, t: Tensor | None, size: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(t, Tensor):
+        raise Unreadable(f"the {name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in dtypes:
+        raise Unreadable(f"the {name} must be of {' or '.join(map(short, dtypes))}, got {short(t.dtype)}")
+    if t.numel() != size:
+        raise Unreadable(f"there must be {size} {name}, got {t.numel()}")
+    if not t.is_contiguous() and math.prod(t.shape) > 1:
+        raise Unreadable(f"the {name} must be contiguous, got strides {t.stride()}")

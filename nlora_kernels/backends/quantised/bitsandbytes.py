@@ -1,0 +1,119 @@
+"""bitsandbytes: NF4 and FP4, plain and nested, as stored and as packed anew for CPUs, and int8 with a scale a row."""
+
+import torch
+from torch import Tensor, nn
+
+from .base import Coded, Nested, Quantised, Unreadable
+
+_FOUR_BIT = ("Linear4bit", "LinearNF4", "LinearFP4")
+_TYPES = ("nf4", "fp4")
+INPUT_TOO = "bitsandbytes quantises the input of int8 layers too, on the CPU in eval mode alone"
+
+
+def _named(kind: type, *names: str) -> bool:
+    # By name, because bitsandbytes is not imported for the sake of a question.
+    return kind.__name__ in names and kind.__module__.startswith("bitsandbytes.")
+
+
+def is_layer(kind: type) -> bool:
+    return _named(kind, *_FOUR_BIT, "Linear8bitLt")
+
+
+def knows(weight: Tensor) -> bool:
+    return _named(type(weight), "Params4bit", "Int8Params")
+
+
+def view(weight: Tensor) -> Quantised | None:
+    """A Params4bit or Int8Params by itself; None if it holds its values as they are."""
+    if not _named(type(weight), "Int8Params"):
+        return (
+            None if weight.is_floating_point() and weight.quant_state is None else _four_bit(weight, weight.quant_state)
+        )
+    if weight.dtype != torch.int8:
+        return None
+    if weight.SCB is None:
+        raise Unreadable("the weight has lost its scales, SCB, to its layer: bitsandbytes moves them there")
+    return _eight_bit(weight, weight.SCB)
+
+
+def of_layer(linear: nn.Module, weight: Tensor) -> Quantised:
+    if _named(type(linear), *_FOUR_BIT):
+        return _four_bit(weight, _state_of(linear, weight))
+    # The first forward moves the scales from the weight to the layer.
+    scales = weight.SCB if linear.state.SCB is None else linear.state.SCB
+    return _eight_bit(weight, scales)
+
+
+def obstacle(linear: nn.Module, weight: Tensor) -> str | None:
+    if weight.is_meta:
+        return "its weight is on the meta device"
+    if torch.compiler.is_compiling():
+        return "its weight is quantised, and compiled code takes the layer of bitsandbytes"
+    if _named(type(linear), *_FOUR_BIT):
+        if not knows(weight) and getattr(linear, "quant_state", None) is None:
+            return f"its weight is a {type(weight).__qualname__} of {weight.dtype}, not quantised by bitsandbytes"
+        state = _state_of(linear, weight)
+        if state is None:
+            return "its weight is not quantised yet: bitsandbytes does it when the layer is moved to a device"
+        in_first, out_first = ((linear.in_features, linear.out_features)[::step] for step in (1, -1))
+        if tuple(getattr(state, "shape", None) or ()) == in_first != out_first:
+            return "its weight was quantised as (in, out)"
+        return None
+    if not _named(type(weight), "Int8Params") or weight.dtype != torch.int8:
+        return f"its weight is a {type(weight).__qualname__} of {weight.dtype}, not quantised by bitsandbytes"
+    if not weight.is_cpu or not linear.training:
+        return INPUT_TOO
+    return None
+
+
+def operands(linear: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if _named(type(linear), *_FOUR_BIT):
+        if not linear.compute_type_is_set:
+            # As its forward does the first time.
+            linear.set_compute_type(x)
+            linear.compute_type_is_set = True
+        if linear.compute_dtype is not None:
+            x = x.to(linear.compute_dtype)
+    return x, bias if bias is None else bias.to(x.dtype)
+
+
+def _state_of(linear: nn.Module, weight: Tensor):
+    """FSDP leaves it to the layer alone."""
+    state = getattr(weight, "quant_state", None)
+    return getattr(linear, "quant_state", None) if state is None else state
+
+
+def _four_bit(weight: Tensor, state) -> Coded:
+    kind, shape, block = (getattr(state, name, None) for name in ("quant_type", "shape", "blocksize"))
+    if kind not in _TYPES:
+        raise Unreadable(f"the quantisation state must be of {' or '.join(_TYPES)}, got {kind!r}")
+    if shape is None or len(shape) != 2:
+        raise Unreadable(f"the quantisation state must say a shape (out, in), got {shape}")
+    if not isinstance(block, int) or block < 1:
+        raise Unreadable(f"the block size of the quantisation state must be a positive integer, got {block!r}")
+    codes = weight
+    if codes.dtype != torch.uint8:
+        # Stored as another dtype, as FSDP wants it.
+        codes = codes.detach().as_subclass(Tensor).view(torch.uint8)
+    N, K = shape
+    # The dtype of the values that were quantised.
+    dtype = getattr(state, "original_dtype", None) or state.dtype
+    if getattr(state, "packing_format_for_cpu", False):
+        if N % 32 or K % 2 or K % block:
+            raise Unreadable(f"a weight packed for the CPU cannot have shape {tuple(shape)} and block size {block}")
+        return Coded("interleaved", shape, dtype, codes, state.code, state.absmax, block, (1, N))
+    nested = None
+    if state.nested:
+        inner = state.state2
+        nested = Nested(inner.code, inner.absmax, state.offset, inner.blocksize)
+    return Coded("nibbles", shape, dtype, codes, state.code, state.absmax, block, None, nested)
+
+
+def _eight_bit(weight: Tensor, scales: Tensor | None) -> Coded:
+    if not isinstance(scales, Tensor):
+        raise Unreadable(f"the weight must have its scales, SCB, got {type(scales).__name__}")
+    # As bitsandbytes multiplies: once a row.
+    scales = scales.to(weight.device).float() * (1 / 127)
+    return Coded(
+        "int8", weight.shape, torch.float32, weight.detach().as_subclass(Tensor), None, scales, weight.shape[1], (1, 1)
+    )
