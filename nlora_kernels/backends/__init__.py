@@ -17,7 +17,7 @@ from .base import Backend, Call, Dropout, ExpertsCall, Factors, Grads, Needs
 from .cpu import Cpu
 from .cuda import Cuda
 from .lean import Lean
-from .quantised import Quantised
+from .quantised import Quantised, shared_memory
 from .reference import Reference
 from .triton import Triton
 
@@ -33,13 +33,13 @@ __all__ = [
     "ExpertsCall",
     "Needs",
     "available",
+    "choose",
     "drops_inside",
     "forget",
     "makes_core",
     "native",
     "prefer",
     "preferred",
-    "readable",
     "select",
     "select_group",
     "verified",
@@ -132,15 +132,27 @@ def select_group(name: str | None, first: Tensor, calls: Sequence[Call], operati
     return REFERENCE
 
 
-def readable(call: Call, backend: Backend | None = None) -> Call:
-    """The call with its weight as a backend reads it; without one, as those of the weight's device are asked about it.
+def choose(
+    backend: Backend | str | None, first: Tensor, call: Call, operation: str = "forward"
+) -> tuple[Backend, Call]:
+    """The backend of `select`, or the one that is given, and the call as it reads it.
 
-    A weight in few bits stays so on the CPU and for a backend that `reads_quantised`.
+    A weight in few bits stays so where the backend `reads_quantised`, on the CPU; else it is decoded as a whole, on
+    other devices into memory that all layers share.
     """
     weight = call.weight
-    if not isinstance(weight, Quantised) or (backend.reads_quantised if backend else weight.is_cpu):
-        return call
-    return call._replace(weight=weight.decode())
+    in_bits = isinstance(weight, Quantised)
+    if in_bits and not weight.is_cpu:
+        call = call._replace(weight=shared_memory(weight))
+    chosen = backend if isinstance(backend, Backend) else select(backend, first, call, operation)
+    if in_bits and not weight.is_cpu:
+        # Kernels that no hardware of their kind has proved are taken by name alone.
+        named, triton = backend or _preferred, TABLE["triton"]
+        decoder = triton if named and not triton.unavailable() else chosen
+        decoder.decode(weight, call.weight)
+    elif in_bits and not chosen.reads_quantised:
+        call = call._replace(weight=chosen.decode(weight))
+    return chosen, call
 
 
 def makes_core(name: str | None) -> bool:

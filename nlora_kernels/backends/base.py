@@ -288,6 +288,10 @@ class Backend:
 
     # What a backend may do beside, or leave to PyTorch.
 
+    def decode(self, weight, out: Tensor | None = None) -> Tensor:
+        """A `quantised.Quantised` weight as a whole, in `out` if it is given."""
+        return weight.decode(out=out)
+
     def initialisation(self, weight: Tensor, r: int) -> ModuleType | None:
         """For `init`, if it can take this weight: its own gather, squared_norms, subtract_ and solve_triangular, or
         those of them that it has."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..backends import drops_inside, quantised
+from ..backends import drops_inside, preferred, quantised
 from ..backends.base import PLAIN
 from ..backends.quantised import Quantised
 from ..ops import lora2_core, lora2_linear, lora_linear
@@ -100,7 +100,11 @@ def obstacle_of(linear: nn.Module, other: type | None = None) -> str | None:
     if reason := altered(linear):
         return reason
     weight = tensor_of(linear, "weight")
-    return None if is_dense(weight) else quantised.obstacle(linear, weight)
+    if is_dense(weight):
+        return None
+    if weight.device.type not in ("cpu", "meta") and not preferred():
+        return "its weight is quantised, which on GPUs the kernels take where NLORA_BACKEND names one of theirs"
+    return quantised.obstacle(linear, weight)
 
 
 def altered(module: nn.Module) -> str | None:

@@ -226,9 +226,7 @@ def _forward(
             call = call._replace(lora_N=core)
     if shown:
         return *register.forward(call, backend), core, backend
-    call = backends.readable(call)
-    chosen = backends.select(backend, call.x, call)
-    call = backends.readable(call, chosen)
+    chosen, call = backends.choose(backend, call.x, call)
     if type(call.lora_N) is Factors and not chosen.makes_core:
         core = register.without_autocast(chosen.lora2_core, *call.lora_N)
         call = call._replace(lora_N=core)
@@ -244,9 +242,7 @@ def _backward(
         if type(call.lora_N) is Factors:
             call = call._replace(lora_N=register.core(*call.lora_N, name_of(backend)))
         return register.backward(call, dy, T, needs, name_of(backend))
-    call = backends.readable(call)
-    chosen = backend if isinstance(backend, Backend) else backends.select(backend, dy, call, "backward")
-    call = backends.readable(call, chosen)
+    chosen, call = backends.choose(backend, dy, call, "backward")
     if internals.any_autocast():
         return register.without_autocast(chosen.backward, call, dy, T, needs)
     return chosen.backward(call, dy, T, needs)

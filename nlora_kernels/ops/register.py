@@ -46,9 +46,8 @@ def linear(x, weight, *args):
 
 def _linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout, seed, backend):
     drop = Dropout(dropout, seed) if dropout else None
-    call = backends.readable(Call(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop))
-    chosen = backends.select(backend, x, call)
-    return chosen.forward(backends.readable(call, chosen))
+    chosen, call = backends.choose(backend, x, Call(x, weight, lora_A, lora_B, lora_N, bias, scaling, drop))
+    return chosen.forward(call)
 
 
 @torch.library.register_fake("nlora_kernels::lora_linear")
@@ -68,9 +67,9 @@ def linear_backward(dy, x, T, weight, *args):
 def _linear_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
     """As in aten's backwards, None stands where no gradient was asked for."""
     drop = Dropout(dropout, seed) if dropout else None
-    call = backends.readable(Call(x, weight, lora_A, lora_B, lora_N, None, scaling, drop))
-    chosen = backends.select(backend, dy, call, "backward")
-    return tuple(chosen.backward(backends.readable(call, chosen), dy, T, Needs(*needs)))
+    call = Call(x, weight, lora_A, lora_B, lora_N, None, scaling, drop)
+    chosen, call = backends.choose(backend, dy, call, "backward")
+    return tuple(chosen.backward(call, dy, T, Needs(*needs)))
 
 
 @torch.library.register_fake("nlora_kernels::lora_linear_backward")

@@ -145,10 +145,29 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
     if R > min(K, N, 256):
         return
     rows = meta(R, dtype=torch.int64)
+    decode(K, N, dtype, meta)
     nystrom.gather(weight, rows, rows)
     nystrom.squared_norms(weight)
     nystrom.subtract_([weight], [A], [core], [B], 1.0)
     nystrom.solve_triangular(meta(R, R, dtype=torch.float32), meta(R, R, dtype=torch.float32))
+
+
+def decode(K: int, N: int, dtype: torch.dtype, meta) -> None:
+    from nlora_kernels.backends.quantised import Coded
+    from nlora_kernels.backends.quantised.base import Nested
+    from nlora_kernels.backends.triton import quantised
+
+    def fp32(size):
+        return meta(size, dtype=torch.float32)
+
+    out, blocks = meta(N, K, dtype=dtype), -(-N * K // 64)
+    codes, scales = meta(-(-N * K // 2), dtype=torch.uint8), meta(blocks, dtype=torch.uint8)
+    nested = Nested(fp32(256), fp32(-(-blocks // 256)), fp32(1), 256)
+    quantised.decode(Coded("nibbles", (N, K), dtype, codes, fp32(16), fp32(blocks), 64), out)
+    quantised.decode(Coded("nibbles", (N, K), dtype, codes, fp32(16), scales, 64, None, nested), out)
+    bytes_, rows = meta(N, K, dtype=torch.uint8), fp32(N)
+    quantised.decode(Coded("bytes", (N, K), dtype, bytes_, fp32(256), rows, K, (1, 1)), out)
+    quantised.decode(Coded("int8", (N, K), dtype, meta(N, K, dtype=torch.int8), None, rows, K, (1, 1)), out)
 
 
 def train_lora2(K: int, N: int, r: int, meta) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..base import PLAIN
 from . import bitsandbytes, torchao
-from .base import Coded, Opaque, Quantised, Unreadable, restored
+from .base import Coded, Opaque, Quantised, Unreadable, restored, shared_memory
 from .bitsandbytes import INPUT_TOO
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "of_layer",
     "operands",
     "restored",
+    "shared_memory",
     "view",
 ]
 

@@ -106,6 +106,21 @@ def restored(description: str, tensors: list[Tensor]) -> Quantised:
     return kind.from_layout(layout, tensors, getattr(torch, dtype))
 
 
+_shared: dict[tuple, Tensor] = {}
+
+
+def shared_memory(weight: Quantised) -> Tensor:
+    """Room for a weight on a GPU that every layer decodes to, one after the other on a stream."""
+    size = weight.shape.numel()
+    if torch.cuda.is_current_stream_capturing():
+        # A graph keeps what it reads.
+        return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    key = weight.device, weight.dtype, torch.cuda.current_stream(weight.device).cuda_stream
+    if key not in _shared or _shared[key].numel() < size:
+        _shared[key] = torch.empty(size, dtype=weight.dtype, device=weight.device)
+    return _shared[key][:size].view(weight.shape)
+
+
 class Nested(NamedTuple):
     """Scales that are codes themselves: values[code]·scales[place / block] + offset."""
 
@@ -219,8 +234,13 @@ class Coded(Quantised):
             if out.numel():
                 native._C.cpu_dequantise(self.native(), first_row, first_col, out, torch.get_num_threads())
             return out
-        tile = self._plain(first_row, stop_row, first_col, stop_col).to(self.dtype)
-        return tile if out is None else out.copy_(tile)
+        if out is None:
+            out = torch.empty(stop_row - first_row, stop_col - first_col, dtype=self.dtype, device=self.device)
+        # Some rows at a time, for the places of codes take eight bytes each.
+        for first in range(first_row, stop_row, 64):
+            last = min(first + 64, stop_row)
+            out[first - first_row : last - first_row] = self._plain(first, last, first_col, stop_col)
+        return out
 
     def composed(self) -> Tensor:
         return self._plain(0, self.shape[0], 0, self.shape[1]).to(self.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import Backend, Call, Grads, Needs, capability, plain, short
+from ..quantised import Coded, Quantised
 from . import device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,6 +118,15 @@ class Triton(Backend):
         from . import nystrom
 
         return nystrom
+
+    def decode(self, weight: Quantised, out: Tensor | None = None) -> Tensor:
+        if not isinstance(weight, Coded) or weight.dtype not in DTYPES:
+            return super().decode(weight, out)
+        from . import quantised
+
+        if out is None:
+            out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        return quantised.decode(weight, out)
 
     def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> ModuleType | None:
         like = tensors[0]
