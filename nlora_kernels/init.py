@@ -154,7 +154,7 @@ def add_product(
     for name, t, shape in (("A", A, (r, in_features)), ("N", N, (r, r)), ("B", B, (out_features, r))):
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-    if subtract := _kernel("subtract_", weight, r):
+    if subtract := _kernel("subtract_products", weight, r):
         # Between a launch and what follows it an interrupt could come: then the launch is made on a copy.
         target = weight.detach().clone() if steps else weight
         subtract([target], [A], [N], [B], -scaling)
@@ -236,7 +236,7 @@ def _kernel(name: str, weight: Tensor, r: int):
     """A kernel for this weight of a backend named by NLORA_BACKEND or verified on its device; None if there is none."""
     if isinstance(weight, Quantised):
         return None
-    return getattr(backends.select(None, weight, operation="initialisation").initialisation(weight, r), name, None)
+    return getattr(backends.select(None, weight, operation="initialisation").initialisation(weight, r), name)
 
 
 def _optimal_core(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ def residual(machine, backend) -> dict:
     copies = [w.clone() for w in weights]
 
     def subtract():
-        nystrom.subtract_(weights, *([p[i] for p in parts] for i in range(3)), 1e-4)
+        nystrom.subtract_products(weights, *([p[i] for p in parts] for i in range(3)), 1e-4)
         return weights
 
     def copy():

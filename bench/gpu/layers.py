@@ -286,7 +286,7 @@ def initialise(machine, backend, dtype, shape, r) -> None:
             assert (squares - exact).abs().max() <= 1e-6 * exact.max()
     exact = weight.double() - 0.5 * B.double() @ N.double() @ A.double()
     plain = nk.init.subtract_(weight.clone(), A, N, B, 0.5)
-    extra = machine.peak(lambda: nystrom.subtract_([weight], [A], [N], [B], 0.5))
+    extra = machine.peak(lambda: nystrom.subtract_products([weight], [A], [N], [B], 0.5))
     bound = 2 * testing.error_norm(plain, exact) + torch.finfo(dtype).eps * exact.norm().item()
     assert testing.error_norm(weight, exact) <= bound
     # A fraction of the weight, or what A and B have in fp32, and a half more.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..internals import constant_in_compiled_code
 from . import native, verified
-from .base import Backend, Call, Dropout, ExpertsCall, Factors, Grads, Needs
+from .base import Backend, Call, Dropout, ExpertsCall, Factors, Grads, Lora2Training, Needs
 from .cpu import Cpu
 from .cuda import Cuda
 from .lean import Lean
@@ -31,6 +31,7 @@ __all__ = [
     "Factors",
     "Grads",
     "ExpertsCall",
+    "Lora2Training",
     "Needs",
     "available",
     "choose",

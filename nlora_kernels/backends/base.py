@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -202,6 +201,30 @@ def lengthened(t: Tensor, rows: int) -> Tensor:
     return t if t.shape[0] == rows else torch.cat([t, t.new_zeros(rows - t.shape[0], t.shape[1])])
 
 
+class Initialisation(NamedTuple):
+    """Kernels of a backend for `init`; None for what PyTorch is to do."""
+
+    # (A, N, B) of rows and columns of a weight.
+    gather: Callable | None = None
+    # The squared norms of a weight's rows and columns.
+    squared_norms: Callable | None = None
+    # W ← W − s·B·N·A in place, for weights of one shape.
+    subtract_products: Callable | None = None
+    # X with R·X = C for an upper triangle.
+    solve_triangular: Callable | None = None
+
+
+class Lora2Training(NamedTuple):
+    """Kernels of a backend for `lora2`."""
+
+    penalty: Callable
+    penalty_backward: Callable
+    # The averages of the rank allocator's step, and its masking; or both in one call.
+    smooth: Callable | None = None
+    prune: Callable | None = None
+    allocate: Callable | None = None
+
+
 class Backend:
     """A way to compute the operations: one instance per backend in `backends.TABLE`.
 
@@ -292,17 +315,15 @@ class Backend:
         """A `quantised.Quantised` weight as a whole, in `out` if it is given."""
         return weight.decode(out=out)
 
-    def initialisation(self, weight: Tensor, r: int) -> ModuleType | None:
-        """For `init`, if it can take this weight: its own gather, squared_norms, subtract_ and solve_triangular, or
-        those of them that it has."""
-        return None
+    def initialisation(self, weight: Tensor, r: int) -> Initialisation:
+        """Those of its kernels that can take this weight."""
+        return Initialisation()
 
     def add_product(self, weight: Tensor, left: Tensor, right: Tensor) -> Callable[[], bool] | None:
         """C that adds left·right to weight in place and returns True, or does nothing and returns False where PyTorch
         is faster; None where it cannot."""
         return None
 
-    def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> ModuleType | None:
-        """smooth and mask, or `allocate` for both in one call, penalty and penalty_backward of its own for `lora2`, if
-        it can take adapters of these tensors with r and k up to `size`."""
+    def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> Lora2Training | None:
+        """Its kernels, if they can take adapters of these tensors with r and k up to `size`."""
         return None

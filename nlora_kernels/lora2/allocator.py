@@ -159,7 +159,7 @@ class RankAllocator:
             # The kernels read the small tensors alone.
             found = None if self.full else kernels([t for t in (*tensors, *grads, *masks) if t is not None])
             options = {"scoring": scoring, "skip_nonfinite": skip_nonfinite}
-            whole = hasattr(found, "allocate")
+            whole = found is not None and found.allocate is not None
             if whole and self.group is None:
                 self._whole_step(found, tensors, grads, masks, budget if masking else None, **options)
             else:
@@ -310,7 +310,7 @@ class RankAllocator:
             torch.distributed.broadcast(scores, group_src=0, group=self.group)
         if found:
             averages = self.exp_avg, self.exp_unc
-            return found.mask(E, masks, *averages, self._where, self._share, scores, self._kept, budget)
+            return found.prune(E, masks, *averages, self._where, self._share, scores, self._kept, budget)
         order = (self._scores() if scores is None else scores).argsort(descending=True, stable=True)
         self._kept = torch.zeros_like(self._kept).index_fill_(0, order[:budget], True)
         kept = self._kept.to(self.exp_avg.dtype).split(self._sizes[::2])

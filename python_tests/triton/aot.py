@@ -148,7 +148,7 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
     decode(K, N, dtype, meta)
     nystrom.gather(weight, rows, rows)
     nystrom.squared_norms(weight)
-    nystrom.subtract_([weight], [A], [core], [B], 1.0)
+    nystrom.subtract_products([weight], [A], [core], [B], 1.0)
     nystrom.solve_triangular(meta(R, R, dtype=torch.float32), meta(R, R, dtype=torch.float32))
 
 
@@ -179,7 +179,7 @@ def train_lora2(K: int, N: int, r: int, meta) -> None:
     allocator.smooth([r, r], [E, u, u], [E, u, u], *averages, 0.85, 0.85, **options)
     where, kept = meta(r, 1 + 2 * r, dtype=torch.int64), meta(r, dtype=torch.bool)
     for masks, scores in (([], None), ([E], None), ([E], averages[0, :r])):
-        allocator.mask([E], masks, *averages, where, where.to(torch.float32), scores, kept, 1)
+        allocator.prune([E], masks, *averages, where, where.to(torch.float32), scores, kept, 1)
     for squared in (True, False):
         value, saved = penalty.penalty([v, u, V, u], squared, 1.0)
         penalty.penalty_backward([v, u, V, u], saved, value)

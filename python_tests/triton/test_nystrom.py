@@ -64,7 +64,7 @@ def test_subtract_is_within_the_budget(dtype, adapter_dtype, core, r):
     As, Bs = ([normal(*s, dtype=adapter) for _ in range(2)] for s in ((r, 130), (75, r)))
     Ns = [normal(r, r, dtype=adapter) / r if core else None for _ in range(2)]
     before = [w.clone() for w in weights]
-    nystrom.subtract_(weights, As, Ns, Bs, 0.3)
+    nystrom.subtract_products(weights, As, Ns, Bs, 0.3)
     for w, W, A, N, B in zip(weights, before, As, Ns, Bs, strict=True):
         exact = W.double() - 0.3 * (B.double() if N is None else B.double() @ N.double()) @ A.double()
         plain = nk.init.subtract_(W.clone(), A, N, B, 0.3)
@@ -77,7 +77,7 @@ def test_subtract_of_a_strided_weight_leaves_the_rest():
     weight, before = storage[::2, ::2], storage.clone()
     A, N, B = normal(4, 30), normal(4, 4), normal(20, 4)
     expected = weight - B @ N @ A
-    nystrom.subtract_([weight], [A], [N], [B], 1.0)
+    nystrom.subtract_products([weight], [A], [N], [B], 1.0)
     torch.testing.assert_close(weight, expected)
     assert torch.equal(storage[1::2], before[1::2]) and torch.equal(storage[::2, 1::2], before[::2, 1::2])
 
@@ -128,5 +128,5 @@ def test_a_graph_that_is_being_captured_gets_an_error_and_the_weight_stays(monke
     weight, A, B = normal(20, 30), normal(4, 30), normal(20, 4)
     before = weight.clone()
     with pytest.raises(RuntimeError, match="a CUDA graph cannot capture this call"):
-        nystrom.subtract_([weight], [A], [None], [B], 0.3)
+        nystrom.subtract_products([weight], [A], [None], [B], 0.3)
     assert torch.equal(weight, before)

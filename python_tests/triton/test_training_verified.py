@@ -10,7 +10,7 @@ from nlora_kernels.cli.verify import cases, child
 if reason := TABLE["triton"].unavailable():
     pytest.skip(f"{reason}; TRITON_INTERPRET=1 pytest {__file__} runs these tests", allow_module_level=True)
 
-from nlora_kernels.backends.triton import device, lora2  # noqa: E402
+from nlora_kernels.backends.triton import allocator, device, penalty  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -22,16 +22,17 @@ from nlora_kernels.backends.triton import device, lora2  # noqa: E402
             lambda right, *args, **options: right(*args, **options | {"hold": True}) or args[3].mul_(1.001),
             "mean",
         ),
-        ("mask", lambda right, *args: right(*args[:-1], args[-1] + 1), "E"),
+        ("prune", lambda right, *args: right(*args[:-1], args[-1] + 1), "E"),
         ("penalty", lambda right, *args: (right(*args)[0] * 1.001, right(*args)[1]), "penalty"),
         ("penalty_backward", lambda right, *args: [1.001 * t for t in right(*args)], "dV"),
     ],
-    ids=["right", "smooth", "mask", "penalty", "penalty_backward"],
+    ids=["right", "smooth", "prune", "penalty", "penalty_backward"],
 )
 def test_verify_judges_training(monkeypatch, kernel, wrong, result):
     """By the figures that a process on a GPU gives."""
     if kernel:
-        monkeypatch.setattr(lora2, kernel, functools.partial(wrong, getattr(lora2, kernel)))
+        module = allocator if hasattr(allocator, kernel) else penalty
+        monkeypatch.setattr(module, kernel, functools.partial(wrong, getattr(module, kernel)))
     case = next(c for c in cases.cases_of("triton", "float32", cases.REHEARSED) if c.detail == "lora2_training")
     machine = child.Host() if device.interpreted() else child.Gpu(0)
     _, errors = child.CALLS[case.detail](case, TABLE["triton"], "triton", "float32", machine)

@@ -14,14 +14,13 @@ tile of it at a time for the library.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ..base import Backend, Call, ExpertsCall, Factors, Grads, Needs, linear, plain, short
+from ..base import Backend, Call, ExpertsCall, Factors, Grads, Lora2Training, Needs, linear, plain, short
 from ..lean import Lean, add_input_gradient, add_output
 from ..native import _C
 from ..quantised import Coded, Quantised
@@ -249,8 +248,10 @@ class Cpu(Lean):
             return None
         return partial(_C.cpu_add_product, weight, left, right, torch.get_num_threads())
 
-    def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> ModuleType | None:
-        return lora2 if lora2.takes(tensors, size) else None
+    def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> Lora2Training | None:
+        if not lora2.takes(tensors, size):
+            return None
+        return Lora2Training(lora2.penalty, lora2.penalty_backward, allocate=lora2.allocate)
 
 
 def _operands(calls: Sequence[Call], whole: bool) -> tuple[list[Tensor | None], ...]:

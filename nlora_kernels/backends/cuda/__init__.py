@@ -9,13 +9,12 @@ Each line's first half is one launch on Hopper, two elsewhere. Nothing here wait
 
 import ctypes
 import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import native
-from ..base import Call, Grads, Needs, capability, plain, short
+from ..base import Call, Grads, Initialisation, Needs, capability, plain, short
 from ..lean import Lean
 from ..native import _C
 from . import launch
@@ -144,14 +143,14 @@ class Cuda(Lean):
         launch.run("lora2_core_backward", d_core, lora_u, lora_E, lora_U, _weights(mask), *grads)
         return grads
 
-    def initialisation(self, weight: Tensor, r: int) -> ModuleType | None:
+    def initialisation(self, weight: Tensor, r: int) -> Initialisation:
         if not plain(weight) or weight.dtype not in ADAPTER_DTYPES or weight.numel() == 0 or r > MAX_RANK:
-            return None
+            return Initialisation()
         if misplaced("weight", weight) or launch.unaligned("weight", weight):
-            return None
+            return Initialisation()
         from . import nystrom
 
-        return nystrom
+        return Initialisation(gather=nystrom.gather, subtract_products=nystrom.subtract_products)
 
 
 def _check_core(lora_u: Tensor) -> None:

@@ -23,7 +23,7 @@ def gather(weight: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, 
     return tuple(parts)
 
 
-def subtract_(
+def subtract_products(
     weights: Sequence[Tensor],
     As: Sequence[Tensor],
     Ns: Sequence[Tensor | None],

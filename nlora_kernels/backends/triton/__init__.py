@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..base import Backend, Call, Grads, Needs, capability, plain, short
+from ..base import Backend, Call, Grads, Initialisation, Lora2Training, Needs, capability, plain, short
 from ..quantised import Coded, Quantised
 from . import device
 
@@ -110,14 +110,14 @@ class Triton(Backend):
         _check_core(lora_u)
         return core.backward(d_core, lora_u, lora_E, lora_U, mask)
 
-    def initialisation(self, weight: Tensor, r: int) -> ModuleType | None:
+    def initialisation(self, weight: Tensor, r: int) -> Initialisation:
         if not plain(weight) or weight.dtype not in DTYPES or weight.is_meta or r > 256 or misplaced("weight", weight):
-            return None
+            return Initialisation()
         if device.interpreted() and weight.dtype == torch.bfloat16:
-            return None
-        from . import nystrom
+            return Initialisation()
+        from . import nystrom as own
 
-        return nystrom
+        return Initialisation(own.gather, own.squared_norms, own.subtract_products, own.solve_triangular)
 
     def decode(self, weight: Quantised, out: Tensor | None = None) -> Tensor:
         if not isinstance(weight, Coded) or weight.dtype not in DTYPES:
@@ -128,19 +128,21 @@ class Triton(Backend):
             out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         return quantised.decode(weight, out)
 
-    def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> ModuleType | None:
+    def lora2_training(self, tensors: Sequence[Tensor], size: int = 1) -> Lora2Training | None:
         like = tensors[0]
         if like.dtype not in DTYPES or like.is_meta or misplaced("lora_E", like):
             return None
         if device.interpreted() and like.dtype == torch.bfloat16:
             return None
-        from . import launch, lora2
+        from . import allocator, launch, penalty
 
         for t in tensors:
             if not (plain(t) and t.is_contiguous() and t.dtype is like.dtype and t.device == like.device):
                 return None
         # Tables of addresses come from the host, which a CUDA graph cannot capture; PyTorch's operations need none.
-        return lora2 if size <= lora2.LARGEST and not launch.capturing(like) else None
+        if size > penalty.LARGEST or launch.capturing(like):
+            return None
+        return Lora2Training(penalty.penalty, penalty.penalty_backward, allocator.smooth, allocator.prune)
 
 
 def _check_core(lora_u: Tensor) -> None:

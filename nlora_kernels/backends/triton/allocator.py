@@ -129,7 +129,7 @@ def smooth_tensor(w, grad, averages, size, count, count_grad, beta1, beta2, faul
     return faults
 
 
-def mask(
+def prune(
     E: Sequence[Tensor],
     masks: Sequence[Tensor],
     exp_avg: Tensor,

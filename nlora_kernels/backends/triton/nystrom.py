@@ -143,7 +143,7 @@ def sum_squares(
     tl.store(of_cols + tl.program_id(0) * in_features + j, tl.sum(tile * tile, 0), mask=j < in_features)
 
 
-def subtract_(
+def subtract_products(
     weights: Sequence[Tensor],
     As: Sequence[Tensor],
     Ns: Sequence[Tensor | None],

@@ -327,7 +327,7 @@ def _initialisation_calls(case, module, backend, dtype, machine):
     }
     exact = weight.double() - SCALING * B.double() @ core.double() @ A.double()
     ours, lean = weight.clone(), weight.clone()
-    kernels.subtract_([ours], [A], [core], [B], SCALING)
+    kernels.subtract_products([ours], [A], [core], [B], SCALING)
     init.subtract_(lean, A, core, B, SCALING)
     compared = {"weight": (ours, lean, exact)}
     if backend in NORMS_AND_SOLVES:
@@ -340,7 +340,7 @@ def _initialisation_calls(case, module, backend, dtype, machine):
         compared["solution"] = (kernels.solve_triangular(triangle, many), plain, solution)
 
     def subtract():
-        kernels.subtract_([ours], [A], [core], [B], 1e-4)
+        kernels.subtract_products([ours], [A], [core], [B], 1e-4)
 
     return ([subtract], [lambda: init.subtract_(lean, A, core, B, 1e-4)]), errors | _against(torch.float32, compared)
 
@@ -495,7 +495,8 @@ def _refusal(case: Case, backend: str, dtype: str, device: torch.device) -> str 
         return None if kernels else "it has no kernels for these adapters"
     if case.detail == "initialisation":
         weight = torch.empty(N, K, dtype=dtype_of(dtype), device=device)
-        return None if backends.TABLE[backend].initialisation(weight, R) else "it has no kernels for this weight"
+        kernels = backends.TABLE[backend].initialisation(weight, R)
+        return None if kernels.subtract_products else "it has no kernels for this weight"
 
     def empty(rows, cols, to):
         return torch.empty(rows, cols, dtype=dtype_of(to), device=device)
