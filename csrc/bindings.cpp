@@ -1,191 +1,16 @@
 // Python module nlora_kernels._C. A matrix is a tensor or None, a vector a matrix of one row. Arguments are checked by the
-// caller.
-#include <pybind11/pybind11.h>
+// caller; what the CPU's operations return is new and contiguous.
 #include <pybind11/stl.h>
 
-#include "ops.h"
+#include "tensors.h"
 
 namespace py = pybind11;
+using nlora::CoreTensors;
 using nlora::Matrix;
-using nlora::cpu::Core;
+using nlora::Rows;
+using nlora::Tensor;
+using nlora::WeightTensor;
 using nlora::cpu::Stack;
-
-namespace {
-
-// What torch.Tensor.__dlpack_c_exchange_api__ holds, the table of DLPack's C exchange API, and what it tells of a tensor.
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t dims;
-  uint8_t code, bits;
-  uint16_t lanes;
-  const int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct Exchange {
-  uint32_t major, minor;
-  void *previous, *allocate, *export_managed, *import_managed;
-  int (*read)(PyObject* tensor, DLTensor* out);
-};
-
-// NOTE: in all a tenth of what asking for address, shape, strides and dtype by Python's calls costs.
-class Tensors {
- public:
-  Tensors() : type_(py::module_::import("torch").attr("Tensor")), is_neg_(type_.attr("is_neg")) {
-    if (!py::hasattr(type_, "__dlpack_c_exchange_api__")) throw py::import_error("torch must be 2.11 or newer");
-    const py::capsule table = type_.attr("__dlpack_c_exchange_api__");
-    exchange_ = table.get_pointer<const Exchange>();
-    if (exchange_->major != 1 || !exchange_->read)
-      throw py::import_error("this PyTorch has another DLPack than version 1");
-  }
-
-  bool holds(py::handle object) const {
-    return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr()));
-  }
-
-  bool is_negative(py::handle tensor) const {
-    PyObject* self = tensor.ptr();
-    const auto result = py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), &self, 1, nullptr));
-    if (!result) throw py::error_already_set();
-    return result.ptr() == Py_True;
-  }
-
-  DLTensor read(py::handle tensor) const {
-    DLTensor result = {};
-    if (exchange_->read(tensor.ptr(), &result)) throw py::error_already_set();
-    return result;
-  }
-
- private:
-  py::object type_, is_neg_;
-  const Exchange* exchange_;
-};
-
-const Tensors& tensors() {
-  static const Tensors& all = *new Tensors;
-  return all;
-}
-
-}  // namespace
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<Matrix> {
-  PYBIND11_TYPE_CASTER(Matrix, const_name("Tensor | None"));
-
-  bool load(handle source, bool) {
-    value = Matrix();
-    if (source.is_none()) return true;
-    DLTensor t;
-    return read(source, t, resolved_) && place(t, value);
-  }
-
-  // A tensor with its sign in memory: where that is a flag of the view a copy, for as long as the call lasts.
-  static bool read(handle source, DLTensor& t, object& resolved) {
-    if (!tensors().holds(source)) return false;
-    if (tensors().is_negative(source)) {
-      resolved = source.attr("resolve_neg")();
-      source = resolved;
-    }
-    t = tensors().read(source);
-    return true;
-  }
-
-  static bool place(const DLTensor& t, Matrix& value) {
-    constexpr uint8_t kFloat = 2, kBFloat = 4;
-    if (t.dims < 1 || t.dims > 2 || t.lanes != 1) return false;
-    if (t.code == kFloat && t.bits == 32) {
-      value.dtype = nlora::Dtype::kFloat32;
-    } else if (t.code == kFloat && t.bits == 16) {
-      value.dtype = nlora::Dtype::kFloat16;
-    } else if (t.code == kBFloat) {
-      value.dtype = nlora::Dtype::kBFloat16;
-    } else {
-      return false;
-    }
-    value.data = t.data;
-    value.cols = t.shape[t.dims - 1], value.col_stride = t.strides[t.dims - 1];
-    value.rows = t.dims == 2 ? t.shape[0] : 1;
-    value.row_stride = t.dims == 2 ? t.strides[0] : value.cols * value.col_stride;
-    if (!value.data) {
-      // NOTE: freed storage, and tensors that hold none of their own, have no address either.
-      if (value.rows && value.cols)
-        throw value_error("a tensor has no memory: its storage was freed, or is held elsewhere");
-      // An empty tensor has no address, but it is there.
-      value.data = &value;
-    }
-    return true;
-  }
-
- private:
-  object resolved_;
-};
-
-template <>
-struct type_caster<Stack> {
-  PYBIND11_TYPE_CASTER(Stack, const_name("Tensor | None"));
-
-  bool load(handle source, bool) {
-    value = Stack();
-    if (source.is_none()) return true;
-    DLTensor t;
-    if (!make_caster<Matrix>::read(source, t, resolved_) || t.dims < 2) return false;
-    value.stride = t.strides[0];
-    --t.dims, ++t.shape, ++t.strides;
-    return make_caster<Matrix>::place(t, value.first);
-  }
-
- private:
-  object resolved_;
-};
-
-// N, None, or u, E, U and mask of LoRA², the last of which has no gradient.
-template <>
-struct type_caster<Core> {
-  PYBIND11_TYPE_CASTER(Core, const_name("Tensor | tuple | None"));
-
-  bool load(handle source, bool convert) {
-    value = Core();
-    if (!PyTuple_Check(source.ptr())) return place(0, value.N, source, convert);
-    Matrix* const places[] = {&value.u, &value.E, &value.U, &value.mask};
-    const Py_ssize_t count = PyTuple_GET_SIZE(source.ptr());
-    if (count < 3 || count > 4) return false;
-    for (Py_ssize_t i = 0; i < count; ++i)
-      if (!place(i, *places[i], PyTuple_GET_ITEM(source.ptr(), i), convert)) return false;
-    return true;
-  }
-
- private:
-  bool place(Py_ssize_t index, Matrix& to, handle source, bool convert) {
-    if (!parts_[index].load(source, convert)) return false;
-    to = cast_op<Matrix&>(parts_[index]);
-    return true;
-  }
-
-  // For as long as the call lasts: a copy may be theirs.
-  make_caster<Matrix> parts_[4];
-};
-
-template <>
-struct type_caster<nlora::cpu::Weight> {
-  PYBIND11_TYPE_CASTER(nlora::cpu::Weight, const_name("Tensor | Quantised | None"));
-
-  bool load(handle source, bool convert) {
-    if (isinstance<nlora::cpu::Quantised>(source)) {
-      value = nlora::cpu::Weight(source.cast<const nlora::cpu::Quantised&>());
-      return true;
-    }
-    if (!dense_.load(source, convert)) return false;
-    value = cast_op<Matrix&>(dense_);
-    return true;
-  }
-
- private:
-  make_caster<Matrix> dense_;
-};
-
-}  // namespace pybind11::detail
 
 namespace {
 
@@ -219,6 +44,142 @@ std::vector<nlora::cpu::Lora2Vectors> vectors_of(const std::vector<int64_t>& siz
                       sizes[i + 1], sizes[i + 2], sizes[i + 3]});
   }
   return layers;
+}
+
+// Whether all modules are of these types, without hooks or a forward of their own, with a plain weight: the usual answer
+// to `obstacle` (layers/branch.py), which looks at everything else itself.
+bool plain_modules(const py::tuple& modules, const py::tuple& types) {
+  const auto interned = [](const char* name) { return PyUnicode_InternFromString(name); };
+  static PyObject* const kHooks[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
+                                     interned("_backward_hooks"), interned("_backward_pre_hooks")};
+  static PyObject* const kForwards[] = {interned("forward"), interned("_hf_tp_plan")};
+  static PyObject* const kParameters = interned("_parameters");
+  static PyObject* const kWeight = interned("weight");
+  for (const py::handle module : modules) {
+    if (!PySequence_Contains(types.ptr(), py::type::handle_of(module).ptr())) return false;
+    const auto own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
+    if (!own) throw py::error_already_set();
+    for (PyObject* name : kHooks) {
+      PyObject* hooks = PyDict_GetItemWithError(own.ptr(), name);
+      if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks)) return false;
+    }
+    for (PyObject* name : kForwards)
+      if (PyDict_GetItemWithError(own.ptr(), name)) return false;
+    PyObject* parameters = PyDict_GetItemWithError(own.ptr(), kParameters);
+    PyObject* weight = parameters && PyDict_Check(parameters) ? PyDict_GetItemWithError(parameters, kWeight) : nullptr;
+    if (!weight || !nlora::tensors().plain(weight)) return false;
+  }
+  return true;
+}
+
+// Runs while other threads of Python may, unless its multiply-adds take no longer than to let them.
+template <typename Function>
+void unlocked(int64_t multiplies, const Function& function) {
+  if (multiplies < 1 << 14) return function();
+  const py::gil_scoped_release released;
+  function();
+}
+
+// (y, T)
+py::tuple cpu_forward(const Rows& x, const WeightTensor& weight, const Rows& A, const Tensor& B,
+                      const CoreTensors& core, const Tensor& bias, float scaling, int threads) {
+  const int64_t M = x.matrix.rows;
+  const Tensor y = x.empty(M, B.matrix.rows), T = x.empty(M, A.matrix.rows);
+  unlocked(M * A.matrix.cols * B.matrix.rows, [&] {
+    nlora::cpu::forward({x.matrix, weight.matrix, A.matrix, B.matrix, core.matrices(), bias.matrix, y.matrix, T.matrix,
+                         scaling, threads});
+  });
+  return py::make_tuple(y.object, T.object);
+}
+
+// (dx, dweight, dA, dB, dcore, dbias), of those that `needs` asks for in this order; no dweight without weight.
+py::tuple cpu_backward(const Rows& dy, const Rows& x, const Tensor& T, const WeightTensor& weight, const Rows& A,
+                       const Tensor& B, const CoreTensors& core, const std::array<bool, 6>& needs, float scaling,
+                       int threads) {
+  const int64_t M = dy.matrix.rows, N = dy.matrix.cols, K = A.matrix.cols;
+  const Tensor dx = needs[0] ? dy.empty(M, K) : Tensor(), dbias = needs[5] ? dy.empty(N) : Tensor();
+  const Tensor dweight = needs[1] && weight.dense ? weight.dense.empty_like() : Tensor();
+  const Tensor dA = needs[2] ? A.empty_like() : Tensor(), dB = needs[3] ? B.empty_like() : Tensor();
+  const CoreTensors dcore = needs[4] ? core.empty_like() : CoreTensors();
+  unlocked(M * N * K, [&] {
+    nlora::cpu::backward({dy.matrix, x.matrix, T.matrix, weight.matrix, A.matrix, B.matrix, core.matrices(), dx.matrix,
+                          dweight.matrix, dA.matrix, dB.matrix, dcore.matrices(), dbias.matrix, scaling, threads});
+  });
+  return py::make_tuple(dx.object, dweight.object, dA.object, dB.object, dcore.object(), dbias.object);
+}
+
+// [(y, T)] of layers that share x; without A there is no T.
+py::list cpu_forward_group(const Rows& x, const std::vector<Rows>& weight, const std::vector<Rows>& A,
+                           const std::vector<Tensor>& B, const std::vector<Tensor>& N, const std::vector<Tensor>& bias,
+                           const std::vector<float>& scaling, int threads) {
+  const int64_t M = x.matrix.rows;
+  std::vector<nlora::cpu::Forward> members;
+  py::list results;
+  int64_t multiplies = 0;
+  for (size_t i = 0; i < A.size(); ++i) {
+    const int64_t columns = weight[i] ? weight[i].matrix.rows : B[i].matrix.rows;
+    const Tensor y = x.empty(M, columns), T = A[i] ? x.empty(M, A[i].matrix.rows) : Tensor();
+    const nlora::cpu::Core core = {N[i].matrix, {}, {}, {}, {}};
+    members.push_back({x.matrix, weight[i].matrix, A[i].matrix, B[i].matrix, core, bias[i].matrix, y.matrix, T.matrix,
+                       scaling[i], threads});
+    results.append(py::make_tuple(y.object, T.object));
+    multiplies += M * columns * x.matrix.cols;
+  }
+  unlocked(multiplies, [&] { nlora::cpu::forward_group(std::move(members)); });
+  return results;
+}
+
+// dx and [(None, dweight, dA, dB, dN, dbias)] of layers that share x, as cpu_backward has them.
+py::tuple cpu_backward_group(const std::vector<Rows>& dy, const Rows& x, const std::vector<Tensor>& T,
+                             const std::vector<Rows>& weight, const std::vector<Rows>& A, const std::vector<Tensor>& B,
+                             const std::vector<Tensor>& N, const std::vector<std::array<bool, 6>>& needs,
+                             const std::vector<float>& scaling, int threads) {
+  const int64_t M = dy[0].matrix.rows, K = (weight[0] ? weight[0] : A[0]).matrix.cols;
+  const Tensor dx = needs[0][0] ? dy[0].empty(M, K) : Tensor();
+  std::vector<nlora::cpu::Backward> members;
+  py::list results;
+  int64_t multiplies = 0;
+  for (size_t i = 0; i < dy.size(); ++i) {
+    const auto wanted = [&](int input, const Tensor& of) { return needs[i][input] && of ? of.empty_like() : Tensor(); };
+    const Tensor dweight = wanted(1, weight[i]), dA = wanted(2, A[i]), dB = wanted(3, B[i]), dN = wanted(4, N[i]);
+    const Tensor dbias = needs[i][5] ? dy[i].empty(dy[i].matrix.cols) : Tensor();
+    const nlora::cpu::Core core = {N[i].matrix, {}, {}, {}, {}}, dcore = {dN.matrix, {}, {}, {}, {}};
+    members.push_back({dy[i].matrix,
+                       x.matrix,
+                       T[i].matrix,
+                       weight[i].matrix,
+                       A[i].matrix,
+                       B[i].matrix,
+                       core,
+                       {},
+                       dweight.matrix,
+                       dA.matrix,
+                       dB.matrix,
+                       dcore,
+                       dbias.matrix,
+                       scaling[i],
+                       threads});
+    results.append(py::make_tuple(py::none(), dweight.object, dA.object, dB.object, dN.object, dbias.object));
+    multiplies += M * dy[i].matrix.cols * K;
+  }
+  unlocked(multiplies, [&] { nlora::cpu::backward_group(std::move(members), dx.matrix); });
+  return py::make_tuple(dx.object, results);
+}
+
+py::object cpu_lora2_core(const CoreTensors& core) {
+  const int64_t k = core.u.matrix.cols;
+  const Tensor result = core.u.empty(k, k);
+  unlocked(k * k * core.u.matrix.rows, [&] { nlora::cpu::lora2_core(core.matrices(), result.matrix); });
+  return result.object;
+}
+
+// (du, dE, dU)
+py::object cpu_lora2_core_backward(const Tensor& dN, const CoreTensors& core) {
+  const CoreTensors grads = core.empty_like();
+  const Matrix& u = core.u.matrix;
+  unlocked(u.cols * u.cols * u.rows,
+           [&] { nlora::cpu::lora2_core_backward(dN.matrix, core.matrices(), grads.matrices()); });
+  return grads.object();
 }
 
 #ifdef NLORA_CUDA
@@ -260,7 +221,7 @@ PYBIND11_MODULE(_C, m) {
   // Kernels do not touch Python objects.
   using free_threads = py::call_guard<py::gil_scoped_release>;
 
-  tensors();
+  nlora::tensors();
   m.attr("float32") = int(nlora::Dtype::kFloat32);
   m.attr("bfloat16") = int(nlora::Dtype::kBFloat16);
   m.attr("float16") = int(nlora::Dtype::kFloat16);
@@ -307,65 +268,29 @@ PYBIND11_MODULE(_C, m) {
            }),
            "Addresses of tensors, which must be kept alive, their shape and their strides.");
   m.def("cpu_dequantise", &dequantise, free_threads());
-  m.def(
-      "cpu_forward",
-      [](const Matrix& x, const Weight& weight, const Matrix& A, const Matrix& B, const Core& core, const Matrix& bias,
-         const Matrix& y, const Matrix& T, float scaling,
-         int threads) { forward({x, weight, A, B, core, bias, y, T, scaling, threads}); },
-      free_threads());
-  m.def(
-      "cpu_backward",
-      [](const Matrix& dy, const Matrix& x, const Matrix& T, const Weight& weight, const Matrix& A, const Matrix& B,
-         const Core& core, const Matrix& dx, const Matrix& dweight, const Matrix& dA, const Matrix& dB,
-         const Core& dcore, const Matrix& dbias, float scaling, int threads) {
-        backward({dy, x, T, weight, A, B, core, dx, dweight, dA, dB, dcore, dbias, scaling, threads});
-      },
-      free_threads());
-  m.def(
-      "cpu_forward_group",
-      [](const Matrix& x, const std::vector<Matrix>& weight, const std::vector<Matrix>& A, const std::vector<Matrix>& B,
-         const std::vector<Matrix>& N, const std::vector<Matrix>& bias, const std::vector<Matrix>& y,
-         const std::vector<Matrix>& T, const std::vector<float>& scaling, int threads) {
-        std::vector<Forward> members;
-        for (size_t i = 0; i < y.size(); ++i)
-          members.push_back(
-              {x, weight[i], A[i], B[i], Core{N[i], {}, {}, {}, {}}, bias[i], y[i], T[i], scaling[i], threads});
-        forward_group(std::move(members));
-      },
-      free_threads());
-  m.def(
-      "cpu_backward_group",
-      [](const std::vector<Matrix>& dy, const Matrix& x, const std::vector<Matrix>& T,
-         const std::vector<Matrix>& weight, const std::vector<Matrix>& A, const std::vector<Matrix>& B,
-         const std::vector<Matrix>& N, const Matrix& dx, const std::vector<std::vector<Matrix>>& grads,
-         const std::vector<float>& scaling, int threads) {
-        std::vector<Backward> members;
-        for (size_t i = 0; i < dy.size(); ++i) {
-          const auto& g = grads[i];
-          const Core core = {N[i], {}, {}, {}, {}}, dcore = {g[3], {}, {}, {}, {}};
-          members.push_back(
-              {dy[i], x, T[i], weight[i], A[i], B[i], core, {}, g[0], g[1], g[2], dcore, g[4], scaling[i], threads});
-        }
-        backward_group(std::move(members), dx);
-      },
-      free_threads());
+  m.def("plain_modules", &plain_modules);
+  m.def("cpu_forward", &cpu_forward);
+  m.def("cpu_backward", &cpu_backward);
+  m.def("cpu_forward_group", &cpu_forward_group);
+  m.def("cpu_backward_group", &cpu_backward_group);
   m.def(
       "cpu_forward_experts",
-      [](const std::vector<int64_t>& ends, const Matrix& x, const Stack& weight, const Stack& A, const Stack& B,
+      [](const std::vector<int64_t>& ends, const Rows& x, const Stack& weight, const Stack& A, const Stack& B,
          const Stack& N, const Stack& bias, const Matrix& y, const Matrix& T, float scaling,
-         int threads) { forward_experts({ends, x, weight, A, B, N, bias, y, T, scaling, threads}); },
+         int threads) { forward_experts({ends, x.matrix, weight, A, B, N, bias, y, T, scaling, threads}); },
       free_threads());
   m.def(
       "cpu_backward_experts",
-      [](const std::vector<int64_t>& ends, const Matrix& dy, const Matrix& x, const Matrix& T, const Stack& weight,
+      [](const std::vector<int64_t>& ends, const Rows& dy, const Rows& x, const Matrix& T, const Stack& weight,
          const Stack& A, const Stack& B, const Stack& N, const Matrix& dx, const Stack& dweight, const Stack& dA,
          const Stack& dB, const Stack& dN, const Stack& dbias, float scaling, int threads) {
-        backward_experts({ends, dy, x, T, weight, A, B, N, dx, dweight, dA, dB, dN, dbias, scaling, threads});
+        backward_experts(
+            {ends, dy.matrix, x.matrix, T, weight, A, B, N, dx, dweight, dA, dB, dN, dbias, scaling, threads});
       },
       free_threads());
   m.def("cpu_add_product", &add_product, free_threads());
-  m.def("cpu_lora2_core", &lora2_core, free_threads());
-  m.def("cpu_lora2_core_backward", &lora2_core_backward, free_threads());
+  m.def("cpu_lora2_core", &cpu_lora2_core);
+  m.def("cpu_lora2_core_backward", &cpu_lora2_core_backward);
   m.def(
       "cpu_lora2_allocate",
       [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& tensors, const std::vector<int64_t>& grads,

@@ -116,12 +116,13 @@ class _Linear(torch.autograd.Function):
             lora_N = factors = Factors(lora_u, lora_E, lora_U, mask)
             dN = du or dE or dU
         w, b = cast_base(weight, bias, x.dtype)
-        call = Call(as_rows(x), w, lora_A, lora_B, lora_N, b, scaling, Dropout(p, seed) if p else None)
+        flat = x.dim() == 2
+        call = Call(x if flat else as_rows(x), w, lora_A, lora_B, lora_N, b, scaling, Dropout(p, seed) if p else None)
         y, T, core, backend = _forward(call, backend, shown)
         needs = Needs(dx, dweight, dA, dB, dN, dbias)
         # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
         _keep(ctx, x, T, weight, call, core, bias, needs, backend, factors)
-        return unflatten(y, x)
+        return y if flat else unflatten(y, x)
 
     @staticmethod
     def backward(ctx, dy):
@@ -177,7 +178,7 @@ def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
         weight = ctx.quantised
     rows, shown = as_rows(dy), watched()
     # A backward that is itself differentiated, or runs for a batch of gradients or beside tangents.
-    differentiates = torch.is_grad_enabled() or composing(shown)
+    differentiates = torch.is_grad_enabled() or (composing(shown) if shown else internals.dual())
     if factors and differentiates:
         # The core as a function of its factors.
         lora_N = register.without_autocast(REFERENCE.lora2_core, *factors)

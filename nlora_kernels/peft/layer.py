@@ -38,8 +38,8 @@ class FusedLinear(Linear):
     the base layer's own call and a branch per adapter, as in PEFT.
     """
 
-    # The type of a module among the factors beside nn.Linear.
-    other_factor: type[nn.Module] | None = None
+    # The types of the modules among the factors.
+    factor_types: tuple[type[nn.Module], ...] = (nn.Linear,)
     # PEFT's layer in whose place it stands: module and name.
     stock = Linear.__module__, Linear.__name__
     # Its place in the model, for messages.
@@ -75,10 +75,12 @@ class FusedLinear(Linear):
             return reason
         if name is None:
             return self._obstacle_to_active()
-        for factor in self.factors(name):
-            reason = branches.obstacle_of(factor, self.other_factor)
-            if reason:
-                return f"a matrix of adapter {name!r} cannot be fused: {reason}"
+        factors = self.factors(name)
+        if not branches.plain(factors, self.factor_types):
+            for factor in factors:
+                reason = branches.obstacle_of(factor, self.factor_types)
+                if reason:
+                    return f"a matrix of adapter {name!r} cannot be fused: {reason}"
         dropout = self._modules["lora_dropout"]._modules[name]
         if dropout.training and type(dropout) is not nn.Identity:
             foreign = None if type(dropout) is nn.Dropout else f"its type is {type(dropout).__qualname__}"

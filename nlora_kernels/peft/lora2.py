@@ -51,7 +51,7 @@ class LoRA2Linear(FusedLinear):
     """
 
     adapter_layer_names = ("lora_v", "lora_u", "lora_E", "lora_U", "lora_V")
-    other_factor = Diagonal
+    factor_types = (nn.Linear, Diagonal)
     other_param_names = ("r", "k", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
 
     @property

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nlora_kernels as nk
 from nlora_kernels import testing
@@ -238,13 +239,27 @@ torch.randn(300, 300) @ torch.randn(300, 300)
 before = runtimes()
 from nlora_kernels import _C, testing
 p = testing.problem(300, 256, 256, 8)
-y, T, alone = p.x.new_empty(300, 256), p.x.new_empty(300, 8), tasks()
-call = (p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, y, T, p.scaling)
-_C.cpu_forward(*call, 3)
+alone = tasks()
+_C.cpu_forward(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, p.scaling, 3)
 assert tasks() == alone + 2, (alone, tasks())
 assert runtimes() == before and len(before) == 1, (before, runtimes())
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+class Within(TorchDispatchMode):
+    """New tensors lie inside larger storages that are full of sevens."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        new = function(*args, **(kwargs or {}))
+        if function not in (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default):
+            return new
+        self.storages.append((torch.full((new.numel() + 128,), 7.0, dtype=new.dtype), new.numel()))
+        return self.storages[-1][0][64:-64].view(new.shape)
 
 
 @pytest.mark.usefixtures("tier")
@@ -254,19 +269,12 @@ def test_nothing_past_a_tensor_is_written(shape):
     M, K, N, R = shape
     for dtype in DTYPES:
         p = testing.problem(M, K, N, R, dtype=dtype)
-        storages = []
-
-        def inside(*shape, dtype=dtype, storages=storages):
-            size = torch.Size(shape).numel()
-            storages.append((torch.full((size + 128,), 7.0, dtype=dtype), size))
-            return storages[-1][0][64 : 64 + size].view(shape)
-
-        y, T = inside(M, N), inside(M, R)
-        _C.cpu_forward(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, y, T, p.scaling, 2)
-        grads = [inside(M, K), inside(N, K), inside(R, K), inside(N, R), inside(R, R), inside(N)]
-        matrices = (p.dy.contiguous(), p.x, T, p.weight, p.lora_A, p.lora_B, p.lora_N)
-        _C.cpu_backward(*matrices, *grads, p.scaling, 2)
-        for storage, size in storages:
+        with Within() as within:
+            _, T = _C.cpu_forward(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, p.scaling, 2)
+            matrices = (p.dy.contiguous(), p.x, T, p.weight, p.lora_A, p.lora_B, p.lora_N)
+            _C.cpu_backward(*matrices, (True,) * 6, p.scaling, 2)
+        assert len(within.storages) == 8
+        for storage, size in within.storages:
             assert (storage[:64] == 7).all() and (storage[64 + size :] == 7).all()
             assert not (storage[64 : 64 + size] == 7).all()
 

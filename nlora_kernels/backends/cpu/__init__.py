@@ -76,20 +76,17 @@ class Cpu(Lean):
         x, weight, lora_A, lora_N = call.x, call.weight, call.lora_A, call.lora_N
         (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
         plan = _possible(plan or self.plan(x.dtype, M, K, N, R), weight)
-        if type(lora_N) is Factors:
-            if plan in _OWN:
-                lora_N = _readable(lora_N)
-            else:
-                call = call._replace(lora_N=self.lora2_core(*lora_N))
+        if type(lora_N) is Factors and plan not in _OWN:
+            call = call._replace(lora_N=self.lora2_core(*lora_N))
         if plan == "library":
             return super().forward(call)
         if plan == "folded":
             return F.linear(x, _folded(call), call.bias), x @ lora_A.to(x.dtype).T
-        y, T = x.new_empty(M, N), x.new_empty(M, R)
-        inside = _inside(weight) if plan == "whole" else None
-        lora_B, bias, threads = call.lora_B, call.bias, torch.get_num_threads()
-        _C.cpu_forward(_rows(x), inside, _rows(lora_A), lora_B, lora_N, bias, y, T, call.scaling, threads)
-        return (y if plan == "whole" else add_output(y, x, weight)), T
+        lora_B, bias, scaling, threads = call.lora_B, call.bias, call.scaling, torch.get_num_threads()
+        if plan == "whole":
+            return _C.cpu_forward(x, _inside(weight), lora_A, lora_B, lora_N, bias, scaling, threads)
+        y, T = _C.cpu_forward(x, None, lora_A, lora_B, lora_N, bias, scaling, threads)
+        return add_output(y, x, weight), T
 
     def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs, plan: str | None = None) -> Grads:
         x, weight, lora_A, lora_B, lora_N, _, scaling, _ = call
@@ -107,20 +104,9 @@ class Cpu(Lean):
             grads = super().backward(call, dy, T, needs._replace(x=False))
             # NOTE: folding again costs less than keeping a copy of every weight from forward to backward.
             return grads._replace(x=dy @ _folded(call) if needs.x else None)
-        whole = plan == "whole"
-        if factors:
-            lora_N = _readable(factors)
-        dy, x, lora_A, inside = _rows(dy), _rows(x), _rows(lora_A), _inside(weight) if whole else None
-        grads = Grads(
-            x=dy.new_empty(M, K) if needs.x else None,
-            weight=_new(weight) if needs.weight and whole else None,
-            lora_A=_new(lora_A) if needs.lora_A else None,
-            lora_B=_new(lora_B) if needs.lora_B else None,
-            lora_N=(tuple([_new(t) for t in factors[:3]]) if factors else _new(lora_N)) if needs.lora_N else None,
-            bias=dy.new_empty(N) if needs.bias else None,
-        )
-        threads = torch.get_num_threads()
-        _C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, *grads, scaling, threads)
+        whole, threads = plan == "whole", torch.get_num_threads()
+        inside = _inside(weight) if whole else None
+        grads = Grads(*_C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, needs, scaling, threads))
         if not whole and needs.x:
             add_input_gradient(grads.x, dy, weight)
         if not whole and needs.weight:
@@ -137,18 +123,14 @@ class Cpu(Lean):
         x, plan = calls[0].x, plan or self.group_plan(calls, calls[0].x)
         if plan not in _OWN:
             return [(linear(call), None) if call.lora_A is None else self.forward(call, plan) for call in calls]
-        whole = plan == "whole"
+        whole, threads = plan == "whole", torch.get_num_threads()
         own = calls if whole else [call for call in calls if call.lora_A is not None]
-        M = x.shape[0]
-        ys = [x.new_empty(M, call.weight.shape[0]) for call in own]
-        Ts = [None if call.lora_A is None else x.new_empty(M, call.lora_A.shape[0]) for call in own]
-        if own:
-            biases, scalings = [call.bias for call in own], [call.scaling for call in own]
-            _C.cpu_forward_group(_rows(x), *_operands(own, whole), biases, ys, Ts, scalings, torch.get_num_threads())
-        made = zip(ys, Ts, strict=True)
+        biases, scalings = [call.bias for call in own], [call.scaling for call in own]
+        made = _C.cpu_forward_group(x, *_operands(own, whole), biases, scalings, threads)
         if whole:
-            return list(made)
-        return [(linear(c), None) if c.lora_A is None else _with_base(c, *next(made)) for c in calls]
+            return made
+        with_adapter = iter(made)
+        return [(linear(c), None) if c.lora_A is None else _with_base(c, *next(with_adapter)) for c in calls]
 
     def backward_group(
         self,
@@ -167,14 +149,14 @@ class Cpu(Lean):
         whole = plan == "whole"
         own = [i for i, call in enumerate(calls) if whole or call.lora_A is not None]
         x = next((call.x for call in calls if call.x is not None), None)
-        dx = dys[0].new_empty(dys[0].shape[0], calls[0].weight.shape[1]) if needs[0].x and own else None
-        grads = [_new_grads(call, dy, need, whole) for call, dy, need in zip(calls, dys, needs, strict=True)]
+        dx, grads = None, [Grads()] * len(calls)
         if own:
-            members = [calls[i] for i in own]
-            made = [(of.weight, of.lora_A, of.lora_B, of.lora_N, of.bias) for of in (grads[i] for i in own)]
-            dys_, Ts_, scalings = [_rows(dys[i]) for i in own], [Ts[i] for i in own], [c.scaling for c in members]
-            threads = torch.get_num_threads()
-            _C.cpu_backward_group(dys_, _rows(x), Ts_, *_operands(members, whole), dx, made, scalings, threads)
+            members, scalings = [calls[i] for i in own], [calls[i].scaling for i in own]
+            operands, wanted = _operands(members, whole), [needs[i] for i in own]
+            arguments = [dys[i] for i in own], x, [Ts[i] for i in own], *operands, wanted, scalings
+            dx, made = _C.cpu_backward_group(*arguments, torch.get_num_threads())
+            for i, of in zip(own, made, strict=True):
+                grads[i] = Grads(*of)
         if whole:
             return dx, grads
         for i, (call, dy, need) in enumerate(zip(calls, dys, needs, strict=True)):
@@ -201,7 +183,7 @@ class Cpu(Lean):
         y[ends[-1] :], T[ends[-1] :] = 0, 0
         adapter = _columns(lora_A), lora_B.contiguous(), lora_N
         threads = torch.get_num_threads()
-        _C.cpu_forward_experts(ends, _rows(x), weight, *adapter, bias, y, T, scaling, threads)
+        _C.cpu_forward_experts(ends, x, weight, *adapter, bias, y, T, scaling, threads)
         return y, T
 
     def backward_experts(self, call: ExpertsCall, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
@@ -221,23 +203,19 @@ class Cpu(Lean):
         if needs.x:
             grads.x[ends[-1] :] = 0
         threads = torch.get_num_threads()
-        tensors = _rows(dy), _rows(x), T, weight, lora_A, lora_B, lora_N
+        tensors = dy, x, T, weight, lora_A, lora_B, lora_N
         _C.cpu_backward_experts(ends, *tensors, *grads, scaling, threads)
         return grads
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
         if lora_u.dtype not in plans.DTYPES:
             return super().lora2_core(lora_u, lora_E, lora_U, mask)
-        core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
-        _C.cpu_lora2_core(_readable(Factors(lora_u, lora_E, lora_U, mask)), core)
-        return core
+        return _C.cpu_lora2_core((lora_u, lora_E, lora_U, mask))
 
     def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
         if lora_u.dtype not in plans.DTYPES:
             return super().lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
-        grads = _new(lora_u), _new(lora_E), _new(lora_U)
-        _C.cpu_lora2_core_backward(d_core, _readable(Factors(lora_u, lora_E, lora_U, mask)), grads)
-        return grads
+        return _C.cpu_lora2_core_backward(d_core, (lora_u, lora_E, lora_U, mask))
 
     def add_product(self, weight, left, right) -> Callable[[], bool] | None:
         """weight += left·right when called; False, with nothing done, where the library is faster or must do it."""
@@ -255,10 +233,10 @@ class Cpu(Lean):
 
 
 def _operands(calls: Sequence[Call], whole: bool) -> tuple[list[Tensor | None], ...]:
-    """weight, lora_A, lora_B and lora_N of each, as the kernels read them."""
+    """weight, where a plan reads it, lora_A, lora_B and lora_N of each."""
     return (
-        [_rows(call.weight) if whole else None for call in calls],
-        [_rows(call.lora_A) for call in calls],
+        [call.weight if whole else None for call in calls],
+        [call.lora_A for call in calls],
         [call.lora_B for call in calls],
         [call.lora_N for call in calls],
     )
@@ -267,18 +245,6 @@ def _operands(calls: Sequence[Call], whole: bool) -> tuple[list[Tensor | None], 
 def _with_base(call: Call, y: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
     """A y that lacks x·Wᵀ, with it."""
     return y.addmm_(call.x, call.weight.T), T
-
-
-def _new_grads(call: Call, dy: Tensor, needs: Needs, whole: bool) -> Grads:
-    """Room for the gradients that the kernels write, but for that of x."""
-    own = whole or call.lora_A is not None
-    return Grads(
-        weight=_new(call.weight) if needs.weight and whole else None,
-        lora_A=_new(call.lora_A) if needs.lora_A else None,
-        lora_B=_new(call.lora_B) if needs.lora_B else None,
-        lora_N=_new(call.lora_N) if needs.lora_N else None,
-        bias=dy.new_empty(dy.shape[1]) if needs.bias and own else None,
-    )
 
 
 def _possible(plan: str, weight: Tensor | Quantised) -> str:
@@ -290,7 +256,7 @@ def _possible(plan: str, weight: Tensor | Quantised) -> str:
 
 def _inside(weight: Tensor | Coded):
     """The weight as the kernels read it."""
-    return weight.native() if isinstance(weight, Coded) else _rows(weight)
+    return weight.native() if isinstance(weight, Coded) else weight
 
 
 def _folded(call: Call) -> Tensor:
@@ -298,25 +264,11 @@ def _folded(call: Call) -> Tensor:
     return torch.addmm(call.weight, B if N is None else B @ N, A, alpha=call.scaling)
 
 
-def _readable(factors: Factors) -> Factors:
-    """The factors with a mask that the kernels read."""
-    mask = factors.mask
-    return factors if mask is None or mask.dtype in plans.DTYPES else factors._replace(mask=mask.float())
-
-
-def _rows(t: Tensor | None) -> Tensor | None:
-    """A matrix with its columns side by side, as the kernels read it."""
-    return t if t is None or t.is_contiguous() or t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
 def _columns(t: Tensor) -> Tensor:
-    """The same of stacked matrices."""
+    """Stacked matrices with their columns side by side, as the kernels read them."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _new(like: Tensor) -> Tensor:
     """A contiguous tensor of this shape and dtype."""
-    # NOTE: to name the format, or shape and dtype, costs twice the call.
-    if like.is_contiguous():
-        return torch.empty_like(like)
     return torch.empty_like(like, memory_format=torch.contiguous_format)

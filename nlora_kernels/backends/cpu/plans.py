@@ -115,12 +115,12 @@ def setting(dtype: torch.dtype) -> Setting:
     """What the costs of products of a dtype depend on, as it is now; in a child of fork() as it was before."""
     global _threads_before_fork
     threads = torch.get_num_threads()
-    if _C.forked():
+    if (threads > 1 or _threads_before_fork) and _C.forked():
         if threads > 1:
             # NOTE: OpenMP has lost its threads there, and the library would wait for them for ever.
             _threads_before_fork = threads
             torch.set_num_threads(1)
-        threads = _threads_before_fork or threads
+        threads = _threads_before_fork
     return Setting(dtype, _C.cpu_tier(), threads)
 
 
@@ -195,11 +195,9 @@ def measured(setting: Setting) -> Costs | None:
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x·Wᵀ by our kernels, as a layer whose adapter is zero."""
-    (M, K), N = x.shape, weight.shape[0]
-    y, T = x.new_empty(M, N), x.new_empty(M, 1)
+    N, K = weight.shape
     A, B = weight.new_zeros(1, K), weight.new_zeros(N, 1)
-    _C.cpu_forward(x, weight, A, B, None, None, y, T, 1.0, torch.get_num_threads())
-    return y
+    return _C.cpu_forward(x, weight, A, B, None, None, 1.0, torch.get_num_threads())[0]
 
 
 def _measured(setting: Setting) -> Costs | None:
