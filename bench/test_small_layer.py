@@ -5,6 +5,7 @@ The time is that which the thread computes, for a call is shorter than what othe
 
 import statistics
 import time
+from functools import partial
 
 import peft
 import pytest
@@ -57,8 +58,7 @@ def repeated(layer: nn.Module, op: str):
 
 @pytest.mark.parametrize("op", ["forward", "both"])
 @pytest.mark.parametrize("method", [name for name in (*CONFIGS, *MODULES) if name != "peft"])
-def test_smoke_layer(benchmark, request, monkeypatch, method, op):
-    monkeypatch.setattr(timing, "CLOCK", time.thread_time)
+def test_smoke_layer(benchmark, request, method, op):
     ours, other = layer(method), layer("peft")
     x = torch.randn(1, SIZE, dtype=torch.float64)
     delta = ours.delta_weight() if method in MODULES else ours.get_delta_weight("default")
@@ -71,7 +71,8 @@ def test_smoke_layer(benchmark, request, monkeypatch, method, op):
     others["peft"]()
     info = {"impl": "cpu", "method": method, "op": op, "M": 1, "shape": f"{SIZE}x{SIZE}", "r": RANK, "error": error}
     # The clock of pytest-benchmark counts what others compute too, so ours is taken beside PEFT's.
-    times = rows.record(benchmark, run, others | {"self_again": run}, info, request)
+    timer = partial(timing.seconds, clock=time.thread_time)
+    times = rows.record(benchmark, run, others | {"self_again": run}, info, request, timer=timer)
     seconds = statistics.median(times["self_again"])
     ratio, low, high = timing.median_ratio(times["self_again"], times["peft"])
     own = {"us": 1e6 * seconds / CALLS, "ms": 1e3 * seconds, "ratio_to_peft": ratio}

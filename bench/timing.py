@@ -9,28 +9,49 @@ import torch
 
 # Rounds of one row: enough for a percentile, and no more than tell anything new.
 LEAST, MOST = 7, 300
-CLOCK = time.perf_counter
+
+
+def seconds(function: Callable, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The timer of the CPU. That of a GPU is its events (bench/gpu/device.py)."""
+    start = clock()
+    function()
+    return clock() - start
+
+
+def by_turns(
+    functions: dict[str, Callable], timer: Callable[[Callable], float], rounds: int, warm: float = 0.0
+) -> dict[str, list[float]]:
+    """{name: what the timer says of it in each round}, one function after the other, so that a change in the machine's
+    speed meets all alike; after as many rounds as the timer takes for `warm`."""
+    warmed = 0.0
+    while warmed < warm:
+        warmed += sum(map(timer, functions.values()))
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(timer(function))
+    return times
 
 
 def interleave(
     benchmark,
     target: Callable,
     others: dict[str, Callable],
-    seconds: float,
+    time_limit: float,
     *,
+    timer: Callable[[Callable], float] = seconds,
     rounds: int | None = None,
     prepare: Callable = lambda: None,
     shuffled: bool = False,
 ) -> dict[str, list[float]]:
-    """Times `target` by pytest-benchmark and before each of its rounds the others, in turn, so that a
-    change in the machine's speed meets all alike.
+    """Times `target` by pytest-benchmark and before each of its rounds the others, by turns.
 
     Each meets the caches as the one before it left them, in every round alike; `shuffled`, for candidates of which one
     would leave the next much worse caches than the rest do, mixes the order of the others.
 
-    Returns the seconds of each round of the others, and those of `target` as "self". About `seconds` in all, or as many
-    rounds as are given, after two that are not counted unless they take long. `prepare` runs untimed before each. The
-    caller has run every function once.
+    Returns the seconds of each round of the others, by `timer`, and those of `target` as "self". About `time_limit`
+    seconds in all, or as many rounds as are given, after two that are not counted unless they take long. `prepare` runs
+    untimed before each. The caller has run every function once.
     """
     times = {name: [] for name in others}
     order, shuffle = list(others), random.Random(0).shuffle
@@ -39,18 +60,13 @@ def interleave(
         prepare()
         if shuffled:
             shuffle(order)
-        for name in order:
-            start = CLOCK()
-            others[name]()
-            times[name].append(CLOCK() - start)
+        for name, taken in by_turns({name: others[name] for name in order}, timer, 1).items():
+            times[name] += taken
 
     warm = 0
     if rounds is None:
-        start = CLOCK()
-        before()
-        target()
-        each = CLOCK() - start
-        rounds, warm = max(LEAST, min(MOST, int(seconds / each))), 2 if each < 1 else 0
+        each = seconds(before) + seconds(target)
+        rounds, warm = max(LEAST, min(MOST, int(time_limit / each))), 2 if each < 1 else 0
     benchmark.pedantic(target, setup=before, rounds=rounds, warmup_rounds=warm)
     # Without timing, as under --benchmark-disable, there is one round and nothing to tell of it.
     own = list(benchmark.stats.stats.data) if benchmark.stats else [float("nan")]

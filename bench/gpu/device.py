@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bench import timing
 from nlora_kernels.cli.verify import child
 
 ROUNDS, WARM_MS = 30, 300
@@ -27,14 +28,7 @@ class Stage:
 
     def by_turns(self, functions: dict[str, Callable], rounds: int = ROUNDS, warm_ms: float = WARM_MS) -> dict:
         """{name: milliseconds of each round}, one function after the other, after `warm_ms` of them all."""
-        warm = 0.0
-        while warm < warm_ms:
-            warm += sum(self.milliseconds([function]) for function in functions.values())
-        times = {name: [] for name in functions}
-        for _ in range(rounds):
-            for name, function in functions.items():
-                times[name].append(self.milliseconds([function]))
-        return times
+        return timing.by_turns(functions, lambda function: self.milliseconds([function]), rounds, warm_ms)
 
 
 class Gpu(Stage, child.Gpu):
