@@ -1,4 +1,4 @@
-#include "planned.cuh"
+#include "gemm_launch.cuh"
 
 namespace nlora::cuda::sm90 {
 
