@@ -1,9 +1,8 @@
-"""Reports on benchmark results: Markdown tables, and PNG charts where matplotlib is installed.
+"""Reports on benchmark results: Markdown tables, and charts where matplotlib is installed.
 
-    python -m nlora_kernels plot bench run.json                      tables and charts of a run
-    python -m bench.report save run.json ...                         into bench/results/<device>.json; rows not measured
-                                                                     again stay
-    python -m bench.report readme README.md bench/results/NAME.json  between <!-- bench:cpu --> and <!-- /bench -->
+    python -m nlora_kernels plot bench run.json      tables and charts of a run
+    python -m bench.report save run.json ...         into bench/results/<device>.json; rows not measured again stay
+    python -m bench.report docs                      what README.md and docs/ show of bench/results, charts included
 
 Reads what `pytest bench --benchmark-json=FILE` writes, and the shorter files that `save` makes of it.
 """
@@ -15,22 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlora_kernels.plotting import made_folder, new_figure, text_without_matplotlib
+from bench import charts
+from nlora_kernels import study
+from nlora_kernels.plotting import made_folder, text_without_matplotlib
 
-# Everything that is compared, in the order of the tables, with its label and colour: ours in blue and green.
+# Everything that is compared, in the order of the tables.
 LABELS = {
-    "floor": ("frozen layer alone", "black"),
-    "peft": ("PEFT", "#d62728"),
-    "peft_base_dtype": ("PEFT, adapter in base dtype", "#ff9896"),
-    "peft_compiled": ("PEFT, compiled", "#ffbb78"),
-    "eager3": ("three matrices, eager", "#c7c7c7"),
-    "lean": ("lean", "#9ecae1"),
-    "cpu": ("cpu", "#1f77b4"),
-    "triton": ("triton", "#2ca02c"),
-    "cuda": ("cuda", "#17becf"),
+    "floor": "frozen layer alone",
+    "peft": "PEFT",
+    "peft_base_dtype": "PEFT, adapter in base dtype",
+    "peft_compiled": "PEFT, compiled",
+    "eager3": "three matrices, eager",
+    "lean": "lean",
+    "cpu": "cpu",
+    "triton": "triton",
+    "cuda": "cuda",
 }
 OURS = ("cuda", "triton", "cpu", "lean")
-BOUND = {"color": "black", "linewidth": 1.6, "linestyle": (0, (2, 1))}
+ROOT = Path(__file__).resolve().parents[1]
+# How the files of studies, which examples/compare.py writes, begin in bench/results.
+STUDY = "quality-"
 METHODS = {"nlora": "NLoRA", "inttune": "IntTune", "lora2": "LoRA²", "lora": "LoRA"}
 OPS = {"forward": "forward", "backward": "backward", "both": "forward and backward", "step": "training step"}
 
@@ -120,13 +123,78 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def insert(text: str, table: str, marker: str = "bench:cpu") -> str:
-    """`text` with `table` between <!-- marker --> and <!-- /bench -->; ValueError unless both are there once."""
-    begin, end = f"<!-- {marker} -->", "<!-- /bench -->"
+def insert(text: str, shown: str, marker: str) -> str:
+    """`text` with `shown` between <!-- marker --> and <!-- /marker -->; ValueError unless both are there once."""
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if text.count(begin) != 1 or end not in text.partition(begin)[2]:
         raise ValueError(f"the text must hold {begin} once and {end} after it, got {text.count(begin)} of the first")
     head, _, rest = text.partition(begin)
-    return f"{head}{begin}\n\n{table}\n{end}{rest.partition(end)[2]}"
+    return f"{head}{begin}\n\n{shown}\n{end}{rest.partition(end)[2]}"
+
+
+def pages(root: Path = ROOT) -> dict[Path, str]:
+    """Every file of README.md and docs/ that shows results of `root`/bench/results, with what it must hold."""
+    files = sorted(path for path in (root / "bench" / "results").glob("*.json"))
+    measured = {path.stem: load(path) for path in files if not path.name.startswith(STUDY)}
+    studies = {path.stem: study.load(path) for path in files if path.name.startswith(STUDY)}
+    found, tables = {}, []
+    for stem, results in measured.items():
+        pictures = {
+            name: _picture(root / "docs" / "charts", f"{stem}-{name}", *picture)
+            for name, picture in _pictures(results).items()
+        }
+        found |= {path: text for picture in pictures.values() for path, text in picture.items()}
+        shown = [_embedded(f"charts/{stem}-{name}", _pictures(results)[name][0]) for name in pictures]
+        heading = f"## {results.provenance.get('device')}, kernels for {results.provenance.get('kernels_use')}"
+        tables.append("\n\n".join([heading, *shown, markdown(results)]))
+    found[root / "docs" / "results.md"] = insert(
+        (root / "docs" / "results.md").read_text(), "\n".join(tables), "results"
+    )
+    quality = root / "docs" / "quality.md"
+    shown = [f"## {stem.removeprefix(STUDY)}\n\n{study.markdown(one)}" for stem, one in studies.items()]
+    found[quality] = insert(quality.read_text(), "\n".join(shown) or "No study is kept yet.\n", "studies")
+    return found
+
+
+def _pictures(results: Results) -> dict[str, tuple]:
+    """{name: (title, axis, heading of the column, lines)} of those that results have rows for."""
+    spread = "median; thin lines: 20th to 80th percentile"
+    possible = {
+        "layers": (
+            "One layer, forward and backward: NLoRA against PEFT's LoRA",
+            f"time / time of the frozen layer alone ({spread})",
+            "speed-up",
+            "the frozen layer alone",
+            layer_lines(results),
+        ),
+        "steps": (
+            "A whole training step against PEFT's LoRA",
+            f"time / forward and backward of the frozen model ({spread})",
+            "speed-up",
+            "the frozen model",
+            step_lines(results),
+        ),
+        "memory": (
+            "What autograd keeps for backward of a training step, against PEFT's LoRA",
+            "bytes / bytes kept of the frozen model",
+            "kept",
+            "the frozen model",
+            memory_lines(results),
+        ),
+    }
+    return {name: picture for name, picture in possible.items() if picture[-1]}
+
+
+def _picture(folder: Path, name: str, *picture) -> dict[Path, str]:
+    drawn = {theme: charts.dumbbells(*picture, colours) for theme, colours in charts.THEMES.items()}
+    return {folder / f"{name}-{theme}.svg": charts.svg(figure) for theme, figure in drawn.items()}
+
+
+def _embedded(stem: str, title: str) -> str:
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{stem}-dark.svg">'
+        f'<img alt="{title}" src="{stem}-light.svg"></picture>'
+    )
 
 
 def plot(path: str | Path, out: str | Path | None = None) -> None:
@@ -146,7 +214,7 @@ def plot(path: str | Path, out: str | Path | None = None) -> None:
             file = stem.with_name(f"{stem.name}-{method}-{op}.png")
             draw_bars(rows, file)
             written.append(file)
-        if results.of("roof"):
+        if any(row["impl"] == "read" for row in results.of("roof")):
             file = stem.with_name(f"{stem.name}-roofline.png")
             draw_roofline(results, file)
             written.append(file)
@@ -155,72 +223,82 @@ def plot(path: str | Path, out: str | Path | None = None) -> None:
 
 def draw_bars(rows: list[dict[str, Any]], path: str | Path) -> None:
     """Horizontal bars of time over floor for every cell, with the 20th to 80th percentile and the FLOP bound."""
-    cells = _cells(rows)
-    impls = [name for name in LABELS if name != "floor" and any(name in cell for cell in cells.values())]
-    limit = max(1.5, min(4.0, 1.1 * max(row["ratio_to_floor"] for row in rows)))
-    figure = new_figure(9, 1.5 + 0.17 * sum(len(cell) + 0.4 for cell in cells.values()))
-    axes = figure.subplots()
-    middles, top = [], 0.0
-    for cell in cells.values():
-        shown = [name for name in impls if name in cell]
-        middles.append(top + (len(shown) - 1) / 2)
-        for place, name in enumerate(shown):
-            row = cell[name]
-            ratio, (low, high) = row["ratio_to_floor"], row["ratio_to_floor_p20_p80"]
-            end = min(ratio, limit)
-            axes.barh(top + place, end, 0.92, color=LABELS[name][1])
-            if high < limit:
-                axes.plot([low, high], [top + place] * 2, color="black", linewidth=0.8)
-                end = max(end, high)
-            slower = name in OURS and row.get("speedup_vs_peft", 1) < 1
-            said = f" {ratio:.2f}" + (" slower than PEFT" if slower else "")
-            axes.text(end, top + place, said, va="center", fontsize=7, color="#b00000" if slower else "black")
-        # A whole model's step has no bound.
-        if bound := next(iter(cell.values())).get("flop_bound"):
-            axes.plot([bound] * 2, [top - 0.6, top + len(shown) - 0.4], **BOUND)
-        top += len(shown) + 1.2
-    axes.axvline(1, color="0.4", linewidth=0.8)
-    for name in impls:
-        axes.barh(0, 0, color=LABELS[name][1], label=LABELS[name][0])
-    axes.plot([], [], **BOUND, label="bound by multiplications")
-    axes.set_yticks(middles, [_cell_name(next(iter(cell.values()))) for cell in cells.values()], fontsize=8)
-    axes.set(xlim=(0, limit * 1.13), ylim=(top - 1.5, -1.1), xlabel="time / time of the frozen layer")
-    axes.set_title(f"{METHODS[rows[0]['method']]}, {OPS[rows[0]['op']]}", loc="left")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    cells = _cells(rows).values()
+    impls = {name: LABELS[name] for name in LABELS if name != "floor" and any(name in cell for cell in cells)}
+    names = [_cell_name(next(iter(cell.values()))) for cell in cells]
+    title = f"{METHODS[rows[0]['method']]}, {OPS[rows[0]['op']]}"
+    charts.bars(list(cells), names, impls, title).savefig(path)
 
 
 def draw_roofline(results: Results, path: str | Path) -> None:
     """GFLOP/s over FLOP per byte for every row of one layer, under the ceilings that the same run measured."""
-    roofs = {(row["impl"], row["dtype"]): row for row in results.of("roof")}
-    bandwidth = roofs["copy", "float32"]["gbytes_per_second"]
     rows = [row for row in results.of("forward", "backward", "both") if "flop_per_byte" in row]
-    figure = new_figure(8, 5)
-    axes = figure.subplots()
-    lowest = min(1.0, *(row["flop_per_byte"] / 2 for row in rows))
-    highest = max(row["flop_per_byte"] * 2 for row in rows)
-    for (impl, dtype), row in roofs.items():
-        if impl == "copy":
+    charts.roofline(rows, results.of("roof"), LABELS).savefig(path)
+
+
+def layer_lines(results: Results) -> list[charts.Line]:
+    """NLoRA, forward and backward: a line for each layer that PEFT and ours were timed on, under its model's name."""
+    rows = [row for row in results.of("both") if row["op"] == "both" and row["method"] == "nlora"]
+    lines, model = [], None
+    for cell in _cells([row for row in rows if "ratio_to_floor" in row]).values():
+        ours = _chosen(cell)
+        if not ours or "peft" not in cell:
             continue
-        peak = row["gflops"]
-        line = [(lowest, lowest * bandwidth), (peak / bandwidth, peak), (max(highest, 2 * peak / bandwidth), peak)]
-        style = {"float32": "-", "bfloat16": "--"}.get(dtype, ":")
-        axes.plot(*zip(*line, strict=True), color="black", linewidth=1, linestyle=style)
-        axes.annotate(f"{dtype} product, {peak:.0f} GFLOP/s", line[-1], ha="right", va="bottom", fontsize=8)
-    markers = {"float32": "o", "bfloat16": "s"}
-    for name, (label, colour) in LABELS.items():
-        for dtype, marker in markers.items():
-            points = [(r["flop_per_byte"], r["gflops"]) for r in rows if (r["impl"], r["dtype"]) == (name, dtype)]
-            if points:
-                said = label if dtype == "float32" else None
-                options = {"s": 22, "marker": marker, "color": colour, "edgecolors": "black", "linewidths": 0.3}
-                axes.scatter(*zip(*points, strict=True), **options, label=said, zorder=3)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
-    axes.set_title(f"one layer under its roof ({bandwidth:.0f} GB/s copied; circles fp32, squares bf16)", loc="left")
-    axes.grid(True, which="both", linewidth=0.2)
-    axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(path)
+        if ours["model"] != model:
+            model = ours["model"]
+            lines.append(charts.Line(model))
+        dtype = "" if ours["dtype"] == "float32" else ", bf16"
+        lines.append(_compared(f"{ours['layer']}, {ours['M']} tokens, r = {ours['r']}{dtype}", cell["peft"], ours))
+    return lines
+
+
+def step_lines(results: Results) -> list[charts.Line]:
+    """Whole training steps: a line for each method, against PEFT's LoRA of the same rank."""
+    lines = []
+    for (shape, r), (floor, peft, ours) in _steps(results).items():
+        if floor and peft:
+            lines.append(charts.Line(f"{shape}, r = {r}"))
+            lines += [_compared(METHODS[row["method"]], peft, row) for row in ours]
+    return lines
+
+
+def memory_lines(results: Results) -> list[charts.Line]:
+    """What autograd keeps for backward of a whole step, over what it keeps of the frozen model."""
+    lines = []
+    for (shape, r), (floor, peft, ours) in _steps(results).items():
+        if floor and peft and "saved_bytes" in floor:
+            lines.append(charts.Line(f"{shape}, r = {r}"))
+            for row in ours:
+                kept = [charts.Spread(*[each["saved_bytes"] / floor["saved_bytes"]] * 3) for each in (peft, row)]
+                values = dict(zip((charts.PEFT, charts.OURS), kept, strict=True))
+                column = f"{row['saved_bytes'] / 2**20:.1f} MiB"
+                lines.append(charts.Line(METHODS[row["method"]], values, column))
+    return lines
+
+
+def _steps(results: Results) -> dict[tuple, tuple]:
+    """{(model, rank): (the frozen one, PEFT's LoRA, the methods by the backend that is chosen)}"""
+    groups: dict[tuple, list] = {}
+    for row in results.of("step"):
+        groups.setdefault((row["shape"], row["r"]), []).append(row)
+    found = {}
+    for key, rows in groups.items():
+        one = {name: next((row for row in rows if row["impl"] == name), None) for name in ("floor", "peft")}
+        methods = dict.fromkeys(row["method"] for row in rows if row["impl"] in OURS)
+        chosen = [_chosen({row["impl"]: row for row in rows if row["method"] == method}) for method in methods]
+        found[key] = one["floor"], one["peft"], chosen
+    return found
+
+
+def _compared(label: str, peft: dict[str, Any], ours: dict[str, Any]) -> charts.Line:
+    values = {charts.PEFT: charts.spread(peft), charts.OURS: charts.spread(ours)}
+    gain = ours.get("speedup_vs_peft")
+    return charts.Line(label, values, f"{gain:.2f} ×" if gain else "", gain is not None and gain < 1)
+
+
+def _chosen(cell: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the backend that is chosen by itself."""
+    return next((cell[name] for name in OURS if name in cell), None)
 
 
 def _groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -261,10 +339,10 @@ def _layer_table(rows: list[dict[str, Any]]) -> str:
         what = [row["shape"], str(row["r"]), row["dtype"], METHODS[row["method"]], OPS[row["op"]]]
         floor = f"{cell['floor']['ms']:.3g}" if "floor" in cell else ""
         ratios = [_ratio(cell[name]) if name in cell else "" for name in impls]
-        chosen = next((cell[name] for name in OURS if name in cell), {})
+        chosen = _chosen(cell) or {}
         gain = chosen.get("speedup_vs_peft")
         lines.append([*what, floor, f"{row['flop_bound']:.2f}", *ratios, f"{gain:.2f}" if gain else ""])
-    header = ["layer", "r", "dtype", "method", "pass", "floor, ms", "bound", *(LABELS[n][0] for n in impls), "vs PEFT"]
+    header = ["layer", "r", "dtype", "method", "pass", "floor, ms", "bound", *(LABELS[n] for n in impls), "vs PEFT"]
     return _table(header, lines)
 
 
@@ -274,7 +352,7 @@ def _step_table(rows: list[dict[str, Any]]) -> str:
         ratio, gain = _ratio(row) if "ratio_to_floor" in row else "", row.get("speedup_vs_peft")
         figures = [f"{row['ms']:.0f}", ratio, f"{gain:.2f}" if gain else ""]
         memory = [f"{row[name] / 2**20:.1f}" if name in row else "" for name in ("peak_bytes", "saved_bytes")]
-        label = LABELS.get(row["impl"], (row["impl"],))[0]
+        label = LABELS.get(row["impl"], row["impl"])
         lines.append([row["shape"], str(row["r"]), METHODS.get(row["method"], "none"), label, *figures, *memory])
     header = ["model", "r", "method", "implementation", "ms", "to frozen", "vs PEFT", "peak, MiB", "saved, MiB"]
     return _table(header, lines)
@@ -334,18 +412,22 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     saving = commands.add_parser("save")
     saving.add_argument("runs", nargs="+", type=Path)
-    saving.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
-    readme = commands.add_parser("readme")
-    readme.add_argument("text", type=Path)
-    readme.add_argument("results", nargs="+", type=Path)
-    readme.add_argument("--marker", default="bench:cpu")
+    saving.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    commands.add_parser("docs")
     args = parser.parse_args()
     if args.command == "save":
         for run in args.runs:
             print(save(load(run), args.out))
-        return
-    table = "\n".join(markdown(load(path)) for path in args.results)
-    args.text.write_text(insert(args.text.read_text(), table, args.marker))
+        if args.out != ROOT / "bench" / "results":
+            return
+    written = pages()
+    for path, text in written.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    # Charts of results that are no longer there.
+    for path in (ROOT / "docs" / "charts").glob("*.svg"):
+        if path not in written:
+            path.unlink()
 
 
 if __name__ == "__main__":

@@ -1,22 +1,51 @@
-"""The ceilings of the roofline: what the library's large product and a copy reach on this machine."""
+"""The ceilings of the roofline: what large products, reading and copying reach on this machine."""
 
 import pytest
 import torch
 
+import nlora_kernels as nk
 from bench import rows
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"], ids="smoke-{}".format)
-def test_product(benchmark, request, dtype):
+@pytest.mark.parametrize("impl", ["product", "kernels"], ids="smoke-{}".format)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_product(benchmark, request, impl, dtype):
+    """A product of 1536³ by the library, and by our kernels, which need an adapter: one of rank 1."""
     n = 1536
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
-    exact = a[:32].double() @ b.double()
-    error = ((a @ b)[:32] - exact).norm() / exact.norm()
+    lora_A, lora_B = torch.zeros(1, n, dtype=a.dtype), torch.zeros(n, 1, dtype=a.dtype)
+    if impl == "kernels" and nk.backends.available()["cpu"]:
+        pytest.skip("the package was built without C++ kernels")
+
+    def product():
+        return a @ b.T if impl == "product" else nk.lora_linear(a, b, lora_A, lora_B, backend="cpu")
+
+    exact = a[:32].double() @ b.double().T
+    error = (product()[:32] - exact).norm() / exact.norm()
     # The result is rounded once, and fp32 sums of n terms are off by about √n roundings.
     assert error <= torch.finfo(a.dtype).eps + n**0.5 * torch.finfo(torch.float32).eps
-    info = {"impl": "product", "op": "roof", "shape": f"{n}x{n}x{n}", "dtype": dtype, "error": error.item()}
-    rows.record(benchmark, lambda: a @ b, {}, info, request, flops=2 * n**3)
+    info = {"impl": impl, "op": "roof", "shape": f"{n}x{n}x{n}", "dtype": dtype, "error": error.item()}
+    rows.record(benchmark, product, {}, info, request, flops=2 * n**3)
+
+
+@pytest.mark.parametrize("mib", [1, 8, 64, 256], ids="smoke-{}".format)
+def test_read(benchmark, request, mib):
+    """How fast a matrix of a size is read, again and again: from the cache that holds it, or from memory."""
+    matrix = torch.randn(mib * 256, 1024)
+    vector = torch.randn(1024)
+    exact = matrix[:8].double() @ vector.double()
+    error = (torch.mv(matrix, vector)[:8] - exact).norm() / exact.norm()
+    assert error <= 32 * torch.finfo(torch.float32).eps
+    info = {"impl": "read", "op": "roof", "shape": f"{mib} MiB", "dtype": "float32", "bytes": matrix.nbytes}
+    rows.record(
+        benchmark,
+        lambda: torch.mv(matrix, vector),
+        {},
+        info | {"error": error.item()},
+        request,
+        bytes_moved=matrix.nbytes,
+    )
 
 
 def test_smoke_copy(benchmark, request):

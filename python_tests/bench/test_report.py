@@ -1,13 +1,14 @@
 """Reports on benchmark results: nothing measured is lost, and losses show."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
 
 import pytest
 
-from bench import report
+from bench import charts, report
 from nlora_kernels import cli
 from python_tests import ROOT
 
@@ -40,6 +41,12 @@ ROWS = [
     row("cpu", 1.2, 1.3, method="inttune", dtype="bfloat16"),
     {"impl": "copy", "op": "roof", "shape": "256 MiB", "dtype": "float32", "gbytes_per_second": 10.0},
     {"impl": "product", "op": "roof", "shape": "8x8x8", "dtype": "float32", "gflops": 100.0},
+    {"impl": "kernels", "op": "roof", "shape": "8x8x8", "dtype": "float32", "gflops": 120.0},
+    *(
+        {"impl": "read", "op": "roof", "shape": f"{n} MiB", "dtype": "float32", "gbytes_per_second": 64.0 / n}
+        | {"bytes": n << 20}
+        for n in (1, 64)
+    ),
     {"impl": "nlora_residual", "op": "init", "shape": "Model block", "r": 8, "ms": 3.0, "ratio_to_pissa_niter_16": 0.02}
     | {"ratio_to_pissa_niter_16_p20_p80": [0.01, 0.03]},
     {"impl": "cpu", "op": "penalty, paper", "shape": "Model x7", "r": 8, "ms": 4.0, "ratio_to_eager": 0.25},
@@ -118,6 +125,8 @@ def test_the_bars_show_figures_bound_and_losses(monkeypatch, tmp_path):
     assert widths == [1.5, 1.25, 1.75, 1.4, 1.1]
     said = [text.get_text().strip() for text in axes.texts]
     assert said == ["1.50", "1.25", "1.75 slower than PEFT", "1.40", "1.10"]
+    # In a column of their own, where neither bars nor bounds end.
+    assert {text.get_position()[0] for text in axes.texts} == {1.01}
     bounds = [line for line in axes.lines if len(line.get_xdata()) and set(line.get_xdata()) == {1.03}]
     assert len(bounds) == 2
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Model\nq_proj M=4 r=8", "Model\nq_proj M=4 r=64"]
@@ -147,17 +156,67 @@ def test_results_are_kept_per_device_and_merged(run, tmp_path):
     assert str(ROOT.parent) not in path.read_text()
 
 
-def test_the_readme_gets_the_table_between_its_markers(run, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:cpu -->\nstale\n<!-- /bench -->\nafter\n")
-    command = [sys.executable, "-m", "bench.report", "readme", str(readme), str(run)]
+def test_what_is_shown_goes_between_its_markers():
+    text = "before\n<!-- results -->\nstale\n<!-- /results -->\nafter\n"
     for _ in range(2):
-        subprocess.run(command, check=True, cwd=ROOT)
-        text = readme.read_text()
-        assert text.startswith("before\n<!-- bench:cpu -->\n\nCPU (R) X") and text.endswith("<!-- /bench -->\nafter\n")
-        assert "stale" not in text and text.count("| 1.75 (1.74–1.77) |") == 1
-    with pytest.raises(ValueError, match="must hold <!-- bench:cpu --> once"):
-        report.insert("nothing", "table")
+        text = report.insert(text, "new\n", "results")
+        assert text == "before\n<!-- results -->\n\nnew\n\n<!-- /results -->\nafter\n"
+    with pytest.raises(ValueError, match="must hold <!-- results --> once"):
+        report.insert("nothing", "new", "results")
+
+
+def shown(svg):
+    """The words and figures of a picture; its lines are where matplotlib puts them."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_the_pages_show_what_the_results_hold():
+    written = report.pages()
+    for path, text in written.items():
+        assert path.is_file(), f"{path} is not there: python -m bench.report docs"
+        same = shown(path.read_text()) == shown(text) if path.suffix == ".svg" else path.read_text() == text
+        assert same, f"{path.name} is older than bench/results: python -m bench.report docs"
+    assert set((ROOT / "docs" / "charts").iterdir()) == {path for path in written if path.suffix == ".svg"}
+
+
+def test_a_picture_holds_every_figure_and_says_where_ours_is_slower():
+    lines = report.layer_lines(report.Results({}, [r | {"model": "M", "layer": "q", "M": 4} for r in ROWS[:6]]))
+    assert [line.label for line in lines] == ["M", "q, 4 tokens, r = 8", "q, 4 tokens, r = 64"]
+    assert [(line.column, line.loss) for line in lines] == [("", False), ("0.86 ×", True), ("1.27 ×", False)]
+    small = {name: spread.value for name, spread in lines[1].values.items()}
+    assert small == {charts.PEFT: 1.5, charts.OURS: 1.75}
+    for theme in charts.THEMES.values():
+        picture = charts.svg(charts.dumbbells("title", "axis", "speed-up", "floor", lines, theme))
+        assert {"title", "axis", "speed-up", "floor", "0.86 ×", "1.27 ×", "PEFT"} <= set(shown(picture))
+        # The one that is slower has a colour of its own.
+        assert picture.count(theme.loss) == 1 and picture.count(theme.ours) >= 2
+
+
+def test_studies_are_shown_where_there_are_any(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    for name, marker in (("results", "results"), ("quality", "studies")):
+        (tmp_path / "docs" / f"{name}.md").write_text(f"# {name}\n<!-- {marker} -->\n<!-- /{marker} -->\n")
+    quality = tmp_path / "docs" / "quality.md"
+    assert "No study is kept yet." in report.pages(tmp_path)[quality]
+    cell = {"method": "nlora", "rank": 8, "lr": 1e-3, "seed": 0, "metrics": {"loss": 2.5}, "trained": 7, "seconds": 1.0}
+    cell |= {"tokens_per_second": 3.0, "peak_bytes": 1 << 20, "curve": []}
+    study = {"metric": "loss", "higher_is_better": False, "cells": {"one": cell}}
+    (tmp_path / "bench" / "results" / "quality-tiny.json").write_text(json.dumps(study))
+    text = report.pages(tmp_path)[quality]
+    assert "## tiny" in text and "| nlora | 8 | 0.001 | 1 | 1 | 2.5000 |" in text
+
+
+def test_the_roofline_has_a_roof_for_each_size_that_was_read(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    report.draw_roofline(report.Results({}, ROWS), tmp_path / "x.png")
+    [axes] = drawn[0].axes
+    slopes = {line.get_label(): line.get_ydata()[0] / line.get_xdata()[0] for line in axes.lines[:2]}
+    assert slopes == {"1 MiB read, 64 GB/s": 64.0, "64 MiB read, 1 GB/s": 1.0}
+    assert [line.get_ydata()[0] for line in axes.lines[2:]] == [100.0, 120.0]
 
 
 def test_without_a_checkout_the_command_says_so(run, tmp_path, monkeypatch, capsys):
