@@ -10,7 +10,7 @@ endif
 # Where gpu-proof puts its results, unless the environment says.
 OUT ?= gpu-results
 
-.PHONY: demo study test gates bench smoke lint aot budget sanitize gpu-proof extension constraints newest clean
+.PHONY: demo study test gates bench smoke lint docs wheels hub aot budget sanitize gpu-proof extension constraints newest clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare" and the like.
 demo: $(READY)
@@ -57,7 +57,22 @@ smoke: $(READY)
 lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 	$(PYTHON) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(shell find csrc -name '*.[chi]*')
+
+# The site, into build/site: without a warning, and without anything from elsewhere.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict -q
+
+# Wheels for the Pythons named, environments of their own or with torch, and the sources: built, checked and run, into dist/.
+# FLAGS="--build cpu" leaves the CUDA kernels out.
+PYTHONS ?= python3.11 python3.12 python3.13
+wheels: $(READY)
+	$(PYTHON) .ci/wheels.py $(PYTHONS) $(FLAGS)
+
+# The folder that the kernels hub takes, into build/hub: laid out, loaded by the package kernels and run.
+hub: $(READY)
+	$(PYTHON) .ci/hub.py
 
 # Every Triton kernel for every device, dtype and rank; `make gates` compiles what the benchmark shapes need.
 aot: $(READY)

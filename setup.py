@@ -78,7 +78,10 @@ class NinjaBuild(build_ext):
             links = ["-shared", *undefined, *links]
             # A folder of its own, so that neither kind of build undoes the other's objects.
             folder = Path(self.build_temp) / (f"{ext.name}-bound-spins" if self.bound_spins else ext.name)
-            build(folder, sources, output, flags, links, ["-DNLORA_BOUND_SPINS"] if self.bound_spins else [])
+            bounds = ["-DNLORA_BOUND_SPINS"] if self.bound_spins else []
+            # As to Python's own builds, LDSHARED is a command of its own.
+            linker = shlex.split(os.environ.get("LDSHARED", ""))
+            build(folder, sources, output, flags, links, bounds, linker=linker)
         except CompileError:
             if not (ext.optional and libraries):
                 raise
@@ -186,9 +189,10 @@ def build(
     nvcc_flags: Sequence[str] = (),
     *,
     cxx: str | None = None,
+    linker: Sequence[str] = (),
     family: str | None = FAMILY,
 ) -> None:
-    """Compiles `sources` to one object each and links them to `output`."""
+    """Compiles `sources` to one object each and links them to `output`, by the compiler or the `linker` named."""
     cxx = cxx or compiler()
     output.parent.mkdir(parents=True, exist_ok=True)
     steps = []
@@ -201,7 +205,7 @@ def build(
             own = [cxx, *flags, *tier_flags(stem.name, family), "-c"]
             steps.append(Step(f"{stem}.o", [source.resolve()], own, depends="-MMD"))
     output = output.resolve()
-    ninja(folder, [*steps, Step(str(output), [step.output for step in steps], [cxx], links)], output)
+    ninja(folder, [*steps, Step(str(output), [step.output for step in steps], linker or [cxx], links)], output)
 
 
 def cpu_sources(family: str | None = FAMILY) -> list[Path]:

@@ -105,6 +105,8 @@ def select(name: str | None, first: Tensor, call: Call | None = None, operation:
         return backend
     if first.is_cpu:
         device = "cpu"
+        if native._C is None:
+            native.warn_once()
     else:
         device = first.device.type
         if device == "cuda":

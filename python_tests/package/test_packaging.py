@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nlora_kernels import __version__, cli
+from nlora_kernels.cli import doctor
 from python_tests import ROOT
 
 
@@ -90,13 +92,48 @@ def test_the_source_distribution_has_everything_that_the_extension_is_built_from
     assert sources | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
 
 
-def test_the_wheel_is_typed_and_requires_no_torch(wheel):
+def test_the_wheel_is_typed_and_requires_torch(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert "nlora_kernels/py.typed" in names
     assert not any(name.startswith(("python_tests", "bench", "csrc")) for name in names)
-    assert not re.search(r"^Requires-Dist: torch\b(?!ao)", metadata, re.MULTILINE)
+    # Without an upper bound: pip keeps the build that is installed.
+    assert re.findall(r"^Requires-Dist: ([^;\n]*)$", metadata, re.MULTILINE) == [f"torch>={doctor.OLDEST['torch']}"]
+
+
+def test_without_kernels_the_wheel_is_for_every_machine_and_says_so_once(tmp_path):
+    environment = {**os.environ, "NLORA_BUILD": "none"}
+    pip = [sys.executable, "-m", "pip"]
+    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT, env=environment)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    run(*pip, "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel)
+    code = """
+import nlora_kernels as nk, torch, warnings
+x, weight, lora_A, lora_B = (torch.randn(s) for s in ((3, 8), (6, 8), (2, 8), (6, 2)))
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        nk.lora_linear(x, weight, lora_A, lora_B)
+[warning] = [w for w in found if "nlora_kernels" in str(w.message)]
+print(warning.message)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    said = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
+    assert said.startswith("library calls compute on this CPU, for the package was built without C++ kernels")
+    assert "Install a wheel" in said and "doctor" in said
+
+
+def test_the_version_is_stated_once(wheel, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"nlora_kernels {__version__}\n"
+    assert f"-{__version__}-" in wheel.name
+    stated = re.compile(rf"(?<![\d.]){re.escape(__version__)}(?![\d.])")
+    files = [ROOT / "pyproject.toml", ROOT / "setup.py", *ROOT.glob("*.cff"), *ROOT.glob("nlora_kernels/**/*.py")]
+    assert [file.name for file in files if stated.search(file.read_text())] == ["versions.py"]
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_every_extra_that_an_error_may_name_exists():
