@@ -37,9 +37,10 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
     first rank decides for all.
 
     Args:
-        target_rank, total_steps, t_init, t_final, delta_t, beta1, beta2, scores: of `RankAllocator`. Those left out are
-            those of the model's LoRA2Config; without one, betas are 0.85. scores left out is "rows", total_steps the
-            length of the run.
+        target_rank: of `RankAllocator`, as are the others. Those left out are those of the model's LoRA2Config; without
+            one, betas are 0.85.
+        total_steps: the length of the run by default.
+        scores: "rows" by default.
 
     Attributes:
         allocator: None before the training begins.

@@ -280,8 +280,10 @@ class LoRA2Linear(_AdapterLinear):
         """The LoRA² adapter of `linear`, which it keeps (no copy) and freezes; its function is unchanged at step 0.
 
         Args:
-            r: number of singular values, k: rank of the outer pair. alpha: s·r, default r.
-            dropout, generator, dtype: as for `NLoraLinear.from_linear`.
+            r: number of singular values.
+            k: rank of the outer pair.
+            alpha: s·r, default r.
+            dropout: as for `NLoraLinear.from_linear`, and so are generator and dtype.
 
         Raises TypeError and ValueError as `NLoraLinear.from_linear` does.
         """

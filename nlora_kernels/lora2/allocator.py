@@ -49,8 +49,11 @@ class RankAllocator:
         model: holds LoRA² layers, see `layers`; their order is that of model.named_modules().
         target_rank: singular values left per layer, on average, 1 … mean r.
         total_steps: T, optimizer steps of the run.
-        t_init: steps before the first pruning, t_final: steps after the last, delta_t: steps between maskings.
-        beta1, beta2: 0 ≤ β < 1.
+        t_init: steps before the first pruning.
+        t_final: steps after the last.
+        delta_t: steps between maskings.
+        beta1: 0 ≤ β1 < 1.
+        beta2: 0 ≤ β2 < 1.
         scores: "rows" (eq. 9) or "full" (eq. 8).
         group: process group of data-parallel ranks; the scores of its first rank then decide for all. None needs no
             communication and gives the same decisions wherever ranks hold equal parameters and gradients.
@@ -61,7 +64,7 @@ class RankAllocator:
     Raises:
         TypeError: a step count or rank is no integer.
         ValueError: the model has no LoRA² layers, or holds them on several devices; a number is out of range, or
-        t_init + t_final ≥ total_steps.
+            t_init + t_final ≥ total_steps.
     """
 
     def __init__(

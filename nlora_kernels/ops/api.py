@@ -90,7 +90,9 @@ def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | No
     takes the place of N in `lora_linear`.
 
     Args:
-        lora_u: (r, k), lora_E: (r,), lora_U: (k, r), one floating dtype, which is the result's too.
+        lora_u: (r, k), of one floating dtype with the others, which is the result's too.
+        lora_E: (r,).
+        lora_U: (k, r).
         mask: (r,) of 0 and 1, floating or bool, or None for all ones. It gets no gradient.
 
     Gradients: dU = dC·uᵀ·diag(E ⊙ mask), du = diag(E ⊙ mask)·Uᵀ·dC, dE = mask ⊙ diag(Uᵀ·dC·uᵀ).
@@ -130,9 +132,13 @@ def lora2_linear(
     lora_N = `lora2_core(u, E, U, mask)`, so its rank is k whatever r is.
 
     Args:
-        lora_v: (k, in), lora_u: (r, k), lora_E: (r,), lora_U: (k, r), lora_V: (out, k), one floating dtype.
+        x: (..., in), as for `lora_linear`, and so are weight, bias, scaling, dropout, seed and backend.
+        lora_v: (k, in); the five matrices have one floating dtype.
+        lora_u: (r, k).
+        lora_E: (r,).
+        lora_U: (k, r).
+        lora_V: (out, k).
         mask: (r,) of 0 and 1, or None.
-        x, weight, bias, scaling, dropout, seed, backend: as for `lora_linear`.
 
     Returns, gradients and errors are those of `lora_linear` and `lora2_core`.
     """

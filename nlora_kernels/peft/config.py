@@ -143,8 +143,8 @@ class LoRA2Config(_Checked, LoraConfig):
     Args:
         k: rank of the outer pair lora_v, lora_V.
         init_lora_weights: True, or False for all five matrices from N(0, 1), with which step 0 moves the function.
-        target_rank, total_steps, t_init, t_final, delta_t, beta1, beta2: of `nlora_kernels.lora2.RankAllocator`;
-            without target_rank the ranks stay.
+        target_rank: of `nlora_kernels.lora2.RankAllocator`, as are total_steps, t_init, t_final, delta_t, beta1 and
+            beta2; without it the ranks stay.
 
     Raises:
         ValueError: a number out of range, or a variant of LoRA. TypeError: k is no integer.
