@@ -6,6 +6,7 @@ and `cli` are loaded when first used. Where PEFT is imported too, before or afte
 
 import importlib
 import warnings
+from types import ModuleType
 
 from . import backends, init
 from .imports import when_imported
@@ -30,18 +31,18 @@ __all__ = [
 _LAZY = ("checkpoint", "cli", "lora2", "peft", "plotting", "trainer")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
 
 
 @when_imported("peft")
-def _register(_peft) -> None:
+def _register(_peft: ModuleType) -> None:
     try:
         importlib.import_module(f"{__name__}.peft")
     except Exception as error:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ def from_published(src_dir: str | os.PathLike, dst_dir: str | os.PathLike) -> No
     and lora_B.
 
     Args:
-        src_dir, dst_dir: as for `to_lora`.
+        src_dir: as for `to_lora`.
+        dst_dir: as for `to_lora`.
 
     Raises:
         ValueError: as for `to_lora`.
@@ -113,7 +114,7 @@ def from_published(src_dir: str | os.PathLike, dst_dir: str | os.PathLike) -> No
     _write(dst_dir, config, tensors)
 
 
-def save(model, dst_dir: str | os.PathLike, **options) -> None:
+def save(model: Any, dst_dir: str | os.PathLike, **options: Any) -> None:
     """`model.save_pretrained(dst_dir, **options)` in one step: dst_dir holds the old adapter or the new, never a half.
 
     Files of other names stay and links are followed, as by save_pretrained. Not for several processes that each write
@@ -187,7 +188,7 @@ def _folded(A: Tensor, N: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("ers,esi->eri", N, A.unflatten(0, (E, r))).flatten(0, 1), B
 
 
-def _of_one_rank(src_dir, config: dict, exported: dict[str, _Lora]) -> tuple[dict, dict[str, _Lora]]:
+def _of_one_rank(src_dir: str | os.PathLike, config: dict, exported: dict[str, _Lora]) -> tuple[dict, dict[str, _Lora]]:
     if not config.get("target_parameters"):
         r = max(layer.rank for layer in exported.values())
         exported = {name: layer.of_rank(r) for name, layer in exported.items()}
@@ -222,7 +223,7 @@ def _with_patterns(config: dict, layers: Iterable[str]) -> dict:
 # Reading and writing
 
 
-def _check_folders(src_dir, dst_dir) -> None:
+def _check_folders(src_dir: str | os.PathLike, dst_dir: str | os.PathLike) -> None:
     for name, folder in (("src_dir", src_dir), ("dst_dir", dst_dir)):
         if not os.fspath(folder):
             raise ValueError(f"{name} must name a folder, got ''")
@@ -232,7 +233,7 @@ def _check_folders(src_dir, dst_dir) -> None:
         raise ValueError(f"dst_dir must not be or hold the source {src_dir}, got {dst_dir}")
 
 
-def _write(dst_dir, config: dict, tensors: dict[str, Tensor]) -> None:
+def _write(dst_dir: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     with replacing(dst_dir) as folder, _as_os_error(dst_dir):
@@ -241,7 +242,7 @@ def _write(dst_dir, config: dict, tensors: dict[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _as_os_error(dst_dir) -> Iterator[None]:
+def _as_os_error(dst_dir: str | os.PathLike) -> Iterator[None]:
     """A full disk is an OSError, of safetensors too."""
     from safetensors import SafetensorError
 
@@ -262,7 +263,7 @@ def _plain(config: dict) -> dict:
     return kept | {"peft_type": "LORA"}
 
 
-def _warn_of_servers(dst_dir, config: dict, tensors: dict[str, Tensor]) -> None:
+def _warn_of_servers(dst_dir: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
     refused = [f"rank {config['r']}, more than {_MOST_SERVED}"] if config["r"] > _MOST_SERVED else []
     for name in _NOT_SERVED:
         if config.get(name) not in (None, False, [], {}, "none"):

@@ -44,11 +44,11 @@ def nystrom(
             columns of its own; or quantised, of which no more than the chosen rows and columns, or a tile of rows, is
             decoded at a time. On the meta device only shapes are made.
         r: number of rows and columns, 1 <= r <= min(out, in).
-        core: "sample"   N = W[I][:, J] as it stands. As published; B·N·A is then no approximation of W but a small
+        core: "sample"   N = `W[I][:, J]` as it stands. As published; B·N·A is then no approximation of W but a small
                          perturbation correlated with it.
               "optimal"  N = B⁺·W·A⁺ by two QR factorisations: of all cores for this A and B it brings B·N·A nearest
                          to W.
-              "pinv"     N = W[I][:, J]⁺, the published derivation. On real weights B·N·A is several times as large
+              "pinv"     N = `W[I][:, J]`⁺, the published derivation. On real weights B·N·A is several times as large
                          as W.
         select: how I and J are chosen, see `select`. `rows` and `cols`, of length r, stand in for I and J.
         generator: for select="uniform".

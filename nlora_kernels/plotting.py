@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LOG = "trainer_state.json"
 
@@ -156,7 +157,7 @@ def text_without_matplotlib() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "matplotlib":
+        if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         print("no PNG without matplotlib: pip install 'nlora_kernels[plot]'", file=sys.stderr)
 
@@ -170,7 +171,7 @@ def made_folder(out: str | Path) -> Path:
     return out
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float) -> Any:
     # NOTE: not through pyplot, which opens displays and keeps every figure.
     from matplotlib.figure import Figure
 
