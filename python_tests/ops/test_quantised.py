@@ -188,7 +188,7 @@ def test_results_keep_the_budget_of_the_decoded_weight(monkeypatch, shape, dtype
 
     for backend, tier, plan in ways():
         if plan:
-            monkeypatch.setattr(type(TABLE["cpu"]), "plan", lambda *sizes, plan=plan, **way: plan)
+            monkeypatch.setattr(type(TABLE["cpu"]), "decoding_plan", lambda *sizes, plan=plan: plan)
         with capped(tier):
             budget.check(testing.outputs(functools.partial(ours, backend, weight), tensors, p.dy, wrt))
 

@@ -8,8 +8,8 @@ A call is computed in one of four ways (`plans`), which differ in who does the p
     folded    the library's products with a scratch copy of weight + s·B·N·A, which many rows of x share; in fp32 alone,
               for a half-precision weight would round small updates away
 
-A weight in few bits is decoded while it is packed in "whole"; in "adapter", which stands for the other two as well, a
-tile of it at a time for the library.
+A weight in few bits has the first two (`decoding_plan`): it is decoded while it is packed in "whole", and a tile at a
+time for the library in "adapter".
 """
 
 from collections.abc import Callable, Sequence
@@ -40,6 +40,7 @@ class Cpu(Lean):
     name = "cpu"
     verified_on = frozenset({"cpu"})
     plan = staticmethod(plans.plan)
+    decoding_plan = staticmethod(plans.decoding_plan)
     multiplies_experts = staticmethod(plans.multiplies_experts)
     makes_core = True
 
@@ -75,7 +76,9 @@ class Cpu(Lean):
     def forward(self, call: Call, plan: str | None = None) -> tuple[Tensor, Tensor]:
         x, weight, lora_A, lora_N = call.x, call.weight, call.lora_A, call.lora_N
         (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
-        plan = _possible(plan or self.plan(x.dtype, M, K, N, R), weight)
+        if isinstance(weight, Quantised):
+            plan = self._plan_of(weight, x.dtype, M)
+        plan = plan or self.plan(x.dtype, M, K, N, R)
         if type(lora_N) is Factors and plan not in _OWN:
             call = call._replace(lora_N=self.lora2_core(*lora_N))
         if plan == "library":
@@ -91,7 +94,9 @@ class Cpu(Lean):
     def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs, plan: str | None = None) -> Grads:
         x, weight, lora_A, lora_B, lora_N, _, scaling, _ = call
         M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
-        plan = _possible(plan or self.plan(dy.dtype, M, K, N, R, backward=True), weight)
+        if isinstance(weight, Quantised):
+            plan = self._plan_of(weight, dy.dtype, M)
+        plan = plan or self.plan(dy.dtype, M, K, N, R, backward=True)
         factors = lora_N if type(lora_N) is Factors else None
         if factors and plan not in _OWN:
             grads = self.backward(call._replace(lora_N=self.lora2_core(*factors)), dy, T, needs, plan)
@@ -112,6 +117,9 @@ class Cpu(Lean):
         if not whole and needs.weight:
             grads = grads._replace(weight=dy.T @ x)
         return grads
+
+    def _plan_of(self, weight: Quantised, dtype: torch.dtype, M: int) -> str:
+        return self.decoding_plan(dtype, M, *weight.shape[::-1]) if isinstance(weight, Coded) else "adapter"
 
     def unsupported_group(self, calls: Sequence[Call]) -> str | None:
         weight = calls[0].weight
@@ -245,13 +253,6 @@ def _operands(calls: Sequence[Call], whole: bool) -> tuple[list[Tensor | None], 
 def _with_base(call: Call, y: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
     """A y that lacks x·Wᵀ, with it."""
     return y.addmm_(call.x, call.weight.T), T
-
-
-def _possible(plan: str, weight: Tensor | Quantised) -> str:
-    """The plan, or where it cannot take a weight in few bits the nearest that can."""
-    if isinstance(weight, Tensor) or (plan == "whole" and isinstance(weight, Coded)):
-        return plan
-    return "adapter"
 
 
 def _inside(weight: Tensor | Coded):

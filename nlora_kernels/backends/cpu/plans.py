@@ -88,6 +88,14 @@ def _plan(setting: Setting, M: int, K: int, N: int, R: int, backward: bool) -> s
     return rule(costs(setting), M, K, N, R, backward, foldable=full)
 
 
+def decoding_plan(dtype: torch.dtype, M: int, K: int, N: int) -> str:
+    """The same of a weight in few bits: "whole", where it is decoded on the way, or "adapter", where the library waits
+    for it, as long as our kernels take to pack it."""
+    library, _, many, _ = costs(setting(dtype))
+    values = K * N
+    return "whole" if many.seconds(M, values) <= library.seconds(M, values) + many.read * values else "adapter"
+
+
 def rule(costs: Costs, M: int, K: int, N: int, R: int, backward: bool, foldable: bool) -> str:
     """The plan that takes least: its product with weight, the adapter's multiply-adds at its rate, and its calls."""
     library, few, many, _ = costs
