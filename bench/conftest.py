@@ -4,10 +4,25 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--seconds", type=float, help="for one row, shared with what it is compared with; default 1, or 0.2 in smoke"
+        "--seconds",
+        type=float,
+        help="for one row, shared with what it is compared with; default 1, or 0.2 in smoke and with --quick",
     )
+    left_out = "leave out what takes long to prepare: whole models, the largest layers, compiling"
+    parser.addoption("--quick", action="store_true", help=left_out)
     tiers = ["portable", "neon", "avx2", "avx512", "amx"]
     parser.addoption("--cap", choices=tiers, help="the instruction set that ours stays within")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes many seconds to prepare; left out by --quick")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from bench.timing import interleave, median_ratio
@@ -10,7 +11,18 @@ from bench.timing import interleave, median_ratio
 
 def seconds_of(request) -> float:
     """How long a row may take."""
-    return request.config.getoption("--seconds") or (0.2 if "smoke" in request.node.name else 1.0)
+    options = request.config
+    short = options.getoption("--quick") or "smoke" in request.node.name
+    return options.getoption("--seconds") or (0.2 if short else 1.0)
+
+
+# Multiply-adds of a layer from which on it takes seconds to check one.
+LARGE = 1 << 32
+
+
+def long(*values, when: bool, id: str | None = None):
+    """Parameters of a row, which `--quick` leaves out where it takes long to prepare."""
+    return pytest.param(*values, marks=pytest.mark.long if when else (), id=id)
 
 
 def record(

@@ -7,15 +7,21 @@ To measure as on a CPU without AVX-512, limit both sides: --cap avx2, and in the
 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
+import math
+
 import pytest
 
 from bench import cells, implementations, rows
 from bench.timing import peak_bytes, saved_bytes
 
 CASES = [(cell, name) for cell in cells.CELLS for name in implementations.names(cell)]
+ROWS = [
+    rows.long(cell, name, when=name == "peft_compiled" or math.prod(cell.size[:3]) > rows.LARGE, id=f"{cell}-{name}")
+    for cell, name in CASES
+]
 
 
-@pytest.mark.parametrize("cell, impl", CASES, ids=[f"{cell}-{name}" for cell, name in CASES])
+@pytest.mark.parametrize("cell, impl", ROWS)
 def test_linear(benchmark, request, cell, impl):
     tensors, dy, _ = implementations.tensors_of(cell)
     layer = implementations.layer(impl, cell)

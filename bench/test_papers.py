@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from bench import cells, rows
-from bench.test_step import ALL, METHODS, Case, Training
+from bench.test_step import ALL, METHODS, Case, Training, checked
 from bench.timing import peak_bytes
 from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
 from nlora_kernels.lora2.penalty import WEIGHTS
@@ -95,7 +95,7 @@ class Initialisation:
 
 
 @pytest.mark.parametrize("impl", INITIALISATIONS)
-@pytest.mark.parametrize("model", MODELS, ids=str)
+@pytest.mark.parametrize("model", [rows.long(model, when=not model.smoke, id=str(model)) for model in MODELS])
 def test_initialisation_of_a_model(benchmark, request, model, impl):
     target, others = Initialisation(model, impl), {}
     if impl != "lora":
@@ -203,7 +203,7 @@ class Iteration:
         return loss.detach()
 
 
-@pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
+@pytest.mark.parametrize("case", [rows.long(case, when=not case.smoke, id=str(case)) for case in CLASSIFIERS])
 def test_iteration_of_lora2_against_adalora(benchmark, request, case):
     target, other = Iteration(case, "lora2"), Iteration(case, "adalora")
     for each in (target, other):
@@ -238,14 +238,12 @@ def held_bytes(training: Training) -> int:
 
 
 @pytest.mark.parametrize("method", ["slora", "nlora", "inttune"])
-@pytest.mark.parametrize("case", TRAININGS, ids=str)
+@pytest.mark.parametrize("case", [rows.long(case, when=not case.smoke, id=str(case)) for case in TRAININGS])
 def test_training_against_lora(benchmark, request, monkeypatch, case, method):
     slora = {"slora": lambda r: NLoraConfig(r=r, lora_alpha=r, init_lora_weights="slora", **ALL)}
     monkeypatch.setattr("bench.test_step.METHODS", METHODS | slora)
-    trainings = {name: Training(case, name) for name in (method, "peft", "lora")}
-    for training in trainings.values():
-        training.check(monkeypatch)
-        training()
+    trainings = {name: checked(case, name)[0] for name in ("peft", "lora")}
+    trainings[method] = checked.__wrapped__(case, method)[0]
     info: dict[str, Any] = {"op": "paper, training", "table": "NLoRA, sections 4.1 and 4.3", "r": case.r}
     info |= {"shape": f"{_where(case.model, case.blocks)}, {case.tokens} tokens", "impl": method, "dtype": "float32"}
     info |= {"paper_ratio": PAPER_TRAINING[method] / PAPER_TRAINING["lora"], "paper_against": "peft"}

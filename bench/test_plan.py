@@ -1,22 +1,28 @@
 """The rule by which the backend "cpu" picks a plan, held against all of its plans."""
 
+import math
 import statistics
 
 import pytest
 import torch
 
-from bench.rows import seconds_of
+from bench.rows import LARGE, long, seconds_of
 from bench.timing import interleave, median_ratio
 from nlora_kernels import backends, testing
 from nlora_kernels.backends import Call, Needs
 from nlora_kernels.backends.cpu import PLANS
 
 SIZES = [(1, 4096, 4096), (16, 768, 768), (512, 768, 768), (512, 768, 3072), (2048, 768, 768), (512, 4096, 4096)]
-CASES = [(dtype, R, size) for dtype in ("float32", "bfloat16") for R in (8, 64, 128) for size in SIZES]
+CASES = [
+    long(dtype, R, size, when=math.prod(size) > LARGE, id="{}-r{}-{}x{}x{}".format(dtype, R, *size))
+    for dtype in ("float32", "bfloat16")
+    for R in (8, 64, 128)
+    for size in SIZES
+]
 
 
 @pytest.mark.skipif(backends.native._C is None, reason="the package was built without C++ kernels")
-@pytest.mark.parametrize("dtype, R, size", CASES, ids=[f"{d}-r{R}-{M}x{K}x{N}" for d, R, (M, K, N) in CASES])
+@pytest.mark.parametrize("dtype, R, size", CASES)
 def test_plan(benchmark, request, dtype, R, size):
     """The rule loses at most 10 % to the best of all plans, forward and backward together."""
     cpu = backends.TABLE["cpu"]

@@ -6,6 +6,7 @@ either may be off by twice what plain PyTorch is off, plus eps; not the loss, wh
 """
 
 import copy
+import functools
 from typing import NamedTuple
 
 import peft
@@ -61,7 +62,7 @@ METHODS = {
     "inttune": lambda r: NLoraConfig(r=r, lora_alpha=r, init_lora_weights="nystrom", train="core", **ALL),
     "lora2": lambda r: LoRA2Config(r=r, k=r, lora_alpha=r, **ALL),
 }
-ROWS = [(case, method) for case in CASES for method in METHODS]
+ROWS = [rows.long(case, name, when=not case.smoke, id=f"{case}-{name}") for case in CASES for name in METHODS]
 
 
 class Training:
@@ -102,10 +103,10 @@ class Training:
         vectors = {"logits": [output.logits.detach()], "gradients": grads}
         return {name: torch.cat([t.double().flatten() for t in ts]) for name, ts in vectors.items() if ts}
 
-    def check(self, monkeypatch) -> float:
+    def check(self) -> float:
         actual = self.results()
         twin = copy.copy(self)
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             # PEFT's own layers stand against their fused twins in plain PyTorch.
             patch.setattr(backends, "_preferred", "reference")
             twin.model = copy.deepcopy(self.model)
@@ -123,17 +124,21 @@ class Training:
         return largest
 
 
-@pytest.mark.parametrize("case, method", ROWS, ids=[f"{case}-{method}" for case, method in ROWS])
-def test_step(benchmark, request, monkeypatch, case, method):
+# Of what every row of a case is compared with: to check a whole model takes longer than to time it.
+@functools.lru_cache(2)
+def checked(case: Case, method: str) -> tuple[Training, float]:
+    """A training that has passed its check and run once, and its error."""
     training = Training(case, method)
-    error = training.check(monkeypatch)
-    others = {name: Training(case, name) for name in ("floor", "peft") if name != method}
-    for other in others.values():
-        other.check(monkeypatch)
-        other()
-    if method in ("floor", "peft"):
-        others[method] = training
+    error = training.check()
     training()
+    return training, error
+
+
+@pytest.mark.parametrize("case, method", ROWS)
+def test_step(benchmark, request, case, method):
+    others = {name: checked(case, name)[0] for name in ("floor", "peft")}
+    # Not through the cache, where it would take the place of another.
+    training, error = (checked if method in others else checked.__wrapped__)(case, method)
     ours = backends.select(None, torch.empty(0)).name
     whole = "" if case.blocks > 2 else f", {case.blocks} block{'s' * (case.blocks > 1)}"
     info = {"model": case.model, "M": case.tokens, "shape": f"{case.model}{whole}, {case.tokens} tokens", "r": case.r}
