@@ -12,7 +12,7 @@ OUT ?= gpu-results
 
 .PHONY: demo study test gates bench smoke lint docs wheels hub aot budget sanitize gpu-proof extension constraints newest clean
 
-# Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare" and the like.
+# Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare", "--load nf4" and the like.
 demo: $(READY)
 	$(PYTHON) examples/finetune.py $(FLAGS)
 

@@ -66,12 +66,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_optimisation(parser, scheduler="cosine", warmup=0.03, steps=80, batch_size=8)
     add("--max-length", type=whole(2), default=160, help="tokens, prompt and response together")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
+    add("--load", choices=["nf4"], help="quantise the base model's linear layers by bitsandbytes: QLoRA")
     add("--output", type=Path, default=Path("runs"), help="folder for the adapters")
     add("--save-steps", type=whole(1), metavar="N", help="write a checkpoint for --resume every N steps")
     add("--resume", action="store_true", help="go on from the checkpoints of a run that was stopped")
     args = parse(parser, "finetune", argv)
     check_methods(parser, args)
     args.method += ["peft-lora"] if args.compare else []
+    if args.load and (found := [method for method in args.method if method in REWRITES_BASE]):
+        parser.error(f"argument --load: {found[0]} changes the base weights, and those of {args.load} stay as they are")
     if args.data == "stdlib" and args.prompt is None:
         args.prompt = "{query}\n"
     if args.prompt and "{query}" not in args.prompt:

@@ -81,7 +81,32 @@ def load_model(args):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    if getattr(args, "load", None) == "nf4":
+        quantise(model, device)
     return model.to(device).eval(), tokenizer
+
+
+def quantise(model, device) -> None:
+    """Makes every linear layer but the output one of 4 bits, as loading with BitsAndBytesConfig does."""
+    from torch import nn
+
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise SystemExit("--load nf4 needs: pip install bitsandbytes") from error
+    for name, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear or linear is model.get_output_embeddings():
+            continue
+        bias = linear.bias is not None
+        layer = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias, compute_dtype=linear.weight.dtype, quant_type="nf4"
+        )
+        # Else inference on some CPUs rounds the scales to bf16, after which bitsandbytes cannot train.
+        layer.support_avx512bf16_for_cpu = False
+        layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(device)
+        layer.bias = linear.bias
+        model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = True
 
 
 def default_classifier() -> str:

@@ -22,12 +22,10 @@ def byte_llama(tokenizer, **options) -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         initializer_range=0.2,
         eos_token_id=tokenizer.eos_token_id,
-        **options,
+        **{"hidden_size": 32, "intermediate_size": 48} | options,
     )
     return transformers.LlamaForCausalLM(config).eval()

@@ -132,6 +132,18 @@ def test_text_data(run, capsys, tmp_path):
     assert run(source=write_jsonl(tmp_path / "text.jsonl", rows)) == 0, capsys.readouterr().out
 
 
+def test_a_base_of_four_bits(run, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    tokenizer = byte_tokenizer()
+    # NOTE: of rows shorter than a block bitsandbytes itself takes the wrong scales on some CPUs.
+    byte_llama(tokenizer, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    base = "--model", str(tmp_path), "--load", "nf4"
+    assert run(*base, "--method", "nlora", "lora2", "--compare", "--no-residual") == 0, capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(*base, "--method", "pissa")
+
+
 def test_bfloat16_base(run, capsys):
     assert run("--dtype", "bfloat16") == 0, capsys.readouterr().out
 
