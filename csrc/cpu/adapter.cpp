@@ -239,8 +239,15 @@ void Sums::run(int threads) {
     barrier(count);
     for (const Task& task : tasks_) {
       const Range cols = part(task.sums.cols, kernel_.tile_cols, index, count);
-      sum(task, cols, edges + edge * index);
-      finish(task, cols);
+      // As many columns at a time as leave their sums in the cache from one depth to the next.
+      const int64_t rows = std::max<int64_t>(1, task.sums.rows);
+      const int64_t fitting = second_level_cache() / 4 / int64_t(sizeof(float)) / rows;
+      const int64_t width = std::max<int64_t>(1, fitting / kernel_.tile_cols) * kernel_.tile_cols;
+      for (int64_t first = 0; first < cols.size; first += width) {
+        const Range block = {cols.first + first, std::min(width, cols.size - first)};
+        sum(task, block, edges + edge * index);
+        finish(task, block);
+      }
     }
   });
 }
