@@ -105,6 +105,24 @@ def fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
         return False
 
 
+def fits_linear(x, weight, bias) -> bool:
+    """The same of a layer without an adapter."""
+    try:
+        return (
+            type(x) in PLAIN
+            and type(weight) in PLAIN
+            and (bias is None or type(bias) in PLAIN)
+            and weight.dim() == 2
+            and x.shape[-1] == weight.shape[1]
+            and x.dtype in DTYPES
+            and weight.dtype is x.dtype
+            and weight.device == x.device
+            and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype is x.dtype and bias.device == x.device))
+        )
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+
+
 def fits_core(lora_v, lora_u, lora_E, lora_U, mask) -> bool:
     """The same of `check_lora2_core`, and of the core beside lora_v."""
     try:
@@ -170,8 +188,8 @@ def check_linear(x, weight, bias, names):
     _check_dtypes(tensors)
 
 
-def check_group(weights, adapters, biases) -> int:
-    """The number of layers in the arguments of a group, of which each is a list with one of every layer."""
+def check_group(weights, adapters, biases):
+    """Of the arguments of a group each is a list with one of every layer."""
     if not isinstance(weights, Sequence) or not weights:
         raise TypeError(f"weights must be a list of at least one tensor, got {_said(weights)}")
     for name, given in (("adapters", adapters), ("biases", biases)):
@@ -186,7 +204,6 @@ def check_group(weights, adapters, biases) -> int:
             raise TypeError(
                 f"adapters[{i}] must be (lora_A, lora_B), (lora_A, lora_B, lora_N) or None, got {_said(adapter)}"
             )
-    return len(weights)
 
 
 def _said(given) -> str:

@@ -15,7 +15,17 @@ from ..imports import when_imported
 from ..internals import composing, watched
 from . import autograd, register
 from .api import dropout_of
-from .checks import check_group, check_linear, check_lora_linear, check_memory, fits, foreign, resolved, seen_through
+from .checks import (
+    check_group,
+    check_linear,
+    check_lora_linear,
+    check_memory,
+    fits,
+    fits_linear,
+    foreign,
+    resolved,
+    seen_through,
+)
 
 # Tensors of a member, in the order of autograd.
 _MEMBER = ("weight", "lora_A", "lora_B", "lora_N", "bias", "seed")
@@ -64,33 +74,73 @@ def lora_group_linear(
 
     Gradients and errors are those of `lora_linear`; a y that is not used costs nothing in backward.
     """
-    count = check_group(weights, adapters, biases)
+    calls = _plainly_right(x, weights, adapters, biases, scaling, dropout)
+    if calls is None:
+        check_group(weights, adapters, biases)
+        flat = x, *weights, *[t for adapter in adapters for t in adapter or ()], *(biases or ())
+        if has_torch_function(flat):
+            options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
+            return handle_torch_function(lora_group_linear, flat, x, weights, adapters, biases, **options)
+        calls = _checked(x, weights, adapters, biases, scaling, dropout, seed)
+        if said := foreign(**_named(calls)):
+            try:
+                return tuple(composed(calls))
+            except (NotImplementedError, RuntimeError, TypeError) as error:
+                raise TypeError(f"{said}, which PyTorch cannot compute with here: {error}") from error
+    try:
+        return group(calls, backend)
+    except (RuntimeError, ValueError):
+        check_memory(**_named(calls))
+        raise
+
+
+def _plainly_right(x, weights, adapters, biases, scaling, dropout) -> list[Call] | None:
+    """The calls, if all is plain tensors that fit and nothing is dropped."""
+    count = len(weights) if type(weights) in (list, tuple) and type(adapters) in (list, tuple) else 0
+    given = [each for each in (adapters, biases, scaling, dropout) if type(each) in (list, tuple)]
+    if not count or any([len(each) != count for each in given]) or _any(dropout):
+        return None
+    calls = []
+    for i in range(count):
+        s = scaling if type(scaling) is float else scaling[i] if type(scaling) in (list, tuple) else None
+        weight, adapter, bias = weights[i], adapters[i], None if biases is None else biases[i]
+        if adapter is None:
+            if not fits_linear(x, weight, bias):
+                return None
+            calls.append(Call(x, weight, None, None, None, bias))
+            continue
+        if type(adapter) not in (list, tuple) or not 2 <= len(adapter) <= 3:
+            return None
+        lora_A, lora_B, lora_N = adapter if len(adapter) == 3 else (*adapter, None)
+        if not fits(x, weight, lora_A, lora_B, lora_N, bias, s):
+            return None
+        calls.append(Call(x, weight, lora_A, lora_B, lora_N, bias, s))
+    return calls
+
+
+def _any(dropout: float | Sequence[float]) -> bool:
+    return any(dropout) if type(dropout) in (list, tuple) else bool(dropout)
+
+
+def _checked(x, weights, adapters, biases, scaling, dropout, seed) -> list[Call]:
+    """The calls, with a message for whatever is wrong."""
+    count = len(weights)
     members = list(zip(weights, adapters, biases or [None] * count, strict=True))
     scalings, drops = each(scaling, count, "scaling"), each(dropout, count, "dropout")
     seeds = each(seed, count, "seed")
-    flat = [t for weight, adapter, bias in members for t in (weight, *(adapter or ()), bias) if t is not None]
-    if has_torch_function((x, *flat)):
-        options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
-        return handle_torch_function(lora_group_linear, (x, *flat), x, weights, adapters, biases, **options)
     calls = [
         member_of(x, weight, adapter, bias, s, names_of(i))
         for i, ((weight, adapter, bias), s) in enumerate(zip(members, scalings, strict=True))
     ]
-    calls = [
+    return [
         call._replace(dropout=dropout_of(x, p, each_seed)) if p and call.lora_A is not None else call
         for call, p, each_seed in zip(calls, drops, seeds, strict=True)
     ]
-    named = {name: t for i, call in enumerate(calls) for name, t in tensors_of(call, names_of(i)).items()}
-    if said := foreign(**named):
-        try:
-            return tuple(composed(calls))
-        except (NotImplementedError, RuntimeError, TypeError) as error:
-            raise TypeError(f"{said}, which PyTorch cannot compute with here: {error}") from error
-    try:
-        return group(calls, backend)
-    except (RuntimeError, ValueError):
-        check_memory(**named)
-        raise
+
+
+def _named(calls: Sequence[Call]) -> dict[str, Tensor | None]:
+    """All tensors by what they are called in messages."""
+    return {name: t for i, call in enumerate(calls) for name, t in tensors_of(call, names_of(i)).items()}
 
 
 def each(given, count: int, name: str) -> list:
@@ -127,6 +177,8 @@ def member_of(x, weight, adapter, bias, scaling, names: dict[str, str]) -> Call:
 
 
 def resolved_member(call: Call) -> Call:
+    if not any([t is not None and t.is_neg() for t in call[1:6]]):
+        return call
     return call._replace(**dict(zip(_MEMBER[:5], resolved(*call[1:6]), strict=True)))
 
 
@@ -167,8 +219,11 @@ def composed_linear(call: Call) -> Tensor:
 
 def cast(call: Call) -> Call:
     """The call with x as a matrix, and weight and bias in its dtype."""
-    weight, bias = autograd.cast_base(call.weight, call.bias, call.x.dtype)
-    return call._replace(x=autograd.as_rows(call.x), weight=weight, bias=bias)
+    x, dtype = call.x, call.x.dtype
+    if x.dim() == 2 and call.weight.dtype is dtype and (call.bias is None or call.bias.dtype is dtype):
+        return call
+    weight, bias = autograd.cast_base(call.weight, call.bias, dtype)
+    return Call(autograd.as_rows(x), weight, *call[2:5], bias, *call[6:])
 
 
 class _Group(torch.autograd.Function):
