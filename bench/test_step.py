@@ -1,6 +1,7 @@
 """A training step of a whole model, and the memory it takes: forward, backward and AdamW over every linear layer.
 
-PEFT's LoRA, its fused twin, NLoRA, IntTune and LoRA² on one set of random weights. The floor is forward and backward
+PEFT's LoRA, its fused twin, NLoRA, IntTune and LoRA² on one set of random weights, some of them also with layers that
+share x as one operation ("grouped", or "recomputed" in their MLPs). The floor is forward and backward
 of the frozen model, down to its embeddings. Logits and gradients are checked against fp64 before anything is timed, and
 either may be off by twice what plain PyTorch is off, plus eps; not the loss, whose last bits are one draw of luck.
 """
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench import cells, rows
 from bench.timing import peak_bytes, saved_bytes
 from nlora_kernels import backends
-from nlora_kernels.peft import LoRA2Config, NLoraConfig, fuse
+from nlora_kernels.peft import LoRA2Config, NLoraConfig, fuse, group
 
 
 class Case(NamedTuple):
@@ -62,13 +63,20 @@ METHODS = {
     "inttune": lambda r: NLoraConfig(r=r, lora_alpha=r, init_lora_weights="nystrom", train="core", **ALL),
     "lora2": lambda r: LoRA2Config(r=r, k=r, lora_alpha=r, **ALL),
 }
-ROWS = [rows.long(case, name, when=not case.smoke, id=f"{case}-{name}") for case in CASES for name in METHODS]
+GROUPED = {"": None, "grouped": {}, "recomputed": {"recompute": True}}
+ROWS = [
+    rows.long(case, method, way, when=not case.smoke, id="-".join(filter(None, (str(case), method, way))))
+    for case in CASES
+    for method in METHODS
+    for way in GROUPED
+    if not way or method in ("nlora", "inttune") or (method == "lora2" and way == "grouped")
+]
 
 
 class Training:
     """A model with adapters of one method, or none, and one step of its training."""
 
-    def __init__(self, case: Case, method: str):
+    def __init__(self, case: Case, method: str, way: str = ""):
         self.method, self.model = method, case.build()
         if METHODS[method]:
             self.model = peft.get_peft_model(self.model, METHODS[method](case.r))
@@ -80,6 +88,8 @@ class Training:
             self.optimizer = torch.optim.AdamW(self.trained(), lr=1e-5)
         if method == "lora":
             fuse(self.model)
+        if way:
+            group(self.model, **GROUPED[way])
         self.ids = torch.randint(case.vocabulary, (1, case.tokens), generator=torch.Generator().manual_seed(2))
 
     def trained(self) -> list[torch.nn.Parameter]:
@@ -126,24 +136,27 @@ class Training:
 
 # Of what every row of a case is compared with: to check a whole model takes longer than to time it.
 @functools.lru_cache(2)
-def checked(case: Case, method: str) -> tuple[Training, float]:
+def checked(case: Case, method: str, way: str = "") -> tuple[Training, float]:
     """A training that has passed its check and run once, and its error."""
-    training = Training(case, method)
+    training = Training(case, method, way)
     error = training.check()
     training()
     return training, error
 
 
-@pytest.mark.parametrize("case, method", ROWS)
-def test_step(benchmark, request, case, method):
+@pytest.mark.parametrize("case, method, way", ROWS)
+def test_step(benchmark, request, case, method, way):
     others = {name: checked(case, name)[0] for name in ("floor", "peft")}
     # Not through the cache, where it would take the place of another.
-    training, error = (checked if method in others else checked.__wrapped__)(case, method)
+    training, error = (checked if method in others else checked.__wrapped__)(case, method, way)
+    if way:
+        others["apart"] = checked.__wrapped__(case, method)[0]
     ours = backends.select(None, torch.empty(0)).name
     whole = "" if case.blocks > 2 else f", {case.blocks} block{'s' * (case.blocks > 1)}"
     info = {"model": case.model, "M": case.tokens, "shape": f"{case.model}{whole}, {case.tokens} tokens", "r": case.r}
     info |= {"impl": method if method in ("floor", "peft") else ours, "op": "step", "dtype": "float32"}
-    info |= {"method": "lora" if method == "peft" else method, "error": error, "peak_bytes": peak_bytes(training)}
+    method = "lora" if method == "peft" else method
+    info |= {"method": f"{method}, {way}" if way else method, "error": error, "peak_bytes": peak_bytes(training)}
     info |= {"trained": sum(p.numel() for p in training.trained())}
     known = [*training.model.parameters(), *training.model.buffers()]
     info |= {"saved_bytes": saved_bytes(training.output, known)}

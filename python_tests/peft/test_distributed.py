@@ -16,14 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nlora_kernels.checkpoint import WEIGHTS
 from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
+from nlora_kernels.peft import group
 from nlora_kernels.peft.layer import FusedLinear
 from python_tests.peft.adapters import config
 from python_tests.tiny import counted_fusions, llama, tokens
 
 RANKS = 2
 STEPS = 3
-# LoRA² with its penalty and its allocator too.
-METHODS = ("slora", "nlora", "nlora_residual", "inttune", "lora2", "lora2_pruned")
+# LoRA² with its penalty and its allocator too, and NLoRA with layers that share x as one operation.
+METHODS = ("slora", "nlora", "nlora_residual", "nlora_grouped", "inttune", "lora2", "lora2_pruned")
 PARALLEL = ("ddp", "fsdp2_sharded", "fsdp2_whole", "fsdp2_by_linear")
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
@@ -52,7 +53,8 @@ def train(model, ids, method, after_backward=lambda: None):
 
 def build(method):
     torch.manual_seed(0)
-    return peft.get_peft_model(llama(), config(method.removesuffix("_pruned"))).train()
+    model = peft.get_peft_model(llama(), config(method.removesuffix("_pruned").removesuffix("_grouped"))).train()
+    return group(model) if method.endswith("_grouped") else model
 
 
 def batch():
@@ -132,7 +134,9 @@ def test_losses_and_checkpoint_are_those_of_one_process(kind, method, results, t
     losses, fused = runs[kind, method]
     torch.testing.assert_close(losses, train(model, batch(), method), rtol=1e-5, atol=1e-5)
     layers = sum(isinstance(module, FusedLinear) for module in model.modules())
-    assert fused == (0 if kind == "fsdp2_by_linear" else STEPS * layers)
+    # Of a group's layers the output of the attention alone is fused by itself.
+    alone = len(model.base_model.model.model.layers) if method == "nlora_grouped" else layers
+    assert fused == (0 if kind == "fsdp2_by_linear" else STEPS * alone)
     model.save_pretrained(tmp_path)
     expected, actual = (load_file(path / WEIGHTS) for path in (tmp_path, folder / kind / method))
     assert expected.keys() == actual.keys()
