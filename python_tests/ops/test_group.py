@@ -101,11 +101,12 @@ def test_every_backend_and_tier_keeps_the_budget(first):
 
 @pytest.mark.parametrize("plan", ["whole", "adapter", "library", "folded"])
 @pytest.mark.parametrize("M", [0, 3, 40])
-def test_every_plan_of_the_cpu_keeps_the_budget(monkeypatch, plan, M):
+@pytest.mark.parametrize("ranks", [[4, 0, 40], [0, 0, 0]], ids=["adapters", "none"])
+def test_every_plan_of_the_cpu_keeps_the_budget(monkeypatch, plan, M, ranks):
     if TABLE["cpu"].unavailable():
         pytest.skip(TABLE["cpu"].unavailable())
     monkeypatch.setattr(type(TABLE["cpu"]), "plan", staticmethod(lambda *args, **kwargs: plan))
-    tensors, dys = problem([24, 16, 8], M=M, ranks=[4, 0, 40])
+    tensors, dys = problem([24, 16, 8], M=M, ranks=ranks)
     scalings, dy = [0.5, 1.0, 2.0], torch.cat(dys, -1)
     budget = testing.Budget(apart(3, scalings), apart(3, [0.0] * 3), tensors, dy)
     budget.check(testing.outputs(ours(3, scalings, backend="cpu"), tensors, dy))

@@ -134,7 +134,7 @@ class Cpu(Lean):
         whole, threads = plan == "whole", torch.get_num_threads()
         own = calls if whole else [call for call in calls if call.lora_A is not None]
         biases, scalings = [call.bias for call in own], [call.scaling for call in own]
-        made = _C.cpu_forward_group(x, *_operands(own, whole), biases, scalings, threads)
+        made = _C.cpu_forward_group(x, *_operands(own, whole), biases, scalings, threads) if own else []
         if whole:
             return made
         with_adapter = iter(made)
