@@ -90,7 +90,8 @@ def obstacle(linear: nn.Module) -> str | None:
 
 def plain(modules: tuple[nn.Module, ...], types: tuple[type, ...] = (nn.Linear,)) -> bool:
     """Whether, at a look, `obstacle_of` is None for all modules: without a reason, and at a fifth of its cost."""
-    return _C is not None and _C.plain_modules(modules, types)
+    # The compiler looks into no extension.
+    return _C is not None and not torch.compiler.is_compiling() and _C.plain_modules(modules, types)
 
 
 def obstacle_of(linear: nn.Module, types: tuple[type, ...] = (nn.Linear,)) -> str | None:

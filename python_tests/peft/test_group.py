@@ -471,5 +471,5 @@ def test_an_mlp_that_computes_anything_else_is_none():
 def test_what_cannot_be_grouped_is_said():
     with pytest.raises(TypeError, match="model must be a module, got int"):
         nkp.group(1)
-    with pytest.raises(ValueError, match="model must have adapter layers of this package that share x, got none"):
+    with pytest.raises(ValueError, match="model must have fused adapter layers that share x, got none"):
         nkp.group(llama())
