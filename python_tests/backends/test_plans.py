@@ -201,3 +201,14 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+def test_experts_are_ours_where_one_call_for_all_of_them_pays(monkeypatch):
+    equal = Line(1e-5, 1e-10, 1e-11)
+    monkeypatch.setattr(plans, "costs", lambda setting: Costs(equal, equal, equal))
+    for M, E, K, N in ((2048, 16, 512, 2048), (4096, 128, 256, 256), (4, 64, 64, 64)):
+        for backward in (False, True):
+            assert plans.multiplies_experts(torch.float32, M, E, K, N, 8, backward)
+    slow = equal._replace(multiply=2e-11)
+    monkeypatch.setattr(plans, "costs", lambda setting: Costs(equal, equal, slow))
+    assert not plans.multiplies_experts(torch.float32, 2048, 8, 512, 2048, 8)

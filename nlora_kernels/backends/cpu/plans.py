@@ -33,6 +33,9 @@ FEW, TILE = 16, 8
 # At least ROUNDS of all products, until AGREE times of each came within WITHIN of its least; after LIMIT seconds the
 # machine is too busy.
 ROUNDS, AGREE, WITHIN, LIMIT = 8, 4, 1.1, 0.5
+# The library takes so much more for an expert, whose few rows all its threads share, than for a layer of as many rows;
+# of ours each thread has an expert of its own.
+SHARED = 1.25
 # A product that takes so many seconds is far too slow: to know it better would change nothing.
 SLOW = 0.01
 # What tells one CPU from another of the same name: on x86, and on Arm, whose CPUs have none.
@@ -74,7 +77,11 @@ def plan(dtype: torch.dtype, M: int, K: int, N: int, R: int, backward: bool = Fa
 
 def multiplies_experts(dtype: torch.dtype, M: int, E: int, K: int, N: int, R: int, backward: bool = False) -> bool:
     """Whether our kernels compute E experts that share M rows faster than the library: as they do one of M / E rows."""
-    return rule(costs(setting(dtype)), max(1, M // E), K, N, R, backward, foldable=False) == "whole"
+    library, few, many, _ = costs(setting(dtype))
+    # One call of ours is for all of them.
+    few, many = (line._replace(call=line.call / E) for line in (few, many))
+    library = Line(*(SHARED * each for each in library))
+    return rule(Costs(library, few, many), max(1, M // E), K, N, R, backward, foldable=False) == "whole"
 
 
 # NOTE: as many shapes as batches of every length bring.
