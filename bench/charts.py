@@ -219,7 +219,7 @@ def bars(cells: Sequence[dict[str, dict[str, Any]]], labels: Sequence[str], impl
     axes.set_yticks(middles, labels, fontsize=8)
     axes.set(xlim=(0, limit), ylim=(top - 1.5, -1.1), xlabel="time / time of the frozen layer")
     axes.set_title(title, loc="left")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=7.5, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
