@@ -153,7 +153,7 @@ def test_allocator_step(impl, benchmark, request):
 
 def eager_penalty(model, form):
     def off(m):
-        return m - torch.eye(len(m))
+        return m - torch.eye(len(m), dtype=m.dtype)
 
     total = 0
     for a in model:
@@ -170,7 +170,8 @@ def eager_penalty(model, form):
 @pytest.mark.parametrize("form", ["paper", "reference"])
 @pytest.mark.parametrize("impl", IMPLS, indirect=True)
 def test_penalty_with_its_gradient(impl, form, benchmark, request):
-    model, twin = lora2_model(), lora2_model()
+    model, twin, exact = lora2_model(), lora2_model(), lora2_model().double()
+    exact.zero_grad()
 
     def run(model, penalty):
         value = penalty(model, form)
@@ -188,10 +189,13 @@ def test_penalty_with_its_gradient(impl, form, benchmark, request):
     def eager():
         return run(twin, eager_penalty)
 
+    forget()
     assert ours() == pytest.approx(eager(), rel=1e-6)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        if q.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6 * q.grad.abs().max().item())
+    run(exact, eager_penalty)
+    for p, q, fp64 in zip(model.parameters(), twin.parameters(), exact.parameters(), strict=True):
+        if fp64.grad is not None:
+            error, allowed = ((t.grad - fp64.grad).norm() for t in (p, q))
+            assert error <= 2 * allowed + torch.finfo(p.dtype).eps * fp64.grad.norm()
     forget()
     row(benchmark, request, ours, {"eager": eager}, impl, op=f"penalty, {form}", prepare=forget)
     if impl == "cpu" and benchmark.enabled:
