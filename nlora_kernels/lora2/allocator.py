@@ -158,7 +158,9 @@ class RankAllocator:
         budget = self.budget(t)
         if scoring or masking:
             masks = [layer.lora_mask for layer in self.layers] if freeze else []
-            tensors, grads = _gathered([*self._scored, *self._columns], grads)
+            tensors = [*self._scored, *self._columns]
+            if self._sharded:
+                tensors, grads = _gathered(tensors, grads)
             # The kernels read the small tensors alone.
             found = None if self.full else kernels([t for t in (*tensors, *grads, *masks) if t is not None])
             options = {"scoring": scoring, "skip_nonfinite": skip_nonfinite}
@@ -168,7 +170,7 @@ class RankAllocator:
             else:
                 # In one call the group's first rank could not speak between scores and masks.
                 self._step(None if whole else found, tensors, grads, masks, budget if masking else None, **options)
-            if masking:
+            if masking and self._sharded:
                 shards.write(self._scored[::3], tensors[: len(self._scored) : 3])
         self.t = t
         return budget
@@ -217,6 +219,7 @@ class RankAllocator:
         self._scored = [t for layer in self.layers for t in layer.scored]
         # In the flat averages they follow the small tensors.
         self._columns = [t for layer in self.layers for t in (layer.lora_v, layer.lora_V)] if self.full else []
+        self._sharded = any(map(shards.is_shard, (*self._scored, *self._columns)))
 
     @property
     def _freezing_step(self) -> int:
