@@ -44,7 +44,7 @@ def nystrom(
             columns of its own; or quantised, of which no more than the chosen rows and columns, or a tile of rows, is
             decoded at a time. On the meta device only shapes are made.
         r: number of rows and columns, 1 <= r <= min(out, in).
-        core: "sample"   N = `W[I][:, J]` as it stands. As published; B·N·A is then no approximation of W but a small
+        core: "sample"   N = `W[I][:, J]` as it stands. As published; B·N·A is then no approximation of W but a
                          perturbation correlated with it.
               "optimal"  N = B⁺·W·A⁺ by two QR factorisations: of all cores for this A and B it brings B·N·A nearest
                          to W.
