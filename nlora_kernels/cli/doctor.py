@@ -370,8 +370,8 @@ def _inspect(model: nn.Module | str | Path, problems: list[str]) -> None:
     quantised = config.get("quantization_config")
     if quantised and quantised.get("quant_method") not in ("bitsandbytes", "torchao"):
         problems.append(
-            f"{model} is quantised ({quantised.get('quant_method', 'unknown method')}): its layers run as base layer "
-            "plus adapter, right but not fused; only those of bitsandbytes and torchao are fused and can be merged into"
+            f"{model} is quantised ({quantised.get('quant_method', 'unknown method')}): plain LoRA runs as base layer "
+            "plus adapter, right but not fused, and other methods are refused; bitsandbytes and torchao alone are fused"
         )
 
 
