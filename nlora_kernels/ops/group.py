@@ -55,12 +55,12 @@ def lora_group_linear(
 ) -> tuple[Tensor, ...]:
     """yᵢ = x·Wᵢᵀ + biasᵢ + sᵢ·((x·Aᵢᵀ)·Nᵢᵀ)·Bᵢᵀ  for every layer i of several that share x
 
-    What `lora_linear` computes for each, in one forward and one backward: x is read once, and its gradient is one sum,
+    What `lora_linear` computes for each, in one forward and one backward: x is kept once, and its gradient is one sum,
     dx = Σᵢ dyᵢ·Wᵢ + Hᵢ·Aᵢ, instead of one tensor for each layer.
 
     Args:
         x: (..., in), as for `lora_linear`.
-        weights: of every layer (outᵢ, in), in x's dtype.
+        weights: of every layer (outᵢ, in), in x's dtype; quantised ones raise a TypeError.
         adapters: of every layer (lora_A, lora_B), (lora_A, lora_B, lora_N), or None if it has no adapter. Their ranks
             and dtypes may differ.
         biases: of every layer (outᵢ,) or None; None if no layer has one.

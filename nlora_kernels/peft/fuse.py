@@ -16,8 +16,8 @@ _FUSED = {**FUSED, (ParamWrapper.__module__, ParamWrapper.__name__): FusedExpert
 def fuse(model: nn.Module) -> nn.Module:
     """Makes every plain LoRA layer of PEFT on a linear layer compute y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ as one operation.
 
-    Those on the parameters of a mixture's experts are computed as `nlora_kernels.lora_grouped_linear` does; on bases
-    that bitsandbytes or torchao quantised the weight is decoded inside the operation. Outputs, parameters and state
+    Those on the parameters of a mixture's experts are computed as `nlora_kernels.lora_grouped_linear` does; on a CPU,
+    bases that bitsandbytes or torchao quantised are decoded inside the operation. Outputs, parameters and state
     dict stay as they are, and so does everything PEFT can do with the model; `unfuse` takes it back. A layer that
     computes fused already is left alone, as are PEFT's layers of other types.
 
