@@ -165,7 +165,7 @@ def tensors_of(call: Call, names: dict[str, str]) -> dict[str, Tensor | None]:
 def member_of(x, weight, adapter, bias, scaling, names: dict[str, str]) -> Call:
     """A checked call."""
     if isinstance(weight, Quantised) or (type(weight) not in PLAIN and seen_through(weight, x) is not None):
-        raise TypeError(f"{names['weight']} is quantised, which lora_linear alone takes")
+        raise TypeError(f"{names['weight']} is quantised, which lora_linear and lora2_linear alone take")
     if adapter is None:
         check_linear(x, weight, bias, names)
         return Call(x, weight, None, None, None, bias)

@@ -96,7 +96,7 @@ class NLoraConfig(_Checked, LoraConfig):
         select_seed: of "uniform", which does not read the global generator.
         residual: make step 0 of "nystrom" exact: its initial product leaves the base weight (train="all") or the core
             (train="core"). Of several such adapters on a layer, the product of one leaves the weight, and those of the
-            others are branches.
+            others are branches, as is that of one on a quantised weight.
 
     Raises:
         ValueError: an unknown name, options that exclude each other, a variant of LoRA with a method that has a core.
