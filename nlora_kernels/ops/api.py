@@ -41,7 +41,7 @@ def lora_linear(
         lora_B: (out, r).
         lora_N: (r, r), or None for plain LoRA.
         bias: (out,) in x's dtype, or None.
-        scaling: s, alpha / r in the papers.
+        scaling: s, which is alpha / r in PEFT.
         dropout: p, the probability with which an element of x is zeroed for the adapter alone, as PEFT does in
             training; what is kept is multiplied by 1/(1 − p).
         seed: of the dropout's mask, an int64 or a tensor that holds one on x's device; a mask follows from it alone,
