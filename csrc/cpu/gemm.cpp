@@ -45,7 +45,9 @@ std::vector<Depth> depths_of(const std::vector<Summand>& summands, int64_t unit)
   std::vector<Depth> depths;
   for (const Summand& summand : summands) {
     const int64_t k = summand.left.cols;
-    const bool in_place = summand.left.dtype == Dtype::kFloat32 && summand.left.col_stride == 1;
+    // To a kernel, rows no distance apart are panels: a row that is expanded to many is packed.
+    const bool in_place =
+        summand.left.dtype == Dtype::kFloat32 && summand.left.col_stride == 1 && summand.left.row_stride != 0;
     Depth* before = depths.empty() ? nullptr : &depths.back();
     const bool fits = before && (in_place && before->in_place ? before->pieces.size() < 2 : before->k < 2 * kDepth);
     if (fits && k <= kDepth / 2) {
@@ -219,6 +221,8 @@ Matrix slice(const Matrix& m, Range rows, Range cols) {
 }
 
 void copy(const Kernels& kernel, const Matrix& from, const Matrix& to) {
+  // A panel of no columns would be cut into infinitely many.
+  if (!from.cols) return;
   kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, from.cols, from.rows, int(to.row_stride),
               from.rows * to.row_stride, values(to));
 }
@@ -293,14 +297,15 @@ void gemm(const std::vector<Result>& results, int threads, const Prepare* prepar
     in_place = in_place && p.depths[0].in_place;
     problems.push_back(std::move(p));
   }
-  if (problems.empty()) return;
+  const auto prepared = [&](int index, int count) { (*prepare)(part(rows, 2 * kernel.tile_rows, index, count)); };
+  if (problems.empty()) return prepare ? parallel(threads, prepared) : void();
   Scratch scratch;
   float* all = scratch.take(own * threads);
   // The columns of all results side by side.
   const Matrix wide = {nullptr, Dtype::kFloat32, rows, strips * kernel.tile_cols, 0, 1};
   parallel(threads, [&](int index, int count) {
     if (prepare) {
-      (*prepare)(part(rows, 2 * kernel.tile_rows, index, count));
+      prepared(index, count);
       barrier(count);
     }
     const int by = grid_cols(wide, kernel.tile_rows, kernel.tile_cols, in_place ? 0 : kPackLeft, kPackRight, count);

@@ -1,5 +1,6 @@
 """The backend "cpu": every instruction set, every plan, ragged shapes and strides, threads and fork."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -83,6 +84,32 @@ def test_results_are_within_the_error_budget(shape, dtype):
 def test_strides_absent_tensors_and_adapter_dtypes(shape, dtype, options):
     p = testing.problem(*shape, dtype=dtype, **options)
     testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
+
+
+@pytest.mark.usefixtures("poisoned", "tier", "plan")
+@pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
+@pytest.mark.parametrize("tensor", ["x", "dy", "weight", "lora_A", "lora_B", "lora_N"])
+@pytest.mark.parametrize("M", [5, 70])
+def test_rows_that_are_one_row_expanded(M, tensor):
+    # As the gradient of a sum or a mean over rows is.
+    p = testing.problem(M, 90, 50, 9)
+    t = getattr(p, tensor)
+    p = dataclasses.replace(p, **{tensor: t[:1].expand_as(t)})
+    testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
+
+
+@pytest.mark.usefixtures("poisoned", "tier", "plan")
+@pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
+@pytest.mark.parametrize("shape", [(3, 0, 4, 2), (70, 0, 4, 2), (3, 8, 0, 2), (70, 8, 0, 2)], ids=short)
+def test_layers_of_no_width(shape):
+    M, K, N, R = shape
+    sizes = (M, K), (N, K), (R, K), (N, R), (R, R), (N,), (M, N)
+    p = testing.Problem(*[torch.randn(size) for size in sizes])
+    for name, value in testing.results(p, nk.lora_linear, backend="cpu").items():
+        expected = (
+            p.bias.expand(shape[0], -1) if name == "y" else p.dy.sum(0) if name == "dbias" else torch.zeros_like(value)
+        )
+        torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.usefixtures("poisoned", "plan")
