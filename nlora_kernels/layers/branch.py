@@ -104,7 +104,7 @@ def obstacle_of(linear: nn.Module, types: tuple[type, ...] = (nn.Linear,)) -> st
     if reason := altered(linear):
         return reason
     weight = tensor_of(linear, "weight")
-    if is_dense(weight):
+    if has_dense(linear, weight):
         return None
     if weight.device.type not in ("cpu", "meta") and not preferred():
         return "its weight is quantised, which on GPUs the kernels take where NLORA_BACKEND names one of theirs"
@@ -162,6 +162,13 @@ def is_dense(weight: Tensor) -> bool:
     return type(weight) in PLAIN and weight.dtype in DTYPES
 
 
+def has_dense(linear: nn.Module, weight: Tensor) -> bool:
+    """Whether a layer's weight is a plain floating tensor of its values."""
+    # FSDP has the codes of bitsandbytes' layers as such a tensor.
+    kind = type(linear)
+    return is_dense(weight) and (kind is nn.Linear or not quantised.is_layer(kind))
+
+
 def is_conv1d(linear: nn.Module) -> bool:
     """Whether it is the linear layer of GPT-2, which keeps W as (in, out)."""
     # By name, because transformers is not imported for the sake of a question.
@@ -174,7 +181,7 @@ def operands(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | Quantised, 
     Raises ValueError where what belongs to a quantised weight does not fit it.
     """
     weight, bias = tensor_of(linear, "weight"), tensor_of(linear, "bias")
-    if is_dense(weight):
+    if has_dense(linear, weight):
         return x, weight_of(linear), bias
     x, bias = quantised.operands(linear, x, bias)
     return x, quantised.of_layer(linear, weight).to(x.dtype), bias
@@ -186,11 +193,9 @@ def readable_weight(linear: nn.Module) -> Tensor | Quantised:
     Raises ValueError as `operands` does.
     """
     weight = tensor_of(linear, "weight")
-    if is_dense(weight):
+    if has_dense(linear, weight):
         return weight_of(linear)
-    if quantised.is_layer(type(linear)) and not weight.is_floating_point():
-        return quantised.of_layer(linear, weight)
-    found = quantised.view(weight)
+    found = quantised.of_layer(linear, weight)
     return weight if found is None else found
 
 

@@ -254,6 +254,52 @@ def test_a_weight_that_changes_before_backward_is_noticed():
         y.sum().backward()
 
 
+def by_copying(weight):
+    weight.data = weight.data.clone()
+
+
+def by_packing(weight):
+    """As inference between forward and backward does."""
+    weight.data, _ = sys.modules["bitsandbytes"].functional._convert_weight_packed_for_cpu(
+        weight.data, weight.quant_state
+    )
+
+
+def by_gathering_again(weight):
+    """As shards are: freed after forward, and the same values in other memory before backward."""
+    values, storage = weight.data.clone(), weight.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    # It would get the same memory back.
+    taken = [torch.full_like(values, 255) for _ in range(9)]
+    storage.resize_(size)
+    weight.data.copy_(values)
+    assert taken
+
+
+@pytest.mark.parametrize("moved", [by_copying, by_packing, by_gathering_again], ids=lambda f: f.__name__)
+def test_a_weight_with_new_memory_before_backward_gives_the_gradients_of_forward(moved):
+    x, weight, *others = problem(four_bit(torch.randn(64, 128), nested=True))
+    (expected,) = torch.autograd.grad(nk.lora_linear(x, quantised.view(weight).decode(), *others).sum(), x)
+    y = nk.lora_linear(x, weight, *others)
+    moved(weight)
+    # What is freed is written to by others.
+    written = [torch.full((64 * 64, 1), 255, dtype=torch.uint8) for _ in range(50)]
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
+    assert written
+
+
+@pytest.mark.parametrize("backend", [None, "lean", "reference"])
+def test_a_weight_without_memory_is_said(backend):
+    x, weight, *others = problem(four_bit(torch.randn(64, 128)))
+    y = nk.lora_linear(x, weight, *others, backend=backend)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="weight has no memory: its storage was freed"):
+        y.sum().backward()
+    with pytest.raises(ValueError, match="weight has no memory: its storage was freed"):
+        nk.lora_linear(x, weight, *others, backend=backend)
+
+
 def test_a_weight_that_is_to_train_is_refused():
     weight = by_torchao("Int8WeightOnlyConfig", torch.randn(64, 128)).requires_grad_()
     with pytest.raises(

@@ -198,6 +198,36 @@ def corrupt(net):
     return net
 
 
+def test_the_scales_are_those_of_a_weight_that_is_put_into_a_layer_that_has_run():
+    layer, other = (int8(nn.Linear(IN, OUT)) for _ in range(2))
+    layer(torch.randn(3, IN))
+    other.weight.SCB *= 5
+    layer.weight = other.weight
+    expected = base_weights.read(other)
+    assert torch.equal(base_weights.read(layer), expected)
+    layer(torch.randn(3, IN))
+    assert torch.equal(base_weights.read(layer), expected)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
+def test_codes_that_fsdp_keeps_as_a_plain_tensor_are_codes(storage):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(IN, OUT, quant_type="nf4", compute_dtype=torch.float32, quant_storage=storage)
+    layer.weight = bnb.nn.Params4bit(torch.randn(OUT, IN), quant_type="nf4", quant_storage=storage).to("cpu")
+    net = nn.Sequential(layer)
+    net.is_loaded_in_4bit = True
+    model = peft.get_peft_model(net, config("slora", target_modules=["0"])).train()
+    perturb(model)
+    x = torch.randn(3, IN)
+    expected, W = model(x), base_weights.read(layer)
+    layer.quant_state = layer.weight.quant_state
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    assert torch.equal(base_weights.read(layer), W)
+    with counted_fusions() as calls:
+        assert torch.equal(model(x), expected)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_corrupt_quantisation_state_is_said_with_the_name_of_the_layer(method):
     with pytest.raises(ValueError, match="'0' cannot be adapted: there must be 128 scales, got 127"):

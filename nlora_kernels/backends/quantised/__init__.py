@@ -58,8 +58,8 @@ def obstacle(linear: nn.Module, weight: Tensor) -> str | None:
     return f"its weight is a {type(weight).__qualname__} of {weight.dtype}, not a dense tensor"
 
 
-def of_layer(linear: nn.Module, weight: Tensor) -> Quantised:
-    """The weight of such a layer."""
+def of_layer(linear: nn.Module, weight: Tensor) -> Quantised | None:
+    """The weight of such a layer; None if it holds its values as they are."""
     return bitsandbytes.of_layer(linear, weight) if bitsandbytes.is_layer(type(linear)) else view(weight)
 
 

@@ -1,5 +1,6 @@
 """What a weight in few bits is to an operation, and the class of those that are codes and scales."""
 
+import contextlib
 import copy
 import json
 import math
@@ -164,7 +165,6 @@ class Coded(Quantised):
     ):
         self.kind, self.shape, self.dtype, self.block, self.strides = kind, torch.Size(shape), dtype, block, strides
         self.codes, self.values, self.scales, self.nested = codes, values, scales, nested
-        self._native = None
         self._check()
 
     @property
@@ -208,31 +208,42 @@ class Coded(Quantised):
                 raise Unreadable(f"what belongs to the weight must be on {self.codes.device}, got {t.device}")
 
     def native(self):
-        """What the C++ kernels read."""
-        if self._native is None:
-            nested, scales = self.nested, self.scales
-            self._native = native._C.CpuQuantised(
-                self.kind,
-                self.codes.data_ptr(),
-                *self.shape,
-                0 if self.values is None else self.values.data_ptr(),
-                scales.data_ptr(),
-                getattr(native._C, "float32" if nested else short(scales.dtype)),
-                self.block,
-                *(self.strides or (0, 0)),
-                *((t.data_ptr() for t in nested[:3]) if nested else (0, 0, 0)),
-                nested.block if nested else 0,
-            )
-        return self._native
+        """What the C++ kernels read, for one call: the addresses are those of now.
+
+        Raises ValueError where a tensor has no memory.
+        """
+        nested, scales = self.nested, self.scales
+        addresses = [t.data_ptr() for t in self.tensors]
+        # NOTE: what is sharded frees its storage between two uses, and fills another with the same values.
+        if not all(addresses) and self.shape.numel():
+            raise ValueError("weight has no memory: its storage was freed, or is held elsewhere")
+        codes, scale_address, *others = addresses
+        return native._C.CpuQuantised(
+            self.kind,
+            codes,
+            *self.shape,
+            0 if self.values is None else others.pop(0),
+            scale_address,
+            getattr(native._C, "float32" if nested else short(scales.dtype)),
+            self.block,
+            *(self.strides or (0, 0)),
+            *(others if nested else (0, 0, 0)),
+            nested.block if nested else 0,
+        )
 
     def decode(self, rows=ALL, cols=ALL, out=None) -> Tensor:
         first_row, stop_row, _ = rows.indices(self.shape[0])
         first_col, stop_col, _ = cols.indices(self.shape[1])
-        if self.is_cpu and native._C is not None and self.dtype in _SCALES and self._has_memory():
+        codes = None
+        if self.is_cpu and native._C is not None and self.dtype in _SCALES:
+            # Tensors of torch.func have no address.
+            with contextlib.suppress(RuntimeError):
+                codes = self.native()
+        if codes is not None:
             if out is None:
                 out = torch.empty(stop_row - first_row, stop_col - first_col, dtype=self.dtype)
             if out.numel():
-                native._C.cpu_dequantise(self.native(), first_row, first_col, out, torch.get_num_threads())
+                native._C.cpu_dequantise(codes, first_row, first_col, out, torch.get_num_threads())
             return out
         if out is None:
             out = torch.empty(stop_row - first_row, stop_col - first_col, dtype=self.dtype, device=self.device)
@@ -244,13 +255,6 @@ class Coded(Quantised):
 
     def composed(self) -> Tensor:
         return self._plain(0, self.shape[0], 0, self.shape[1]).to(self.dtype)
-
-    def _has_memory(self) -> bool:
-        try:
-            return self.native() is not None
-        except RuntimeError:
-            # Tensors of torch.func have no address.
-            return False
 
     def _plain(self, first_row: int, stop_row: int, first_col: int, stop_col: int) -> Tensor:
         """The same in fp32 by PyTorch's own operations, on any device."""
@@ -307,21 +311,6 @@ class Opaque(Quantised):
         with torch.no_grad():
             tile = self.weight.dequantize()[rows, cols].to(self.dtype)
         return tile if out is None else out.copy_(tile)
-
-    def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """Some rows (dim 0) or columns (dim 1), of which each is decoded by itself."""
-        parts = [slice(i, i + 1) for i in index.tolist()]
-        return torch.cat([self.decode(*((at, ALL) if dim == 0 else (ALL, at))) for at in parts], dim)
-
-    def split(self, size: int, dim: int = 0) -> Iterator[Tensor]:
-        """All rows (dim 0 or -2) or columns (dim 1 or -1), `size` at a time."""
-        for first in range(0, self.shape[dim], size):
-            at = slice(first, first + size)
-            yield self.decode(*((at, ALL) if dim % 2 == 0 else (ALL, at)))
-
-    def composed(self) -> Tensor:
-        """W as PyTorch's own operations make it, for what records them."""
-        return self.decode()
 
     def tiles(self, dim: int) -> Iterator[tuple[slice, Tensor]]:
         yield slice(0, self.shape[dim]), self.decode()

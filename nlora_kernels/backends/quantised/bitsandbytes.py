@@ -26,22 +26,18 @@ def knows(weight: Tensor) -> bool:
 def view(weight: Tensor) -> Quantised | None:
     """A Params4bit or Int8Params by itself; None if it holds its values as they are."""
     if not _named(type(weight), "Int8Params"):
-        return (
-            None if weight.is_floating_point() and weight.quant_state is None else _four_bit(weight, weight.quant_state)
-        )
-    if weight.dtype != torch.int8:
-        return None
-    if weight.SCB is None:
+        return _four_bit(weight, weight.quant_state)
+    if weight.dtype == torch.int8 and weight.SCB is None:
         raise Unreadable("the weight has lost its scales, SCB, to its layer: bitsandbytes moves them there")
     return _eight_bit(weight, weight.SCB)
 
 
-def of_layer(linear: nn.Module, weight: Tensor) -> Quantised:
+def of_layer(linear: nn.Module, weight: Tensor) -> Quantised | None:
     if _named(type(linear), *_FOUR_BIT):
         return _four_bit(weight, _state_of(linear, weight))
-    # The first forward moves the scales from the weight to the layer.
-    scales = weight.SCB if linear.state.SCB is None else linear.state.SCB
-    return _eight_bit(weight, scales)
+    # The first forward moves the scales from the weight to the layer, where those of a weight before it may still be.
+    scales = getattr(weight, "SCB", None)
+    return _eight_bit(weight, linear.state.SCB if scales is None else scales)
 
 
 def obstacle(linear: nn.Module, weight: Tensor) -> str | None:
@@ -83,7 +79,9 @@ def _state_of(linear: nn.Module, weight: Tensor):
     return getattr(linear, "quant_state", None) if state is None else state
 
 
-def _four_bit(weight: Tensor, state) -> Coded:
+def _four_bit(weight: Tensor, state) -> Coded | None:
+    if state is None and weight.is_floating_point():
+        return None
     kind, shape, block = (getattr(state, name, None) for name in ("quant_type", "shape", "blocksize"))
     if kind not in _TYPES:
         raise Unreadable(f"the quantisation state must be of {' or '.join(_TYPES)}, got {kind!r}")
@@ -91,10 +89,11 @@ def _four_bit(weight: Tensor, state) -> Coded:
         raise Unreadable(f"the quantisation state must say a shape (out, in), got {shape}")
     if not isinstance(block, int) or block < 1:
         raise Unreadable(f"the block size of the quantisation state must be a positive integer, got {block!r}")
-    codes = weight
+    # NOTE: an alias, for packing puts other memory into the weight, which is freed then while a backward needs it.
+    codes = weight.detach().as_subclass(Tensor)
     if codes.dtype != torch.uint8:
         # Stored as another dtype, as FSDP wants it.
-        codes = codes.detach().as_subclass(Tensor).view(torch.uint8)
+        codes = codes.view(torch.uint8)
     N, K = shape
     # The dtype of the values that were quantised.
     dtype = getattr(state, "original_dtype", None) or state.dtype
@@ -109,7 +108,9 @@ def _four_bit(weight: Tensor, state) -> Coded:
     return Coded("nibbles", shape, dtype, codes, state.code, state.absmax, block, None, nested)
 
 
-def _eight_bit(weight: Tensor, scales: Tensor | None) -> Coded:
+def _eight_bit(weight: Tensor, scales: Tensor | None) -> Coded | None:
+    if weight.dtype != torch.int8:
+        return None
     if not isinstance(scales, Tensor):
         raise Unreadable(f"the weight must have its scales, SCB, got {type(scales).__name__}")
     # As bitsandbytes multiplies: once a row.
