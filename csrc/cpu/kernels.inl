@@ -214,13 +214,14 @@ constexpr int kRowsAhead = 4;
 template <class T>
 void pack_typed(const T* source, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size,
                 int64_t distance, float* panels) {
-  if (k_stride == 1) {
+  // Lanes are written all or none, so they have to fill the panels.
+  constexpr int kFew = kTileRows < kWidth ? kTileRows : kWidth;
+  if (k_stride == 1 && size % (size < kWidth ? kFew : kWidth) == 0) {
     for (int64_t row = 0; row < rows; row += kWidth) {
       const int count = int(rows - row < kWidth ? rows - row : kWidth);
       float* panel = panels + row / size * distance + row % size;
       if (size < kWidth) {
-        pack_rows<(kTileRows < kWidth ? kTileRows : kWidth)>(source + row * row_stride, row_stride, count, k, size,
-                                                             distance, panel);
+        pack_rows<kFew>(source + row * row_stride, row_stride, count, k, size, distance, panel);
       } else {
         pack_rows<kWidth>(source + row * row_stride, row_stride, count, k, size, distance, panel);
       }
