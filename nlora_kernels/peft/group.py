@@ -36,7 +36,8 @@ def group(model: nn.Module, *, recompute: bool = False, **inputs) -> nn.Module:
     half as much for backward. Outputs, parameters and state dict stay as they are, and so does the model's code;
     `ungroup` takes it back. A layer that cannot take part as it is (hooks, a quantised base, several adapters at once,
     dropout where the backend has none) computes by itself for as long as that is so. Where layers turn out not to get
-    the same x, their group dissolves, with one warning for the model.
+    the same x, their group dissolves, with one warning for the model. Code that torch.compile traces cannot tell an x
+    that has been changed in place between its layers: run such a model once before, or group it with inputs.
 
     Args:
         model: a PEFT model of this package, or after `fuse`.
@@ -119,18 +120,24 @@ class Scope:
 
     def __reduce_ex__(self, protocol):
         # A class that is made at run time is not found by its name.
-        return _made, (type(self).kind,), self.__dict__.copy()
+        return _made, (type(self).kind,), *super().__reduce_ex__(protocol)[2:]
 
 
 def _made(kind: type[nn.Module]) -> nn.Module:
     return kind.__new__(_scope(kind))
 
 
-@functools.cache
 def _scope(kind: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(kind.forward)
+    return _scope_of(kind, kind.forward)
+
+
+@functools.cache
+def _scope_of(kind: type[nn.Module], known: Callable) -> type[nn.Module]:
+    @functools.wraps(known)
     def forward(self, *args, **kwargs):
-        return self.__dict__["_sharing"].forward(self, kind.forward, args, kwargs)
+        # It may have been replaced since by one that computes anything else.
+        function = kind.forward
+        return self.__dict__["_sharing"].forward(self, function, function is known, args, kwargs)
 
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (Scope, kind), {**names, "kind": kind, "forward": forward})
@@ -151,11 +158,15 @@ class Mlp(NamedTuple):
     act: str
     activation: str
     recompute: bool
+    # The module `act` as it was when it computed that activation.
+    made_of: tuple
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """That of the module, or None if its parts are to be called."""
         children = module._modules
         if not all(branches.is_called_plainly(children[name]) for name in self[:4]):
+            return None
+        if _made_of(children[self.act]) != self.made_of:
             return None
         layers = [children[name] for name in self[:3]]
         parts = [layer.projection(x) if hasattr(type(layer), "projection") else None for layer in layers]
@@ -172,8 +183,9 @@ class Sharing:
         # The groups of the last forward: what a checkpoint computes again in backward must be computed alike.
         self.last = groups
 
-    def forward(self, module: nn.Module, function: Callable, args: tuple, kwargs: dict):
-        if self.mlp is not None and len(args) == 1 and not kwargs:
+    def forward(self, module: nn.Module, function: Callable, known: bool, args: tuple, kwargs: dict):
+        """function(module, …); whether it is `known`, the one that was looked at."""
+        if self.mlp is not None and known and len(args) == 1 and not kwargs:
             y = self.mlp.output(module, args[0])
             if y is not None:
                 return y
@@ -192,10 +204,11 @@ class Sharing:
         return result
 
     def _active(self) -> list[tuple[str, ...]]:
-        if torch.compiler.is_compiling() or internals.in_backward():
-            return self.last
-        self.last = self.groups
-        return self.groups
+        if torch.compiler.is_compiling():
+            return self.groups
+        if not internals.in_backward():
+            self.last = self.groups
+        return self.last
 
     def _dissolve(self, group: tuple[str, ...], missed: list[str]) -> None:
         self.groups = [of for of in self.groups if of != group]
@@ -242,7 +255,8 @@ def _watched(model: nn.Module, inputs: dict) -> dict[nn.Module, tuple[Tensor, in
     watch = sharing.Watch()
     before = sharing.enter(watch)
     try:
-        with torch.no_grad():
+        # In inference mode no tensor counts its changes.
+        with torch.inference_mode(False), torch.no_grad():
             model(**inputs)
     finally:
         sharing.enter(before)
@@ -273,21 +287,36 @@ def _mlp_of(module: nn.Module, recompute: bool) -> Mlp | None:
     code = getattr(type(module).forward, "__code__", None)
     if len(linear) != 3 or len(others) != 1 or code is None or set(code.co_names) - {*linear, *others}:
         return None
-    if (
-        any(True for _ in module._modules[others[0]].parameters())
-        or len(inspect.signature(module.forward).parameters) != 1
-    ):
+    # What a decorator wraps is named by no code.
+    if code.co_freevars or len(inspect.signature(module.forward).parameters) != 1 or not _is_function(module, *others):
         return None
     for down in linear:
         gate, up = (name for name in linear if name != down)
-        weight = branches.tensor_of(_base(linear[gate]), "weight")
-        if weight.is_meta or linear[gate].in_features != linear[up].in_features or not weight.is_floating_point():
+        weights = [branches.tensor_of(_base(layer), "weight") for layer in linear.values()]
+        if not all(branches.is_dense(w) and not w.is_meta and w.dtype is weights[0].dtype for w in weights):
+            return None
+        if linear[gate].in_features != linear[up].in_features:
             continue
         for names in ((gate, up, down), (up, gate, down)):
             activation = _tried(module, *names, others[0])
             if activation:
-                return Mlp(*names, others[0], activation, recompute)
+                return Mlp(*names, others[0], activation, recompute, _made_of(module._modules[others[0]]))
     return None
+
+
+def _is_function(module: nn.Module, name: str) -> bool:
+    """Whether a child is a module of no parts and no tensors."""
+    child = module._modules[name]
+    inside = *child.children(), *child.parameters(), *child.buffers()
+    return not inside and not any(isinstance(value, Tensor) for value in _made_of(child)[1].values())
+
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
+def _made_of(module: nn.Module) -> tuple[type[nn.Module], dict]:
+    """The class of a module and its own attributes, which with it say what such a module computes."""
+    return type(module), {name: value for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE}
 
 
 def _base(layer: nn.Module) -> nn.Module:
@@ -299,7 +328,9 @@ def _tried(module: nn.Module, gate: str, up: str, down: str, act: str) -> str | 
     """The activation with which the module computes down(act(gate(x)) ⊙ up(x)), to the last bit."""
     layers = [module._modules[name] for name in (gate, up, down)]
     weight = branches.tensor_of(_base(layers[0]), "weight")
-    x = torch.randn(8, layers[0].in_features, dtype=weight.dtype, device=weight.device)
+    # None of the user's random numbers is used up.
+    numbers = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(8, layers[0].in_features, dtype=weight.dtype, device=weight.device, generator=numbers)
     probe = sharing.Probe()
     before = sharing.enter(probe)
     try:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import lora_group_linear
+from ..ops.checks import fits_linear
+from ..ops.group import Projection
 
 
 class _Place:
@@ -48,7 +50,7 @@ class Group:
         self.members = members
         self.outputs: list[Tensor | None] = [None] * len(members)
         self.started = False
-        self.x = self.mode = None
+        self.x = self.mode = self.values = None
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """That of a member, or None if it is to compute it alone."""
@@ -60,18 +62,25 @@ class Group:
     def _take(self, index: int, x: Tensor) -> Tensor | None:
         if self.outputs[index] is None or x is not self.x or _mode(x) != self.mode:
             return None
+        if self.values is not None and not torch.equal(_bits(x), self.values):
+            return None
         y, self.outputs[index] = self.outputs[index], None
         if not self.left:
-            self.x = None
+            self.x = self.values = None
         return y
 
     def _start(self, index: int, x: Tensor) -> Tensor | None:
+        counts = torch.compiler.is_compiling() or not x.is_inference()
+        # To compare values would wait for any other device.
+        if not counts and not x.is_cpu:
+            return None
         # Of what is no adapter layer any more, None.
         parts = [m.projection(x) if hasattr(type(m), "projection") else None for m in self.members]
-        able = [i for i, part in enumerate(parts) if part is not None]
+        able = [i for i, part in enumerate(parts) if part is not None and _multiplies(x, part)]
         if index not in able or len(able) < 2:
             return None
         self.started, self.x, self.mode = True, x, _mode(x)
+        self.values = None if counts else _bits(x).clone()
         weights, adapters, biases, scalings, drops, _ = zip(*[parts[i] for i in able], strict=True)
         ys = lora_group_linear(x, weights, adapters, biases, scaling=scalings, dropout=drops)
         for i, y in zip(able, ys, strict=True):
@@ -106,7 +115,7 @@ class Watch:
         self.seen: dict[nn.Module, tuple[Tensor, int]] = {}
 
     def output(self, layer: nn.Module, x: Tensor) -> None:
-        self.seen.setdefault(layer, (x, x._version))
+        self.seen.setdefault(layer, (x, 0 if x.is_inference() else x._version))
 
 
 class Probe:
@@ -122,8 +131,25 @@ class Probe:
 
 
 def _mode(x: Tensor) -> tuple:
-    """What x is computed with. In inference mode a tensor does not count its changes."""
-    grad, cast = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+    """What x is computed with."""
+    device = x.device.type
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    of = torch.is_grad_enabled(), x.requires_grad, cast
+    # In inference mode a tensor does not count its changes, and the compiler knows of no count.
     if torch.compiler.is_compiling() or x.is_inference():
-        return grad, cast
-    return grad, cast, x._version
+        return of
+    return *of, x._version
+
+
+def _bits(x: Tensor) -> Tensor:
+    """x as numbers of which each is equal to itself."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def _multiplies(x: Tensor, part: Projection) -> bool:
+    """Whether a layer can be called with x; one that cannot is about to get another."""
+    weight = part.weight
+    if fits_linear(x, weight, part.bias):
+        return True
+    cast = torch.is_autocast_enabled(x.device.type)
+    return cast and x.dim() > 0 and x.shape[-1] == weight.shape[1] and x.device == weight.device

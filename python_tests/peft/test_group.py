@@ -9,6 +9,7 @@ import weakref
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
@@ -163,6 +164,10 @@ def hook_of_activation(model):
     model.base_model.model.model.layers[0].mlp.act_fn.register_forward_hook(lambda m, a, y: 2 * y)
 
 
+def another_activation(model):
+    model.base_model.model.model.layers[0].mlp.act_fn = nn.ReLU()
+
+
 def two_adapters(model):
     model.add_adapter("second", config("nlora", target_modules=["q_proj", "up_proj"]))
     model.base_model.set_adapter(["default", "second"])
@@ -190,7 +195,7 @@ def deleted(model):
     model.delete_adapter("default")
 
 
-CHANGES = [hook, pre_hook, hook_of_base, hook_of_activation, two_adapters]
+CHANGES = [hook, pre_hook, hook_of_base, hook_of_activation, another_activation, two_adapters]
 CHANGES += [merged, disabled, weightless, dropping, deleted]
 QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
 
@@ -291,6 +296,83 @@ def test_an_x_that_changes_in_place_is_another():
         assert nkp.group(model, input=x) is model
         assert model.base_model.model[0]._sharing.groups == [("q_proj", "k_proj")]
         torch.testing.assert_close(model(x), expected)
+
+
+class Called(Attention):
+    """One that is called as a function of itself and x says."""
+
+    def forward(self, x):
+        return self.how(self, x)
+
+
+def called(how):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(nn.Sequential(Called(how)), config("lora", **QKV))
+    perturb(model)
+    return model
+
+
+def changing_x(self, x):
+    x = x + 0
+    q, k = self.q_proj(x), self.k_proj(x)
+    return torch.cat((q, k, self.v_proj(x.mul_(2))), -1)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")], ids=["numbers", "nan"])
+def test_an_x_that_changes_in_place_is_another_in_inference_mode_too(value, calls):
+    model, x = called(changing_x), torch.randn(5, 8)
+    x[0, 0] *= value
+    with torch.inference_mode():
+        expected = model(x)
+        nkp.group(model)
+        with pytest.warns(UserWarning, match="v_proj of base_model.model.0 did not get the x"):
+            torch.testing.assert_close(model(x), expected, equal_nan=True)
+        nkp.group(model, input=x)
+        assert model.base_model.model[0]._sharing.groups == [("q_proj", "k_proj")]
+        calls.clear()
+        torch.testing.assert_close(model(x), expected, equal_nan=True)
+    assert calls == [2]
+
+
+def test_compiled_code_knows_of_a_group_that_has_dissolved():
+    model, x = called(changing_x), torch.randn(5, 8)
+    expected = model(x)
+    nkp.group(model)
+    with pytest.warns(UserWarning, match="did not get the x"):
+        model(x)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+def another_autocast(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        q, k = self.q_proj(x), self.k_proj(x)
+    with torch.autocast("cpu", torch.float16):
+        v = self.v_proj(x)
+    return torch.cat((q.float(), k.float(), v.float().where(torch.tensor(v.dtype is torch.float16), 0)), -1)
+
+
+def requiring_later(self, x):
+    x = x.detach()
+    with torch.autocast("cpu", enabled=False):
+        q = self.q_proj(x)
+        k, v = self.k_proj(x.requires_grad_()), self.v_proj(x)
+    (dx,) = torch.autograd.grad(k.square().sum() + v.square().sum(), x)
+    return torch.cat((q, dx), -1)
+
+
+def in_two_dtypes(self, x):
+    q, k = self.q_proj(x), self.k_proj(x)
+    return torch.cat((q, k, self.v_proj.double()(x.double()).float()), -1)
+
+
+@pytest.mark.parametrize("how", [another_autocast, requiring_later, in_two_dtypes], ids=lambda how: how.__name__)
+def test_what_x_is_computed_with_changes_between_layers(how):
+    model, x = called(how), torch.randn(5, 8)
+    expected = copy.deepcopy(model)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            torch.testing.assert_close(nkp.group(model)(x), expected, rtol=1e-2, atol=1e-2)
 
 
 # What else is done with models
@@ -460,12 +542,63 @@ def test_an_mlp_that_computes_anything_else_is_none():
         def forward(self, x):
             return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
 
+    def doubled_in_training(function):
+        return lambda self, x: function(self, x) * (1 + self.training)
+
+    class Decorated(Relu):
+        forward = doubled_in_training(lambda self, x: self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+    class Dropping(Relu):
+        def __init__(self):
+            super().__init__()
+            self.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.5)).eval()
+
+    class Mixed(Relu):
+        def __init__(self):
+            super().__init__()
+            self.act_fn = nn.SiLU()
+            self.down_proj.double()
+
     found = {}
-    for kind in (Clamped, Halved, Relu, Swapped):
-        model = nkp.group(peft.get_peft_model(nn.Sequential(kind()), config("lora")))
+    for kind in (Clamped, Halved, Relu, Decorated, Dropping, Mixed, Swapped):
+        model = nkp.group(peft.get_peft_model(nn.Sequential(kind()).eval(), config("lora")).eval())
         found[kind.__name__] = model.base_model.model[0]._sharing.mlp
     assert found.pop("Swapped")[:5] == ("up_proj", "gate_proj", "down_proj", "act_fn", "gelu")
     assert set(found.values()) == {None}
+    x = 3 * torch.randn(5, 8)
+    model.base_model.model[0].act_fn.approximate = "tanh"
+    torch.testing.assert_close(model(x), nkp.ungroup(copy.deepcopy(model))(x), rtol=0, atol=1e-6)
+
+
+def test_a_forward_that_replaces_that_of_its_class_is_called(monkeypatch, calls):
+    kind = transformers.models.llama.modeling_llama.LlamaMLP
+    model = nkp.group(adapted(llama(), "nlora"))
+    before = kind.forward
+    expected = model(**example("llama")).logits
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * before(self, x))
+    changed = model(**example("llama")).logits
+    assert not torch.allclose(changed, expected)
+    calls.clear()
+    torch.testing.assert_close(nkp.group(model)(**example("llama")).logits, changed)
+    assert calls == [3, 2] * 2
+
+
+def test_grouping_draws_no_random_numbers():
+    model, before = adapted(llama(), "nlora"), torch.get_rng_state()
+    nkp.group(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Handle(Attention):
+    """One that says itself what is pickled of it."""
+
+    def __getstate__(self):
+        return {**self.__dict__, "how": "q twice"}
+
+
+def test_a_class_that_pickles_itself_still_does():
+    model = nkp.group(peft.get_peft_model(nn.Sequential(Handle("without v")), config("lora", **QKV)))
+    assert pickle.loads(pickle.dumps(model.base_model.model[0])).how == "q twice"
 
 
 def test_what_cannot_be_grouped_is_said():
