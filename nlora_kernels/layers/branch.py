@@ -39,7 +39,7 @@ class Branch(NamedTuple):
         """The output of a linear layer and the branch, as one operation."""
         dtype, (x, weight, bias) = x.dtype, operands(linear, x)
         y = lora_linear(x, weight, self.A, self.B, self.N, bias, scaling=self.scaling, dropout=self.dropout)
-        return y if y.dtype is dtype or x.dtype is dtype else y.to(dtype)
+        return y if y.dtype is dtype else quantised.result(linear, y, dtype)
 
     def product(self, dtype: torch.dtype | None = None) -> Tensor:
         """s·B·N·A, (out, in), in `dtype`, by default the adapter's; half precision is rounded once, at the end."""
@@ -70,7 +70,7 @@ class Lora2Branch(NamedTuple):
         """The output of a linear layer and the branch, as one operation."""
         dtype, (x, weight, bias) = x.dtype, operands(linear, x)
         y = lora2_linear(x, weight, *self[:6], bias, scaling=self.scaling, dropout=self.dropout)
-        return y if y.dtype is dtype or x.dtype is dtype else y.to(dtype)
+        return y if y.dtype is dtype else quantised.result(linear, y, dtype)
 
 
 # Packages whose patched attention and MLP compute LoRA by themselves.

@@ -17,7 +17,7 @@ from ..layers import branch as branches
 def check_readable(base: nn.Module) -> None:
     """Unreadable, a ValueError, if what belongs to a quantised weight does not fit it."""
     weight = getattr(base, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and not weight.is_meta and not branches.is_dense(weight):
+    if isinstance(weight, Tensor) and weight.dim() == 2 and not weight.is_meta and not branches.has_dense(base, weight):
         branches.readable_weight(base)
 
 
@@ -80,7 +80,7 @@ def adding(
     weight = base.weight
     if weight.is_meta:
         raise ValueError("the base weight must be loaded, got one on the meta device, where offloading leaves it")
-    if branches.is_dense(weight):
+    if branches.has_dense(base, weight):
         if check is None:
             return (partial(Tensor.add_, weight.data, delta, alpha=sign),)
         merged = weight.data.clone().add_(delta, alpha=sign)

@@ -122,7 +122,7 @@ class FusedLinear(Linear):
         if len(terms) > 1 or branches.obstacle(base):
             return None
         weight, bias = branches.weight_of(base), tensor_of(base, "bias")
-        if not branches.is_dense(weight):
+        if not branches.has_dense(base, weight):
             return None
         if not terms:
             return Projection(weight, None, bias)
@@ -168,7 +168,8 @@ class FusedLinear(Linear):
 
     def _with_first(self, terms: list[Term], x: Tensor) -> Tensor | None:
         """The base layer and the first of several terms as one operation, where that saves decoding a weight twice."""
-        if terms[0].rows is not None or branches.is_dense(tensor_of(self._modules["base_layer"], "weight")):
+        base = self._modules["base_layer"]
+        if terms[0].rows is not None or branches.has_dense(base, tensor_of(base, "weight")):
             return None
         branch = self._fusible(terms[0], x)
         return None if branch is None else self._fused(x, branch)

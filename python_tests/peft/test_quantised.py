@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nlora_kernels as nk
+from nlora_kernels.layers.branch import unfused
 from nlora_kernels.peft import base as base_weights
 from nlora_kernels.peft.layer import FusedLinear
 from python_tests.peft.adapters import close, config
@@ -226,6 +227,24 @@ def test_codes_that_fsdp_keeps_as_a_plain_tensor_are_codes(storage):
     with counted_fusions() as calls:
         assert torch.equal(model(x), expected)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("method", ["slora", "lora2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_leaves_the_dtype_that_a_layer_of_four_bits_returns(method, dtype):
+    model, x = adapted(nf4_plain, method), torch.randn(3, IN, dtype=dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), counted_fusions() as calls:
+        y, base = model(x), model.base_model.model[0].get_base_layer()(x)
+    assert calls and y.dtype == base.dtype == dtype
+
+
+def test_a_model_that_was_pickled_is_fused_as_before(tmp_path):
+    model, x = adapted(nf4_nested, "slora"), torch.randn(3, IN)
+    expected = model(x)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert not unfused(loaded)
+    assert torch.equal(loaded(x), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

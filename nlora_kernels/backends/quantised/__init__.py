@@ -4,6 +4,7 @@ A format is one file with a function `view(weight)` that says where codes and sc
 own; and a line in `view` below, and in `of_layer` where it has layers of its own.
 """
 
+import torch
 from torch import Tensor, nn
 
 from ..base import PLAIN
@@ -22,6 +23,7 @@ __all__ = [
     "of_layer",
     "operands",
     "restored",
+    "result",
     "shared_memory",
     "view",
 ]
@@ -66,3 +68,8 @@ def of_layer(linear: nn.Module, weight: Tensor) -> Quantised | None:
 def operands(linear: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x and bias in the dtype in which such a layer computes."""
     return bitsandbytes.operands(linear, x, bias) if bitsandbytes.is_layer(type(linear)) else (x, bias)
+
+
+def result(linear: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """y in the dtype in which such a layer returns it for an x of `dtype`, autocast or not."""
+    return bitsandbytes.result(linear, y, dtype) if bitsandbytes.is_layer(type(linear)) else y

@@ -46,9 +46,9 @@ def obstacle(linear: nn.Module, weight: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return "its weight is quantised, and compiled code takes the layer of bitsandbytes"
     if _named(type(linear), *_FOUR_BIT):
-        if not knows(weight) and getattr(linear, "quant_state", None) is None:
-            return f"its weight is a {type(weight).__qualname__} of {weight.dtype}, not quantised by bitsandbytes"
         state = _state_of(linear, weight)
+        if state is None and not knows(weight):
+            return f"its weight is a {type(weight).__qualname__} of {weight.dtype}, not quantised by bitsandbytes"
         if state is None:
             return "its weight is not quantised yet: bitsandbytes does it when the layer is moved to a device"
         in_first, out_first = ((linear.in_features, linear.out_features)[::step] for step in (1, -1))
@@ -73,8 +73,12 @@ def operands(linear: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor,
     return x, bias if bias is None else bias.to(x.dtype)
 
 
+def result(linear: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor:
+    return y.to(dtype) if _named(type(linear), *_FOUR_BIT) else y
+
+
 def _state_of(linear: nn.Module, weight: Tensor):
-    """FSDP leaves it to the layer alone."""
+    """FSDP leaves it to the layer alone; torch.load to a weight that is no Params4bit any more."""
     state = getattr(weight, "quant_state", None)
     return getattr(linear, "quant_state", None) if state is None else state
 
