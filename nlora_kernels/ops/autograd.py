@@ -73,7 +73,7 @@ def linear(call: Call, backend: str | None) -> Tensor:
     rows = as_rows(x)
     if not (rows is call.x and weight is call.weight and bias is call.bias and lora_N is call.lora_N and x.is_cpu):
         call = Call(rows, weight, lora_A, lora_B, lora_N, bias, scaling, dropout)
-    return unflatten(_forward(call, backend, shown)[0], x)
+    return in_shape(_forward(call, backend, shown)[0], x, shown)
 
 
 def core(lora_u, lora_E, lora_U, mask, backend=None) -> Tensor:
@@ -122,7 +122,7 @@ class _Linear(torch.autograd.Function):
         needs = Needs(dx, dweight, dA, dB, dN, dbias)
         # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
         _keep(ctx, x, T, weight, call, core, bias, needs, backend, factors)
-        return y if flat else unflatten(y, x)
+        return y if flat else in_shape(y, x, shown)
 
     @staticmethod
     def backward(ctx, dy):
@@ -305,6 +305,14 @@ def as_rows(x: Tensor) -> Tensor:
 def unflatten(y: Tensor, x: Tensor) -> Tensor:
     """y (M, N) in the leading dimensions of x."""
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def in_shape(y: Tensor, x: Tensor, shown: bool) -> Tensor:
+    """The same of a result that is new, and no view of anything: those of a Function cannot be changed in place."""
+    if x.dim() == 2:
+        return y
+    shape = *x.shape[:-1], y.shape[-1]
+    return torch.ops.aten._unsafe_view(y, shape) if shown else y.resize_(shape)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

@@ -202,7 +202,7 @@ def group(calls: list[Call], backend: str | None) -> tuple[Tensor, ...]:
         options = [c.scaling for c in calls], [c.dropout.p if c.dropout else 0.0 for c in calls], backend, shown
         return (_Group.apply if shown else _apply_plainly)(x, options, *flat)
     rows = [cast(call._replace(x=x)) for call in calls]
-    return tuple(autograd.unflatten(y, x) for y, _ in forward(rows, backend, shown)[0])
+    return tuple([autograd.in_shape(y, x, shown) for y, _ in forward(rows, backend, shown)[0]])
 
 
 def composed(calls: Sequence[Call]) -> list[Tensor]:
@@ -242,7 +242,7 @@ class _Group(torch.autograd.Function):
         needs = [Needs(wanted[0], *wanted[i : i + 5]) for i in range(2, len(wanted), 6)]
         results, backend = forward([cast(call) for call in calls], backend, shown)
         keep(ctx, x, calls, [T for _, T in results], needs, backend)
-        return tuple([autograd.unflatten(y, x) for y, _ in results])
+        return tuple([autograd.in_shape(y, x, shown) for y, _ in results])
 
     @staticmethod
     def backward(ctx, *dys):
@@ -392,7 +392,7 @@ def _backward_operator(dys, x, Ts, weights, lora_A, lora_B, lora_N, scalings, dr
 def _(dys, x, Ts, weights, lora_A, lora_B, lora_N, scalings, dropouts, seeds, needs, backend):
     likes = [dys[0].new_empty(dys[0].shape[0], weights[0].shape[1]) if needs[0] else None]
     for dy, *inputs in zip(dys, weights, lora_A, lora_B, lora_N, strict=True):
-        likes += [*inputs, dy[0]]
+        likes += [*inputs, dy.new_empty(dy.shape[1])]
     return [like.new_empty(like.shape) for like, needed in zip(likes, needs, strict=True) if needed]
 
 

@@ -144,7 +144,7 @@ def _mlp(calls: list[Call], activation: str, recompute: bool, backend: str | Non
     ((gate, _), (up, _)), _ = group.forward([group.cast(c._replace(x=x)) for c in calls[:2]], backend, shown)
     product = ACTIVATIONS[activation](gate).mul_(up)
     ((y, _),), _ = group.forward([group.cast(calls[2]._replace(x=product))], backend, shown)
-    return autograd.unflatten(y, x)
+    return autograd.in_shape(y, x, shown)
 
 
 def composed(calls: list[Call], activation: str) -> Tensor:
@@ -181,7 +181,7 @@ class _Mlp(torch.autograd.Function):
         made = [None] * 5 if options.recompute else [gate, up, *Ts]
         ctx.save_for_backward(x if reads_x else None, *made, *flat)
         ctx.mlp = options, needs, chosen, last
-        return autograd.unflatten(y, x)
+        return autograd.in_shape(y, x, options.shown)
 
     @staticmethod
     def backward(ctx, dy):

@@ -1,7 +1,10 @@
 """lora_linear, lora2_core and lora2_linear against fp64, on every backend that can run here."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import nlora_kernels as nk
 from nlora_kernels import testing
@@ -355,3 +358,30 @@ def test_bad_calls_of_lora2_linear(changed, error, message):
     nk.lora2_linear(**call)
     with pytest.raises(error, match=message):
         nk.lora2_linear(**call | changed)
+
+
+OPERATIONS = {
+    "linear": lambda x, W, A, B: nk.lora_linear(x, W, A, B),
+    "group": lambda x, W, A, B: nk.lora_group_linear(x, [W, W], [(A, B), None])[0],
+    "mlp": lambda x, W, A, B: nk.lora_mlp(x, (W, (A, B)), (W,), (W,)),
+    "lora2": lambda x, W, A, B: nk.lora2_linear(x, W, A, *LORA2_CORE, B),
+}
+LORA2_CORE = torch.eye(2), torch.ones(2), torch.eye(2)
+
+
+@pytest.mark.parametrize("shown", [False, True], ids=["plain", "shown"])
+@pytest.mark.parametrize("shape", [(3, 6), (2, 5, 6), (6,)], ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_result_can_be_changed_in_place_as_that_of_a_linear_layer(name, shape, shown):
+    torch.manual_seed(0)
+    x, W, A, B = torch.randn(shape, requires_grad=True), torch.randn(6, 6), torch.randn(2, 6), torch.randn(6, 2)
+    operation, A = OPERATIONS[name], A.requires_grad_()
+    y = operation(x, W, A, B)
+    expected = 2 * y, *torch.autograd.grad((2 * y).square().sum(), (x, A))
+    with FlopCounterMode(display=False) if shown else contextlib.nullcontext():
+        y = operation(x, W, A, B).mul_(2)
+        result = y, *torch.autograd.grad(y.square().sum(), (x, A))
+        with torch.no_grad():
+            y = operation(x, W, A, B)
+        y.mul_(x.sum())
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-3)
