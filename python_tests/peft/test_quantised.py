@@ -229,6 +229,17 @@ def test_codes_that_fsdp_keeps_as_a_plain_tensor_are_codes(storage):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", ["Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"])
+def test_a_layer_that_quantises_its_input_computes_by_itself(name):
+    quantization = pytest.importorskip("torchao.quantization")
+    layer, x = nn.Linear(IN, OUT), torch.randn(3, IN)
+    quantization.quantize_(layer, getattr(quantization, name)())
+    expected = layer(x)
+    adapter = nk.NLoraLinear.from_linear(layer, 4, init="slora")
+    assert adapter.obstacle() == "torchao quantises its input too"
+    assert torch.equal(adapter(x), expected)
+
+
 @pytest.mark.parametrize("method", ["slora", "lora2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_leaves_the_dtype_that_a_layer_of_four_bits_returns(method, dtype):

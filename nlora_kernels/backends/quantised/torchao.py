@@ -16,11 +16,23 @@ def knows(weight: Tensor) -> bool:
 def obstacle(weight: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return "its weight is quantised, and compiled code takes the layer of torchao"
-    if getattr(weight, "act_quant_kwargs", None) is not None or getattr(weight, "act_pre_scale", None) is not None:
+    if _changes_input(weight):
         return "torchao quantises its input too"
     if weight.requires_grad:
         return f"its weight is a {type(weight).__qualname__} that trains"
     return None
+
+
+# Where the tensors of torchao say which attributes they have.
+_LISTED = ("tensor_attribute_names", "optional_tensor_data_names", "optional_tensor_attribute_names")
+
+
+def _changes_input(weight: Tensor) -> bool:
+    """Whether one of its attributes for activations, as `act_quant_kwargs` or `activation_quantization`, says so."""
+    names = [name for listed in _LISTED for name in getattr(weight, listed, ()) if name.startswith("act")]
+    values = [getattr(weight, name, None) for name in names]
+    # A dtype may be that of x as it comes.
+    return any(v is not None and not (isinstance(v, torch.dtype) and v.itemsize > 1) for v in values)
 
 
 def view(weight: Tensor) -> Quantised:
