@@ -105,7 +105,8 @@ struct Backward {
 };
 void backward(Backward b);
 
-// The same of layers that share x, all with weight or all without; one without A has no adapter. dx = Σ dy·W + H·A.
+// The same of layers that share x, all with weight or all without; one without A has no adapter, and a core is an N.
+// dx = Σ dy·W + H·A
 void forward_group(std::vector<Forward> members);
 void backward_group(std::vector<Backward> members, const Matrix& dx);
 

@@ -35,16 +35,11 @@ void forward_group(std::vector<Forward> members) {
   if (whole && (x.dtype != Dtype::kFloat32 || x.col_stride != 1) && x.rows * x.cols <= kConvertible)
     read = fp32(scratch.take(x.rows * x.cols), x.rows, x.cols, x.cols);
   for (size_t i = 0; i < members.size(); ++i) {
-    Forward& f = members[i];
+    const Forward& f = members[i];
     const float* start = row_vector(kernel, f.bias, scratch);
     std::vector<Summand> summands;
     if (whole) summands.push_back({read, f.weight});
     if (f.A) {
-      if (f.core.u) {
-        const Matrix N = square(f.A.rows, scratch);
-        lora2_core(f.core, N);
-        f.core.N = N;
-      }
       const Chain& chain = chains[i].emplace(kernel, x, f.A, f.core.N, f.scaling, f.T, scratch);
       summands.push_back({chain.outcome, f.B});
       if (chain.skinny()) {
@@ -87,12 +82,6 @@ void backward_group(std::vector<Backward> members, const Matrix& dx) {
     b.dx = dx, b.threads = threads;
     if (whole) add(b.dy, b.weight);
     if (!b.A) continue;
-    if (b.core.u) {
-      const Matrix N = square(b.A.rows, scratch);
-      lora2_core(b.core, N);
-      b.core.N = N;
-    }
-    if (b.dcore.u) b.dcore.N = square(b.A.rows, scratch);
     const Narrow& narrow = narrows[i].emplace(kernel, b, scratch);
     if (dx) add(narrow.H, b.A);
     if (b.A.rows <= kSkinny) {
@@ -132,8 +121,6 @@ void backward_group(std::vector<Backward> members, const Matrix& dx) {
   }
   sums.add(of_x, members[0].x);
   sums.run(threads);
-  for (const Backward& b : members)
-    if (b.dcore.u) lora2_core_backward(b.dcore.N, b.core, b.dcore);
 }
 
 }  // namespace nlora::cpu
