@@ -243,11 +243,17 @@ def _check_offsets(offsets, x: Tensor, experts: int):
         raise ValueError(f"offsets must have shape ({experts},), got {tuple(offsets.shape)}")
     if offsets.device != x.device:
         raise ValueError(f"offsets must be on x's device {x.device}, got {offsets.device}")
+    if not torch.compiler.is_compiling():
+        check_ends(offsets, x.shape[0])
+
+
+def check_ends(offsets: Tensor, rows: int) -> None:
+    """ValueError where an expert would have other rows than those of x: asked also where compiled code knows them."""
     # Elsewhere to read them would wait for the device, and of a fake there is nothing to read.
-    if type(offsets) in PLAIN and offsets.is_cpu and not torch.compiler.is_compiling():
+    if type(offsets) in PLAIN and offsets.is_cpu:
         ends = offsets.tolist()
-        if any(last < first for first, last in pairwise([0, *ends, x.shape[0]])):
-            raise ValueError(f"offsets must rise from 0 to at most the {x.shape[0]} rows of x, got {ends}")
+        if any(last < first for first, last in pairwise([0, *ends, rows])):
+            raise ValueError(f"offsets must rise from 0 to at most the {rows} rows of x, got {ends}")
 
 
 def _check_scaling(scaling):

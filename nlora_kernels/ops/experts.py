@@ -13,7 +13,7 @@ from ..backends.base import lengthened, stacked
 from ..imports import when_imported
 from ..internals import any_autocast, composing, plain_apply, tracing, watched
 from . import autograd, register
-from .checks import check_experts, check_memory, foreign, resolved
+from .checks import check_ends, check_experts, check_memory, foreign, resolved
 
 _NAMES = ("x", "offsets", "weight", "lora_A", "lora_B", "lora_N", "bias")
 
@@ -171,6 +171,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     "Tensor? bias, float scaling, str? backend) -> (Tensor y, Tensor T)"
 )
 def experts(x, offsets, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
+    check_ends(offsets, x.shape[0])
     call = ExpertsCall(x, offsets, weight, lora_A, lora_B, lora_N, bias, scaling)
     return backends.select(backend, x, call.expert(0), "experts").forward_experts(call)
 
@@ -187,6 +188,7 @@ def _(x, offsets, weight, lora_A, lora_B, lora_N, bias, scaling, backend):
 )
 def experts_backward(dy, x, T, offsets, weight, lora_A, lora_B, lora_N, scaling, needs, backend):
     """As in aten's backwards, None stands where no gradient was asked for."""
+    check_ends(offsets, dy.shape[0])
     call = ExpertsCall(x, offsets, weight, lora_A, lora_B, lora_N, None, scaling)
     return tuple(backends.select(backend, dy, call.expert(0), "experts").backward_experts(call, dy, T, Needs(*needs)))
 

@@ -238,3 +238,18 @@ def test_what_does_not_fit_is_named(message):
     with pytest.raises((TypeError, ValueError)) as caught:
         nk.lora_grouped_linear(**arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [[3, 2, 5, 5], [0, 0, 9, 9], [-1, 2, 5, 5]], ids=str)
+def test_offsets_that_compiled_code_is_given_are_checked_where_they_are_read(wrong):
+    offsets, tensors, dy = problem((1, 1, 2, 1))
+    compiled = torch.compile(lambda offsets: nk.lora_grouped_linear(offsets=offsets, **tensors), backend="eager")
+    compiled(offsets)
+    wrong = torch.tensor(wrong, dtype=torch.int32)
+    with pytest.raises(ValueError, match="offsets must rise from 0 to at most the 5 rows of x"):
+        compiled(wrong)
+    operands = (tensors["weight"], tensors["lora_A"], tensors["lora_B"], tensors["lora_N"])
+    with pytest.raises(ValueError, match="offsets must rise from 0 to at most the 5 rows of x"):
+        torch.ops.nlora_kernels.lora_grouped_linear_backward(
+            dy, tensors["x"], None, wrong, *operands, 1.0, [True] * 3 + [False] * 3, None
+        )
