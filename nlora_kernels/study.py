@@ -21,7 +21,7 @@ class Row(NamedTuple):
     method: str
     rank: int
     lr: float
-    rates: int  # how many were tried
+    rates: list[float]  # that were tried
     values: list[float]  # of the metric, by seed
     cells: list[dict[str, Any]]
 
@@ -37,12 +37,19 @@ class Row(NamedTuple):
     def mean_of(self, name: str) -> float:
         return statistics.fmean(cell[name] for cell in self.cells)
 
+    @property
+    def edge(self) -> str:
+        """A mark where the best rate is the largest or the smallest tried: one beyond it may be better."""
+        if len(self.rates) < 2:
+            return ""
+        return {max(self.rates): " ↑", min(self.rates): " ↓"}.get(self.lr, "")
+
     def cells_of_table(self) -> list[str]:
         return [
             self.method,
             str(self.rank),
-            f"{self.lr:g}",
-            str(self.rates),
+            f"{self.lr:g}{self.edge}",
+            str(len(self.rates)),
             str(len(self.values)),
             f"{self.mean:.4f}",
             "" if len(self.values) < 2 else f"{self.sd:.4f}",
@@ -80,7 +87,7 @@ def rows(study: dict[str, Any]) -> list[Row]:
         for lr, cells in rates.items():
             cells = sorted(cells, key=lambda cell: cell["seed"])
             values = [cell["metrics"][study["metric"]] for cell in cells]
-            candidates.append(Row(method, rank, lr, len(rates), values, cells))
+            candidates.append(Row(method, rank, lr, list(rates), values, cells))
         # A rate that not all seeds have been run at does not win against one that has them.
         most = max(len(row.values) for row in candidates)
         found.append(max((row for row in candidates if len(row.values) == most), key=lambda row: sign * row.mean))
@@ -89,9 +96,13 @@ def rows(study: dict[str, Any]) -> list[Row]:
 
 def markdown(study: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
-    lines += [f"| {' | '.join(row.cells_of_table())} |" for row in rows(study)]
+    found = rows(study)
+    lines += [f"| {' | '.join(row.cells_of_table())} |" for row in found]
     about = "higher" if study["higher_is_better"] else "lower"
-    return "\n".join(lines) + f"\n\n{study['metric']}, {about} is better; each method at the best of its rates.\n"
+    said = f"{study['metric']}, {about} is better; each method at the best of its rates."
+    if any(row.edge for row in found):
+        said += " ↑ and ↓: the largest or the smallest rate that was tried, so that one beyond it may be better."
+    return "\n".join(lines) + f"\n\n{said}\n"
 
 
 def draw_curves(found: list[Row], path: str | Path) -> None:

@@ -81,14 +81,18 @@ def test_the_table_has_the_best_rate_its_mean_and_its_spread(tmp_path, capsys):
     file.write_text(json.dumps(content))
     lora, nlora = study.rows(study.load(file))
     # One lucky seed of a third rate is not better than three of another.
-    assert (lora.lr, lora.rates, lora.values) == (1e-2, 3, [0.8, 0.9, 0.7])
+    assert (lora.lr, len(lora.rates), lora.values) == (1e-2, 3, [0.8, 0.9, 0.7])
     assert lora.mean == pytest.approx(0.8) and lora.sd == pytest.approx(statistics.stdev(values[1e-2]))
     assert nlora.values == [0.4] and nlora.cells_of_table()[6] == ""
     assert cli.main(["plot", "study", str(file), "--out", str(tmp_path / "figures")]) == 0
     table = (tmp_path / "figures" / "s.md").read_text()
     assert "| lora | 8 | 0.01 | 3 | 3 | 0.8000 | 0.1000 | 1,000 | 2.0 | 50 | 1 |" in table
+    assert "↑" not in table
     content["higher_is_better"] = False
-    assert study.rows(content)[0].lr == 1e-3
+    lora, nlora = study.rows(content)
+    # Nothing smaller was tried; of a single rate there is no more to say.
+    assert lora.lr == 1e-3 and lora.cells_of_table()[2] == "0.001 ↓" and nlora.cells_of_table()[2] == "0.01"
+    assert "may be better" in study.markdown(content)
     capsys.readouterr()
 
 
