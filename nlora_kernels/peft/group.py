@@ -166,7 +166,7 @@ class Mlp(NamedTuple):
         children = module._modules
         if not all(branches.is_called_plainly(children[name]) for name in self[:4]):
             return None
-        if _made_of(children[self.act]) != self.made_of:
+        if not _is_made_of(children[self.act], self.made_of):
             return None
         layers = [children[name] for name in self[:3]]
         parts = [layer.projection(x) if hasattr(type(layer), "projection") else None for layer in layers]
@@ -317,6 +317,13 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 def _made_of(module: nn.Module) -> tuple[type[nn.Module], dict]:
     """The class of a module and its own attributes, which with it say what such a module computes."""
     return type(module), {name: value for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE}
+
+
+def _is_made_of(module: nn.Module, before: tuple[type[nn.Module], dict]) -> bool:
+    """Whether it is what it was; private marks that it has got since, as FSDP2 sets, are of no account."""
+    kind, own = before
+    now = {name: value for name, value in _made_of(module)[1].items() if name in own or not name.startswith("_")}
+    return type(module) is kind and now == own
 
 
 def _base(layer: nn.Module) -> nn.Module:
