@@ -4,6 +4,7 @@ A picture has a row for what was measured, a dot for each contender, and its fig
 right, where no line crosses them. Contenders: PEFT grey, ours blue, the frozen layer alone black or a line at 1.
 """
 
+import functools
 import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -78,48 +79,19 @@ def dumbbells(title: str, axis: str, column: str, reference: str, lines: Sequenc
     lowest, highest = min(0.9, *values), max(1.1, *values)
     margin = 0.04 * (highest - lowest)
     axes.set(xlim=(lowest - margin, highest + margin), ylim=(len(lines) - 0.4, -0.75))
+    write = functools.partial(axes.text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     for place, line in enumerate(lines):
         if not line.values:
-            axes.text(
-                -0.62,
-                place,
-                line.label,
-                transform=axes.get_yaxis_transform(),
-                va="center",
-                weight="bold",
-                color=theme.text,
-                fontsize=8.5,
-            )
+            write(-0.62, place, line.label, weight="bold", color=theme.text)
             continue
-        axes.text(
-            -0.02,
-            place,
-            line.label,
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            ha="right",
-            color=theme.text,
-            fontsize=8.5,
-        )
+        write(-0.02, place, line.label, ha="right", color=theme.text)
         ends = [spread.value for spread in line.values.values()]
         axes.plot([min(ends), max(ends)], [place] * 2, color=theme.faint, linewidth=3, solid_capstyle="round", zorder=1)
         for name, (value, low, high) in line.values.items():
             axes.plot([low, high], [place] * 2, color=colours[name], linewidth=0.8, alpha=0.6, zorder=2)
             axes.plot([value], [place], "o", color=colours[name], markersize=SIZES[name], zorder=3)
-        axes.text(
-            1.17,
-            place,
-            line.column,
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            ha="right",
-            color=theme.loss if line.loss else theme.text,
-            fontsize=8.5,
-            weight="bold",
-        )
-    axes.text(
-        1.17, -1.0, column, transform=axes.get_yaxis_transform(), va="bottom", ha="right", color=theme.text, fontsize=8
-    )
+        write(1.17, place, line.column, ha="right", weight="bold", color=theme.loss if line.loss else theme.text)
+    write(1.17, -1.0, column, va="bottom", ha="right", color=theme.text, fontsize=8)
     figure.text(0.012, 1 - 0.1 / height, title, color=theme.text, fontsize=10, weight="bold", va="top")
     legend(figure, 1 - 0.4 / height, theme, colours, reference)
     axes.set_yticks([])

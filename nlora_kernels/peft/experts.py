@@ -1,8 +1,8 @@
 """The adapter layers of LoRA, SLoRA, NLoRA and IntTune on parameters: the experts of a mixture."""
 
 import copy
-import zlib
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.lora import ParamWrapper
@@ -15,10 +15,9 @@ from ..commit import commit
 from ..layers import branch as branches
 from ..layers import experts
 from ..layers.experts import ExpertsBranch
-from ..layers.modules import check_alpha
 from .config import NLoraConfig
-from .layer import check_finite, check_whole
-from .nlora import Kept
+from .layer import check_finite
+from .nlora import HasCore, Kept
 
 
 class FusedExperts(ParamWrapper):
@@ -145,7 +144,7 @@ class FusedExperts(ParamWrapper):
                 self.merged_adapters.pop()
 
 
-class NLoraExperts(FusedExperts):
+class NLoraExperts(HasCore, FusedExperts):
     """The same with adapters that have a core: lora_N holds a layer with weight (E·r, r).
 
     With residual=True the effect is s·(B_e·N_e·A_e − B₀_e·N₀_e·A₀_e): one product of rank 2·r, whose second half,
@@ -163,10 +162,6 @@ class NLoraExperts(FusedExperts):
             layer.__class__ = cls
             layer._make_room()
         return isinstance(layer, cls)
-
-    def _make_room(self) -> None:
-        self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0 = (nn.ModuleDict() for _ in range(4))
-        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: NLoraConfig, **kwargs) -> None:
         # NOTE: not in __init__, because PEFT's __init__ adds the first adapter.
@@ -197,35 +192,17 @@ class NLoraExperts(FusedExperts):
         if not self.lora_N[adapter_name].weight.is_meta:
             self._initialise(adapter_name, r, config, kwargs.get("target_name") or self.parameter_name)
 
-    def _forget(self, name: str) -> None:
-        for kept in (self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0, self.frozen_peft_weight_names):
-            if name in kept:
-                del kept[name]
-
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.frozen_peft_weight_names.pop(adapter_name, None)
 
-    def _check_core(self, r: int, lora_alpha: float, config: NLoraConfig) -> None:
-        nystrom = config.init_lora_weights == "nystrom"
-        init.check_rank(r, *((min(self.weight().shape[1:]), "min(out, in)") if nystrom else ()))
-        check_alpha(lora_alpha, "lora_alpha")
-        check_whole(self.get_base_layer(), f"init_lora_weights={config.init_lora_weights!r}")
+    def _sides(self) -> tuple[int, int]:
+        return self.weight().shape[1:]
 
-    @torch.no_grad()
-    def _initialise(self, name: str, r: int, config: NLoraConfig, target_name: str) -> None:
-        options, generator = {}, None
-        if config.init_lora_weights == "nystrom":
-            options = {"core": config.core, "select": config.select}
-            # The same rows and columns wherever the model is built again.
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{config.select_seed} {target_name}".encode()))
+    def _initial_matrices(self, r: int, method: str, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         with gather_params_ctx(self.get_param()):
-            A, N, B = init.adapter(self.weight(), r, config.init_lora_weights, generator=generator, **options)
-        packed = A.flatten(0, 1), N.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-        for matrices in ((self.lora_A, self.lora_N, self.lora_B), (self.lora_A0, self.lora_N0, self.lora_B0)):
-            for matrix, tensor in zip(matrices, packed, strict=True):
-                if name in matrix:
-                    matrix[name].weight.copy_(tensor)
+            A, N, B = init.adapter(self.weight(), r, method, **options)
+        return A.flatten(0, 1), N.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
         A, N, B = super().matrices(name)

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,49 @@ class Kept(nn.Module):
         return F.linear(x, self.weight.detach())
 
 
-class NLoraLinear(FusedLinear):
+class HasCore:
+    """What an adapter with a core has beside PEFT's own, of a layer and of experts alike."""
+
+    def _make_room(self) -> None:
+        self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0 = (nn.ModuleDict() for _ in range(4))
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+
+    def _forget(self, name: str) -> None:
+        """Leaves nothing of an adapter that is made anew under its name."""
+        for kept in (self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0, self.frozen_peft_weight_names):
+            if name in kept:
+                del kept[name]
+
+    def _sides(self) -> tuple[int, int]:
+        """in and out of W."""
+        raise TypeError(f"{type(self).__name__} must define _sides()")
+
+    def _initial_matrices(self, r: int, method: str, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """A, N and B as `init.adapter` makes them with these options, in the layout of the layer's own."""
+        raise TypeError(f"{type(self).__name__} must define _initial_matrices()")
+
+    def _check_core(self, r: int, lora_alpha: float, config: NLoraConfig) -> None:
+        nystrom = config.init_lora_weights == "nystrom"
+        init.check_rank(r, *((min(self._sides()), "min(out, in)") if nystrom else ()))
+        check_alpha(lora_alpha, "lora_alpha")
+        check_whole(self.get_base_layer(), f"init_lora_weights={config.init_lora_weights!r}")
+
+    @torch.no_grad()
+    def _initialise(self, name: str, r: int, config: NLoraConfig, target_name: str) -> None:
+        options: dict[str, Any] = {}
+        if config.init_lora_weights == "nystrom":
+            # The same rows and columns wherever the model is built again: on every rank, and where the adapter is
+            # loaded, whose initial product then is out of the weight already.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{config.select_seed} {target_name}".encode()))
+            options = {"core": config.core, "select": config.select, "generator": generator}
+        made = self._initial_matrices(r, config.init_lora_weights, options)
+        for matrices in ((self.lora_A, self.lora_N, self.lora_B), (self.lora_A0, self.lora_N0, self.lora_B0)):
+            for matrix, tensor in zip(matrices, made, strict=True):
+                if name in matrix:
+                    matrix[name].weight.copy_(tensor)
+
+
+class NLoraLinear(HasCore, FusedLinear):
     """y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ,  s = alpha / r, per adapter
 
     lora_A, lora_N and lora_B hold nn.Linear modules by adapter name; an adapter of plain LoRA has no lora_N.
@@ -83,9 +126,8 @@ class NLoraLinear(FusedLinear):
         """For cores, and for what belongs to them."""
         # Known from the layer: a model can hold both kinds, and the configuration has one flag.
         self.fan_in_fan_out = branches.is_conv1d(self.get_base_layer())
-        self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0 = (nn.ModuleDict() for _ in range(4))
+        super()._make_room()
         self.initial_scaling: dict[str, float] = {}
-        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         # The adapter whose initial product is out of the base weight now.
         self.subtracted: str | None = None
 
@@ -117,38 +159,20 @@ class NLoraLinear(FusedLinear):
             self._initialise(adapter_name, r, config, kwargs.get("target_name", ""))
 
     def _forget(self, name: str) -> None:
-        """Leaves nothing of an adapter that is made anew under its name: no core, and no product out of the weight."""
+        """Its product is not left out of the weight either."""
         if name == self.subtracted:
             with onload_layer(self):
                 self.add_initial()
-        for kept in (self.lora_N, self.lora_A0, self.lora_N0, self.lora_B0, self.frozen_peft_weight_names):
-            if name in kept:
-                del kept[name]
+        super()._forget(name)
 
-    def _check_core(self, r: int, lora_alpha: float, config: NLoraConfig) -> None:
-        base = self.get_base_layer()
-        nystrom = config.init_lora_weights == "nystrom"
-        init.check_rank(r, *((min(self.in_features, self.out_features), "min(out, in)") if nystrom else ()))
-        check_alpha(lora_alpha, "lora_alpha")
-        check_whole(base, f"init_lora_weights={config.init_lora_weights!r}")
+    def _sides(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
 
-    @torch.no_grad()
-    def _initialise(self, name: str, r: int, config: NLoraConfig, target_name: str) -> None:
-        options, generator = {}, None
-        if config.init_lora_weights == "nystrom":
-            options = {"core": config.core, "select": config.select}
-            # The same rows and columns wherever the model is built again: on every rank, and where the adapter is
-            # loaded, whose initial product then is out of the weight already.
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{config.select_seed} {target_name}".encode()))
+    def _initial_matrices(self, r: int, method: str, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         with gather_params_ctx(self.get_base_layer().weight):
             # Random matrices need the weight's shape alone.
             W = self._base_weight() if options else torch.empty(()).expand(self.out_features, self.in_features)
-            A, N, B = init.adapter(W, r, config.init_lora_weights, generator=generator, **options)
-        for matrix, tensor in zip((self.lora_A, self.lora_N, self.lora_B), (A, N, B), strict=True):
-            matrix[name].weight.copy_(tensor)
-        for matrix, tensor in zip((self.lora_A0, self.lora_N0, self.lora_B0), (A, N, B), strict=True):
-            if name in matrix:
-                matrix[name].weight.copy_(tensor)
+            return init.adapter(W, r, method, **options)
 
     def _base_weight(self) -> Tensor | Quantised:
         """W as (out, in) for reading, with the product that is subtracted from it."""
