@@ -79,23 +79,23 @@ def nystrom(
     else:
         A, B = weight.index_select(0, rows), weight.index_select(1, cols)
         N = A.index_select(1, cols)
+    return A, core_of(core, weight, A, B, N), B.contiguous()
+
+
+def core_of(core: str, weight: Tensor | None, A: Tensor, B: Tensor, sample: Tensor) -> Tensor:
+    """N of a core for rows A and columns B of W, given where they cross, in their dtype; only "optimal" reads W."""
     if core == "optimal":
-        N = _optimal_core(weight, A, B)
-    elif core == "pinv":
-        N = torch.linalg.pinv(N.to(_accumulator(weight.dtype)))
-    return A, N.to(weight.dtype), B.contiguous()
+        return _optimal_core(weight, A, B).to(A.dtype)
+    if core == "pinv":
+        return torch.linalg.pinv(sample.to(_accumulator(A.dtype))).to(A.dtype)
+    return sample
 
 
 def _nystrom_of_experts(weight: Tensor, r: int, core: str, select: str, generator) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = _select_of_experts(weight, r, select, generator)
     A = weight.take_along_dim(rows[:, :, None], 1)
     B = weight.take_along_dim(cols[:, None, :], 2)
-    N = A.take_along_dim(cols[:, None, :], 2)
-    if core == "optimal":
-        N = _optimal_core(weight, A, B)
-    elif core == "pinv":
-        N = torch.linalg.pinv(N.to(_accumulator(weight.dtype)))
-    return A, N.to(weight.dtype), B
+    return A, core_of(core, weight, A, B, A.take_along_dim(cols[:, None, :], 2)), B
 
 
 def _select_of_experts(weight: Tensor, r: int, how: str, generator) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,11 @@ class Branch(NamedTuple):
     dropout: float = 0.0
 
     @property
+    def matrices(self) -> tuple[str, ...]:
+        """The names of its matrices, from that by which x is multiplied to that which gives the output."""
+        return "A", "N", "B"
+
+    @property
     def collapsed(self) -> "Branch":
         """With its core as one matrix, which it is."""
         return self
@@ -38,8 +43,12 @@ class Branch(NamedTuple):
     def fused(self, x: Tensor, linear: nn.Module) -> Tensor:
         """The output of a linear layer and the branch, as one operation."""
         dtype, (x, weight, bias) = x.dtype, operands(linear, x)
-        y = lora_linear(x, weight, self.A, self.B, self.N, bias, scaling=self.scaling, dropout=self.dropout)
+        y = self.multiplied(x, weight, bias)
         return y if y.dtype is dtype else quantised.result(linear, y, dtype)
+
+    def multiplied(self, x: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + bias and the branch, as one operation."""
+        return lora_linear(x, weight, self.A, self.B, self.N, bias, scaling=self.scaling, dropout=self.dropout)
 
     def product(self, dtype: torch.dtype | None = None) -> Tensor:
         """s·B·N·A, (out, in), in `dtype`, by default the adapter's; half precision is rounded once, at the end."""
@@ -62,6 +71,11 @@ class Lora2Branch(NamedTuple):
     dropout: float = 0.0
 
     @property
+    def matrices(self) -> tuple[str, ...]:
+        """The names of what trains, from that by which x is multiplied to that which gives the output."""
+        return "v", "u", "E", "U", "V"
+
+    @property
     def collapsed(self) -> Branch:
         """The same with the core as one matrix."""
         return Branch(self.v, lora2_core(self.u, self.E, self.U, self.mask), self.V, self.scaling, self.dropout)
@@ -69,8 +83,12 @@ class Lora2Branch(NamedTuple):
     def fused(self, x: Tensor, linear: nn.Module) -> Tensor:
         """The output of a linear layer and the branch, as one operation."""
         dtype, (x, weight, bias) = x.dtype, operands(linear, x)
-        y = lora2_linear(x, weight, *self[:6], bias, scaling=self.scaling, dropout=self.dropout)
+        y = self.multiplied(x, weight, bias)
         return y if y.dtype is dtype else quantised.result(linear, y, dtype)
+
+    def multiplied(self, x: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + bias and the branch, as one operation."""
+        return lora2_linear(x, weight, *self[:6], bias, scaling=self.scaling, dropout=self.dropout)
 
 
 # Packages whose patched attention and MLP compute LoRA by themselves.
@@ -209,6 +227,11 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     """A parameter, from the dictionary of parameters unless FSDP1 has put something else in its place."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of a DTensor that this rank has; other tensors as they are."""
+    return t if type(t) in PLAIN or not hasattr(t, "to_local") else t.to_local()
 
 
 def resized(x: Tensor, linear: nn.Module) -> Tensor:

@@ -36,7 +36,7 @@ def write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Puts what `gathered` gave, changed in place since and the same on all ranks, into the shards it came from."""
     for t, value in zip(tensors, values, strict=True):
         if is_shard(t):
-            t.to_local().copy_(value[_slices(t)])
+            t.to_local().copy_(value[slices(t)])
 
 
 class _Gathered(torch.autograd.Function):
@@ -58,7 +58,7 @@ class _Gathered(torch.autograd.Function):
                 t = tensors[place]
                 whole[place] = part.view(t.shape)
                 if _is_first_replica(t):
-                    whole[place][_slices(t)] = t.to_local()
+                    whole[place][slices(t)] = t.to_local()
             # A sum of one value and zeros is that value, in whatever order.
             for dim in range(mesh.ndim):
                 torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
@@ -71,14 +71,14 @@ class _Gathered(torch.autograd.Function):
         found = []
         for t, grad in zip(ctx.tensors, grads, strict=True):
             options = {"run_check": False, "shape": t.shape, "stride": t.stride()}
-            found.append(DTensor.from_local(grad[_slices(t)].contiguous(), t.device_mesh, t.placements, **options))
+            found.append(DTensor.from_local(grad[slices(t)].contiguous(), t.device_mesh, t.placements, **options))
         return tuple(found)
 
 
 _gathered = plain_apply(_Gathered)
 
 
-def _slices(t: Tensor) -> tuple[slice, ...]:
+def slices(t: Tensor) -> tuple[slice, ...]:
     """Where this rank's part lies in the whole."""
     [chunk] = t.__create_chunk_list__()
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))

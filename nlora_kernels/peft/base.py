@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backends.quantised import Quantised
 from ..commit import attributes
 from ..layers import branch as branches
+from . import tensor_parallel
 
 
 def check_readable(base: nn.Module) -> None:
@@ -66,6 +67,8 @@ def adding(
 ) -> tuple[Callable[[], object], ...]:
     """Steps for `commit` that make W ← W + sign·delta in place; a quantised W is quantised again as it was.
 
+    Where tensor parallelism splits W, delta is of the part that this rank has.
+
     Everything is made and checked here, so that the steps only put it in place.
 
     Args:
@@ -77,7 +80,7 @@ def adding(
     Raises:
         ValueError: W is not there, or neither dense nor of a kind that can be quantised again.
     """
-    weight = base.weight
+    weight = tensor_parallel.resident(base)
     if weight.is_meta:
         raise ValueError("the base weight must be loaded, got one on the meta device, where offloading leaves it")
     if branches.has_dense(base, weight):

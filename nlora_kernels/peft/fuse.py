@@ -6,6 +6,7 @@ from peft.tuners.lora import ParamWrapper
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from . import tensor_parallel
 from .experts import FusedExperts
 from .layer import FUSED, FusedLinear
 
@@ -54,7 +55,18 @@ def fuse_layers(model: nn.Module) -> None:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Takes `fuse` back and returns the model: its layers are PEFT's own again."""
+    """Takes `fuse` back and returns the model: its layers are PEFT's own again.
+
+    Raises ValueError for layers of NLoraConfig that tensor parallelism splits: PEFT's own have other matrices there.
+    """
+    for name, module in model.named_modules():
+        if type(module) in _FUSED.values() and tensor_parallel.is_distributed(module):
+            raise ValueError(f"layer {name!r} cannot be unfused: its matrices are those of a tensor-parallel layer")
+    return unfuse_layers(model)
+
+
+def unfuse_layers(model: nn.Module) -> nn.Module:
+    """The same of a model that is fused again before it is called."""
     own = {fused: plain for plain, fused in _FUSED.items()}
     for module in model.modules():
         if type(module) in own:

@@ -15,10 +15,10 @@ from ..backends.base import PLAIN
 from ..backends.quantised import Unreadable
 from ..commit import commit
 from ..layers import branch as branches
-from ..layers.branch import Branch, Lora2Branch, tensor_of
+from ..layers.branch import Branch, Lora2Branch, local, tensor_of
 from ..ops.group import Projection
 from . import base as base_weights
-from . import sharing
+from . import sharing, tensor_parallel
 
 
 class Term(NamedTuple):
@@ -53,8 +53,12 @@ class FusedLinear(Linear):
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
         """(A (r, in), N (r, r) or None, B (out, r)) of an adapter."""
-        A, B = self.factors(name)
-        return tensor_of(A, "weight"), None, tensor_of(B, "weight")
+        A, B = self.weights(name)
+        return A, None, B
+
+    def weights(self, name: str) -> list[Tensor]:
+        """The weights of an adapter's modules; where tensor parallelism splits the layer, what this rank has."""
+        return [local(tensor_of(factor, "weight")) for factor in self.factors(name)]
 
     def factors(self, name: str) -> tuple[nn.Module, ...]:
         """The modules that hold the matrices of an adapter: hooks on them must run."""
@@ -71,12 +75,16 @@ class FusedLinear(Linear):
         """None if the base layer and an adapter, by default what is active, can be one operation, else why not."""
         base = self._modules["base_layer"]
         reason = branches.obstacle(base)
-        if reason:
+        split = tensor_parallel.split_of(base) if reason else None
+        if reason and split is None:
             return reason
         if name is None:
             return self._obstacle_to_active()
         factors = self.factors(name)
-        if not branches.plain(factors, self.factor_types):
+        if split is not None:
+            if reason := tensor_parallel.obstacle(factors):
+                return f"a matrix of adapter {name!r} cannot be fused: {reason}"
+        elif not branches.plain(factors, self.factor_types):
             for factor in factors:
                 reason = branches.obstacle_of(factor, self.factor_types)
                 if reason:
@@ -107,6 +115,9 @@ class FusedLinear(Linear):
         """The probability of dropout that is in effect, where it is PyTorch's own."""
         dropout = self._modules["lora_dropout"]._modules[name]
         return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return tensor_parallel.sides(module, super()._get_in_out_features(module))
 
     def base(self, x: Tensor) -> Tensor:
         """The base layer's output."""
@@ -153,9 +164,12 @@ class FusedLinear(Linear):
             branch = self._fusible(terms[0], x)
             if branch is not None:
                 return self._fused(x, branch)
+        base = self._modules["base_layer"]
+        if tensor_parallel.split_of(base) is not None:
+            return tensor_parallel.apart(base, x, [(self._branch(term), term.rows) for term in terms])
         result = self._with_first(terms, x) if len(terms) > 1 and not args and not kwargs else None
         if result is None:
-            result = self.base_layer(x, *args, **kwargs)
+            result = base(x, *args, **kwargs)
         else:
             terms = terms[1:]
         dtype = result.dtype
@@ -175,15 +189,20 @@ class FusedLinear(Linear):
         return None if branch is None else self._fused(x, branch)
 
     def _fused(self, x: Tensor, branch: Branch | Lora2Branch) -> Tensor:
+        base = self._modules["base_layer"]
+        if type(tensor_of(base, "weight")) not in PLAIN and tensor_parallel.split_of(base) is not None:
+            return tensor_parallel.fused(base, x, branch)
         try:
-            return branch.fused(x, self._modules["base_layer"])
+            return branch.fused(x, base)
         except Unreadable as error:
             raise Unreadable(f"layer {self.layer_name!r}: {error}") from error
 
     def _fusible(self, term: Term, x: Tensor) -> Branch | Lora2Branch | None:
         """What a term adds, if the base layer can take it in."""
         name = term.name
-        if type(x) not in PLAIN or x.is_nested or self.obstacle(name):
+        if type(x) not in PLAIN and tensor_parallel.split_of(self._modules["base_layer"]) is None:
+            return None
+        if x.is_nested or self.obstacle(name):
             return None
         # The base layer's own bits, as from PEFT, where the adapter weighs nothing.
         if not self.scaling[name]:
@@ -192,6 +211,10 @@ class FusedLinear(Linear):
         if not self.cast_input_dtype_enabled and x.dtype != tensor_of(self._outer()[name], "weight").dtype:
             return None
         return self.branch(name)
+
+    def _branch(self, term: Term) -> Branch:
+        """What a term adds, as a product of matrices."""
+        return self.branch(term.name).collapsed
 
     def _part(self, term: Term, x: Tensor) -> Tensor:
         """What a term adds, in the adapter's dtype, by calling the modules."""
@@ -320,13 +343,6 @@ def plain_layer(base: nn.Module) -> type[FusedLinear]:
     if quantised.is_layer(type(base)):
         return FusedLinear8bitLt if type(base).__name__ == "Linear8bitLt" else FusedLinear4bit
     return FusedTorchaoLinear if type(base.weight).__module__.startswith("torchao.") else FusedLinear
-
-
-def check_whole(base: nn.Module, method: str) -> None:
-    """ValueError if tensor parallelism splits the base layer: a core would have to be kept equal on its ranks."""
-    plan = getattr(base, "_hf_tp_plan", None)
-    if plan is not None:
-        raise ValueError(f"{method} is not supported on a tensor-parallel layer, got the plan {plan!r}")
 
 
 def check_finite(adapter: str, merged: Tensor) -> None:

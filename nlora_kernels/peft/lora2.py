@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from .. import init
 from ..layers import branch as branches
-from ..layers.branch import Lora2Branch, tensor_of
+from ..layers.branch import Lora2Branch
 from ..layers.modules import check_alpha
+from . import tensor_parallel
 from .config import LoRA2Config
-from .layer import FusedLinear, check_whole
+from .layer import FusedLinear
 
 
 class Diagonal(nn.Module):
@@ -65,7 +66,7 @@ class LoRA2Linear(FusedLinear):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoRA2Config, **kwargs) -> None:
         init.check_rank(r)
         check_alpha(lora_alpha, "lora_alpha")
-        check_whole(self.get_base_layer(), "LoRA²")
+        tensor_parallel.check(self.get_base_layer(), "LoRA²")
         # NOTE: not in __init__, because PEFT's __init__ adds the first adapter.
         if "lora_v" not in self._modules:
             for name in (*self.adapter_layer_names, "lora_mask"):
@@ -98,7 +99,7 @@ class LoRA2Linear(FusedLinear):
     # Forward
 
     def branch(self, name: str) -> Lora2Branch:
-        v, u, E, U, V = [tensor_of(factor, "weight") for factor in self.factors(name)]
+        v, u, E, U, V = self.weights(name)
         k = u.shape[1]
         if v.shape[0] != k:
             # Padded for compiled hot swaps, v and V alone have grown.

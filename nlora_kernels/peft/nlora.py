@@ -19,11 +19,13 @@ from ..backends.base import PLAIN
 from ..backends.quantised import Quantised
 from ..commit import attributes, commit
 from ..layers import branch as branches
-from ..layers.branch import Branch, tensor_of
+from ..layers.branch import Branch, local
 from ..layers.modules import check_alpha
+from ..lora2 import shards
 from . import base as base_weights
+from . import tensor_parallel
 from .config import NLoraConfig
-from .layer import FUSED, FusedLinear, Term, check_whole, plain_layer
+from .layer import FUSED, FusedLinear, Term, plain_layer
 
 _deferring = ContextVar("deferring", default=False)
 
@@ -80,7 +82,7 @@ class HasCore:
         nystrom = config.init_lora_weights == "nystrom"
         init.check_rank(r, *((min(self._sides()), "min(out, in)") if nystrom else ()))
         check_alpha(lora_alpha, "lora_alpha")
-        check_whole(self.get_base_layer(), f"init_lora_weights={config.init_lora_weights!r}")
+        tensor_parallel.check(self.get_base_layer(), f"init_lora_weights={config.init_lora_weights!r}")
 
     @torch.no_grad()
     def _initialise(self, name: str, r: int, config: NLoraConfig, target_name: str) -> None:
@@ -169,14 +171,20 @@ class NLoraLinear(HasCore, FusedLinear):
         return self.in_features, self.out_features
 
     def _initial_matrices(self, r: int, method: str, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        with gather_params_ctx(self.get_base_layer().weight):
+        base = self.get_base_layer()
+        with gather_params_ctx(base.weight):
             # Random matrices need the weight's shape alone.
             W = self._base_weight() if options else torch.empty(()).expand(self.out_features, self.in_features)
+            split = tensor_parallel.split_of(base) if options else None
+            if split is not None:
+                return tensor_parallel.nystrom(split, W, r, **options)
             return init.adapter(W, r, method, **options)
 
     def _base_weight(self) -> Tensor | Quantised:
-        """W as (out, in) for reading, with the product that is subtracted from it."""
-        W = base_weights.readable(self.get_base_layer())
+        """W as (out, in) for reading, with the product that is subtracted from it; split, this rank's part."""
+        base = self.get_base_layer()
+        is_split = tensor_parallel.split_of(base) is not None
+        W = tensor_parallel.resident(base) if is_split else base_weights.readable(base)
         if self.subtracted is None:
             return W
         return init.subtract_(W.clone(), *self._initial(self.subtracted), -self.initial_scaling[self.subtracted])
@@ -184,12 +192,12 @@ class NLoraLinear(HasCore, FusedLinear):
     # Forward
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
-        A, *core, B = [tensor_of(factor, "weight") for factor in self.factors(name)]
+        A, *core, B = self.weights(name)
         if not core:
             return A, None, B
         N = core[0]
         if self._core_moves(name):
-            N = N - self.lora_N0[name].weight
+            N = N - local(self.lora_N0[name].weight)
         # Padded for compiled hot swaps, A and B alone have grown.
         r = N.shape[0]
         return (A, N, B) if A.shape[0] == r else (A[:r], N, B[:, :r])
@@ -204,7 +212,11 @@ class NLoraLinear(HasCore, FusedLinear):
         return Branch(*self._initial(name), scaling)
 
     def _initial(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        return self.lora_A0[name].weight, self.lora_N0[name].weight, self.lora_B0[name].weight
+        A, N, B = (local(t) for t in self._kept(name))
+        return A, N, B
+
+    def _kept(self, name: str) -> list[nn.Parameter]:
+        return [each[name].weight for each in (self.lora_A0, self.lora_N0, self.lora_B0)]
 
     def _apart(self, name: str, x: Tensor) -> Tensor:
         A, *core, B = self.factors(name)
@@ -256,6 +268,9 @@ class NLoraLinear(HasCore, FusedLinear):
             return None
         return branch
 
+    def _branch(self, term: Term) -> Branch:
+        return super()._branch(term) if term.initial is None else self.initial(term.name, term.initial)
+
     def _part(self, term: Term, x: Tensor) -> Tensor:
         if term.initial is None:
             return super()._part(term, x)
@@ -277,7 +292,7 @@ class NLoraLinear(HasCore, FusedLinear):
             base = self.get_base_layer()
             subtracted = attributes(self, subtracted=name)
             with gather_params_ctx(base.weight):
-                weight = branches.weight_of(base).data
+                weight = local(branches.weight_of(base)).data
                 init.add_product(weight, *self._initial(name), -self.initial_scaling[name], subtracted)
 
     @torch.no_grad()
@@ -295,13 +310,14 @@ class NLoraLinear(HasCore, FusedLinear):
         """The adapter whose initial product can be taken out of the base weight now."""
         if self.subtracted is not None or not self.lora_A0 or self.merged != merged:
             return None
-        weight = self.get_base_layer().weight
+        weight = tensor_parallel.resident(self.get_base_layer())
         if not branches.is_dense(weight) or weight.is_meta:
             return None
-        for name in self.lora_A0:
-            if not any(t.is_meta or type(t) is not nn.Parameter for t in self._initial(name)):
-                return name
-        return None
+        return next((name for name in self.lora_A0 if self._are_there(self._kept(name))), None)
+
+    def _are_there(self, kept: list[nn.Parameter]) -> bool:
+        split = tensor_parallel.split_of(self.get_base_layer()) is not None
+        return not any(t.is_meta or (type(t) is not nn.Parameter and not split) for t in kept)
 
     @torch.no_grad()
     def _move_initial(self, name: str, sign: int) -> None:
@@ -325,19 +341,21 @@ class NLoraLinear(HasCore, FusedLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _exchange(self, name: str, loaded: list[Tensor], weight: Tensor | None) -> None:
-        base, kept = self.get_base_layer(), self._initial(name)
-        if [t.shape for t in loaded] != [t.shape for t in kept] or not branches.is_dense(base.weight):
+        base, kept = self.get_base_layer(), self._kept(name)
+        own = tensor_parallel.resident(base)
+        if [t.shape for t in loaded] != [t.shape for t in kept] or not branches.is_dense(own):
             return
-        if base.weight.is_meta or any(t.is_meta or type(t) is not nn.Parameter for t in kept):
+        if own.is_meta or not self._are_there(kept):
             return
-        loaded = [_full(t) for t in loaded]
+        if weight is not None and weight.shape == base.weight.shape:
+            weight = _part_like(weight, base.weight)
+        loaded = [_part_like(new, old) for new, old in zip(loaded, kept, strict=True)]
+        kept = [local(t) for t in kept]
         copies = tuple(partial(Tensor.copy_, old.data, new) for old, new in zip(kept, loaded, strict=True))
         if weight is not None:
             # A base weight that comes along has the product out of it that was saved with it.
-            if self.subtracted in (None, name) and weight.shape == base.weight.shape:
-                commit(
-                    partial(Tensor.copy_, base.weight.data, _full(weight)), *copies, attributes(self, subtracted=name)
-                )
+            if self.subtracted in (None, name) and weight.shape == own.shape:
+                commit(partial(Tensor.copy_, own.data, weight), *copies, attributes(self, subtracted=name))
         elif self.subtracted == name and not all(map(_same, loaded, kept)):
             # Out with the new and in with the old product at once: the weight is rounded once.
             change = self._stored(self.initial(name, self.initial_scaling[name]).product())
@@ -411,8 +429,13 @@ def _same(loaded: Tensor, kept: Tensor) -> bool:
     return torch.equal(loaded.to(kept), kept)
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _part_like(t: Tensor, held: Tensor) -> Tensor:
+    """What a rank has of a tensor where it has what it has of the one that is held."""
+    if not hasattr(held, "device_mesh"):
+        return t.full_tensor() if hasattr(t, "full_tensor") else t
+    if hasattr(t, "device_mesh"):
+        return local(t.redistribute(placements=held.placements))
+    return t[shards.slices(held)]
 
 
 def subtract_initial(model: nn.Module) -> None:

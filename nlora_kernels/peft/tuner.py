@@ -32,9 +32,10 @@ from ..layers import branch as branches
 from ..layers import experts
 from ..layers.modules import check_alpha
 from . import base as base_weights
+from . import tensor_parallel
 from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
 from .experts import FusedExperts, NLoraExperts
-from .fuse import fuse_layers, unfuse
+from .fuse import fuse_layers, unfuse_layers
 from .layer import FusedLinear
 from .lora2 import LoRA2Linear
 from .nlora import NLoraLinear, subtract_initial
@@ -46,7 +47,7 @@ class _FusedModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         before = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         # Meanwhile layers of plain LoRA are PEFT's own, made and named in its messages as with LoraConfig.
-        unfuse(model)
+        unfuse_layers(model)
         try:
             config = self.peft_config[adapter_name]
             _find_experts(model, config)
@@ -86,12 +87,17 @@ class _FusedModel(LoraModel):
                 "that was not called yet"
             )
         try:
+            if tensor_parallel.split_of(base) is not None and (other := variant(lora_config)):
+                raise ValueError(
+                    f"{current_key!r} cannot be adapted: {other} is not supported on a tensor-parallel layer"
+                )
             # NOTE: an adapter goes to where the base weight is, and offloaded that would be the meta device.
-            with base_weights.brought(base):
+            with base_weights.brought(base), tensor_parallel.without_plan(self.model, base):
                 base_weights.check_readable(base)
                 super()._create_and_replace(
                     lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
                 )
+            tensor_parallel.distribute(getattr(parent, target_name), adapter_name)
         except (TypeError, ValueError) as error:
             # What a layer refuses, it refuses without knowing its name.
             known = (Unreadable,) if _is_lora(lora_config) else (TypeError, ValueError, Unreadable)
@@ -115,6 +121,7 @@ class _FusedModel(LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors = tensor_parallel.gathered(model, tensors)
         if not _is_lora(config):
             _warn_of_shards(tensors, adapter_name)
         return tensors
@@ -223,6 +230,9 @@ class NLoraModel(_FusedModel):
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
         if _is_lora(lora_config):
+            if tensor_parallel.split_of(target) is not None:
+                # PEFT's own would have matrices of the size of this rank's part.
+                return FusedLinear(target, adapter_name, config=lora_config, **kwargs)
             return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         if kwargs.get("parameter_name"):
             return NLoraExperts(target, adapter_name, config=lora_config, **kwargs)
@@ -354,7 +364,11 @@ def _advise(model: nn.Module, config) -> None:
     """One warning for what works but is not what the user came for."""
     # What its user chose, such as dropout, a layer runs unfused for without a word.
     bases = ((name, module.base_layer) for name, module in model.named_modules() if isinstance(module, FusedLinear))
-    unfused = {name: reason for name, base in bases if (reason := branches.obstacle(base))}
+    unfused = {
+        name: reason
+        for name, base in bases
+        if (reason := branches.obstacle(base)) and tensor_parallel.split_of(base) is None
+    }
     unfused = {name: reason for name, reason in unfused.items() if reason != INPUT_TOO}
     wrappers = ((name, module) for name, module in model.named_modules() if isinstance(module, FusedExperts))
     # The outermost computes. Nothing is said of routers, whose parameters are no stacks.
@@ -405,7 +419,7 @@ def _fit_ranks(model: nn.Module, config: NLoraConfig) -> None:
     for name, module in model.named_modules():
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if (isinstance(base, nn.Linear) or branches.is_conv1d(base)) and check_target_module_exists(found, name):
-            limits[name] = min(_get_in_out_features(base))
+            limits[name] = min(tensor_parallel.sides(base, _get_in_out_features(base)))
     for name, parameter in model.named_parameters():
         if any(f".{name}".endswith(f".{target}") for target in found.target_parameters or ()):
             limits[name] = min(parameter.shape[-2:])
