@@ -77,8 +77,9 @@ def test_every_method_shape_and_kind_is_asked_for():
             assert len({case.name for case in asked}) == len(asked)
             budgets = [case for case in asked if case.kind == "budget"]
             assert len({case.shape for case in budgets}) >= 12
-            drops = {"dropout"} if TABLE[backend].drops_inside else set()
-            assert {case.detail for case in budgets} == set(cases.METHODS) - {"dropout"} | drops
+            able = {"dropout": TABLE[backend].drops_inside, "experts": cases.takes_experts(backend)}
+            assert {case.detail for case in budgets} == {m for m in cases.METHODS if able.get(m, True)}
+            assert able["experts"] == any(case.detail == "experts" and case.kind == "time" for case in asked)
             assert {case.adapter for case in budgets} == {"float32", verified.short(dtype)}
             assert {case.kind for case in asked} == {"witness", "budget", "repeats", "replay", "time"}
             # Most of it no backend may refuse.

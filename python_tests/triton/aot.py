@@ -36,6 +36,8 @@ ROWS = [1, 16, 512, 2048, 8192]
 RANKS = [8, 16, 64, 128, 256]
 # M, K, N, R: sizes of 1 are compiled as constants, and ragged ones with masks and without descriptors.
 EDGES = [(1, 1, 1, 1), (3, 1, 7, 2), (100, 65, 1, 300), (2500, 777, 333, 13)]
+# Of a mixture.
+EXPERTS = 8
 # dtype of the base, dtype of the adapter, TF32 allowed.
 DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16, False),
@@ -138,6 +140,7 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
         plain = Call(x, weight, A, B, lora_N, bias)
         y, T = linear.forward(plain)
         linear.backward(plain, y, T, Needs(True, False, True, True, lora_N is not None, False))
+        call_experts(plain, meta)
     u, E, U = meta(R, R), meta(R), meta(R, R)
     lora2.forward(u, E, U, E)
     lora2.backward(core, u, E, U, E)
@@ -150,6 +153,20 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
     nystrom.squared_norms(weight)
     nystrom.subtract_products([weight], [A], [core], [B], 1.0)
     nystrom.solve_triangular(meta(R, R, dtype=torch.float32), meta(R, R, dtype=torch.float32))
+
+
+def call_experts(one, meta) -> None:
+    """Mixtures whose experts have the layer of a call, the rows of it all in all."""
+    from nlora_kernels.backends import ExpertsCall, Needs
+    from nlora_kernels.backends.triton import experts
+
+    for count in (1, EXPERTS):
+        _, weight, *adapter, bias = (None if t is None else meta(count, *t.shape, dtype=t.dtype) for t in one[:6])
+        # Weights are kept either way round.
+        for stored in (weight, weight.mT.contiguous().mT):
+            call = ExpertsCall(one.x, meta(count, dtype=torch.int32), stored, *adapter, bias)
+            y, T = experts.forward(call)
+            experts.backward(call, y, T, Needs(True, False, True, True, call.lora_N is not None, True))
 
 
 def decode(K: int, N: int, dtype: torch.dtype, meta) -> None:

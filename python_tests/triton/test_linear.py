@@ -19,7 +19,9 @@ if TABLE["triton"].unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 from nlora_kernels.backends import triton as backend  # noqa: E402
-from nlora_kernels.backends.triton import device, launch, linear, tuning  # noqa: E402
+from nlora_kernels.backends.triton import device, launch, linear  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("own_plans")
 
 DEVICE = "cpu" if device.interpreted() else "cuda"
 DTYPES = [torch.float32, torch.float16] + ([] if device.interpreted() else [torch.bfloat16])
@@ -52,30 +54,6 @@ def time_limit():
     signal.setitimer(signal.ITIMER_PROF, 60)
     yield
     signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-@pytest.fixture(autouse=True)
-def own_plans():
-    """What a test changes of the device or of the rule holds for its own plans alone."""
-    launch.forget_plans()
-    yield
-    launch.forget_plans()
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Sets tiles so small that every loop, split and wait of the kernels is taken, and the form of the launch."""
-
-    def configure(form="two", capability=80, processors=4, splits=3):
-        small = device.Device("small", capability, processors, 232_448)
-        tile = tuning.Tile(16, 16, 16, 4, 2)
-        launch.forget_plans()
-        monkeypatch.setattr(device, "target", lambda index: small)
-        monkeypatch.setattr(tuning, "wide_tile", lambda *_: tile)
-        monkeypatch.setattr(tuning, "narrow_tile", lambda M, N, K, columns, *_: (tile._replace(n=columns), splits))
-        monkeypatch.setattr(tuning, "single_launch", lambda *_: form == "single")
-
-    return configure
 
 
 @pytest.mark.usefixtures("poisoned")

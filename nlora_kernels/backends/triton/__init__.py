@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..base import Backend, Call, Grads, Initialisation, Lora2Training, Needs, capability, plain, short
+from ..base import Backend, Call, ExpertsCall, Grads, Initialisation, Lora2Training, Needs, capability, plain, short
 from ..quantised import Coded, Quantised
 from . import device
 
@@ -97,6 +97,16 @@ class Triton(Backend):
         from . import linear
 
         return linear.backward(call, dy, T, needs)
+
+    def forward_experts(self, call: ExpertsCall) -> tuple[Tensor, Tensor]:
+        from . import experts
+
+        return experts.forward(call)
+
+    def backward_experts(self, call: ExpertsCall, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
+        from . import experts
+
+        return experts.backward(call, dy, T, needs)
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
         from . import core

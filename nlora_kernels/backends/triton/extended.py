@@ -60,18 +60,23 @@ def extended_tile(x, weight, P, expand, bias, y, m, n, M, N, K, R, flag, seed, t
     store_tile(y, acc, m, n, M, N, BLOCK_M, BLOCK_N)
 
 
+@triton.jit
+def raster(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row block, column block) of a tile; rows in groups, so that both operands stay in L2."""
+    per_group = GROUP_M * tiles_n
+    first = tile // per_group * GROUP_M
+    group = tl.minimum(tiles_m - first, GROUP_M)
+    inside = tile % per_group
+    return first + inside % group, inside // group
+
+
 @triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed"])
 def extended_product(x, weight, P, expand, bias, y, seed, threshold, scale, M, N, K, R, META: tl.constexpr):
-    """y = [x | P]·[weight ; expand] + bias, one tile a program; rows in groups, so that both operands stay in L2."""
+    """y = [x | P]·[weight ; expand] + bias, one tile a program."""
     BLOCK_M: tl.constexpr = META.features.BLOCK_M
     BLOCK_N: tl.constexpr = META.features.BLOCK_N
-    tile = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    per_group = META.GROUP_M * tl.cdiv(N, BLOCK_N)
-    first = tile // per_group * META.GROUP_M
-    group = tl.minimum(tiles_m - first, META.GROUP_M)
-    inside = tile % per_group
-    m, n = (first + inside % group) * BLOCK_M, inside // group * BLOCK_N
+    block, column = raster(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), META.GROUP_M)
+    m, n = block * BLOCK_M, column * BLOCK_N
     extended_tile(x, weight, P, expand, bias, y, m, n, M, N, K, R, None, seed, threshold, scale, META)
 
 
@@ -211,17 +216,7 @@ def planned(x, weight, shrink, core, expand, bias, index, tf32, transposed, tile
     if single:
         layouts |= {"shrink": shrink, "core": core}
         blocks |= {"shrink": (tile.k, width)}
-    features = Product(
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        CHECK_K=K % tile.k != 0,
-        A_TRANSPOSED=False,
-        B_TRANSPOSED=transposed,
-        DROPS="",
-        DTYPE=launch.DTYPES[x.dtype],
-        PRECISION=launch.precision(x.dtype, tf32),
-    )
+    features = launch.product_of(tile, K, x.dtype, tf32, B_TRANSPOSED=transposed)
     rows = triton.cdiv(M, tile.m)
     tiles = rows * triton.cdiv(N, tile.n)
     made = launch.Launch(

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..base import Dropout
 from . import device
-from .tiles import Matrix, Vector
+from .tiles import Matrix, Product, Stack, Vector
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # How many results of each plan are remembered: those of the layers of a model at the numbers of rows that it meets.
@@ -126,9 +126,9 @@ class Launch:
             self._again = compiled[(*self.grid, 1, 1)[:3]]
 
 
-def strided(t: Tensor) -> Matrix | Vector:
+def strided(t: Tensor) -> Matrix | Vector | Stack:
     """A tensor as a kernel takes it that reads it in any strides."""
-    return (Matrix if t.ndim == 2 else Vector)(t, *t.stride())
+    return {1: Vector, 2: Matrix, 3: Stack}[t.ndim](t, *t.stride())
 
 
 def run(
@@ -225,14 +225,14 @@ def described(operand: Layout, dtype: torch.dtype, on: device.Device) -> bool:
 
 
 def aligned(*operands: Layout) -> bool:
-    """Whether a descriptor (cuTensorMapEncodeTiled) can describe matrices: their rows are contiguous, start at
-    multiples of 16 bytes and do not overlap, as the rows of an expanded or unfolded tensor do."""
+    """Whether a descriptor (cuTensorMapEncodeTiled) can describe matrices or stacks of them: rows are contiguous, start
+    at multiples of 16 bytes and do not overlap, as those of an expanded or unfolded tensor do."""
     return all(
         o.aligned
         and 0 not in o.shape
-        and o.strides[1] == 1
-        and o.strides[0] >= o.shape[1]
-        and o.strides[0] * o.dtype.itemsize % 16 == 0
+        and o.strides[-1] == 1
+        and all(o.strides[i - 1] >= o.strides[i] * o.shape[i] for i in range(1, len(o.shape)))
+        and all(stride * o.dtype.itemsize % 16 == 0 for stride in o.strides[:-1])
         and max(o.shape) <= 2**32
         and o.strides[0] * o.dtype.itemsize < 2**40
         for o in operands
@@ -247,6 +247,13 @@ def tf32(dtype: torch.dtype) -> bool:
 def precision(dtype: torch.dtype, tf32: bool) -> str:
     # NOTE: Triton's own default for fp32 is TF32.
     return "tf32" if dtype == torch.float32 and tf32 else "ieee"
+
+
+def product_of(tile, K: int, dtype: torch.dtype, tf32: bool, **how) -> Product:
+    """A product over K by the tiles of a plan. `how`: its operands, where they are not as they are multiplied."""
+    of_operands = {"A_TRANSPOSED": False, "B_TRANSPOSED": False, "DROPS": ""} | how
+    blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "CHECK_K": K % tile.k != 0}
+    return Product(**blocks, **of_operands, DTYPE=DTYPES[dtype], PRECISION=precision(dtype, tf32))
 
 
 def mask(dropout: Dropout | None) -> dict:

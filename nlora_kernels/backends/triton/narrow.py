@@ -167,17 +167,7 @@ def planned(a, b, core, index, tf32, a_transposed, b_transposed, core_transposed
         DTYPE=launch.DTYPES[a.dtype if raw else torch.float32],
         PRECISION=precision if raw or a.dtype == torch.float32 else "tf32x3",
     )
-    meta = Product(
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        CHECK_K=K % tile.k != 0,
-        A_TRANSPOSED=a_transposed,
-        B_TRANSPOSED=b_transposed,
-        DROPS=drops,
-        DTYPE=launch.DTYPES[a.dtype],
-        PRECISION=precision,
-    )
+    meta = launch.product_of(tile, K, a.dtype, tf32, A_TRANSPOSED=a_transposed, B_TRANSPOSED=b_transposed, DROPS=drops)
     product = launch.Launch(
         narrow_product,
         (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n), splits),
@@ -192,9 +182,16 @@ def planned(a, b, core, index, tf32, a_transposed, b_transposed, core_transposed
     )
     if not split:
         return Plan((M, N), splits, product, None)
-    width = columns if core else min(tuning.padded(N), 128)
+    return Plan((M, N), splits, product, summing(M, N, splits, finish, columns if core else 0, core))
+
+
+def summing(
+    M: int, N: int, splits: int, finish: Core, columns: int = 0, core: launch.Layout | None = None
+) -> launch.Launch:
+    """The launch that adds up slices of (M, N), in tiles of so many columns where a core follows."""
+    width = columns or min(tuning.padded(N), 128)
     height = max(16, 2048 // width)
-    total = launch.Launch(
+    return launch.Launch(
         sum_slices,
         (triton.cdiv(M, height) * triton.cdiv(N, width),),
         warps=8 if width > 128 else 4,
@@ -205,4 +202,3 @@ def planned(a, b, core, index, tf32, a_transposed, b_transposed, core_transposed
         splits=splits,
         slice_stride=M * N,
     )
-    return Plan((M, N), splits, product, total)

@@ -26,6 +26,22 @@ class Vector(NamedTuple):
     stride: int
 
 
+class Stack(NamedTuple):
+    """Matrices of one shape as they are stored, or a descriptor of their tiles: of each `item` takes one."""
+
+    data: object
+    stride_item: int
+    stride_row: int
+    stride_col: int
+
+
+class Item(NamedTuple):
+    """One matrix of a stack that is read by a descriptor."""
+
+    stack: object
+    index: int
+
+
 class Product(NamedTuple):
     """How tiles of a product a·b are computed.
 
@@ -67,6 +83,8 @@ def load_tile(
     """src[row : row + BLOCK_ROW, col : col + BLOCK_COL], zero outside the matrix."""
     if isinstance(src, tl.tensor_descriptor):
         tile = src.load([row, col])
+    elif isinstance(src[0], tl.tensor_descriptor):
+        tile = tl.reshape(src.stack.load([src.index, row, col]), (BLOCK_ROW, BLOCK_COL))
     else:
         i = row + tl.arange(0, BLOCK_ROW)
         j = col + tl.arange(0, BLOCK_COL)
@@ -78,6 +96,16 @@ def load_tile(
         else:
             tile = tl.load(pointers, mask=(j < cols)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def item(stack, index):
+    """The matrix of an index, an int32."""
+    if isinstance(stack, tl.tensor_descriptor):
+        found = Item(stack, index)
+    else:
+        found = Matrix(stack.data + index.to(tl.int64) * stack.stride_item, stack.stride_row, stack.stride_col)
+    return found
 
 
 @triton.jit

@@ -9,7 +9,8 @@ import torch
 
 from ... import backends
 
-# What trains, by method. LoRA² has its own five; "dropout" is SLoRA with the mask inside the operation.
+# What trains, by method. LoRA² has its own five; "dropout" is SLoRA with the mask inside the operation, and "experts"
+# SLoRA on a mixture of EXPERTS layers.
 METHODS = {
     "lora": ("x", "lora_A", "lora_B"),
     "slora": ("x", "weight", "lora_A", "lora_B", "lora_N", "bias"),
@@ -17,7 +18,9 @@ METHODS = {
     "inttune": ("x", "lora_N"),
     "lora2": ("x", "lora_v", "lora_u", "lora_E", "lora_U", "lora_V"),
     "dropout": ("x", "lora_A", "lora_B", "lora_N"),
+    "experts": ("x", "lora_A", "lora_B", "lora_N"),
 }
+EXPERTS = 4
 # Results that the parent computes again.
 WITNESS = 37, 96, 80, 16
 
@@ -25,9 +28,10 @@ WITNESS = 37, 96, 80, 16
 class Sizes(NamedTuple):
     """What is run on: a GPU, or on the CPU in rehearsal.
 
-    checked: shapes of the error budget. repeated, replayed: of bitwise repeats and of CUDA graphs. timed, dropped: of
-    times, the latter with dropout. initialised: in, out and r of Nyström initialisation. cores: r and k of the core of
-    LoRA². trained: r, k, layers and features of a model that trains LoRA². runs: repeats of a shape. rounds: of timing.
+    checked: shapes of the error budget. repeated, replayed: of bitwise repeats and of CUDA graphs. timed, dropped,
+    mixtures: of times, those with dropout and those of experts by themselves. initialised: in, out and r of Nyström
+    initialisation. cores: r and k of the core of LoRA². trained: r, k, layers and features of a model that trains
+    LoRA². runs: repeats of a shape. rounds: of timing.
     """
 
     checked: tuple[tuple[int, int, int, int], ...]
@@ -35,6 +39,7 @@ class Sizes(NamedTuple):
     replayed: tuple[tuple[int, int, int, int], ...]
     timed: tuple[tuple[int, int, int, int], ...]
     dropped: tuple[tuple[int, int, int, int], ...]
+    mixtures: tuple[tuple[int, int, int, int], ...]
     initialised: tuple[tuple[int, int, int], ...]
     cores: tuple[tuple[int, int], ...]
     trained: tuple[tuple[int, int, int, int], ...]
@@ -75,6 +80,7 @@ REAL = Sizes(
         (4096, 11008, 4096, 64),
     ),
     dropped=((2048, 768, 768, 16), (2048, 4096, 4096, 16), (8192, 4096, 4096, 64)),
+    mixtures=((64, 2048, 1536, 16), (2048, 2048, 1536, 16), (16384, 2048, 1536, 16)),
     initialised=((768, 768, 8), (4096, 4096, 128), (4096, 11008, 64)),
     cores=((8, 8), (64, 32)),
     trained=((8, 8, 24, 768), (32, 16, 4, 4096)),
@@ -87,6 +93,7 @@ REHEARSED = Sizes(
     replayed=((23, 64, 48, 8),),
     timed=((16, 64, 64, 8),),
     dropped=((16, 64, 64, 8),),
+    mixtures=((16, 64, 64, 8),),
     initialised=((40, 48, 8),),
     cores=((8, 8),),
     trained=((4, 3, 2, 24),),
@@ -128,6 +135,7 @@ RESULTS_OF = {
     "forward": ("y",),
     "backward": ("dx", "dlora_A", "dlora_B", "dlora_N"),
     "dropout": (),
+    "experts": ("y", "dx", "dlora_A", "dlora_B", "dlora_N"),
     "initialisation": ("A", "N", "B", "weight"),
     "lora2_core": ("core", "du", "dE", "dU"),
     "lora2_training": ("penalty", "dv", "du", "dV", "dU", "mean", "spread", "E"),
@@ -142,7 +150,8 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
     # PEFT keeps adapters in fp32 on a 16-bit base by default.
     adapters = list(dict.fromkeys(("float32", dtype)))
     found = [Case("witness", "nlora", WITNESS, adapter) for adapter in adapters]
-    methods = [method for method in METHODS if drops or method != "dropout"]
+    lacking = {"dropout": not drops, "experts": not takes_experts(backend)}
+    methods = [method for method in METHODS if not lacking.get(method)]
     for i, shape in enumerate(sizes.checked):
         optional = any(size % 8 for size in shape[1:]) or shape[3] > 256
         # Every method with either adapter, in turn over the shapes.
@@ -156,6 +165,8 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
         found += [Case("time", op, shape, adapter) for shape in sizes.timed for op in ("forward", "backward")]
     if drops:
         found += [Case("time", "dropout", shape, "float32") for shape in sizes.dropped]
+    if backends.TABLE[backend].proved_for and takes_experts(backend):
+        found += [Case("time", "experts", shape, adapter) for shape in sizes.mixtures for adapter in adapters]
     if backends.TABLE[backend].proved_for:
         more = NORMS_AND_SOLVES.get(backend, ())
         shapes = [(1, *shape) for shape in sizes.initialised]
@@ -169,6 +180,11 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
 def trains_lora2(backend: str) -> bool:
     """Whether a backend has kernels of its own for the rank allocator and the orthogonality penalty."""
     return type(backends.TABLE[backend]).lora2_training is not backends.Backend.lora2_training
+
+
+def takes_experts(backend: str) -> bool:
+    """Whether a backend has kernels of its own for all experts of a mixture."""
+    return type(backends.TABLE[backend]).forward_experts is not backends.Backend.forward_experts
 
 
 def dtype_of(name: str) -> torch.dtype:

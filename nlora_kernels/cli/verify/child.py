@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import backends, init, ops, testing
-from ...backends import Call, Dropout, Needs, verified
+from ...backends import Call, Dropout, ExpertsCall, Needs, verified
 from ...layers import LoRA2Linear
 from ...layers.branch import Branch
 from ...lora2 import RankAllocator, orthogonal_penalty
 from ...lora2.penalty import FORMS
-from .cases import METHODS, NORMS_AND_SOLVES, REAL, REHEARSED, RESULTS_OF, Case, Sizes, cases_of, dtype_of
+from .cases import EXPERTS, METHODS, NORMS_AND_SOLVES, REAL, REHEARSED, RESULTS_OF, Case, Sizes, cases_of, dtype_of
 
 SCALING, P_DROPPED, SEED = 0.7, 0.3, 2**40 + 7
 # Milliseconds that a timed batch of calls takes about, and how many calls it has at the most.
@@ -162,6 +162,8 @@ def layer_of(case: Case, backend: str, dtype: str, device: torch.device, seed: i
         tensors |= {name: part.to(of_adapter).contiguous() for name, part in parts.items()}
     if method == "lora2":
         return _lora2_layer(tensors, p.dy, R, options)
+    if method == "experts":
+        return _mixture(tensors, p.dy, options)
     plain = testing.plain_linear
     if method == "dropout":
         mask = Dropout(P_DROPPED, torch.tensor(SEED, device=device))
@@ -201,6 +203,32 @@ def _lora2_layer(tensors: dict[str, Tensor], dy: Tensor, k: int, options: dict) 
         METHODS["lora2"],
         dy,
         functools.partial(ops.lora2_linear, mask=mask, **options),
+        functools.partial(plain, scaling=options["scaling"]),
+        functools.partial(plain, scaling=0.0),
+    )
+
+
+def _mixture(tensors: dict[str, Tensor], dy: Tensor, options: dict) -> Layer:
+    """A layer of experts, each with that of `tensors` in an order of features of its own."""
+    M = dy.shape[0]
+    # One without rows, and rows without one.
+    ends = [M // 2, M // 2, M - M // 4, M - M // 8]
+    stacks = {name: torch.stack([t.roll(e, 0) for e in range(EXPERTS)]) for name, t in tensors.items() if name != "x"}
+
+    def plain(x, weight, lora_A, lora_B, lora_N, scaling):
+        parts, first = [], 0
+        for e, last in enumerate(ends):
+            matrices = weight[e], lora_A[e], lora_B[e], lora_N[e]
+            parts.append(testing.plain_linear(x[first:last], *matrices, scaling=scaling))
+            first = last
+        return torch.cat([*parts, x.new_zeros(M - first, weight.shape[1])])
+
+    offsets = torch.tensor(ends, dtype=torch.int32, device=dy.device)
+    return Layer(
+        {"x": tensors["x"], **stacks},
+        METHODS["experts"],
+        dy,
+        functools.partial(ops.lora_grouped_linear, offsets=offsets, **options),
         functools.partial(plain, scaling=options["scaling"]),
         functools.partial(plain, scaling=0.0),
     )
@@ -307,6 +335,24 @@ def _dropout_calls(case, module, backend, dtype, machine):
         return step(F.linear(p.x, p.weight) + branch.to(p.x.dtype))
 
     return ([inside], [outside]), {}
+
+
+def _experts_calls(case, module, backend, dtype, machine):
+    """A step of a layer of experts."""
+    layer = layer_of(case, backend, dtype, machine.device)
+    offsets = layer.ours.keywords["offsets"]
+    names = ("x", "weight", "lora_A", "lora_B", "lora_N")
+    operands = [layer.dy, *(layer.tensors[name] for name in names)]
+
+    def results(by, dy, x, *stacks):
+        call = ExpertsCall(x, offsets, *stacks, None, SCALING)
+        y, T = by.forward_experts(call)
+        grads = by.backward_experts(call, dy, T, ADAPTER)
+        return y, grads.x, grads.lora_A, grads.lora_B, grads.lora_N
+
+    ours, lean = (functools.partial(results, by, *operands) for by in (module, backends.TABLE["lean"]))
+    compared = zip(ours(), lean(), results(backends.REFERENCE, *(t.double() for t in operands)), strict=True)
+    return ([ours], [lean]), _against(layer.dy.dtype, dict(zip(RESULTS_OF["experts"], compared, strict=True)))
 
 
 def _initialisation_calls(case, module, backend, dtype, machine):
@@ -419,6 +465,7 @@ CALLS = {
     "forward": _forward_calls,
     "backward": _backward_calls,
     "dropout": _dropout_calls,
+    "experts": _experts_calls,
     "initialisation": _initialisation_calls,
     "lora2_core": _core_calls,
     "lora2_training": _training_calls,

@@ -12,10 +12,15 @@ from .rule import Tile, narrow_tile, padded, shared_bytes
 __all__ = ["Tile", "narrow_tile", "padded", "shared_bytes", "single_launch", "wide_tile"]
 
 
-def wide_tile(M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device) -> Tile:
-    """The tile of the extended product (M, K)·(K, N) and of the single launch. `aligned`: rows start at 16 bytes."""
-    measured = tables.nearest(dtype, tf32, (M, N, K, R), device) if aligned else None
-    return Tile(*measured["tile"]) if measured else rule.wide_tile(M, N, dtype, tf32, aligned, device)
+def wide_tile(
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device, count: int = 1
+) -> Tile:
+    """The tile of the extended product (M, K)·(K, N) and of the single launch. `aligned`: rows start at 16 bytes.
+
+    `count` is how many such products a launch holds, of which only those of one are measured.
+    """
+    measured = tables.nearest(dtype, tf32, (M, N, K, R), device) if aligned and count == 1 else None
+    return Tile(*measured["tile"]) if measured else rule.wide_tile(M, N, dtype, tf32, aligned, device, count)
 
 
 def single_launch(

@@ -45,9 +45,10 @@ TF32_TILES = {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 4, 3): 0.6, Tile(1
 FEW_ROWS = 64
 
 
-def wide_tile(M: int, N: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device) -> Tile:
-    """The tile of the extended product (M, K)·(K, N) and of the single launch. `aligned`: rows start at 16 bytes."""
-    return min(candidates(M, dtype, tf32, aligned, device).items(), key=lambda c: _cost(M, N, *c, device))[0]
+def wide_tile(M: int, N: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device, count: int = 1) -> Tile:
+    """The tile of `count` extended products (M, K)·(K, N), or of the single launch. `aligned`: rows start at 16 B."""
+    found = candidates(M, dtype, tf32, aligned, device)
+    return min(found.items(), key=lambda c: _cost(M, N, *c, device, count))[0]
 
 
 def narrow_tile(
@@ -60,8 +61,9 @@ def narrow_tile(
     aligned: bool,
     device: Device,
     right: torch.dtype | None = None,
+    count: int = 1,
 ) -> tuple[Tile, int]:
-    """The tile of a product that has a short side, and into how many parts its sum over K is split.
+    """The tile of `count` products that have a short side, and into how many parts their sums over K are split.
 
     `columns` is the least width of the tile: all of N where a core follows. `right` is the dtype in which the right
     operand is stored where it is not `dtype`. The tile is as large as registers allow,
@@ -81,7 +83,7 @@ def narrow_tile(
         tile = Tile(min(padded(M), height), width, depth, warps, 3 if asynchronous else 2)
     while tile.stages > 1 and shared_bytes(tile, dtype, right) > device.shared:
         tile = tile._replace(stages=tile.stages - 1)
-    tiles = math.ceil(M / tile.m) * math.ceil(N / tile.n)
+    tiles = count * math.ceil(M / tile.m) * math.ceil(N / tile.n)
     splits = 1
     while tiles * splits < device.processors and K / (2 * splits) >= 4 * tile.k and splits < 64:
         splits *= 2
@@ -125,7 +127,7 @@ def shared_bytes(tile: Tile, dtype: torch.dtype, right: torch.dtype | None = Non
     return tile.stages * tile.k * (tile.m * dtype.itemsize + tile.n * (right or dtype).itemsize) + RESERVED
 
 
-def _cost(M: int, N: int, tile: Tile, share: float, device: Device) -> tuple[float, int]:
+def _cost(M: int, N: int, tile: Tile, share: float, device: Device, count: int) -> tuple[float, int]:
     """Waves times the work of a tile; among equals the smaller tile, whose last wave wastes less."""
-    waves = math.ceil(math.ceil(M / tile.m) * math.ceil(N / tile.n) / device.processors)
+    waves = math.ceil(count * math.ceil(M / tile.m) * math.ceil(N / tile.n) / device.processors)
     return waves * tile.m * tile.n / share, tile.m * tile.n
