@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .. import internals
 from ..layers import branch as branches
 from ..ops import lora_mlp
-from ..ops.group import Projection
 from ..ops.mlp import ACTIVATIONS
 from . import sharing
 from .layer import FusedLinear
@@ -102,11 +101,11 @@ class SharedLinear(nn.Linear):
     def base(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
-    def projection(self, x: Tensor) -> Projection | None:
+    def taken(self, x: Tensor) -> sharing.Taken | None:
         """What it computes of x now, if that is all it does."""
         if branches.obstacle(self) or not branches.is_plain(x):
             return None
-        return Projection(self.weight, None, self.bias)
+        return sharing.Taken(self.weight, self.bias)
 
     def _get_name(self) -> str:
         return nn.Linear.__name__
@@ -169,10 +168,10 @@ class Mlp(NamedTuple):
         if not _is_made_of(children[self.act], self.made_of):
             return None
         layers = [children[name] for name in self[:3]]
-        parts = [layer.projection(x) if hasattr(type(layer), "projection") else None for layer in layers]
+        parts = [sharing.taken(layer, x) for layer in layers]
         if None in parts:
             return None
-        return lora_mlp(x, *parts, self.activation, recompute=self.recompute)
+        return lora_mlp(x, *[part.projection() for part in parts], self.activation, recompute=self.recompute)
 
 
 class Sharing:

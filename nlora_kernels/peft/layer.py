@@ -16,7 +16,6 @@ from ..backends.quantised import Unreadable
 from ..commit import commit
 from ..layers import branch as branches
 from ..layers.branch import Branch, Lora2Branch, local, tensor_of
-from ..ops.group import Projection
 from . import base as base_weights
 from . import sharing, tensor_parallel
 
@@ -123,7 +122,7 @@ class FusedLinear(Linear):
         """The base layer's output."""
         return self._modules["base_layer"](x)
 
-    def projection(self, x: Tensor) -> Projection | None:
+    def taken(self, x: Tensor) -> sharing.Taken | None:
         """What the layer computes of x now, if that is one operation on dense tensors and all that calling it does."""
         if self.lora_variant or not branches.is_called_plainly(self) or not branches.is_plain(x):
             return None
@@ -136,12 +135,13 @@ class FusedLinear(Linear):
         if not branches.has_dense(base, weight):
             return None
         if not terms:
-            return Projection(weight, None, bias)
+            return sharing.Taken(weight, bias)
         branch = self._fusible(terms[0], x)
-        if branch is None:
-            return None
-        A, N, B, scaling, dropout = branch.collapsed
-        return Projection(weight, (A, B) if N is None else (A, B, N), bias, scaling, dropout)
+        return branch and sharing.Taken(weight, bias, branch, self._held(terms[0].name))
+
+    def _held(self, name: str) -> tuple[Tensor, ...]:
+        """The tensors that an adapter is made of."""
+        return tuple(self.weights(name))
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         shared = sharing.current()

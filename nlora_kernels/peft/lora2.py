@@ -121,6 +121,9 @@ class LoRA2Linear(FusedLinear):
     def factors(self, name: str) -> tuple[nn.Module, ...]:
         return tuple([self._modules[kind]._modules[name] for kind in self.adapter_layer_names])
 
+    def _held(self, name: str) -> tuple[Tensor, ...]:
+        return *super()._held(name), self.lora_mask[name].weight
+
     # Life cycle
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -228,6 +228,10 @@ class NLoraLinear(HasCore, FusedLinear):
             P = P - self.lora_N0[name](T)
         return B(branches.resized(P, B))
 
+    def _held(self, name: str) -> tuple[Tensor, ...]:
+        held = super()._held(name)
+        return (*held, self.lora_N0[name].weight) if self._core_moves(name) else held
+
     def _core_moves(self, name: str) -> bool:
         modules = self._modules
         return name in modules["lora_N0"]._modules and name not in modules["lora_A0"]._modules

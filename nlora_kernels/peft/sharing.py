@@ -5,10 +5,12 @@ with the same x. What nobody asks for is forgotten when the module's forward end
 """
 
 import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.branch import Branch, Lora2Branch
 from ..ops import lora_group_linear
 from ..ops.checks import fits_linear
 from ..ops.group import Projection
@@ -43,6 +45,34 @@ def enter(forward):
     return before
 
 
+class Taken(NamedTuple):
+    """What a layer computes of an x: x·weightᵀ + bias, and what its adapter adds, if it has one, which is made of the
+    tensors that are `held`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    branch: Branch | Lora2Branch | None = None
+    held: tuple[Tensor, ...] = ()
+
+    def projection(self) -> Projection:
+        if self.branch is None:
+            return Projection(self.weight, None, self.bias)
+        A, N, B, scaling, dropout = self.branch.collapsed
+        return Projection(self.weight, (A, B) if N is None else (A, B, N), self.bias, scaling, dropout)
+
+    def facts(self) -> tuple:
+        """Equal to those of a later moment, while these tensors are there, where the layer computes the same."""
+        tensors = [self.weight, *self.held] if self.bias is None else [self.weight, self.bias, *self.held]
+        # A change in place is counted, and what takes the place of a tensor has another address.
+        found = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        return found, self.branch and self.branch[-2:]
+
+
+def taken(layer: nn.Module, x: Tensor) -> Taken | None:
+    """That of a layer now, and None of what is no adapter layer any more."""
+    return layer.taken(x) if hasattr(type(layer), "taken") else None
+
+
 class Group:
     """The layers that share x in one forward of their module."""
 
@@ -51,6 +81,8 @@ class Group:
         self.outputs: list[Tensor | None] = [None] * len(members)
         self.started = False
         self.x = self.mode = self.values = None
+        # What was computed of each member, and its facts then.
+        self.parts: list[tuple[Taken, tuple]] | None = None
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """That of a member, or None if it is to compute it alone."""
@@ -65,23 +97,35 @@ class Group:
         if self.values is not None and not torch.equal(_bits(x), self.values):
             return None
         y, self.outputs[index] = self.outputs[index], None
+        if not self._is_as_it_was(index, x):
+            y = None
         if not self.left:
-            self.x = self.values = None
+            self.x = self.values = self.parts = None
         return y
+
+    def _is_as_it_was(self, index: int, x: Tensor) -> bool:
+        """Whether a member would compute now what was computed for it."""
+        # The compiler knows of no addresses.
+        if self.parts is None:
+            return True
+        now = taken(self.members[index], x)
+        return now is not None and now.facts() == self.parts[index][1]
 
     def _start(self, index: int, x: Tensor) -> Tensor | None:
         counts = torch.compiler.is_compiling() or not x.is_inference()
         # To compare values would wait for any other device.
         if not counts and not x.is_cpu:
             return None
-        # Of what is no adapter layer any more, None.
-        parts = [m.projection(x) if hasattr(type(m), "projection") else None for m in self.members]
-        able = [i for i, part in enumerate(parts) if part is not None and _multiplies(x, part)]
+        found = [taken(member, x) for member in self.members]
+        able = [i for i, part in enumerate(found) if part is not None and _multiplies(x, part)]
         if index not in able or len(able) < 2:
             return None
         self.started, self.x, self.mode = True, x, _mode(x)
         self.values = None if counts else _bits(x).clone()
-        weights, adapters, biases, scalings, drops, _ = zip(*[parts[i] for i in able], strict=True)
+        if not torch.compiler.is_compiling():
+            self.parts = [part and (part, part.facts()) for part in found]
+        parts = [found[i].projection() for i in able]
+        weights, adapters, biases, scalings, drops, _ = zip(*parts, strict=True)
         ys = lora_group_linear(x, weights, adapters, biases, scaling=scalings, dropout=drops)
         for i, y in zip(able, ys, strict=True):
             self.outputs[i] = y
@@ -146,7 +190,7 @@ def _bits(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def _multiplies(x: Tensor, part: Projection) -> bool:
+def _multiplies(x: Tensor, part: Taken) -> bool:
     """Whether a layer can be called with x; one that cannot is about to get another."""
     weight = part.weight
     if fits_linear(x, weight, part.bias):

@@ -16,6 +16,7 @@ from torch import nn
 import nlora_kernels.peft as nkp
 from nlora_kernels.peft import sharing
 from nlora_kernels.peft.group import Scope, SharedLinear
+from nlora_kernels.peft.layer import FusedLinear
 from python_tests.peft.adapters import adapted, config
 from python_tests.tiny import VOCABULARY, llama, perturb, tokens
 
@@ -316,6 +317,43 @@ def changing_x(self, x):
     x = x + 0
     q, k = self.q_proj(x), self.k_proj(x)
     return torch.cat((q, k, self.v_proj(x.mul_(2))), -1)
+
+
+BETWEEN = {
+    "nothing": lambda layer: None,
+    "weight": lambda layer: layer.base_layer.weight.mul_(2),
+    "another weight": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(layer.base_layer.weight * 2)),
+    "adapter": lambda layer: layer.lora_B["default"].weight.mul_(2),
+    "data": lambda layer: setattr(layer.lora_B["default"].weight, "data", layer.lora_B["default"].weight * 2),
+    "hook": lambda layer: layer.base_layer.register_forward_hook(lambda m, a, y: 2 * y),
+    "disabled": lambda layer: layer.enable_adapters(False),
+    "scale": lambda layer: layer.set_scale("default", 3.0),
+    "merged": lambda layer: layer.merge(),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("method", ["lora", "nlora", "lora2", "inttune_residual"])
+def test_a_layer_that_changes_between_the_calls_of_its_group_computes_as_it_is_then(between, method, calls):
+    def how(self, x):
+        q = self.q_proj(x)
+        BETWEEN[between](self.k_proj)
+        return torch.cat((q, self.k_proj(x), self.v_proj(x)), -1)
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(nn.Sequential(Called(how)), config(method, **QKV))
+    perturb(model)
+    alone, x = copy.deepcopy(model), torch.randn(5, 8)
+    nkp.group(model)
+    counted, function = [], FusedLinear._fused
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        patch.setattr(FusedLinear, "_fused", lambda *a: counted.append(1) or function(*a))
+        y = model(x)
+    # What nothing has happened to is computed once.
+    assert calls == [3] and (between != "nothing" or not counted)
+    with torch.no_grad():
+        torch.testing.assert_close(y, alone(x))
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")], ids=["numbers", "nan"])
