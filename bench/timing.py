@@ -103,10 +103,11 @@ def saved_bytes(function: Callable, parameters) -> int:
     def pack(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return t
+            # Kept, so that none that comes later has its address.
+            found[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    # NOTE: not t itself: what a graph keeps of its own results it keeps for ever. No backward comes to ask for it.
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         kept = function()
     del kept
-    return sum(found.values())
+    return sum(storage.nbytes() for storage in found.values())

@@ -1,11 +1,15 @@
 """The benchmarks tell the truth: what they time is checked, and a wrong kernel gets no time."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
+import torch
 
+from bench.timing import saved_bytes
 from python_tests import ROOT
 
 pytest.importorskip("pytest_benchmark")
@@ -53,3 +57,19 @@ def test_a_wrong_kernel_fails_its_row_and_no_other(broken, op, tmp_path):
     assert [row["impl"] for row in timed] == ["eager3"]
     name = "y" if broken == "forward" else "dlora_N"
     assert f"AssertionError: {name} is off by" in done.stdout
+
+
+def test_bytes_saved_for_backward_are_counted_and_not_kept():
+    x = torch.randn(64, 64, requires_grad=True)
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)), torch.nn.Sigmoid()).requires_grad_(False)
+    results = []
+
+    def forward():
+        y = model(x).exp()
+        results.append(weakref.ref(y))
+        return y
+
+    # Of the sigmoid and of exp, which keep their results; each of its own, though nothing of them is kept here.
+    assert saved_bytes(forward, model.parameters()) == 2 * 64 * 64 * 4
+    gc.collect()
+    assert results[0]() is None
