@@ -320,7 +320,8 @@ def distribute(layer: nn.Module, name: str) -> None:
     """Puts an adapter's matrices, whole on every rank, where its layer's weight lies, as the first rank has them."""
     from torch.distributed.tensor import distribute_tensor
 
-    split = split_of(layer.get_base_layer())
+    # What PEFT gives a second adapter on parameters for a layer is their module.
+    split = split_of(layer.get_base_layer()) if isinstance(layer, BaseTunerLayer) else None
     if split is None:
         return
     for kind, held in layer.named_children():
