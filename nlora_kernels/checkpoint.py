@@ -161,8 +161,11 @@ class _Lora(NamedTuple):
 def _as_lora(layer: dict[str, Tensor], config: dict, scaling: float) -> _Lora:
     layer = {kind: tensor.double() for kind, tensor in layer.items()}
     if config["peft_type"] == "LORA2":
-        core = (layer["U"] * (layer["E"] * layer["mask"])) @ layer["u"]
-        return _Lora.of(*_folded(layer["v"], scaling * core, layer["V"]))
+        u, U, values = layer["u"], layer["U"], layer["E"] * layer["mask"]
+        experts = layer["v"].shape[0] // u.shape[1]
+        parts = zip(U.chunk(experts, 1), values.chunk(experts), u.chunk(experts), strict=True)
+        cores = [left * E @ right for left, E, right in parts]
+        return _Lora.of(*_folded(layer["v"], scaling * torch.cat(cores), layer["V"]))
     if "embedding_A" in layer:
         return _Lora({"embedding_A": layer["embedding_A"], "embedding_B": scaling * layer["embedding_B"]})
     A, B = layer["A"], layer["B"]
@@ -196,7 +199,8 @@ def _of_one_rank(src_dir: str | os.PathLike, config: dict, exported: dict[str, _
         raise ValueError(f"{Path(src_dir, CONFIG)} has patterns for target_parameters, which need keep_patterns")
     else:
         # The ranks of several experts lie side by side.
-        r = config["r"] * (2 if config.get("residual") and config.get("train") != "core" else 1)
+        doubled = config.get("residual") and config.get("train") != "core"
+        r = config["k"] if config["peft_type"] == "LORA2" else config["r"] * (2 if doubled else 1)
     one = {"r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     return config | one, exported
 
@@ -208,6 +212,8 @@ def _with_patterns(config: dict, layers: Iterable[str]) -> dict:
         default = config["lora_alpha"] * saved.root(config, k / config["r"])
         alphas = {name: saved.alpha(config, name) * saved.root(config, k / saved.rank(config, name)) for name in layers}
         alphas = {patterns.exact(saved.name_in_base(name)): alpha for name, alpha in alphas.items() if alpha != default}
+        if config.get("target_parameters"):
+            alphas = _alphas_of_parameters(config)
         return config | {"r": k, "lora_alpha": default, "rank_pattern": {}, "alpha_pattern": alphas}
     if not config.get("residual") or config.get("train") == "core":
         return config
@@ -218,6 +224,15 @@ def _with_patterns(config: dict, layers: Iterable[str]) -> dict:
         "rank_pattern": {key: 2 * r for key, r in (config.get("rank_pattern") or {}).items()},
         "alpha_pattern": {key: factor * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
     }
+
+
+def _alphas_of_parameters(config: dict) -> dict[str, float]:
+    """The alpha_pattern of LoRA² as LoRA of rank k, of the patterns alone: names of tensors name no parameters."""
+    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    if ranks and alphas and list(ranks) != list(alphas):
+        raise ValueError("rank_pattern and alpha_pattern must have the same keys where there are target_parameters")
+    k, r, alpha = config["k"], config["r"], config["lora_alpha"]
+    return {key: alphas.get(key, alpha) * saved.root(config, k / ranks.get(key, r)) for key in ranks or alphas}
 
 
 # Reading and writing

@@ -34,6 +34,8 @@ _SHAPES = {
     "V": ("out", "k"),
     "mask": ("r",),
 }
+# Where an adapter may be on parameters, whose experts it has side by side and below each other.
+_PACKED = _SHAPES | {"v": ("experts' k", "in"), "V": ("out", "experts' k")}
 _SAFETENSORS_ABSENT = "nlora_kernels.checkpoint needs the extra 'peft': pip install 'nlora_kernels[peft]'"
 
 
@@ -177,7 +179,8 @@ def check_layers(file: Path, layers: dict[str, dict[str, Tensor]], config: dict)
             # Convolutions have more dimensions, plain LoRA's alone.
             shape = tensor.shape[:2] if kinds == ("A", "B") else tensor.shape
             known = dict(sizes)
-            names = ("r", "core") if kind in ("N", "N0") and "core" in sizes else _SHAPES[kind]
+            shapes = _PACKED if config.get("target_parameters") else _SHAPES
+            names = ("r", "core") if kind in ("N", "N0") and "core" in sizes else shapes[kind]
             wanted = [sizes.setdefault(size, there) for size, there in zip(names, shape, strict=False)]
             if len(names) != len(shape) or wanted != list(shape):
                 expected = ", ".join(str(known.get(size, size)) for size in names)

@@ -35,7 +35,8 @@ class RankAllocator:
     The paper drops them for being the same for all values of a layer; but the budget is shared by all layers, and among
     layers they do decide. They cost averages as large as the adapters, and the time of reading those and the gradients.
 
-    The number of values kept is b(t), t = 1 at the first step, falling from b_0 = Σ r to b_T = target_rank·layers:
+    The number of values kept is b(t), t = 1 at the first step, falling from b_0 = Σ r to b_T = target_rank·layers, of
+    which each expert of a mixture is one:
 
         b(t) = b_0                                                                     t ≤ t_init
                int((b_0 − b_T)·(1 − (t − t_init)/(T − t_final − t_init))³ + b_T)       t_init < t < T − t_final
@@ -99,8 +100,9 @@ class RankAllocator:
         if t_init + t_final >= total_steps:
             raise ValueError(f"t_init + t_final must be below total_steps = {total_steps}, got {t_init} + {t_final}")
         ranks = [layer.r for layer in found]
-        if target_rank * len(found) > sum(ranks):
-            mean = sum(ranks) / len(found)
+        self._count = sum(layer.count for layer in found)
+        if target_rank * self._count > sum(ranks):
+            mean = sum(ranks) / self._count
             raise ValueError(f"target_rank must be at most the mean r of the layers, {mean:g}, got {target_rank}")
         devices = {str(t.device) for t in (*self._scored, *self._columns)}
         if len(devices) > 1:
@@ -116,12 +118,12 @@ class RankAllocator:
         self._kept = torch.ones(sum(ranks), dtype=torch.bool, device=like.device)
         self._nonfinite, self._progress = torch.zeros(2, dtype=torch.int64, device=like.device)
         self._where, self._share = _score_index(found, self.exp_avg)
-        places = [place for place, r in enumerate(ranks) for _ in range(r)]
-        self._layer = torch.tensor(places, device=like.device)
+        each = [layer.r // layer.count for layer in found for _ in range(layer.count)]
+        self._layer = torch.arange(self._count).repeat_interleave(torch.tensor(each)).to(like.device)
 
     def budget(self, t: int) -> int:
         """b(t), how many singular values step t leaves."""
-        first, last = self._kept.numel(), self.target_rank * len(self.layers)
+        first, last = self._kept.numel(), self.target_rank * self._count
         if t <= self.t_init:
             return first
         if t >= self._freezing_step:
@@ -306,8 +308,9 @@ class RankAllocator:
             return rows
         start = sum(t.numel() for t in self._scored)
         products = (self.exp_avg[start:] * self.exp_unc[start:]).split([t.numel() for t in self._columns])
-        sums = torch.stack([product.sum() for product in products]).view(-1, 2).sum(1)
-        return rows + sums[self._layer] * self._share[:, 1]
+        pairs = zip(self.layers, products[::2], products[1::2], strict=True)
+        sums = [v.view(la.count, -1).sum(1) + V.view(-1, la.count).sum(0) for la, v, V in pairs]
+        return rows + torch.cat(sums)[self._layer] * self._share[:, 1]
 
     def _mask(self, found, E: list[Tensor], budget: int, masks: list[Tensor]) -> None:
         scores = None

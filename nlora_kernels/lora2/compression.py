@@ -22,9 +22,12 @@ def compress(model: nn.Module) -> dict[str, int]:
     layer, so that saving and loading restore ranks and scaling. The parameters are new ones: an optimizer and a
     `RankAllocator` made before do not know them. An interrupt comes before all of it or after.
 
-    Raises ValueError if the model has no LoRA² layers.
+    Raises ValueError if the model has no LoRA² layers, or has them on experts, whose ranks would differ within one
+    tensor: what is pruned there stays, as zeros.
     """
     found = layers(model)
+    if mixtures := [layer.name for layer in found if layer.count > 1]:
+        raise ValueError(f"model must have no LoRA² adapters on experts, got one on {mixtures[0]}")
     shrunk = {(layer.name, layer.adapter): _shrink(layer) for layer in found}
     steps = [step for each in shrunk.values() for step in each.steps]
     for config, names in _configurations(model, found):

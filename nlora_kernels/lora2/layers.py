@@ -8,7 +8,11 @@ _TENSORS = ("lora_E", "lora_u", "lora_U", "lora_v", "lora_V", "lora_mask")
 
 
 class Layer(NamedTuple):
-    """The tensors of one LoRA² adapter: E (r), u (r, k), U (k, r), v (k, in), V (out, k) and the mask (r)."""
+    """The tensors of one LoRA² adapter: E (r), u (r, k), U (k, r), v (k, in), V (out, k) and the mask (r).
+
+    Those of a mixture's experts are packed, and r is the sum of theirs: v (experts·k, in), V (out, k·experts) with the
+    experts of one k side by side, and in all others the experts one after another.
+    """
 
     name: str
     module: nn.Module
@@ -30,6 +34,11 @@ class Layer(NamedTuple):
         return self.lora_u.shape[1]
 
     @property
+    def count(self) -> int:
+        """How many layers it is: one, or the experts of a mixture, whose factors are packed."""
+        return getattr(self.module, "num_experts", 1)
+
+    @property
     def scored(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three small tensors that importance is computed from."""
         return self.lora_E, self.lora_u, self.lora_U
@@ -44,6 +53,14 @@ class Layer(NamedTuple):
     def again(self) -> "Layer":
         """The same with the tensors that the module holds now: moving a model replaces its buffers."""
         return Layer.of(self.name, self.module, self.adapter)
+
+
+def unpacked(count: int, v: Tensor, u: Tensor, V: Tensor, U: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """v, u, V and U of each of so many layers, views of the packed ones."""
+    if count == 1:
+        return [(v, u, V, U)]
+    parts = v.chunk(count), u.chunk(count), V.unflatten(1, (-1, count)).unbind(2), U.chunk(count, 1)
+    return list(zip(*parts, strict=True))
 
 
 def layers(model: nn.Module) -> list[Layer]:

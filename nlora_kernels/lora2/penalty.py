@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..internals import composing, plain_apply
 from .kernels import kernels
-from .layers import layers
+from .layers import layers, unpacked
 from .shards import gathered
 
 FORMS = ("paper", "reference")
@@ -29,7 +29,8 @@ def orthogonal_penalty(model: nn.Module, form: str = "reference", terms: Sequenc
 
         ‖u·v·vᵀ·uᵀ − I_r‖² + ‖v·vᵀ − I_k‖² + ‖uᵀ·u − I_k‖² + ‖Uᵀ·VᵀV·U − I_r‖² + ‖VᵀV − I_k‖² + ‖U·Uᵀ − I_k‖²
 
-    Not every term can reach 0: for k < r those of size r cannot, for k > r those of uᵀ·u and U·Uᵀ cannot.
+    Each expert of a mixture is a layer. Not every term can reach 0: for k < r those of size r cannot, for k > r those
+    of uᵀ·u and U·Uᵀ cannot.
 
     terms names the pairs that are held orthogonal, as table 3 of the paper varies them: "uv", "UV" (its script letters)
     and "PQ". Without it they are all three in the paper's form and "uv", "UV" in the other, whose mean is over those
@@ -51,6 +52,9 @@ def orthogonal_penalty(model: nn.Module, form: str = "reference", terms: Sequenc
     found = layers(model)
     # NOTE: the right pair is the left one transposed: with w = Vᵀ and t = Uᵀ its three terms read as those of v and u.
     tensors = gathered([t for layer in found for t in (layer.lora_v, layer.lora_u, layer.lora_V, layer.lora_U)])
+    if any(layer.count > 1 for layer in found):
+        parts = [unpacked(layer.count, *tensors[4 * i : 4 * i + 4]) for i, layer in enumerate(found)]
+        tensors = [t for layer in parts for expert in layer for t in expert]
     if composing():
         return _value(form, terms, tensors)
     return _penalty(form, terms, *tensors)

@@ -168,8 +168,6 @@ class LoRA2Config(_Checked, LoraConfig):
             raise ValueError(f"init_lora_weights must be True or False for LoRA², got {self.init_lora_weights!r}")
         if other := variant(self):
             raise ValueError(f"{other} is not supported with {method(self)}")
-        if self.target_parameters:
-            raise ValueError(f"target_parameters={self.target_parameters!r} is not supported with {method(self)}")
 
 
 def method(config: LoraConfig) -> str:

@@ -30,6 +30,9 @@ class FusedExperts(ParamWrapper):
     PEFT, which adds the product of the adapter to the parameter for the forward.
     """
 
+    # The types of the modules among the factors.
+    factor_types: tuple[type[nn.Module], ...] = (nn.Linear,)
+
     def branch(self, name: str) -> ExpertsBranch:
         """What an adapter adds now."""
         return ExpertsBranch(*self.matrices(name), self.scaling[name])
@@ -69,7 +72,7 @@ class FusedExperts(ParamWrapper):
                 return f"several adapters are active on {layer.parameter_name}: {', '.join(map(repr, active))}"
             for name in active:
                 for factor in layer.factors(name):
-                    if reason := branches.obstacle_of(factor):
+                    if reason := branches.obstacle_of(factor, layer.factor_types):
                         return f"a matrix of adapter {name!r} cannot be fused: {reason}"
                 found[layer.parameter_name] = layer.branch(name)
             layer = layer.base_layer

@@ -1,4 +1,4 @@
-"""The adapter layer of LoRA²."""
+"""The adapter layers of LoRA²."""
 
 import math
 import re
@@ -12,6 +12,7 @@ from ..layers.branch import Lora2Branch
 from ..layers.modules import check_alpha
 from . import tensor_parallel
 from .config import LoRA2Config
+from .experts import FusedExperts
 from .layer import FusedLinear
 
 
@@ -43,12 +44,11 @@ class Mask(nn.Module):
         self.weight[index] = value
 
 
-class LoRA2Linear(FusedLinear):
-    """y = x·Wᵀ + bias + s·((x·vᵀ)·Cᵀ)·Vᵀ  with  C = U·diag(E ⊙ mask)·u,  s = alpha / r, per adapter
+class HasFactors:
+    """What an adapter of LoRA² has in place of PEFT's two matrices, of a layer and of experts alike.
 
-    lora_v (k, in), lora_u (r, k), lora_E (r), lora_U (k, r), lora_V (out, k) hold modules with a `weight` by adapter
-    name, and so does lora_mask (r), whose weight is a persistent buffer. To PEFT, which asks for lora_A and lora_B,
-    these are v and V.
+    lora_v, lora_u, lora_E, lora_U, lora_V hold modules with a `weight` by adapter name, and so does lora_mask, whose
+    weight is a persistent buffer. To PEFT, which asks for lora_A and lora_B, these are v and V.
     """
 
     adapter_layer_names = ("lora_v", "lora_u", "lora_E", "lora_U", "lora_V")
@@ -74,7 +74,7 @@ class LoRA2Linear(FusedLinear):
             self.k: dict[str, int] = {}
             # PEFT's empty containers, which the properties stand in for.
             del self._modules["lora_A"], self._modules["lora_B"]
-        self.fan_in_fan_out = branches.is_conv1d(self.get_base_layer())
+        self._orient()
         self.r[adapter_name] = r
         self.k[adapter_name] = config.k
         self.lora_alpha[adapter_name] = lora_alpha
@@ -84,17 +84,57 @@ class LoRA2Linear(FusedLinear):
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         # Only shape, dtype and device of the weight count.
         like = torch.empty(()).expand(self.out_features, self.in_features)
-        for name, tensor in zip(self.adapter_layer_names, init.lora2(like, r, config.k), strict=True):
+        tensors = self._packed([init.lora2(like, r, config.k) for _ in range(self._count)])
+        for name, tensor in zip(self.adapter_layer_names, tensors, strict=True):
             tensor = tensor if config.init_lora_weights else torch.randn(tensor.shape)
             getattr(self, name)[adapter_name] = Diagonal(tensor) if name == "lora_E" else _linear(tensor)
-        self.lora_mask[adapter_name] = Mask(torch.ones(r))
+        self.lora_mask[adapter_name] = Mask(torch.ones(self._count * r))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # How many layers it is.
+    _count = 1
+
+    def _orient(self) -> None:
+        """Learns how the base layer keeps its weight."""
+
+    def _packed(self, factors: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The factors of every layer as they are kept."""
+        return factors[0]
 
     def copy_mask(self, source: str, target: str) -> None:
         """Lets the mask of one adapter be that of another."""
         if source in self.lora_mask and target in self.lora_mask:
             self.lora_mask[target].weight.copy_(self.lora_mask[source].weight)
+
+    def factors(self, name: str) -> tuple[nn.Module, ...]:
+        return tuple([self._modules[kind]._modules[name] for kind in self.adapter_layer_names])
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self.place_mask(adapter_name)
+
+    def place_mask(self, adapter_name: str) -> None:
+        """Moves the mask of an adapter to where its parameters are, in their dtype."""
+        # Parameters on the meta device are loaded later, and the mask, which is not there, must not follow them.
+        if adapter_name in self.lora_E and not self.lora_E[adapter_name].weight.is_meta:
+            E = self.lora_E[adapter_name].weight
+            self.lora_mask[adapter_name].to(E.device, E.dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.lora_mask:
+            del self.lora_mask[adapter_name]
+        super().delete_adapter(adapter_name)
+
+
+class LoRA2Linear(HasFactors, FusedLinear):
+    """y = x·Wᵀ + bias + s·((x·vᵀ)·Cᵀ)·Vᵀ  with  C = U·diag(E ⊙ mask)·u,  s = alpha / r, per adapter
+
+    with v (k, in), u (r, k), E (r), U (k, r), V (out, k) and the mask (r).
+    """
+
+    def _orient(self) -> None:
+        self.fan_in_fan_out = branches.is_conv1d(self.get_base_layer())
 
     # Forward
 
@@ -118,29 +158,10 @@ class LoRA2Linear(FusedLinear):
         P = U(self.lora_mask[name](E(u(branches.resized(v(x), u)))))
         return V(branches.resized(P, V))
 
-    def factors(self, name: str) -> tuple[nn.Module, ...]:
-        return tuple([self._modules[kind]._modules[name] for kind in self.adapter_layer_names])
-
     def _held(self, name: str) -> tuple[Tensor, ...]:
         return *super()._held(name), self.lora_mask[name].weight
 
-    # Life cycle
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        self.place_mask(adapter_name)
-
-    def place_mask(self, adapter_name: str) -> None:
-        """Moves the mask of an adapter to where its parameters are, in their dtype."""
-        # Parameters on the meta device are loaded later, and the mask, which is not there, must not follow them.
-        if adapter_name in self.lora_E and not self.lora_E[adapter_name].weight.is_meta:
-            E = self.lora_E[adapter_name].weight
-            self.lora_mask[adapter_name].to(E.device, E.dtype)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.lora_mask:
-            del self.lora_mask[adapter_name]
-        super().delete_adapter(adapter_name)
+    # Loading
 
     @staticmethod
     def renamed(key: str) -> str:
@@ -153,6 +174,42 @@ class LoRA2Linear(FusedLinear):
                 if (key := f"{prefix}{kind}.{name}") in state_dict:
                     state_dict[f"{key}.weight"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LoRA2Experts(HasFactors, FusedExperts):
+    """The same for the experts e of one parameter, with a core C_e of each.
+
+    v (E·k, in), u (E·r, k), E and the mask (E·r) hold those of one expert below those of another, U (k, E·r) one beside
+    another, and V (out, k·E) as lora_B does, with the experts of one k side by side.
+    """
+
+    def _orient(self) -> None:
+        # PEFT's own update_layer does so for lora_A and lora_B.
+        swapped = self._param_ndim == 3 and not getattr(self.get_base_layer(), "is_transposed", False)
+        if swapped and not self._did_swap_in_out_features:
+            self.in_features, self.out_features = self.out_features, self.in_features
+            self._did_swap_in_out_features = True
+
+    @property
+    def _count(self) -> int:
+        return self.num_experts
+
+    def _packed(self, factors: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        v, u, E, U, V = zip(*factors, strict=True)
+        return torch.cat(v), torch.cat(u), torch.cat(E), torch.cat(U, 1), torch.stack(V, 2).flatten(1)
+
+    def matrices(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        v, u, E, U, V = [factor.weight for factor in self.factors(name)]
+        u, values = self._A(u), self._A(E * self.lora_mask[name].weight)
+        U = U.unflatten(1, (self.num_experts, -1)).transpose(0, 1)
+        with torch.autocast(u.device.type, enabled=False):
+            dtype = torch.promote_types(u.dtype, torch.float32)
+            core = (U.to(dtype) * values.to(dtype)[:, None, :]) @ u.to(dtype)
+        return self._A(v), core.to(u.dtype), self._B(V)
+
+
+# NOTE: as for the other wrappers, by this name PEFT asks whether a parameter has one already.
+LoRA2Experts.__name__ = FusedExperts.__name__
 
 
 def _linear(weight: Tensor) -> nn.Linear:

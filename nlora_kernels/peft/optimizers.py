@@ -8,14 +8,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.optim import Optimizer
 
-from .lora2 import LoRA2Linear
+from .lora2 import HasFactors
 
 
 def create_loraplus_optimizer(model: nn.Module, *args, **kwargs) -> Optimizer:
     """LoRA+ gives a higher rate to lora_B and to vectors: of LoRA² that is lora_V, the outer matrix as lora_B is, and
     not lora_E."""
     optimizer = _ORIGINALS["create_loraplus_optimizer"](model, *args, **kwargs)
-    layers = [module for module in model.modules() if isinstance(module, LoRA2Linear)]
+    layers = [module for module in model.modules() if isinstance(module, HasFactors)]
     if not layers:
         return optimizer
     low = {id(held.weight) for layer in layers for held in layer.lora_E.values()}
@@ -41,7 +41,7 @@ def create_riemannian_optimizer(model: nn.Module, *args, **kwargs) -> Optimizer:
 def _refuse_cores(model: nn.Module, function: str) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for name in module.lora_E if isinstance(module, LoRA2Linear) else getattr(module, "lora_N", ()):
+            for name in module.lora_E if isinstance(module, HasFactors) else getattr(module, "lora_N", ()):
                 raise ValueError(
                     f"{function} is for the product of lora_A and lora_B alone, and adapter {name!r} has a core "
                     "between them"

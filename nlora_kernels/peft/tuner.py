@@ -4,7 +4,6 @@ import copy
 import math
 import sys
 import warnings
-from collections.abc import Iterable
 from itertools import chain
 
 import torch
@@ -37,7 +36,7 @@ from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, method, variant
 from .experts import FusedExperts, NLoraExperts
 from .fuse import fuse_layers, unfuse_layers
 from .layer import FusedLinear
-from .lora2 import LoRA2Linear
+from .lora2 import HasFactors, LoRA2Experts, LoRA2Linear
 from .nlora import NLoraLinear, subtract_initial
 
 
@@ -51,10 +50,7 @@ class _FusedModel(LoraModel):
         try:
             config = self.peft_config[adapter_name]
             _find_experts(model, config)
-            if config.target_parameters and not _is_lora(config):
-                # NOTE: not where PEFT comes to them, walking through modules that must not get others meanwhile.
-                for module in list(model.modules()):
-                    NLoraExperts.adopt(module)
+            self._make_room(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             withdraw(model, adapter_name, before)
@@ -62,6 +58,9 @@ class _FusedModel(LoraModel):
         finally:
             fuse_layers(model)
         _advise(model, self.peft_config[adapter_name])
+
+    def _make_room(self, model: nn.Module, config: LoraConfig) -> None:
+        """What has to be done before PEFT walks through the modules, which must not get others meanwhile."""
 
     def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(_as_lora(peft_config), model, target_name)
@@ -190,6 +189,11 @@ class NLoraModel(_FusedModel):
             return super().__new__(_PlainModel if plain else cls)
         return LoraModel(model, config, *args, **kwargs)
 
+    def _make_room(self, model: nn.Module, config: LoraConfig) -> None:
+        if config.target_parameters and not _is_lora(config):
+            for module in list(model.modules()):
+                NLoraExperts.adopt(module)
+
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         super()._check_new_adapter_config(config)
         configs = list(self.peft_config.values())
@@ -260,18 +264,20 @@ class LoRA2Model(_FusedModel):
             return
         # Trainers make their reference so, and then copy the parameters: a mask is none.
         for module in model.modules():
-            if isinstance(module, LoRA2Linear):
+            if isinstance(module, HasFactors):
                 module.copy_mask(twin, adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         # PEFT casts parameters alone.
         for module in self.modules():
-            if isinstance(module, LoRA2Linear):
+            if isinstance(module, HasFactors):
                 module.place_mask(adapter_name)
 
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
+        if kwargs.get("parameter_name"):
+            return LoRA2Experts(target, adapter_name, config=lora_config, **kwargs)
         if not isinstance(target, nn.Linear) and not branches.is_conv1d(target):
             raise _unsupported(lora_config, target, kwargs.get("target_name"))
         return LoRA2Linear(target, adapter_name, config=lora_config, **kwargs)
@@ -308,7 +314,7 @@ def _as_lora(config: LoraConfig) -> LoraConfig:
 def _find_experts(model: nn.Module, config: LoraConfig) -> None:
     """Has a configuration name the parameters that transformers keeps in place of the layers it names, fused experts.
 
-    PEFT does so where the type is its own. ValueError for a method that cannot adapt them.
+    PEFT does so where the type is its own.
     """
     if _is_lora(config) or not is_transformers_ge_v5 or not hasattr(getattr(model, "config", None), "model_type"):
         return
@@ -318,12 +324,6 @@ def _find_experts(model: nn.Module, config: LoraConfig) -> None:
     convert_peft_config_for_transformers(converted, model=model, conversions=None)
     if not converted.target_parameters:
         return
-    if isinstance(config, LoRA2Config):
-        raise ValueError(
-            f"target_modules must be linear for {method(config)}, got {_listed(config.target_modules)}, of which "
-            f"{type(model).__name__} keeps as parameters {_listed(converted.target_parameters)}, and as linear layers "
-            f"{_listed(converted.target_modules) or 'none'}"
-        )
     named_none = config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND
     for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
         setattr(config, name, getattr(converted, name))
@@ -335,10 +335,6 @@ def _layer_of(key: str) -> str | None:
     """The name of the layer to which a tensor of an adapter belongs, as it is in the base model."""
     layer, found, _ = key.removeprefix("base_model.model.").rpartition(".lora_")
     return layer if found else None
-
-
-def _listed(names: str | Iterable[str]) -> str:
-    return names if isinstance(names, str) else ", ".join(sorted(names))
 
 
 def _warn_of_shards(tensors: dict[str, torch.Tensor], adapter_name: str) -> None:

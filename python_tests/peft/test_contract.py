@@ -360,7 +360,6 @@ def test_a_stock_lora_adapter_beside_ours_is_refused():
 REFUSED = {
     "use_dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True, "init_lora_weights": True, "_lora2": True},
-    "target_parameters": {"target_parameters": ["weight"], "_lora2": True},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1]},
     "use_qalora": {"use_qalora": True},
 }

@@ -19,7 +19,6 @@ PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 TARGETS = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS}
 # Names of the layers that transformers 4 had.
 LAYERS_BEFORE = {"mixtral": ["w1", "w2", "w3"], "qwen3_moe": ["gate_proj", "up_proj", "down_proj"]}
-OURS = [method for method in METHODS if method != "lora2"]
 
 
 @pytest.fixture(params=MIXTURES, scope="module")
@@ -61,6 +60,12 @@ def by_hand(layer, name="default"):
     s, E, r = layer.scaling[name], layer.num_experts, layer.r[name]
     deltas = []
     for e in range(E):
+        if hasattr(layer, "lora_E"):
+            v, u, values, U, V, mask = (getattr(layer, f"lora_{kind}")[name].weight for kind in [*"vuEUV", "mask"])
+            own, k = slice(e * r, (e + 1) * r), layer.k[name]
+            core = U[:, own] @ torch.diag(values[own] * mask[own]) @ u[own]
+            deltas.append(s * V[:, e::E] @ core @ v[e * k : (e + 1) * k])
+            continue
 
         def products(suffix, e=e):
             A, N, B = (
@@ -95,7 +100,7 @@ def test_plain_lora_computes_what_peft_does(mixture, calls):
     assert {type(layer) for layer in wrappers(model)} == {ParamWrapper}
 
 
-@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_the_base_model_with_its_products_added(mixture, method, calls):
     model = adapted(mixture, method)
     found = logits(model)
@@ -125,13 +130,17 @@ def test_what_cannot_be_fused_runs_as_in_peft(mixture, method, monkeypatch, call
     assert not calls and set(nk.layers.unfused(model).values()) == {"not today"}
 
 
-@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("method", METHODS)
 def test_training_saving_loading_and_merging(mixture, method, tmp_path):
     model = peft.get_peft_model(copy.deepcopy(mixture), config(method, **TARGETS))
     trained = {name.rsplit(".lora_")[1][0] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"lora": {*"AB"}}.get(method, {"N"} if method.startswith("inttune") else {*"ANB"})
-    if "residual" in method or method in ("lora", "slora", "slora_gaussian"):
+    others = {"lora": {*"AB"}, "lora2": {*"vuEUV"}}
+    assert trained == others.get(method, {"N"} if method.startswith("inttune") else {*"ANB"})
+    if "residual" in method or method in ("lora", "slora", "slora_gaussian", "lora2"):
         close(logits(model), logits(mixture), atol=1e-4)
+    if method == "lora2":
+        # Where it begins, four steps move nothing yet.
+        perturb(model, 0.5)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     losses = []
     for _ in range(4):
@@ -153,7 +162,7 @@ def test_training_saving_loading_and_merging(mixture, method, tmp_path):
     close(logits(model.merge_and_unload(safe_merge=True)), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("keep_patterns", [True, False])
 def test_export_is_right_for_stock_peft(method, keep_patterns, tmp_path):
     base = MIXTURES["gpt_oss"]()
@@ -305,5 +314,88 @@ def test_what_is_not_supported_is_named(mixture):
         with pytest.raises(ValueError, match=message):
             peft.get_peft_model(base, NLoraConfig(**TARGETS | {"target_modules": []} | options))
         close(logits(base), logits(mixture), atol=0)
-    with pytest.raises(ValueError, match="target_parameters"):
-        nk.peft.LoRA2Config(target_parameters=PARAMETERS)
+
+
+# LoRA² on experts
+
+
+def apart(model):
+    """The LoRA² adapters of a model with one module for each expert, and gradients if there are."""
+    alone = torch.nn.Module()
+    for i, layer in enumerate(nk.lora2.layers(model)):
+        E = layer.count
+        k, r = layer.k, layer.r // E
+        for e in range(E):
+            own = torch.nn.Module()
+            parts = {
+                "E": lambda t, at=slice(e * r, (e + 1) * r): t[at],
+                "u": lambda t, at=slice(e * r, (e + 1) * r): t[at],
+            }
+            parts["U"] = lambda t, at=slice(e * r, (e + 1) * r): t[:, at]
+            parts["v"], parts["V"] = lambda t, at=slice(e * k, (e + 1) * k): t[at], lambda t, e=e, E=E: t[:, e::E]
+            for kind, part in parts.items():
+                tensor = getattr(layer, f"lora_{kind}")
+                own.register_parameter(f"lora_{kind}", torch.nn.Parameter(part(tensor.detach()).clone()))
+                if tensor.grad is not None:
+                    getattr(own, f"lora_{kind}").grad = part(tensor.grad).clone()
+            own.register_buffer("lora_mask", layer.lora_mask[e * r : (e + 1) * r].clone())
+            alone.add_module(f"{i}_{e}", own)
+    return alone
+
+
+@pytest.mark.parametrize("scores", ["rows", "full"])
+def test_singular_values_are_kept_as_if_every_expert_were_a_layer(mixture, scores):
+    model = adapted(mixture, "lora2")
+    model(tokens(), labels=tokens()).loss.backward()
+    options = dict(target_rank=2, total_steps=3, t_init=0, t_final=1, delta_t=1, scores=scores)
+    together, alone = nk.lora2.RankAllocator(model, **options), nk.lora2.RankAllocator(apart(model), **options)
+    layers = nk.lora2.layers(model)
+    for _ in range(3):
+        assert together.step() == alone.step()
+        assert [int(n) for n in together.ranks().values()] == summed(alone.ranks().values(), layers)
+    scores = zip(together.importance().values(), layers, strict=True)
+    expected = iter(alone.importance().values())
+    for found, layer in scores:
+        torch.testing.assert_close(found, torch.cat([next(expected) for _ in range(layer.count)]))
+    kept = sum(int(layer.lora_mask.sum()) for layer in layers)
+    assert kept == 2 * sum(layer.count for layer in layers) < sum(layer.r for layer in layers)
+    # What was pruned is out of the model.
+    found = logits(model)
+    for layer in layers:
+        layer.lora_E.data[layer.lora_mask == 0] = 7.0
+    close(logits(model), found)
+    with pytest.raises(ValueError, match="no LoRA² adapters on experts"):
+        nk.lora2.compress(model)
+
+
+def summed(ranks, layers):
+    ranks = iter(ranks)
+    return [sum(next(ranks) for _ in range(layer.count)) for layer in layers]
+
+
+@pytest.mark.parametrize("form", ["paper", "reference"])
+def test_the_penalty_of_experts_is_that_of_layers(mixture, form):
+    model = adapted(mixture, "lora2")
+    layers, alone = nk.lora2.layers(model), apart(model)
+    value, expected = nk.lora2.orthogonal_penalty(model, form), nk.lora2.orthogonal_penalty(alone, form)
+    close(value, expected)
+    value.backward()
+    expected.backward()
+    found = apart(model)
+    for own, other in zip(found.children(), alone.children(), strict=True):
+        for kind in ("v", "u", "V", "U"):
+            close(getattr(own, f"lora_{kind}").grad, getattr(other, f"lora_{kind}").grad)
+    assert any(layer.count > 1 for layer in layers)
+
+
+def test_ranks_of_a_fused_layer_are_exported_with_their_scaling(tmp_path):
+    base = MIXTURES["mixtral"]()
+    model = peft.get_peft_model(
+        copy.deepcopy(base), config("lora2", target_modules=["q_proj", *LAYERS_BEFORE["mixtral"]])
+    )
+    perturb(model)
+    # The two fused layers have twice the rank.
+    assert {layer.r["default"] for layer in wrappers(model)} == {4, 8}
+    model.save_pretrained(tmp_path / "own")
+    checkpoint.to_lora(tmp_path / "own", tmp_path / "lora", keep_patterns=True)
+    close(logits(peft.PeftModel.from_pretrained(base, tmp_path / "lora")), logits(model), atol=1e-4)

@@ -262,18 +262,15 @@ def test_a_core_trains_the_experts_that_peft_trains(make, targets, name, tmp_pat
 
 
 @pytest.mark.parametrize(("make", "targets"), EXPERTS.values(), ids=EXPERTS)
-def test_experts_are_refused_for_lora2(make, targets):
-    model = make()
-    before = [n for n, _ in model.named_modules()]
-    with pytest.raises(
-        ValueError, match=r"target_modules must be linear for .* keeps as parameters .*(down_|up_|gate)"
-    ):
-        peft.get_peft_model(model, config("lora2", target_modules=targets))
-    assert [n for n, _ in model.named_modules()] == before
-    beside = peft.get_peft_model(model, config("lora2", target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="as parameters"):
-        beside.add_adapter("second", config("lora2", target_modules=targets))
-    assert list(beside.peft_config) == ["default"]
+def test_lora2_trains_the_experts_that_peft_trains(make, targets, tmp_path):
+    stock = peft.get_peft_model(make(), PLAIN["stock"](r=2, target_modules=targets))
+    model = peft.get_peft_model(make(), config("lora2", r=2, k=2, target_modules=targets))
+    outer = {".lora_v.": ".lora_A.", ".lora_V.": ".lora_B."}
+    found = {n.replace(of, to) for n, _ in model.named_parameters() for of, to in outer.items() if of in n}
+    assert found == {n for n, p in stock.named_parameters() if p.requires_grad}
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    close(logits(peft.PeftModel.from_pretrained(make(), tmp_path)), logits(model))
 
 
 class Registered(Linear):
