@@ -1,5 +1,6 @@
 """What an adapter adds to a linear layer, and when the two are computed as one operation."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,30 @@ class Lora2Branch(NamedTuple):
     def multiplied(self, x: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + bias and the branch, as one operation."""
         return lora2_linear(x, weight, *self[:6], bias, scaling=self.scaling, dropout=self.dropout)
+
+
+def together(branches: Sequence[Branch | Lora2Branch]) -> Branch | Lora2Branch:
+    """Several, without dropout, as one of summed rank, which adds what all of them add.
+
+    A = [A₁; A₂; …]  N = diag(s₁·N₁, s₂·N₂, …)  B = [B₁, B₂, …]  s = 1
+
+    A gradient reaches those matrices that require one. What is summed is put together anew for every call.
+    """
+    if len(branches) == 1:
+        return branches[0]
+    A, N, B, scalings, _ = zip(*[branch.collapsed for branch in branches], strict=True)
+    core, scaling = None, scalings[0]
+    if any(n is not None for n in N) or any(s != scaling for s in scalings):
+        core, scaling = torch.block_diag(*map(_scaled_core, A, N, scalings)), 1.0
+    return Branch(torch.cat(A), core, torch.cat(B, 1), scaling)
+
+
+def _scaled_core(A: Tensor, N: Tensor | None, scaling: float) -> Tensor:
+    """s·N, or without N that of the identity, in fp32 at least: rounded to half precision it would be rounded twice."""
+    if N is None:
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        return scaling * torch.eye(A.shape[0], dtype=dtype, device=A.device)
+    return scaling * N.to(torch.promote_types(N.dtype, torch.float32))
 
 
 # Packages whose patched attention and MLP compute LoRA by themselves.

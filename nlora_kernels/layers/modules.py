@@ -52,15 +52,20 @@ class _AdapterLinear(nn.Module):
     def obstacle(self) -> str | None:
         """None if forward is one operation, else why the base layer is called and the adapter added."""
         base = self._modules["base"]
-        return branches.obstacle(base) or (branches.dropout_obstacle(base) if self.dropped else None)
+        reason = branches.obstacle(base)
+        if reason or not self.dropped:
+            return reason
+        if self._excess() is not None:
+            return "it has dropout, and its initial product has none"
+        return branches.dropout_obstacle(base)
 
     def forward(self, x: Tensor) -> Tensor:
         base = self._modules["base"]
         if self.merged:
             return base(x)
         branch, excess = self.branch(), self._excess()
-        if excess is None and not self.obstacle():
-            return branch.fused(x, base)
+        if not self.obstacle():
+            return (branch if excess is None else branches.together((branch, excess))).fused(x, base)
         y = base(x) + branch.collapsed(x).to(x.dtype)
         return y if excess is None else y + excess(x).to(x.dtype)
 

@@ -33,8 +33,9 @@ class Term(NamedTuple):
 class FusedLinear(Linear):
     """y = x·Wᵀ + bias + Σ s·((x·Aᵀ)·Nᵀ)·Bᵀ over the active adapters
 
-    One active adapter is fused into its base layer, dropout included where the backend takes it in; everything else is
-    the base layer's own call and a branch per adapter, as in PEFT.
+    The active adapters are one operation with their base layer, as one of summed rank; one alone with its dropout too,
+    where the backend takes that in. What cannot be fused is added by a branch of its own, and where nothing can, the
+    base layer is called, as in PEFT.
     """
 
     # The types of the modules among the factors.
@@ -98,17 +99,28 @@ class FusedLinear(Linear):
             return f"adapter {name!r} has a bias"
         if isinstance(self.scaling[name], Tensor):
             return f"the scaling of adapter {name!r} is a tensor"
+        if not self.scaling[name]:
+            return f"adapter {name!r} weighs nothing, and the base layer's own bits are kept"
         return None
 
     def _obstacle_to_active(self) -> str | None:
         if self.lora_variant:
             return f"the adapter {next(iter(self.lora_variant))!r} is of a variant that computes itself"
         terms = self._terms(None)
-        if len(terms) > 1:
+        if len(terms) > 1 and tensor_parallel.split_of(self._modules["base_layer"]) is not None:
             parts = (f"{'' if term.initial is None else 'the initial product of '}{term.name!r}" for term in terms)
-            return f"its adapter is a sum of {' and '.join(parts)}"
-        # The base layer alone, or with a kept product, has been asked.
-        return self.obstacle(terms[0].name) if terms and terms[0].initial is None else None
+            return f"tensor parallelism splits it, and its adapter is a sum of {' and '.join(parts)}"
+        for term in terms:
+            if reason := self._obstacle_to(term):
+                return reason
+        dropping = [term.name for term in terms if term.initial is None and self.dropped(term.name)]
+        if dropping and len(terms) > 1:
+            return f"adapter {dropping[0]!r} has dropout, and is not all that is added"
+        return None
+
+    def _obstacle_to(self, term: Term) -> str | None:
+        """None if the base layer can take in a term, else why not."""
+        return self.obstacle(term.name)
 
     def dropped(self, name: str) -> float:
         """The probability of dropout that is in effect, where it is PyTorch's own."""
@@ -160,18 +172,18 @@ class FusedLinear(Linear):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         terms = self._terms(adapter_names)
-        if len(terms) == 1 and terms[0].rows is None and not args and not kwargs:
-            branch = self._fusible(terms[0], x)
-            if branch is not None:
-                return self._fused(x, branch)
+        branch = None
+        if terms and not args and not kwargs:
+            branch, terms = self._together(terms, x)
         base = self._modules["base_layer"]
-        if tensor_parallel.split_of(base) is not None:
-            return tensor_parallel.apart(base, x, [(self._branch(term), term.rows) for term in terms])
-        result = self._with_first(terms, x) if len(terms) > 1 and not args and not kwargs else None
-        if result is None:
-            result = base(x, *args, **kwargs)
+        if branch is not None:
+            result = self._fused(x, branch)
+        elif tensor_parallel.split_of(base) is not None:
+            return tensor_parallel.apart(base, x, [(self._branch(term).collapsed, term.rows) for term in terms])
         else:
-            terms = terms[1:]
+            result = base(x, *args, **kwargs)
+        if not terms:
+            return result
         dtype = result.dtype
         for term in terms:
             if term.rows is None:
@@ -180,13 +192,27 @@ class FusedLinear(Linear):
                 result[term.rows] += self._part(term, x[term.rows]).to(dtype)
         return result.to(dtype)
 
-    def _with_first(self, terms: list[Term], x: Tensor) -> Tensor | None:
-        """The base layer and the first of several terms as one operation, where that saves decoding a weight twice."""
-        base = self._modules["base_layer"]
-        if terms[0].rows is not None or branches.has_dense(base, tensor_of(base, "weight")):
-            return None
-        branch = self._fusible(terms[0], x)
-        return None if branch is None else self._fused(x, branch)
+    def _together(self, terms: list[Term], x: Tensor) -> tuple[Branch | Lora2Branch | None, list[Term]]:
+        """What the terms that the base layer can take in add, as one branch, and the terms that are left."""
+        if len(terms) == 1 and terms[0].rows is None:
+            # NOTE: the usual call, and no lists for it.
+            branch = self._fusible(terms[0], x)
+            return branch, terms if branch is None else []
+        if tensor_parallel.split_of(self._modules["base_layer"]) is not None:
+            return None, terms
+        found, apart = [], []
+        for term in terms:
+            branch = self._fusible(term, x) if term.rows is None else None
+            if branch is None:
+                apart.append(term)
+            else:
+                found.append((term, branch))
+        if len(found) > 1 and any([branch.dropout for _, branch in found]):
+            # Each drops by a mask of its own.
+            drops = [each for each in found if each[1].dropout]
+            found = [each for each in found if not each[1].dropout] or [drops.pop(0)]
+            apart += [term for term, _ in drops]
+        return (branches.together([branch for _, branch in found]) if found else None), apart
 
     def _fused(self, x: Tensor, branch: Branch | Lora2Branch) -> Tensor:
         base = self._modules["base_layer"]
@@ -199,22 +225,17 @@ class FusedLinear(Linear):
 
     def _fusible(self, term: Term, x: Tensor) -> Branch | Lora2Branch | None:
         """What a term adds, if the base layer can take it in."""
-        name = term.name
         if type(x) not in PLAIN and tensor_parallel.split_of(self._modules["base_layer"]) is None:
             return None
-        if x.is_nested or self.obstacle(name):
+        if x.is_nested or self._obstacle_to(term):
             return None
-        # The base layer's own bits, as from PEFT, where the adapter weighs nothing.
-        if not self.scaling[name]:
-            return None
+        branch = self._branch(term)
         # Where casting is switched off, the branch takes x as it is.
-        if not self.cast_input_dtype_enabled and x.dtype != tensor_of(self._outer()[name], "weight").dtype:
-            return None
-        return self.branch(name)
+        return branch if self.cast_input_dtype_enabled or x.dtype == branch[0].dtype else None
 
-    def _branch(self, term: Term) -> Branch:
-        """What a term adds, as a product of matrices."""
-        return self.branch(term.name).collapsed
+    def _branch(self, term: Term) -> Branch | Lora2Branch:
+        """What a term adds now."""
+        return self.branch(term.name)
 
     def _part(self, term: Term, x: Tensor) -> Tensor:
         """What a term adds, in the adapter's dtype, by calling the modules."""

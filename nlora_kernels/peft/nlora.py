@@ -15,11 +15,10 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from .. import init
-from ..backends.base import PLAIN
 from ..backends.quantised import Quantised
 from ..commit import attributes, commit
 from ..layers import branch as branches
-from ..layers.branch import Branch, local
+from ..layers.branch import Branch, Lora2Branch, local
 from ..layers.modules import check_alpha
 from ..lora2 import shards
 from . import base as base_weights
@@ -108,8 +107,8 @@ class NLoraLinear(HasCore, FusedLinear):
     lora_A0, lora_N0 and lora_B0. So that one adapter is one operation, the base weight of the layer at rest is
     W − s·B₀·N₀·A₀ with the product of one such adapter, that named `subtracted`; a forward adds whatever multiple of an
     initial product is then too much or missing, and merging, unloading and deleting put the product back. Where nothing
-    is subtracted, as in a quantised or sharded weight, the second product is a branch like the first. With train="core"
-    W stays as it is, the core is N − N₀, and only lora_N0 is kept.
+    is subtracted, as in a quantised or sharded weight, the second product is a term like the first. With train="core" W
+    stays as it is, the core is N − N₀, and only lora_N0 is kept.
     """
 
     adapter_layer_names = (*FusedLinear.adapter_layer_names, "lora_N")
@@ -209,14 +208,18 @@ class NLoraLinear(HasCore, FusedLinear):
 
     def initial(self, name: str, scaling: float) -> Branch:
         """The initial product of an adapter, which is left out of its effect, as a branch of its own."""
-        return Branch(*self._initial(name), scaling)
+        return Branch(*[t.detach() for t in self._initial(name)], scaling)
 
     def _initial(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         A, N, B = (local(t) for t in self._kept(name))
         return A, N, B
 
     def _kept(self, name: str) -> list[nn.Parameter]:
-        return [each[name].weight for each in (self.lora_A0, self.lora_N0, self.lora_B0)]
+        return [kept.weight for kept in self._keeping(name)]
+
+    def _keeping(self, name: str) -> list[nn.Module]:
+        """The modules that hold the initial matrices of an adapter."""
+        return [self._modules[kind]._modules[name] for kind in ("lora_A0", "lora_N0", "lora_B0")]
 
     def _apart(self, name: str, x: Tensor) -> Tensor:
         A, *core, B = self.factors(name)
@@ -260,26 +263,27 @@ class NLoraLinear(HasCore, FusedLinear):
         out = self.initial_scaling[name] if name == self.subtracted else 0.0
         return out - self.scaling[name] if active else out
 
-    def _fusible(self, term: Term, x: Tensor) -> Branch | None:
+    def _obstacle_to(self, term: Term) -> str | None:
         if term.initial is None:
-            return super()._fusible(term, x)
-        if type(x) not in PLAIN or x.is_nested or isinstance(term.initial, Tensor):
-            return None
-        if branches.obstacle(self._modules["base_layer"]):
-            return None
-        branch = self.initial(term.name, term.initial)
-        if branch.A.is_meta or not (self.cast_input_dtype_enabled or x.dtype == branch.A.dtype):
-            return None
-        return branch
+            return super()._obstacle_to(term)
+        base = self._modules["base_layer"]
+        reason = branches.obstacle(base)
+        if reason:
+            return reason
+        for kept in self._keeping(term.name):
+            reason = branches.obstacle_of(kept, (Kept,))
+            if reason:
+                return f"an initial matrix of adapter {term.name!r} cannot be fused: {reason}"
+        return f"the scaling of adapter {term.name!r} is a tensor" if isinstance(term.initial, Tensor) else None
 
-    def _branch(self, term: Term) -> Branch:
+    def _branch(self, term: Term) -> Branch | Lora2Branch:
         return super()._branch(term) if term.initial is None else self.initial(term.name, term.initial)
 
     def _part(self, term: Term, x: Tensor) -> Tensor:
         if term.initial is None:
             return super()._part(term, x)
         # By calling the modules, whose hooks may bring the weights along.
-        A, N, B = (each[term.name] for each in (self.lora_A0, self.lora_N0, self.lora_B0))
+        A, N, B = self._keeping(term.name)
         return term.initial * B(N(A(x.to(A.weight.dtype))))
 
     # Residual life cycle

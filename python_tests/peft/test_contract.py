@@ -837,6 +837,16 @@ def two_active(model):
     model.base_model.set_adapter(["default", "other"])
 
 
+def two_active_of_which_one_drops(model):
+    model.add_adapter("other", NLoraConfig(r=2, target_modules=["0"], lora_dropout=0.5))
+    model.base_model.set_adapter(["default", "other"])
+    model.train()
+
+
+def weightless(model):
+    model.base_model.model[0].set_scale("default", 0.0)
+
+
 def wrapped_factor(model):
     """As FSDP1 with PEFT's policy wraps each matrix that trains."""
     factors = model.base_model.model[0].lora_A
@@ -873,11 +883,13 @@ def merged(model):
 @pytest.mark.parametrize(
     "change, fused",
     [
-        (two_active, False),
+        (two_active, True),
+        (rescaled_residual, True),
+        (two_active_of_which_one_drops, False),
+        (weightless, False),
         (wrapped_factor, False),
         (with_dora, False),
         (with_a_tensor_of_scaling, False),
-        (rescaled_residual, False),
         (disabled, None),
         (merged, None),
     ],
@@ -889,7 +901,38 @@ def test_unfused_names_what_a_forward_does_not_fuse(change, fused, fused_calls):
     model = change(model) or model
     model(torch.randn(5, 12))
     # With no adapter there is nothing to fuse.
-    assert not fused_calls and bool(unfused(model)) is (fused is False), unfused(model)
+    assert bool(unfused(model)) is (fused is False), unfused(model)
+    assert len(fused_calls) == (change is two_active_of_which_one_drops or fused is True)
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["", "one_drops"])
+def test_what_several_adapters_add_is_one_operation_with_the_base_layer(dropped, fused_calls, monkeypatch):
+    """Also where the second is kept apart, because it drops."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 10)), NLoraConfig(r=4, residual=True, target_modules=["0"]))
+    model.add_adapter(
+        "lora", NLoraConfig(r=3, init_lora_weights=True, target_modules=["0"], lora_dropout=1.0 * dropped)
+    )
+    model.add_adapter("inttune", NLoraConfig(r=2, train="core", target_modules=["0"]))
+    perturb(model)
+    model.base_model.set_adapter(["inttune", "lora", "default"])
+    model.train()
+    layer = model.base_model.model[0]
+    layer.set_scale("default", 0.5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x, dy = torch.randn(5, 12, requires_grad=True), torch.randn(5, 10)
+    ours = [model(x), *torch.autograd.grad(model(x), (x, *trained), dy, materialize_grads=True)]
+    assert len(fused_calls) == 2 and bool(unfused(model)) is dropped
+    monkeypatch.setattr(type(layer), "obstacle", lambda *args: "compared with")
+    monkeypatch.setattr(type(layer), "_obstacle_to", lambda *args: "compared with")
+    expected = [model(x), *torch.autograd.grad(model(x), (x, *trained), dy, materialize_grads=True)]
+    assert len(fused_calls) == 2
+    for mine, exact in zip(ours, expected, strict=True):
+        close(mine, exact)
+    if dropped:
+        assert not any(
+            grad.any() for p, grad in zip(trained, ours[2:], strict=True) if p is layer.lora_B["lora"].weight
+        )
 
 
 class Quantised(nn.Linear):
