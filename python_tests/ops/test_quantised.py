@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import TABLE, native, quantised
 from nlora_kernels.backends.quantised import Coded, Opaque, Unreadable
+from nlora_kernels.layers import branch as branches
 
 TIERS = ("portable", "avx2", "avx512", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +49,16 @@ def by_torchao(name, weight, **options):
     return linear.weight.requires_grad_(False)
 
 
+def nf4_of_torchao(weight):
+    quantization = pytest.importorskip("torchao.quantization")
+    return quantization.NF4Tensor.from_tensor(weight, 64, 32)
+
+
+def int4_of_torchao(weight):
+    quantization = pytest.importorskip("torchao.quantization")
+    return by_torchao("IntxWeightOnlyConfig", weight, weight_dtype=torch.int4, granularity=quantization.PerGroup(32))
+
+
 # Of a weight, and the multiples that its shape must be of.
 FORMATS = {
     "nf4": (four_bit, 1, 1),
@@ -58,6 +70,8 @@ FORMATS = {
     "int8": (int8, 1, 1),
     "torchao_int8": (functools.partial(by_torchao, "Int8WeightOnlyConfig"), 1, 1),
     "torchao_float8": (functools.partial(by_torchao, "Float8WeightOnlyConfig"), 1, 1),
+    "torchao_int4": (int4_of_torchao, 1, 32),
+    "torchao_nf4": (nf4_of_torchao, 32, 64),
 }
 
 
@@ -325,6 +339,43 @@ def test_any_other_is_what_it_dequantises_to():
     assert x.grad is not None
 
 
+def test_nf4_of_torchao_is_decoded_bit_by_bit_as_by_torchao():
+    for dtype in DTYPES:
+        weight = nf4_of_torchao(torch.randn(64, 128).to(dtype))
+        assert torch.equal(quantised.view(weight).decode(), weight.get_original_weight())
+
+
+class Tiled(torch.Tensor):
+    """As torchao's weights of four bits for GPUs, of which it tells no values."""
+
+
+Tiled.__module__ = "torchao.quantization"
+
+
+def test_a_weight_of_torchao_without_values_is_left_to_its_layer():
+    linear = torch.nn.Linear(128, 64)
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Tiled), requires_grad=False)
+    assert quantised.view(linear.weight) is None
+    assert "is a Parameter" in branches.obstacle(linear) or "is a Tiled" in branches.obstacle(linear)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("torchao")])
+def test_a_mode_leaves_nothing_behind_that_a_later_call_would_find(name):
+    """Whatever was made in inference mode or as a fake."""
+    make = FORMATS[name][0]
+    first, second = make(torch.randn(64, 128)), make(torch.randn(64, 128))
+    x, _, *others = problem(None)
+    with torch.inference_mode():
+        nk.lora_linear(x, first, *others)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        fake = [fakes.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in (x, *others)]
+        y = nk.lora_linear(fake[0], first, *fake[1:])
+        assert y.shape == (6, 64)
+    y = nk.lora_linear(x, second, *others)
+    y.sum().backward()
+    assert type(y) is torch.Tensor and x.grad.isfinite().all()
+
+
 def broken(weight, **attributes):
     for name, value in attributes.items():
         setattr(weight.quant_state, name, value(weight.quant_state))
@@ -347,6 +398,25 @@ def broken(weight, **attributes):
 )
 def test_a_state_that_does_not_fit_is_said(attributes, said):
     weight = broken(four_bit(torch.randn(64, 128)), **attributes)
+    with pytest.raises(Unreadable, match=said):
+        nk.lora_linear(*problem(weight))
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("state2", None, "block size of the scales must be a positive integer, got None"),
+        ("offset", None, "offset of the scales must be a tensor, got NoneType"),
+        ("offset", 0.5, "offset of the scales must be a tensor, got float"),
+        ("dtype", None, "must say the dtype of the values, got None"),
+        ("shape", (64, 128.0), r"must say a shape \(out, in\), got \(64, 128.0\)"),
+        ("code", None, "values of the codes must be a tensor, got NoneType"),
+        ("blocksize", True, "must be a positive integer, got True"),
+    ],
+)
+def test_a_nested_state_that_lacks_something_is_said(name, value, said):
+    weight = four_bit(torch.randn(64, 128), nested=True)
+    setattr(weight.quant_state, name, value)
     with pytest.raises(Unreadable, match=said):
         nk.lora_linear(*problem(weight))
 

@@ -72,4 +72,6 @@ def operands(linear: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor,
 
 def result(linear: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor:
     """y in the dtype in which such a layer returns it for an x of `dtype`, autocast or not."""
-    return bitsandbytes.result(linear, y, dtype) if bitsandbytes.is_layer(type(linear)) else y
+    if bitsandbytes.is_layer(type(linear)):
+        return bitsandbytes.result(linear, y, dtype)
+    return torchao.result(linear.weight, linear.bias, y, dtype)

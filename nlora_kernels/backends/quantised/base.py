@@ -15,6 +15,8 @@ from ..base import short
 
 # Values of a tile that stays in a second- or third-level cache while it is multiplied with.
 _TILE = 1 << 21
+# Tiles that a weight has at least, unless they would be too narrow to multiply well: none is a copy of all of it.
+_TILES = 4
 
 ALL = slice(None)
 
@@ -87,7 +89,8 @@ class Quantised:
     def tiles(self, dim: int) -> Iterator[tuple[slice, Tensor]]:
         """W as (place, tile) of some rows (dim 0) or columns (dim 1) each, a tile being valid until the next."""
         size, other = self.shape[dim], self.shape[1 - dim]
-        step = min(size, max(64, _TILE // max(1, other) // 64 * 64))
+        fitting = min(_TILE // max(1, other), size // _TILES)
+        step = min(size, max(64, fitting // 64 * 64))
         memory = torch.empty(step * other, dtype=self.dtype, device=self.device)
         for first in range(0, size, step):
             at = slice(first, min(first + step, size))
@@ -191,7 +194,7 @@ class Coded(Quantised):
         _check(
             "codes", self.codes, -(-count // 2) if two else count, (torch.int8 if self.kind == "int8" else torch.uint8,)
         )
-        if self.values is not None:
+        if self.kind != "int8":
             _check("values of the codes", self.values, 16 if two else 256, (torch.float32,))
         if self.block < 1:
             raise Unreadable(f"the block size must be at least 1, got {self.block}")

@@ -89,27 +89,37 @@ def _four_bit(weight: Tensor, state) -> Coded | None:
     kind, shape, block = (getattr(state, name, None) for name in ("quant_type", "shape", "blocksize"))
     if kind not in _TYPES:
         raise Unreadable(f"the quantisation state must be of {' or '.join(_TYPES)}, got {kind!r}")
-    if shape is None or len(shape) != 2:
+    if shape is None or len(shape) != 2 or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise Unreadable(f"the quantisation state must say a shape (out, in), got {shape}")
-    if not isinstance(block, int) or block < 1:
-        raise Unreadable(f"the block size of the quantisation state must be a positive integer, got {block!r}")
+    _check_block("of the quantisation state", block)
+    # The dtype of the values that were quantised.
+    dtype = getattr(state, "original_dtype", None) or getattr(state, "dtype", None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise Unreadable(f"the quantisation state must say the dtype of the values, got {dtype}")
     # NOTE: an alias, for packing puts other memory into the weight, which is freed then while a backward needs it.
     codes = weight.detach().as_subclass(Tensor)
     if codes.dtype != torch.uint8:
-        # Stored as another dtype, as FSDP wants it.
-        codes = codes.view(torch.uint8)
+        # Stored as another dtype, as FSDP wants it. What has gaps is said below.
+        codes = codes.view(torch.uint8) if codes.is_contiguous() else codes
     N, K = shape
-    # The dtype of the values that were quantised.
-    dtype = getattr(state, "original_dtype", None) or state.dtype
+    values, scales = getattr(state, "code", None), getattr(state, "absmax", None)
     if getattr(state, "packing_format_for_cpu", False):
         if N % 32 or K % 2 or K % block:
             raise Unreadable(f"a weight packed for the CPU cannot have shape {tuple(shape)} and block size {block}")
-        return Coded("interleaved", shape, dtype, codes, state.code, state.absmax, block, (1, N))
+        return Coded("interleaved", shape, dtype, codes, values, scales, block, (1, N))
     nested = None
-    if state.nested:
-        inner = state.state2
-        nested = Nested(inner.code, inner.absmax, state.offset, inner.blocksize)
-    return Coded("nibbles", shape, dtype, codes, state.code, state.absmax, block, None, nested)
+    if getattr(state, "nested", False):
+        inner = getattr(state, "state2", None)
+        inner_block = getattr(inner, "blocksize", None)
+        _check_block("of the scales", inner_block)
+        inner_values, inner_scales = getattr(inner, "code", None), getattr(inner, "absmax", None)
+        nested = Nested(inner_values, inner_scales, getattr(state, "offset", None), inner_block)
+    return Coded("nibbles", shape, dtype, codes, values, scales, block, None, nested)
+
+
+def _check_block(which: str, block) -> None:
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise Unreadable(f"the block size {which} must be a positive integer, got {block!r}")
 
 
 def _eight_bit(weight: Tensor, scales: Tensor | None) -> Coded | None:
