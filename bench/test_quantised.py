@@ -1,8 +1,9 @@
-"""An adapter on a weight in few bits, forward and backward, in turn with PEFT's on the same base, with the frozen dense
-layer alone and with the dense fused layer.
+"""Adapters on weights in few bits: a layer, forward and backward, in turn with PEFT's on the same base, with the frozen
+dense layer alone and with the dense fused layer; and a step of a whole model with the memory that it takes.
 """
 
 import copy
+import gc
 
 import peft
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bench import rows
+from bench import test_step as steps
+from bench.timing import peak_bytes, saved_bytes
 from nlora_kernels.peft import NLoraConfig
 from nlora_kernels.peft import base as base_weights
 
@@ -78,3 +81,45 @@ def test_step(benchmark, request, kind, M, dtype):
     rows.record(benchmark, run, others, info | {"M": M, "shape": f"{SIZE}x{SIZE}", "r": RANK}, request)
     ratios = {name: benchmark.extra_info[f"ratio_to_{name}"] for name in others}
     print(f"\n{kind.__name__} {dtype} M={M}: " + ", ".join(f"{ratio:.2f} of {name}" for name, ratio in ratios.items()))
+
+
+class FourBits(steps.Case):
+    """A model whose linear layers are NF4, in whatever dtype x comes."""
+
+    def build(self) -> nn.Module:
+        model = steps.Case.build(self)
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and name != "lm_head":
+                layer = nf4(module.weight.data)
+                layer.compute_dtype, layer.compute_type_is_set = None, True
+                model.set_submodule(name, layer)
+        model.is_loaded_in_4bit = True
+        return model
+
+
+def held_by(model: nn.Module) -> list[Tensor]:
+    """The tensors of a model, the quantisation states' included."""
+    states = [state for p in model.parameters() if (state := getattr(p, "quant_state", None)) is not None]
+    states += [state.state2 for state in states if state.nested]
+    found = [t for state in states for t in (state.absmax, state.code, state.offset) if t is not None]
+    return [*model.parameters(), *model.buffers(), *found]
+
+
+@pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "lora2"])
+@pytest.mark.parametrize("case", [FourBits(*steps.CASES[0]), rows.long(FourBits(*steps.CASES[1]), when=True)], ids=str)
+def test_model(benchmark, request, case, method):
+    training, error = steps.checked.__wrapped__(case, method)
+    others = {"peft": steps.checked(case, "peft")[0], "dense": steps.checked.__wrapped__(steps.Case(*case), method)[0]}
+    info = {"impl": "cpu", "method": method, "op": "step", "base": "nf4", "dtype": "float32", "error": error}
+    info |= {"M": case.tokens, "shape": f"{case.model} in NF4, {case.blocks} blocks, {case.tokens} tokens", "r": case.r}
+    for name, each in (("", training), *((f"{name}_", each) for name, each in others.items())):
+        known = held_by(each.model)
+        trained = {id(p) for p in each.trained()}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in known if id(t) not in trained}
+        info |= {f"{name}base_bytes": sum(storages.values()), f"{name}saved_bytes": saved_bytes(each.output, known)}
+        gc.collect()
+        info[f"{name}peak_bytes"] = peak_bytes(each)
+    rows.record(benchmark, training, others, info, request)
+    for name in ("", "peft_", "dense_"):
+        base, saved, peak = (info[f"{name}{kind}_bytes"] / 2**20 for kind in ("base", "saved", "peak"))
+        print(f"\n{name or 'ours '}{method}: base {base:.1f} MiB, saved {saved:.1f}, peak {peak:.1f}", end="")

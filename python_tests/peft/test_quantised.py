@@ -10,9 +10,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nlora_kernels as nk
+from nlora_kernels.backends import TABLE
 from nlora_kernels.layers.branch import unfused
 from nlora_kernels.peft import base as base_weights
-from nlora_kernels.peft.layer import FusedLinear
 from python_tests.peft.adapters import close, config
 from python_tests.tiny import VOCABULARY, counted_fusions, perturb, tokens
 
@@ -152,6 +152,7 @@ def test_an_adapter_on_a_quantised_layer_is_one_operation(kind, method, mode, ha
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_are_those_of_the_layer_and_its_branch(kind, method):
     model = adapted(kind, method).train()
+    assert not unfused(model)
     layer = model.base_model.model[0]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     x, dy = torch.randn(5, IN, requires_grad=True), torch.randn(5, OUT)
@@ -163,6 +164,26 @@ def test_gradients_are_those_of_the_layer_and_its_branch(kind, method):
         layer._part(t, x) for t in layer._terms(None)
     )
     for mine, exact in zip(ours, torch.autograd.grad(apart, (x, *trained.values()), dy), strict=True):
+        close(mine, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["", "one_drops"])
+def test_several_adapters_are_one_operation_with_a_quantised_layer(kind, dropped, monkeypatch):
+    model = adapted(kind, "nlora_residual")
+    model.add_adapter("lora", config("lora", target_modules=["0"], lora_dropout=1.0 * dropped))
+    perturb(model, 0.1, "lora")
+    model.base_model.set_adapter(["lora", "default"])
+    model.train()
+    layer = model.base_model.model[0]
+    x, dy = torch.randn(5, IN, requires_grad=True), torch.randn(5, OUT)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 5 and bool(unfused(model)) is dropped
+    with counted_fusions() as calls:
+        ours = torch.autograd.grad(model(x), (x, *trained), dy)
+    assert len(calls) == 1
+    base = x @ weight(layer).T + layer.get_base_layer().bias
+    apart = torch.autograd.grad(base + sum(layer._part(t, x) for t in layer._terms(None)), (x, *trained), dy)
+    for mine, exact in zip(ours, apart, strict=True):
         close(mine, exact, atol=1e-4)
 
 
@@ -240,6 +261,21 @@ def test_a_layer_that_quantises_its_input_computes_by_itself(name):
     assert torch.equal(adapter(x), expected)
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"])
+def test_autocast_leaves_the_dtype_that_a_layer_of_torchao_returns(name, bias):
+    net = network(by_torchao(name))
+    if not bias:
+        net[0].bias = None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), counted_fusions() as calls:
+        x = torch.randn(3, IN)
+        expected = net(x)
+        model = peft.get_peft_model(net, config("slora", target_modules=["0"]))
+        y = model(x)
+    assert calls and y.dtype == expected.dtype
+    close(y.float(), expected.float(), atol=0.05)
+
+
 @pytest.mark.parametrize("method", ["slora", "lora2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_leaves_the_dtype_that_a_layer_of_four_bits_returns(method, dtype):
@@ -295,7 +331,7 @@ def test_a_model_that_trains_saves_and_loads(method, tmp_path):
         losses[way] = []
         with pytest.MonkeyPatch.context() as patch, counted_fusions() as calls:
             if way == "apart":
-                patch.setattr(FusedLinear, "obstacle", lambda *args: "compared with")
+                patch.setattr("nlora_kernels.layers.branch.obstacle", lambda linear: "compared with")
             for _ in range(3):
                 loss = model(tokens(), labels=tokens()).loss
                 loss.backward()
@@ -314,19 +350,25 @@ def test_a_model_that_trains_saves_and_loads(method, tmp_path):
     close(torch.tensor(losses["fused"]), torch.tensor(losses["apart"]), atol=1e-4)
 
 
-def tiny_nf4() -> nn.Module:
+def tiny_nf4(
+    hidden_size: int = 64, intermediate_size: int = 128, quant_storage: torch.dtype = torch.uint8
+) -> nn.Module:
     """A small language model as transformers loads it in four bits."""
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     # NOTE: of rows shorter than a block bitsandbytes itself takes the wrong scales on some CPUs.
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, **sizes, num_attention_heads=4, num_key_value_heads=2)
+    ).eval()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "lm_head":
             quantised = bnb.nn.Linear4bit(
                 module.in_features, module.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
             )
-            quantised.weight = bnb.nn.Params4bit(module.weight.data, quant_type="nf4").to("cpu")
+            options = {"quant_storage": quant_storage, "module": quantised}
+            quantised.weight = bnb.nn.Params4bit(module.weight.data, quant_type="nf4", **options).to("cpu")
+            quantised.quant_storage = quant_storage
             model.set_submodule(name, quantised)
     model.is_loaded_in_4bit = model.is_quantized = True
     return model
@@ -385,6 +427,31 @@ def test_a_merge_that_is_not_finite_is_refused_and_changes_nothing(kind, method)
     with pytest.raises(ValueError, match="NaNs detected"):
         layer.merge(safe_merge=True)
     assert torch.equal(weight(layer), before) and not layer.merged
+
+
+def allocations(function) -> list[int]:
+    """The bytes of everything that PyTorch allocates on the CPU meanwhile."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in events if event.nbytes() > 0]
+
+
+@pytest.mark.parametrize("plan", ["whole", "adapter", "apart"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step_of_a_model_makes_no_dense_copy_of_any_weight(method, plan, monkeypatch):
+    """Whichever way the layers are computed, but PEFT's."""
+    monkeypatch.setattr(type(TABLE["cpu"]), "decoding_plan", lambda *sizes: plan)
+    model = peft.get_peft_model(tiny_nf4(hidden_size=256, intermediate_size=256), config(method)).train()
+    if plan == "apart":
+        monkeypatch.setattr("nlora_kernels.layers.branch.obstacle", lambda linear: "compared with")
+    else:
+        assert not unfused(model)
+    ids = tokens(1, 8)
+    largest = max(allocations(lambda: model(ids, labels=ids).loss.backward()))
+    # Of the smallest weight, half as large as the others for the keys and values.
+    dense = 128 * 256 * torch.finfo(torch.float32).bits // 8
+    assert largest >= dense if plan == "apart" else largest <= dense // 2
 
 
 def test_torchao_without_its_configuration_is_refused():
