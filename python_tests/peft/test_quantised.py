@@ -461,3 +461,83 @@ def test_torchao_without_its_configuration_is_refused():
     with pytest.raises(ValueError, match="load the base model with transformers and a TorchAoConfig"):
         model.merge_adapter()
     assert not model.base_model.model[0].merged
+
+
+# What is done to a model
+
+
+def test_a_copy_has_a_weight_of_its_own(kind):
+    model, x = adapted(kind, "nlora_residual").train(), torch.randn(3, IN)
+    expected, twin = model(x), copy.deepcopy(model)
+    base = model.base_model.model[0].get_base_layer()
+    (base.weight.qdata if hasattr(base.weight, "qdata") else base.weight.data).zero_()
+    assert not torch.equal(model(x), expected)
+    with counted_fusions() as calls:
+        close(twin(x), expected)
+    assert calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_model_in_another_dtype_keeps_its_codes(dtype):
+    for kind in (nf4_nested, nf4_plain, int8):
+        model, x = adapted(kind, "slora").train(), torch.randn(3, IN)
+        base = model.base_model.model[0].get_base_layer()
+        base.compute_dtype, expected, W = None, model(x), weight(model.base_model.model[0])
+        model.to(dtype)
+        with counted_fusions() as calls:
+            y = model(x.to(dtype))
+        assert calls and y.dtype == dtype and torch.equal(weight(model.base_model.model[0]), W)
+        close(y.float(), expected, atol=0.1 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_codes_that_are_loaded_in_place_are_those_of_the_next_forward_and_noticed_by_a_backward():
+    model, other = adapted(nf4_plain, "slora").train(), adapted(nf4_plain, "slora").train()
+    layer, source = (each.base_model.model[0].get_base_layer() for each in (model, other))
+    source.weight.data.bitwise_not_()
+    x = torch.randn(3, IN, requires_grad=True)
+    y = model(x)
+    # bitsandbytes itself leaves the scales, which are the same here.
+    layer.load_state_dict(source.state_dict(), strict=False)
+    assert torch.equal(base_weights.read(layer), base_weights.read(source))
+    assert torch.equal(model(x), other(x))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN)], ids=str)
+def test_no_rows_are_no_rows(kind, shape):
+    model, x = adapted(kind, "nlora_residual").train(), torch.randn(shape, requires_grad=True)
+    with counted_fusions() as calls:
+        y = model(x)
+        y.sum().backward()
+    assert calls and y.shape == (*shape[:-1], OUT) and x.grad.shape == shape
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_codes_with_gaps_are_said_with_the_name_of_the_layer():
+    model = adapted(nf4_plain, "slora").train()
+    base = model.base_model.model[0].get_base_layer()
+    base.weight.data = torch.stack([base.weight.data] * 2, 1)[:, 0]
+    with pytest.raises(ValueError, match=r"layer '0': the codes must be contiguous, got strides \(2, 1\)"):
+        model(torch.randn(3, IN))
+
+
+def test_merging_again_and_again_wanders_no_further_than_peft(kind):
+    """Each time is a rounding to few values, in PEFT's own layer too, with the same adapter as plain LoRA."""
+    model = adapted(kind, "slora", scale=0.3)
+    layer = model.base_model.model[0]
+    A, N, B = (t.detach() for t in layer.matrices("default"))
+    options = peft.LoraConfig(r=len(A), lora_alpha=layer.scaling["default"] * len(A), target_modules=["0"])
+    stock = peft.get_peft_model(network(kind), options)
+    theirs = stock.base_model.model[0]
+    theirs.lora_A["default"].weight.data.copy_(A)
+    theirs.lora_B["default"].weight.data.copy_(B @ N)
+    off = []
+    for each, adapter in ((layer, model), (theirs, stock)):
+        before = weight(each)
+        for _ in range(6):
+            adapter.merge_adapter()
+            adapter.unmerge_adapter()
+        off.append((weight(each) - before).norm().item())
+    ours, expected = off
+    assert 0 < ours <= 1.2 * expected
