@@ -14,6 +14,7 @@ from ..backends.native import _C
 from ..backends.quantised import Quantised
 from ..ops import lora2_core, lora2_linear, lora_linear
 from ..ops.checks import DTYPES
+from . import engines
 
 
 class Branch(NamedTuple):
@@ -123,7 +124,7 @@ READ_ONLY_A_AND_B = ("unsloth", "axolotl")
 def obstacle(linear: nn.Module) -> str | None:
     """None if calling `linear` is exactly x·Wᵀ + bias with a weight that is dense or can be decoded, else why not.
 
-    It looks at the layer as it is now, so a layer that FSDP gathers for its forward is taken then.
+    It looks at the layer as it is now, so a layer that FSDP or ZeRO-3 gathers for its forward is taken then.
     """
     # NOTE: this is asked in every forward: what is not kept cannot be out of date.
     if nn_module._has_any_global_hook():
@@ -147,6 +148,8 @@ def obstacle_of(linear: nn.Module, types: tuple[type, ...] = (nn.Linear,)) -> st
     if reason := altered(linear):
         return reason
     weight = tensor_of(linear, "weight")
+    if engines.is_at_rest(weight):
+        return engines.AT_REST
     if has_dense(linear, weight):
         return None
     if weight.device.type not in ("cpu", "meta") and not preferred():
@@ -160,7 +163,7 @@ def altered(module: nn.Module) -> str | None:
     own = module.__dict__
     if "forward" in own:
         return "its forward is replaced on the instance, as offloading and tensor parallelism do"
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+    if engines.foreign_hooks(module):
         return "it has hooks"
     if own.get("_hf_tp_plan") is not None:
         return "it has a tensor-parallel plan"
@@ -194,10 +197,15 @@ def unfused(model: nn.Module) -> dict[str, str]:
     """{layer name: why its forward is not one operation} for the adapter layers of this package in a model.
 
     As they are now: with the adapters that are active, hooks and wrappers on any of their matrices, and in train mode
-    their dropout.
+    their dropout. Shards that FSDP or ZeRO-3 gathers when the model is called are taken to be gathered.
     """
-    layers = ((name, module) for name, module in model.named_modules() if hasattr(type(module), "obstacle"))
-    return {name: reason for name, layer in layers if (reason := layer.obstacle())}
+    found = {}
+    gathering = engines.within_gathering(model)
+    for name, layer in model.named_modules():
+        reason = layer.obstacle() if hasattr(type(layer), "obstacle") else None
+        if reason and not (layer in gathering and reason.endswith(engines.AT_REST)):
+            found[name] = reason
+    return found
 
 
 def is_dense(weight: Tensor) -> bool:
@@ -249,9 +257,14 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter, from the dictionary of parameters unless FSDP1 has put something else in its place."""
+    """A parameter, from the dictionary of parameters unless FSDP1 has put something else in its place.
+
+    That of a module which is an FSDP1 unit by itself is gathered.
+    """
     parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
+    if name in parameters:
+        return parameters[name]
+    return engines.gathered(module, name) if engines.is_unit(module) else getattr(module, name)
 
 
 def local(t: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import shards
+from . import shards, zero
 from .kernels import kernels
 from .layers import Layer, layers
 
@@ -61,6 +61,8 @@ class RankAllocator:
 
     Where FSDP2 keeps the adapters in shards, a step gathers the tensors that it scores and their gradients by one
     all-reduce, and decides the same on every rank. Make the allocator after `fully_shard`, which replaces parameters.
+    So it is where DeepSpeed trains them, under any stage of ZeRO: make it after `deepspeed.initialize`, and call step()
+    after the engine's step, whose gradients are caught before they are clipped.
 
     Raises:
         TypeError: a step count or rank is no integer.
@@ -86,6 +88,8 @@ class RankAllocator:
             raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}")
         self.layers, self.full = layers(model), scores == "full"
         self._find_tensors()
+        tensors = self._scored + self._columns
+        self._gradients = zero.Gradients(tensors) if any(map(zero.owns, tensors)) else None
         found = self.layers
         counts = {"target_rank": (target_rank, 1), "total_steps": (total_steps, 1)}
         counts |= {"t_init": (t_init, 0), "t_final": (t_final, 0), "delta_t": (delta_t, 1)}
@@ -112,7 +116,7 @@ class RankAllocator:
         self.t = 0
         self.skipped = 0
         self._sizes = [size for layer in found for size in (layer.r, layer.k)]
-        like, size = found[0].lora_E, sum(t.numel() for t in (*self._scored, *self._columns))
+        like, size = found[0].lora_E, sum(zero.shape(t).numel() for t in (*self._scored, *self._columns))
         self.exp_avg = torch.zeros(size, dtype=torch.promote_types(torch.float32, like.dtype), device=like.device)
         self.exp_unc = torch.zeros_like(self.exp_avg)
         self._kept = torch.ones(sum(ranks), dtype=torch.bool, device=like.device)
@@ -154,14 +158,17 @@ class RankAllocator:
             # Moving a model gives it new buffers.
             self.layers = [layer.again() for layer in self.layers]
             self._find_tensors()
-        grads = [tensor.grad if scoring else None for tensor in (*self._scored, *self._columns)]
+        tensors = [*self._scored, *self._columns]
+        if scoring and self._gradients is not None:
+            grads = self._gradients.take()
+        else:
+            grads = [tensor.grad if scoring else None for tensor in tensors]
         if scoring and all(grad is None for grad in grads):
             raise RuntimeError("step() must be called between backward() and zero_grad(), got no gradient at all")
         budget = self.budget(t)
         if scoring or masking:
             masks = [layer.lora_mask for layer in self.layers] if freeze else []
-            tensors = [*self._scored, *self._columns]
-            if self._sharded:
+            if self._apart:
                 tensors, grads = _gathered(tensors, grads)
             # The kernels read the small tensors alone.
             found = None if self.full else kernels([t for t in (*tensors, *grads, *masks) if t is not None])
@@ -172,7 +179,7 @@ class RankAllocator:
             else:
                 # In one call the group's first rank could not speak between scores and masks.
                 self._step(None if whole else found, tensors, grads, masks, budget if masking else None, **options)
-            if masking and self._sharded:
+            if masking and self._apart:
                 shards.write(self._scored[::3], tensors[: len(self._scored) : 3])
         self.t = t
         return budget
@@ -221,7 +228,7 @@ class RankAllocator:
         self._scored = [t for layer in self.layers for t in layer.scored]
         # In the flat averages they follow the small tensors.
         self._columns = [t for layer in self.layers for t in (layer.lora_v, layer.lora_V)] if self.full else []
-        self._sharded = any(map(shards.is_shard, (*self._scored, *self._columns)))
+        self._apart = any(map(shards.is_apart, (*self._scored, *self._columns)))
 
     @property
     def _freezing_step(self) -> int:
@@ -306,8 +313,9 @@ class RankAllocator:
         rows = ((self.exp_avg * self.exp_unc)[self._where] * self._share).sum(1)
         if not self.full:
             return rows
-        start = sum(t.numel() for t in self._scored)
-        products = (self.exp_avg[start:] * self.exp_unc[start:]).split([t.numel() for t in self._columns])
+        start = sum(zero.shape(t).numel() for t in self._scored)
+        sizes = [zero.shape(t).numel() for t in self._columns]
+        products = (self.exp_avg[start:] * self.exp_unc[start:]).split(sizes)
         pairs = zip(self.layers, products[::2], products[1::2], strict=True)
         sums = [v.view(la.count, -1).sum(1) + V.view(-1, la.count).sum(0) for la, v, V in pairs]
         return rows + torch.cat(sums)[self._layer] * self._share[:, 1]

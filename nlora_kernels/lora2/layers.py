@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..layers.engines import is_flattened
+from . import zero
+
 _TENSORS = ("lora_E", "lora_u", "lora_U", "lora_v", "lora_V", "lora_mask")
 
 
@@ -27,11 +30,11 @@ class Layer(NamedTuple):
 
     @property
     def r(self) -> int:
-        return self.lora_u.shape[0]
+        return zero.shape(self.lora_u)[0]
 
     @property
     def k(self) -> int:
-        return self.lora_u.shape[1]
+        return zero.shape(self.lora_u)[1]
 
     @property
     def count(self) -> int:
@@ -48,7 +51,14 @@ class Layer(NamedTuple):
         if adapter is None:
             held = module._parameters | module._buffers
             return cls(name, module, None, *[held[attribute] for attribute in _TENSORS])
-        return cls(name, module, adapter, *[module._modules[kind][adapter].weight for kind in _TENSORS])
+        holders = [module._modules[kind][adapter] for kind in _TENSORS]
+        for kind, holder in zip(_TENSORS, holders, strict=True):
+            if is_flattened(holder):
+                raise ValueError(
+                    "the penalty and the allocator of LoRA² need parameters that FSDP2 (fully_shard) shards, "
+                    f"got {kind} of {name} flattened by FSDP1 (FullyShardedDataParallel)"
+                )
+        return cls(name, module, adapter, *[holder.weight for holder in holders])
 
     def again(self) -> "Layer":
         """The same with the tensors that the module holds now: moving a model replaces its buffers."""
@@ -70,7 +80,7 @@ def layers(model: nn.Module) -> list[Layer]:
     modules of these names that map adapters to modules whose weight is such; of a mapping it is the one active adapter
     that counts.
 
-    Raises ValueError if the model has none, or a layer more than one active.
+    Raises ValueError if the model has none, a layer more than one active, or FSDP1 has flattened one.
     """
     found = []
     for name, module in model.named_modules():

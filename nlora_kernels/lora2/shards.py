@@ -1,4 +1,4 @@
-"""LoRA²'s tensors where FSDP2 keeps a shard of each on every rank: whole for a moment, by one sum over the ranks."""
+"""LoRA²'s tensors where an engine keeps a shard of each on every rank: whole for a moment, by one collective."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,12 @@ from torch import Tensor
 
 from ..backends.base import PLAIN
 from ..internals import plain_apply
+from . import zero
+
+
+def is_apart(t: Tensor) -> bool:
+    """Whether an engine holds more than one copy or less than one of it on a rank, so that it is written by `write`."""
+    return is_shard(t) or zero.owns(t)
 
 
 def is_shard(t: Tensor) -> bool:
@@ -16,12 +22,13 @@ def is_shard(t: Tensor) -> bool:
 
 
 def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with every DTensor whole, the same on all ranks; plain ones as they are.
+    """The tensors with every DTensor and every part of ZeRO-3 whole, the same on all ranks; plain ones as they are.
 
     One all-reduce for all of a mesh and dtype, to be called on every rank alike. What is gathered can be
     differentiated: gradients, which must be the same on all ranks, are cut into shards again without a word between
     them.
     """
+    tensors = zero.gathered(tensors)
     places = [place for place, t in enumerate(tensors) if is_shard(t)]
     if not places:
         return list(tensors)
@@ -37,6 +44,8 @@ def write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for t, value in zip(tensors, values, strict=True):
         if is_shard(t):
             t.to_local().copy_(value[slices(t)])
+        elif zero.owns(t):
+            zero.write(t, value)
 
 
 class _Gathered(torch.autograd.Function):

@@ -15,6 +15,7 @@ from ..backends.base import PLAIN
 from ..backends.quantised import Unreadable
 from ..commit import commit
 from ..layers import branch as branches
+from ..layers import engines
 from ..layers.branch import Branch, Lora2Branch, local, tensor_of
 from . import base as base_weights
 from . import sharing, tensor_parallel
@@ -86,7 +87,7 @@ class FusedLinear(Linear):
                 return f"a matrix of adapter {name!r} cannot be fused: {reason}"
         elif not branches.plain(factors, self.factor_types):
             for factor in factors:
-                reason = branches.obstacle_of(factor, self.factor_types)
+                reason = branches.obstacle_of(engines.inside(factor), self.factor_types)
                 if reason:
                     return f"a matrix of adapter {name!r} cannot be fused: {reason}"
         dropout = self._modules["lora_dropout"]._modules[name]

@@ -1,0 +1,63 @@
+"""Adapters on several processes: every engine comes to the losses of one process, and its layers are fused."""
+
+import importlib.util
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nlora_kernels.peft.layer import FusedLinear
+from python_tests.distributed import engines
+from python_tests.distributed.engines import ENGINES, METHODS
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+
+# What the suite tries, on two processes; DDP and FSDP2 have python_tests/peft/test_distributed.py.
+QUICK = [("fsdp1", "nlora_residual"), ("fsdp1_flat", "lora2"), ("fsdp1", "lora2_pruned")]
+QUICK += [(engine, method) for engine in ("zero2", "zero3") for method in ("nlora_residual", "lora2_pruned")]
+QUICK_STEPS, STEPS = 4, 20
+
+
+def needs(engine: str, ranks: int) -> str | None:
+    """Why an engine cannot be tried, if it cannot."""
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        return "needs DeepSpeed"
+    return "needs four processes" if engine == "hsdp" and ranks < 4 else None
+
+
+def check(engine: str, method: str, found: engines.Trained | str, steps: int) -> None:
+    if engine.startswith("fsdp1") and method == "lora2_pruned":
+        assert re.search(r"need parameters that FSDP2 \(fully_shard\) shards, got lora_E of .*q_proj flattened", found)
+        return
+    expected = engines.alone(method, steps)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=2e-5, atol=2e-5)
+    assert found.losses[-1] < found.losses[0] - 1e-3
+    assert found.ranks == expected.ranks
+    layers = sum(isinstance(module, FusedLinear) for module in engines.build(method).modules())
+    assert (found.fused, found.unfused) == (layers, {})
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    cells = [cell for cell in QUICK if needs(cell[0], 2) is None]
+    return engines.run(tmp_path_factory.mktemp("engines"), 2, cells, QUICK_STEPS)
+
+
+@pytest.mark.parametrize("engine, method", QUICK)
+def test_two_processes_come_to_what_one_does(engine, method, quick):
+    if reason := needs(engine, 2):
+        pytest.skip(reason)
+    check(engine, method, quick[engine, method], QUICK_STEPS)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_method_under_every_engine(engine, ranks, request, tmp_path):
+    if not request.config.getoption("--engines"):
+        pytest.skip("needs --engines")
+    if reason := needs(engine, ranks):
+        pytest.skip(reason)
+    found = engines.run(tmp_path, ranks, [(engine, method) for method in METHODS], STEPS)
+    for method in METHODS:
+        check(engine, method, found[engine, method], STEPS)
