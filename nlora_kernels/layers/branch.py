@@ -109,6 +109,16 @@ def together(branches: Sequence[Branch | Lora2Branch]) -> Branch | Lora2Branch:
     return Branch(torch.cat(A), core, torch.cat(B, 1), scaling)
 
 
+def decodes(linear: nn.Module, x: Tensor) -> bool:
+    """Whether a layer's own product of x, without an adapter, is an operation that decodes a weight in few bits."""
+    return is_plain(x) and not has_dense(linear, tensor_of(linear, "weight")) and obstacle(linear) is None
+
+
+def nothing(linear: nn.Module, x: Tensor) -> Branch:
+    """A branch that adds 0, by which that operation is had."""
+    return Branch(x.new_zeros(1, linear.in_features), None, x.new_zeros(linear.out_features, 1), 0.0)
+
+
 def _scaled_core(A: Tensor, N: Tensor | None, scaling: float) -> Tensor:
     """s·N, or without N that of the identity, in fp32 at least: rounded to half precision it would be rounded twice."""
     if N is None:

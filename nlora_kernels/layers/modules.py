@@ -66,7 +66,8 @@ class _AdapterLinear(nn.Module):
         branch, excess = self.branch(), self._excess()
         if not self.obstacle():
             return (branch if excess is None else branches.together((branch, excess))).fused(x, base)
-        y = base(x) + branch.collapsed(x).to(x.dtype)
+        y = branches.nothing(base, x).fused(x, base) if branches.decodes(base, x) else base(x)
+        y = y + branch.collapsed(x).to(x.dtype)
         return y if excess is None else y + excess(x).to(x.dtype)
 
     def _excess(self) -> Branch | None:

@@ -177,6 +177,8 @@ class FusedLinear(Linear):
         if terms and not args and not kwargs:
             branch, terms = self._together(terms, x)
         base = self._modules["base_layer"]
+        if branch is None and not args and not kwargs and self._decodes(terms, x):
+            branch = branches.nothing(base, x)
         if branch is not None:
             result = self._fused(x, branch)
         elif tensor_parallel.split_of(base) is not None:
@@ -214,6 +216,14 @@ class FusedLinear(Linear):
             found = [each for each in found if not each[1].dropout] or [drops.pop(0)]
             apart += [term for term, _ in drops]
         return (branches.together([branch for _, branch in found]) if found else None), apart
+
+    def _decodes(self, terms: list[Term], x: Tensor) -> bool:
+        """Whether to decode the base layer's weight though no term can be taken in. That is faster than to call it, and
+        where something is added nobody asks for its own bits."""
+        if not terms or not branches.decodes(self._modules["base_layer"], x):
+            return False
+        weights = [self.scaling[term.name] if term.initial is None else term.initial for term in terms]
+        return any(term.rows is None and (isinstance(s, Tensor) or s) for term, s in zip(terms, weights, strict=True))
 
     def _fused(self, x: Tensor, branch: Branch | Lora2Branch) -> Tensor:
         base = self._modules["base_layer"]

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nlora_kernels as nk
-from nlora_kernels.backends import TABLE
+from nlora_kernels.backends import TABLE, quantised
 from nlora_kernels.layers.branch import unfused
 from nlora_kernels.peft import base as base_weights
 from python_tests.peft.adapters import close, config
@@ -185,6 +185,37 @@ def test_several_adapters_are_one_operation_with_a_quantised_layer(kind, dropped
     apart = torch.autograd.grad(base + sum(layer._part(t, x) for t in layer._terms(None)), (x, *trained), dy)
     for mine, exact in zip(ours, apart, strict=True):
         close(mine, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_leaves_the_decoding_of_the_weight_to_the_operation(kind, method):
+    model = peft.get_peft_model(network(kind), config(method, target_modules=["0"], lora_dropout=0.5)).train()
+    perturb(model)
+    layer = model.base_model.model[0]
+    x, dy = torch.randn(5, IN, requires_grad=True), torch.randn(5, OUT)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert "has dropout" in next(iter(unfused(model).values()))
+    torch.manual_seed(1)
+    with counted_fusions() as calls:
+        ours = torch.autograd.grad(model(x), (x, *trained), dy)
+    assert len(calls) == 1
+    torch.manual_seed(1)
+    base = x @ weight(layer).T + layer.get_base_layer().bias
+    apart = torch.autograd.grad(base + sum(layer._part(t, x) for t in layer._terms(None)), (x, *trained), dy)
+    for mine, exact in zip(ours, apart, strict=True):
+        close(mine, exact, atol=1e-4)
+    layer.set_scale("default", 0)
+    # The base layer's own bits.
+    assert torch.equal(model(x), layer.get_base_layer()(x))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_a_module_with_dropout_leaves_it_to_the_operation_too(residual, monkeypatch):
+    layer = nk.NLoraLinear.from_linear(nf4_plain(nn.Linear(IN, OUT)), 4, dropout=1.0, residual=residual).train()
+    x, W = torch.randn(5, IN), quantised.of_layer(layer.base, layer.base.weight).decode()
+    monkeypatch.setattr(type(layer.base), "forward", lambda *args: pytest.fail("the base layer is called"))
+    expected = x @ W.T + layer.base.bias
+    close(layer(x), expected + x @ layer._excess().product().T if residual else expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("stock", ["nf4", "int8", "torchao"])
