@@ -16,7 +16,7 @@ from ..backends.quantised import Unreadable
 from ..commit import commit
 from ..layers import branch as branches
 from ..layers import engines
-from ..layers.branch import Branch, Lora2Branch, local, tensor_of
+from ..layers.branch import Branch, Lora2Branch, tensor_of
 from . import base as base_weights
 from . import sharing, tensor_parallel
 
@@ -58,8 +58,8 @@ class FusedLinear(Linear):
         return A, None, B
 
     def weights(self, name: str) -> list[Tensor]:
-        """The weights of an adapter's modules; where tensor parallelism splits the layer, what this rank has."""
-        return [local(tensor_of(factor, "weight")) for factor in self.factors(name)]
+        """The weights of an adapter's modules."""
+        return [tensor_of(factor, "weight") for factor in self.factors(name)]
 
     def factors(self, name: str) -> tuple[nn.Module, ...]:
         """The modules that hold the matrices of an adapter: hooks on them must run."""
@@ -182,7 +182,7 @@ class FusedLinear(Linear):
         if branch is not None:
             result = self._fused(x, branch)
         elif tensor_parallel.split_of(base) is not None:
-            return tensor_parallel.apart(base, x, [(self._branch(term).collapsed, term.rows) for term in terms])
+            return tensor_parallel.apart(base, x, [(self._branch(term), term.rows) for term in terms])
         else:
             result = base(x, *args, **kwargs)
         if not terms:
@@ -273,8 +273,11 @@ class FusedLinear(Linear):
         return [Term(name, indices) for name, indices in rows.items()]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the adapter adds to the base layer's weight, in that weight's layout and the adapter's dtype."""
-        return self._stored(self.branch(adapter).collapsed.product())
+        """What the adapter adds to the base layer's weight, in that weight's layout and the adapter's dtype.
+
+        Where tensor parallelism splits the weight, to the part that this rank has.
+        """
+        return self._stored(tensor_parallel.own(self.branch(adapter)).collapsed.product())
 
     def _stored(self, product: Tensor) -> Tensor:
         """In the layout of the base layer's weight."""

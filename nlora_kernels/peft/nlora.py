@@ -196,7 +196,7 @@ class NLoraLinear(HasCore, FusedLinear):
             return A, None, B
         N = core[0]
         if self._core_moves(name):
-            N = N - local(self.lora_N0[name].weight)
+            N = N - self.lora_N0[name].weight
         # Padded for compiled hot swaps, A and B alone have grown.
         r = N.shape[0]
         return (A, N, B) if A.shape[0] == r else (A[:r], N, B[:, :r])

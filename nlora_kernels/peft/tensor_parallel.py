@@ -35,7 +35,7 @@ from .. import init
 from ..backends import REFERENCE, Call, Needs
 from ..backends.base import PLAIN
 from ..layers import branch as branches
-from ..layers.branch import Branch, Lora2Branch, tensor_of
+from ..layers.branch import Branch, Lora2Branch, local, tensor_of
 from ..ops.autograd import as_rows
 
 if TYPE_CHECKING:
@@ -115,16 +115,22 @@ def check(base: nn.Module, method: str) -> None:
         )
 
 
+def own(branch: Branch | Lora2Branch) -> Branch | Lora2Branch:
+    """A branch with what this rank has of its matrices, which outside of split layers is all."""
+    held = {name: getattr(branch, name) for name in branch.matrices}
+    return branch._replace(**{name: local(t) for name, t in held.items() if t is not None})
+
+
 # Forward
 
 
 def fused(base: nn.Module, x: Tensor, branch: Branch | Lora2Branch) -> Tensor:
-    """The output of a split layer and a branch with the matrices that this rank has, as one operation."""
+    """The output of a split layer and a branch, as one operation."""
     split = split_of(base)
-    return _called(base, split, x, partial(_one_operation, split, branch))
+    return _called(base, split, x, partial(_one_operation, split, own(branch)))
 
 
-def apart(base: nn.Module, x: Tensor, terms: Sequence[tuple[Branch, list[int] | None]]) -> Tensor:
+def apart(base: nn.Module, x: Tensor, terms: Sequence[tuple[Branch | Lora2Branch, list[int] | None]]) -> Tensor:
     """The output of a split layer and of several branches, each for some rows of the batch or for all."""
     split = split_of(base)
 
@@ -132,7 +138,7 @@ def apart(base: nn.Module, x: Tensor, terms: Sequence[tuple[Branch, list[int] | 
         y = F.linear(x, weight, bias)
         dtype = y.dtype
         for branch, rows in terms:
-            branch = _with_sums(split, branch)
+            branch = _with_sums(split, own(branch).collapsed)
             if rows is None:
                 y = y + branch(x)
             else:
@@ -329,8 +335,11 @@ def distribute(layer: nn.Module, name: str) -> None:
             continue
         for of, parameter in list(held[name].named_parameters(recurse=False)):
             if type(parameter) in PLAIN:
-                placed = distribute_tensor(parameter.data, split.mesh, [split.placement(kind)])
-                setattr(held[name], of, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+                # On the meta device there is nothing to send yet.
+                source = None if parameter.is_meta else 0
+                placed = distribute_tensor(parameter.data, split.mesh, [split.placement(kind)], src_data_rank=source)
+                # NOTE: not by setattr, in whose place there is something else while weights are made empty.
+                held[name]._parameters[of] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
 
 
 @contextlib.contextmanager
