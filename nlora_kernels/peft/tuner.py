@@ -86,10 +86,12 @@ class _FusedModel(LoraModel):
                 "that was not called yet"
             )
         try:
-            if tensor_parallel.split_of(base) is not None and (other := variant(lora_config)):
-                raise ValueError(
-                    f"{current_key!r} cannot be adapted: {other} is not supported on a tensor-parallel layer"
-                )
+            if tensor_parallel.split_of(base) is not None:
+                if other := variant(lora_config):
+                    raise ValueError(
+                        f"{current_key!r} cannot be adapted: {other} is not supported on a tensor-parallel layer"
+                    )
+                tensor_parallel.check(base, f"{current_key!r} cannot be adapted: {method(lora_config)}")
             # NOTE: an adapter goes to where the base weight is, and offloaded that would be the meta device.
             with base_weights.brought(base), tensor_parallel.without_plan(self.model, base):
                 base_weights.check_readable(base)

@@ -423,6 +423,12 @@ def refuses_by_name(run):
         pair("lora", run.mesh, use_dora=True)
     with pytest.raises(ValueError, match="layer '.*0' cannot be unfused"):
         nk_peft.unfuse(pair("lora", run.mesh))
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    for method in ("lora", "nlora", "lora2"):
+        model = parallelize_module(nn.Sequential(nn.Linear(16, 12)), mesh["tp"], {"0": ColwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        with pytest.raises(ValueError, match="'0' cannot be adapted.* before fully_shard shards it too"):
+            peft.get_peft_model(model, config(method, target_modules=["0"]))
     model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 8))
     for module in model:
         parallelize_module(module, run.mesh, ColwiseParallel())
@@ -499,7 +505,8 @@ JOBS = {
     4: {"transformers": SOME, "fsdp2": ("slora", "nlora_residual", "inttune", "lora2_pruned")},
     2: {"torch": METHODS, "transformers": SOME},
 }
-ALL = {ranks: dict.fromkeys(("torch", "transformers", "fsdp2")[: ranks - 1], METHODS) for ranks in (2, 4)}
+ENGINES = ("torch", "transformers")
+ALL = {4: dict.fromkeys((*ENGINES, "fsdp2"), METHODS), 2: dict.fromkeys(ENGINES, METHODS)}
 
 
 def cases(jobs):
