@@ -67,7 +67,7 @@ def test_an_honest_report_passes(honest):
     assert {t["operation"] for t in times} == {"forward", "backward", "lora2_core"}
     assert all(t["backend"] == "lean" and t["us"] > 0 and t["lean_us"] > 0 for t in times)
     methods = {line["case"].split()[1] for line in lines[1:] if line["case"].startswith("budget")}
-    assert methods == set(cases.METHODS) - {"dropout"}
+    assert methods == set(cases.METHODS) - {"dropout", "group"}
 
 
 def test_every_method_shape_and_kind_is_asked_for():
@@ -78,6 +78,8 @@ def test_every_method_shape_and_kind_is_asked_for():
             budgets = [case for case in asked if case.kind == "budget"]
             assert len({case.shape for case in budgets}) >= 12
             able = {"dropout": TABLE[backend].drops_inside, "experts": cases.takes_experts(backend)}
+            able["group"] = cases.takes_groups(backend)
+            assert able["experts"] == able["group"] == (backend == "triton")
             assert {case.detail for case in budgets} == {m for m in cases.METHODS if able.get(m, True)}
             assert able["experts"] == any(case.detail == "experts" and case.kind == "time" for case in asked)
             assert {case.adapter for case in budgets} == {"float32", verified.short(dtype)}

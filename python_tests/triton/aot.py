@@ -141,6 +141,7 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
         y, T = linear.forward(plain)
         linear.backward(plain, y, T, Needs(True, False, True, True, lora_N is not None, False))
         call_experts(plain, meta)
+        call_group(plain)
     u, E, U = meta(R, R), meta(R), meta(R, R)
     lora2.forward(u, E, U, E)
     lora2.backward(core, u, E, U, E)
@@ -167,6 +168,19 @@ def call_experts(one, meta) -> None:
             call = ExpertsCall(one.x, meta(count, dtype=torch.int32), stored, *adapter, bias)
             y, T = experts.forward(call)
             experts.backward(call, y, T, Needs(True, False, True, True, call.lora_N is not None, True))
+
+
+def call_group(one) -> None:
+    """Two layers of one call beside one without an adapter."""
+    from nlora_kernels.backends import Needs
+    from nlora_kernels.backends.triton import group
+
+    bare = one._replace(lora_A=None, lora_B=None, lora_N=None, bias=None)
+    calls = [one, one, bare]
+    if group.takes(calls):
+        ys, Ts = zip(*group.forward(calls), strict=True)
+        adapted = Needs(True, False, True, True, one.lora_N is not None, False)
+        group.backward(calls, ys, Ts, [adapted, adapted, Needs(True, *[False] * 5)])
 
 
 def decode(K: int, N: int, dtype: torch.dtype, meta) -> None:

@@ -160,6 +160,50 @@ def what_a_kernel_was_compiled_for_is_never_launched_with_another(launches):
         assert planned == again == fresh
 
 
+def mixture_and_group(dtype=torch.bfloat16, M=256, K=64, N=64, R=16, E=3):
+    """Calls of a mixture's experts, and of layers that share x, of which one has no adapter."""
+    from nlora_kernels.backends import Call, ExpertsCall
+
+    x, weight, A, B, core, bias = layer(dtype, True, M, K, N, R)
+    stacks = (t.repeat(E, *[1] * t.dim()) for t in (weight, A, B, core, bias))
+    mixture = ExpertsCall(x, torch.full((E,), M, dtype=torch.int32), *stacks, 0.5)
+    others = [Call(x, *layer(dtype, core, M, K, width, R)[1:], 0.5) for core, width in ((True, N), (False, 2 * N))]
+    return mixture, [*others, Call(x, weight.clone(), None, None)]
+
+
+def what_takes_several_tensors_is_launched_again_with_its_own(launches):
+    from nlora_kernels.backends import TABLE, Needs
+
+    def plain(value):
+        if type(value) is tuple:
+            return tuple(map(plain, value))
+        return "address" if type(value) is int and value > 2**32 else value
+
+    def made(mixture, group):
+        launches.clear()
+        needs = Needs(True, False, True, True, True, False)
+        y, T = TABLE["triton"].forward_experts(mixture)
+        TABLE["triton"].backward_experts(mixture, y, T, needs)
+        ys, Ts = zip(*TABLE["triton"].forward_group(group), strict=True)
+        wanted = [Needs(True, False, *[t is not None for t in (c.lora_A, c.lora_B, c.lora_N)], False) for c in group]
+        TABLE["triton"].backward_group(group, ys, Ts, wanted)
+        return list(launches)
+
+    first, second = mixture_and_group(), mixture_and_group()
+    before, after = made(*first), made(*second)
+    assert [(kernel, grid, plain(tuple(arguments.items()))) for kernel, grid, arguments in before] == [
+        (kernel, grid, plain(tuple(arguments.items()))) for kernel, grid, arguments in after
+    ]
+    for (mixture, group), found in ((first, before), (second, after)):
+        several = [arguments for _, _, arguments in found if "weights" in arguments]
+        assert len(several) == 2
+        for arguments in several:
+            assert [weight[0] for weight in arguments["weights"]] == [call.weight.data_ptr() for call in group]
+        stacked = [arguments for _, _, arguments in found if "offsets" in arguments and "weight" in arguments]
+        assert len(stacked) == 2 and {a["weight"][0] for a in stacked} == {mixture.weight.data_ptr()}
+        assert {a["offsets"] for a in stacked} == {(mixture.offsets.data_ptr(), 1)}
+
+
 def no_tensor_is_kept(launches):
     operands = layer()
     both(operands)
@@ -200,9 +244,10 @@ def threads_launch_their_own_tensors(launches):
 
 
 def plans_are_bounded(launches):
-    from nlora_kernels.backends.triton import core, extended, launch, narrow
+    from nlora_kernels.backends.triton import core, experts, extended, group, launch, narrow
 
-    for planned in (core.planned, extended.planned, narrow.planned):
+    of_experts = experts.planned_narrow, experts.planned_extended, experts.planned_sums
+    for planned in (core.planned, extended.planned, narrow.planned, group.planned, *of_experts):
         assert planned.cache_info().maxsize == launch.PLANS
 
 
@@ -211,6 +256,7 @@ def plans_are_bounded(launches):
     [
         again_is_the_same_but_for_addresses_and_scaling,
         what_a_kernel_was_compiled_for_is_never_launched_with_another,
+        what_takes_several_tensors_is_launched_again_with_its_own,
         no_tensor_is_kept,
         threads_launch_their_own_tensors,
         plans_are_bounded,

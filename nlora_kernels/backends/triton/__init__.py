@@ -98,6 +98,16 @@ class Triton(Backend):
 
         return linear.backward(call, dy, T, needs)
 
+    def forward_group(self, calls: Sequence[Call]) -> list[tuple[Tensor, Tensor | None]]:
+        from . import group
+
+        return group.forward(calls) if group.takes(calls) else super().forward_group(calls)
+
+    def backward_group(self, calls, dys, Ts, needs) -> tuple[Tensor | None, list[Grads]]:
+        from . import group
+
+        return (group.backward if group.takes(calls) else super().backward_group)(calls, dys, Ts, needs)
+
     def forward_experts(self, call: ExpertsCall) -> tuple[Tensor, Tensor]:
         from . import experts
 

@@ -21,7 +21,7 @@ from ..base import ExpertsCall, Grads, Needs
 from . import device, launch, tuning
 from .extended import GROUP_M, Extended, extended_tile, raster
 from .narrow import WIDEST_CORE, Narrow, summing
-from .tiles import Core, Vector, item, multiply, store_product, store_tile
+from .tiles import Core, Matrix, Vector, item, multiply, store_product, store_tile
 
 
 def forward(call: ExpertsCall) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def extended_experts(x, weight, P, expand, bias, y, offsets, M, N, K, R, E, META
         W, B, own = item(weight, expert), item(expand, expert), None
         if bias is not None:
             own = Vector(bias.data + expert.to(tl.int64) * bias.stride_row, bias.stride_col)
-        extended_tile(x, W, P, B, own, y, m, n, end, N, K, R, None, None, 0, 1.0, META)
+        extended_tile(x, W, Matrix(P, R, 1), B, own, y, m, n, end, N, K, R, None, None, 0, 1.0, META)
     elif expert == E:
         store_tile(y, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), m, n, end, N, BLOCK_M, BLOCK_N)
 

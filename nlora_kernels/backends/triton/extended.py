@@ -45,15 +45,15 @@ def extended_tile(x, weight, P, expand, bias, y, m, n, M, N, K, R, flag, seed, t
     BLOCK_N: tl.constexpr = META.features.BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if seed is not None:
-        acc = multiply(acc, Matrix(P, R, 1), expand, m, n, M, N, 0, R, None, 0, META.rank)
+        acc = multiply(acc, P, expand, m, n, M, N, 0, R, None, 0, META.rank)
         acc = drop(acc, seed, threshold, m, n, BLOCK_M, BLOCK_N) * scale
     acc = multiply(acc, x, weight, m, n, M, N, 0, K, None, 0, META.features)
     if flag is not None:
         ready = tl.atomic_add(flag, 0, sem="acquire")
         while ready == 0:
             ready = tl.atomic_add(flag, 0, sem="acquire")
-    if seed is None:
-        acc = multiply(acc, Matrix(P, R, 1), expand, m, n, M, N, 0, R, None, 0, META.rank)
+    if seed is None and expand is not None:
+        acc = multiply(acc, P, expand, m, n, M, N, 0, R, None, 0, META.rank)
     if bias is not None:
         j = n + tl.arange(0, BLOCK_N)
         acc += tl.load(bias.data + j * bias.stride, mask=j < N, other=0.0).to(tl.float32)[None, :]
@@ -77,7 +77,7 @@ def extended_product(x, weight, P, expand, bias, y, seed, threshold, scale, M, N
     BLOCK_N: tl.constexpr = META.features.BLOCK_N
     block, column = raster(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), META.GROUP_M)
     m, n = block * BLOCK_M, column * BLOCK_N
-    extended_tile(x, weight, P, expand, bias, y, m, n, M, N, K, R, None, seed, threshold, scale, META)
+    extended_tile(x, weight, Matrix(P, R, 1), expand, bias, y, m, n, M, N, K, R, None, seed, threshold, scale, META)
 
 
 @triton.jit
@@ -115,7 +115,8 @@ def single_launch(x, weight, shrink, core, expand, bias, raw, P, y, state, M, N,
             block = first + (inside - group) % group
             m, n = block * BLOCK_M, (inside - group) // group * BLOCK_N
             flag = state + 2 + block
-            extended_tile(x, weight, P, expand, bias, y, m, n, M, N, K, R, flag, None, 0, 1.0, META)
+            left = Matrix(P, R, 1)
+            extended_tile(x, weight, left, expand, bias, y, m, n, M, N, K, R, flag, None, 0, 1.0, META)
         item = tl.atomic_add(state, 1, sem="relaxed")
     if tl.atomic_add(state + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         # No other program will draw a ticket or look at a flag.

@@ -8,6 +8,7 @@ marked `planned`, whose results are remembered. No plan holds a tensor or an add
 import contextlib
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,8 @@ class Launch:
     Args:
         meta: what the kernel is compiled for, its argument META.
         layouts: of those operands that are passed with their strides, or by descriptors; of others the address is.
-        blocks: the blocks of those that are read by descriptors.
+            A list where a kernel takes several tensors as one argument.
+        blocks: the blocks of those that are read by descriptors, likewise.
         arguments: what is the same at every call.
     """
 
@@ -76,12 +78,16 @@ class Launch:
         warps: int,
         stages: int = 1,
         meta: tuple | None = None,
-        layouts: dict[str, Layout | None] | None = None,
-        blocks: dict[str, tuple[int, int]] | None = None,
+        layouts: dict[str, Layout | None | list] | None = None,
+        blocks: dict[str, tuple[int, ...] | None | list] | None = None,
         **arguments,
     ):
         self.kernel, self.grid, self.warps, self.stages, self.meta = kernel, grid, warps, stages, meta
-        self.strides = {name: operand.strides for name, operand in (layouts or {}).items() if operand}
+        self.strides = {
+            name: [one and one.strides for one in operand] if type(operand) is list else operand.strides
+            for name, operand in (layouts or {}).items()
+            if operand
+        }
         self.blocks, self.arguments = blocks or {}, arguments
         self._again, self._operands, self._plain = None, {}, {}
 
@@ -99,31 +105,57 @@ class Launch:
         arguments = self._plain.copy()
         for name, value in operands.items():
             if isinstance(value, Tensor):
-                how = self._operands.get(name)
-                if how is None:
-                    value = value.data_ptr()
-                elif type(how) is tuple:
-                    value = (value.data_ptr(), *how)
-                else:
-                    descriptor = object.__new__(TensorDescriptor)
-                    descriptor.__dict__.update(how, base=value)
-                    value = descriptor
+                value = again(value, self._operands.get(name))
+            elif type(value) is tuple:
+                value = tuple(map(again, value, self._operands.get(name) or repeat(None)))
             arguments[name] = value
         self._again(*arguments.values())
 
     def _first(self, on: Tensor, operands: dict) -> None:
         """By Triton's own way, which compiles the kernel where it has not been, and looks at all arguments."""
-        made = {name: strided(operands[name]) for name in self.strides if operands.get(name) is not None}
-        made |= {name: TensorDescriptor.from_tensor(operands[name], list(block)) for name, block in self.blocks.items()}
+        made = {}
+        for name, value in operands.items():
+            strides, block = self.strides.get(name), self.blocks.get(name)
+            if type(value) is tuple:
+                made[name] = tuple(map(first, value, strides or repeat(None), block or repeat(None)))
+            else:
+                made[name] = first(value, strides, block)
         names = [name for name in self.kernel.arg_names if name != "META"]
-        arguments = dict.fromkeys(names) | self.arguments | operands | made
+        arguments = dict.fromkeys(names) | self.arguments | made
         compiled = run(self.kernel, self.grid, on, warps=self.warps, stages=self.stages, meta=self.meta, **arguments)
         if compiled is not None:
-            descriptors = {name: vars(made[name]) | {"base": None} for name in self.blocks}
-            self._operands = self.strides | descriptors
+            self._operands = {
+                name: [*map(described_by, value, self.strides.get(name) or repeat(None))]
+                if type(value) is tuple and type(operands[name]) is tuple
+                else described_by(value, self.strides.get(name))
+                for name, value in made.items()
+            }
             # In the order in which the kernel takes them, and with all of its constants.
             self._plain = dict.fromkeys(self.kernel.arg_names) | self.arguments
             self._again = compiled[(*self.grid, 1, 1)[:3]]
+
+
+def first(value, strides: tuple[int, ...] | None, block: tuple[int, ...] | None):
+    """An operand as a kernel takes it the first time."""
+    if value is None or not (strides or block):
+        return value
+    return TensorDescriptor.from_tensor(value, list(block)) if block else strided(value)
+
+
+def described_by(made, strides: tuple[int, ...] | None) -> dict | tuple[int, ...] | None:
+    """What of an operand is the same the next time."""
+    return vars(made) | {"base": None} if type(made) is TensorDescriptor else strides
+
+
+def again(value, how):
+    """An operand as the kernel takes it from then on, by address."""
+    if value is None or how is None:
+        return value if value is None else value.data_ptr()
+    if type(how) is tuple:
+        return (value.data_ptr(), *how)
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(how, base=value)
+    return descriptor
 
 
 def strided(t: Tensor) -> Matrix | Vector | Stack:

@@ -24,16 +24,26 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
-    x, weight, lora_A, lora_B, lora_N, _, scaling, dropout = call
-    dx = dA = dB = dN = None
+    G = H = dx = None
     if needs.x:
-        G, H, dx = extended.product(
-            dy, weight, lora_B, lora_N, lora_A, None, scaling, transposed=False, dropout=dropout
-        )
+        operands = dy, call.weight, call.lora_B, call.lora_N, call.lora_A, None, call.scaling
+        G, H, dx = extended.product(*operands, transposed=False, dropout=call.dropout)
     elif needs.lora_A or needs.lora_N:
-        G, H = narrow.product(dy, lora_B, core=lora_N, alpha=scaling, raw=True)
+        G, H = sides(call, dy)
+    return gradients(call, dy, T, G, H, needs)._replace(x=dx)
+
+
+def sides(call: Call, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """(G, H)"""
+    return narrow.product(dy, call.lora_B, core=call.lora_N, alpha=call.scaling, raw=True)
+
+
+def gradients(call: Call, dy: Tensor, T: Tensor | None, G: Tensor | None, H: Tensor | None, needs: Needs) -> Grads:
+    """Those of everything but x; a call without an adapter has no T, G and H."""
+    x, lora_A, lora_B, lora_N, scaling = call.x, call.lora_A, call.lora_B, call.lora_N, call.scaling
+    dA = dB = dN = None
     if needs.lora_A:
-        dA = narrow.product(H, x, a_transposed=True, dtype=lora_A.dtype, dropout=dropout, drops="b")[1]
+        dA = narrow.product(H, x, a_transposed=True, dtype=lora_A.dtype, dropout=call.dropout, drops="b")[1]
     if needs.lora_N:
         dN = narrow.product(G, T, a_transposed=True, alpha=scaling, dtype=lora_N.dtype)[1]
     if needs.lora_B:
@@ -41,7 +51,6 @@ def backward(call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
             dy, T, core=lora_N, core_transposed=True, a_transposed=True, alpha=scaling, dtype=lora_B.dtype
         )[1]
     return Grads(
-        x=dx,
         # The gradient of the weight itself is a plain product of two large matrices: the library's is best.
         weight=torch.mm(dy.T, x) if needs.weight else None,
         lora_A=dA,

@@ -9,8 +9,8 @@ import torch
 
 from ... import backends
 
-# What trains, by method. LoRA² has its own five; "dropout" is SLoRA with the mask inside the operation, and "experts"
-# SLoRA on a mixture of EXPERTS layers.
+# What trains, by method. LoRA² has its own five; "dropout" is SLoRA with the mask inside the operation, "experts" on a
+# mixture of EXPERTS layers, and "group" on two layers that share x.
 METHODS = {
     "lora": ("x", "lora_A", "lora_B"),
     "slora": ("x", "weight", "lora_A", "lora_B", "lora_N", "bias"),
@@ -19,6 +19,7 @@ METHODS = {
     "lora2": ("x", "lora_v", "lora_u", "lora_E", "lora_U", "lora_V"),
     "dropout": ("x", "lora_A", "lora_B", "lora_N"),
     "experts": ("x", "lora_A", "lora_B", "lora_N"),
+    "group": ("x", "lora_A", "lora_B", "lora_N"),
 }
 EXPERTS = 4
 # Results that the parent computes again.
@@ -150,8 +151,10 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
     # PEFT keeps adapters in fp32 on a 16-bit base by default.
     adapters = list(dict.fromkeys(("float32", dtype)))
     found = [Case("witness", "nlora", WITNESS, adapter) for adapter in adapters]
-    lacking = {"dropout": not drops, "experts": not takes_experts(backend)}
-    methods = [method for method in METHODS if not lacking.get(method)]
+    able = {"dropout": drops, "experts": takes_experts(backend), "group": takes_groups(backend)}
+    methods = [method for method in METHODS if able.get(method, True)]
+    # Those whose launches are others than those of a layer.
+    together = [method for method in ("experts", "group") if able[method]]
     for i, shape in enumerate(sizes.checked):
         optional = any(size % 8 for size in shape[1:]) or shape[3] > 256
         # Every method with either adapter, in turn over the shapes.
@@ -160,12 +163,14 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
             for j, method in enumerate(methods)
         ]
     found += [Case("repeats", "nlora", shape, adapters[0]) for shape in sizes.repeated]
+    found += [Case("repeats", method, sizes.repeated[0], adapters[0]) for method in together]
     found += [Case("replay", "nlora", shape, adapter) for shape in sizes.replayed for adapter in adapters]
+    found += [Case("replay", method, shape, adapters[0]) for shape in sizes.replayed for method in together]
     for adapter in adapters:
         found += [Case("time", op, shape, adapter) for shape in sizes.timed for op in ("forward", "backward")]
     if drops:
         found += [Case("time", "dropout", shape, "float32") for shape in sizes.dropped]
-    if backends.TABLE[backend].proved_for and takes_experts(backend):
+    if backends.TABLE[backend].proved_for and able["experts"]:
         found += [Case("time", "experts", shape, adapter) for shape in sizes.mixtures for adapter in adapters]
     if backends.TABLE[backend].proved_for:
         more = NORMS_AND_SOLVES.get(backend, ())
@@ -183,8 +188,13 @@ def trains_lora2(backend: str) -> bool:
 
 
 def takes_experts(backend: str) -> bool:
-    """Whether a backend has kernels of its own for all experts of a mixture."""
-    return type(backends.TABLE[backend]).forward_experts is not backends.Backend.forward_experts
+    """Whether a backend has a way of its own to compute all experts of a mixture."""
+    return "forward_experts" in vars(type(backends.TABLE[backend]))
+
+
+def takes_groups(backend: str) -> bool:
+    """Whether a backend has one for layers that share x."""
+    return "forward_group" in vars(type(backends.TABLE[backend]))
 
 
 def dtype_of(name: str) -> torch.dtype:

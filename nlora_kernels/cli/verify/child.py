@@ -164,6 +164,8 @@ def layer_of(case: Case, backend: str, dtype: str, device: torch.device, seed: i
         return _lora2_layer(tensors, p.dy, R, options)
     if method == "experts":
         return _mixture(tensors, p.dy, options)
+    if method == "group":
+        return _group(tensors, p.dy, options)
     plain = testing.plain_linear
     if method == "dropout":
         mask = Dropout(P_DROPPED, torch.tensor(SEED, device=device))
@@ -208,12 +210,38 @@ def _lora2_layer(tensors: dict[str, Tensor], dy: Tensor, k: int, options: dict) 
     )
 
 
+def _rolled(tensors: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The matrices of so many layers, which have those of one in another order of rows each."""
+    return {name: torch.stack([t.roll(i, 0) for i in range(count)]) for name, t in tensors.items() if name != "x"}
+
+
+def _group(tensors: dict[str, Tensor], dy: Tensor, options: dict) -> Layer:
+    """Two layers that share x, their outputs side by side."""
+
+    def ours(x, weight, lora_A, lora_B, lora_N):
+        adapters = list(zip(lora_A.unbind(), lora_B.unbind(), lora_N.unbind(), strict=True))
+        return torch.cat(ops.lora_group_linear(x, list(weight.unbind()), adapters, **options), 1)
+
+    def plain(x, weight, lora_A, lora_B, lora_N, scaling):
+        layers = zip(weight, lora_A, lora_B, lora_N, strict=True)
+        return torch.cat([testing.plain_linear(x, *layer, scaling=scaling) for layer in layers], 1)
+
+    return Layer(
+        {"x": tensors["x"], **_rolled(tensors, 2)},
+        METHODS["group"],
+        torch.cat([dy, dy.roll(1, 0)], 1),
+        ours,
+        functools.partial(plain, scaling=options["scaling"]),
+        functools.partial(plain, scaling=0.0),
+    )
+
+
 def _mixture(tensors: dict[str, Tensor], dy: Tensor, options: dict) -> Layer:
-    """A layer of experts, each with that of `tensors` in an order of features of its own."""
+    """A layer of experts."""
     M = dy.shape[0]
     # One without rows, and rows without one.
     ends = [M // 2, M // 2, M - M // 4, M - M // 8]
-    stacks = {name: torch.stack([t.roll(e, 0) for e in range(EXPERTS)]) for name, t in tensors.items() if name != "x"}
+    stacks = _rolled(tensors, EXPERTS)
 
     def plain(x, weight, lora_A, lora_B, lora_N, scaling):
         parts, first = [], 0
