@@ -161,10 +161,12 @@ def call_experts(one, meta) -> None:
     from nlora_kernels.backends import ExpertsCall, Needs
     from nlora_kernels.backends.triton import experts
 
-    for count in (1, EXPERTS):
+    # One expert, too, where sizes of 1 are compiled.
+    for count in {EXPERTS, min(EXPERTS, one.x.shape[1])}:
         _, weight, *adapter, bias = (None if t is None else meta(count, *t.shape, dtype=t.dtype) for t in one[:6])
         # Weights are kept either way round.
-        for stored in (weight, weight.mT.contiguous().mT):
+        turned = () if one.lora_N is not None else (weight.mT.contiguous().mT,)
+        for stored in (weight, *turned):
             call = ExpertsCall(one.x, meta(count, dtype=torch.int32), stored, *adapter, bias)
             y, T = experts.forward(call)
             experts.backward(call, y, T, Needs(True, False, True, True, call.lora_N is not None, True))
