@@ -5,6 +5,7 @@ import copy
 import functools
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -374,6 +375,18 @@ def test_a_mode_leaves_nothing_behind_that_a_later_call_would_find(name):
     y = nk.lora_linear(x, second, *others)
     y.sum().backward()
     assert type(y) is torch.Tensor and x.grad.isfinite().all()
+
+
+def test_memory_that_is_shared_first_in_inference_mode_can_be_written_to_later(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr("nlora_kernels.backends.quantised.base._shared", {})
+    weight = quantised.view(four_bit(torch.randn(64, 128)))
+    with torch.inference_mode():
+        first = quantised.shared_memory(weight)
+    again = quantised.shared_memory(weight)
+    assert again.data_ptr() == first.data_ptr() and again.shape == (64, 128)
+    again.zero_()
 
 
 def broken(weight, **attributes):

@@ -121,7 +121,9 @@ def shared_memory(weight: Quantised) -> Tensor:
         return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     key = weight.device, weight.dtype, torch.cuda.current_stream(weight.device).cuda_stream
     if key not in _shared or _shared[key].numel() < size:
-        _shared[key] = torch.empty(size, dtype=weight.dtype, device=weight.device)
+        # What was made in inference mode cannot be written to outside of it.
+        with torch.inference_mode(False):
+            _shared[key] = torch.empty(size, dtype=weight.dtype, device=weight.device)
     return _shared[key][:size].view(weight.shape)
 
 
