@@ -6,6 +6,8 @@
 
 namespace py = pybind11;
 using nlora::CoreTensors;
+using nlora::DLTensor;
+using nlora::is_floating;
 using nlora::Matrix;
 using nlora::Rows;
 using nlora::Tensor;
@@ -67,9 +69,42 @@ bool plain_modules(const py::tuple& modules, const py::tuple& types) {
       if (PyDict_GetItemWithError(own.ptr(), name)) return false;
     PyObject* parameters = PyDict_GetItemWithError(own.ptr(), kParameters);
     PyObject* weight = parameters && PyDict_Check(parameters) ? PyDict_GetItemWithError(parameters, kWeight) : nullptr;
-    if (!weight || !nlora::tensors().plain(weight)) return false;
+    DLTensor seen;
+    if (!weight || !nlora::tensors().look(weight, seen) || !is_floating(seen)) return false;
   }
   return true;
+}
+
+// Whether the tensors of a call go together: the usual answer to `check_lora_linear` (ops/checks.py), which says what is
+// wrong. Without A and B it is a layer without an adapter, without weight all else of one; N may be the tuple of u, E, U
+// and mask of LoRA².
+bool fits(py::handle x, py::handle weight, py::handle A, py::handle B, py::handle N, py::handle bias) {
+  DLTensor first, t;
+  if (!nlora::tensors().look(x, first) || !is_floating(first) || first.dims < 1) return false;
+  const auto agree = [](int64_t& known, int64_t size) { return (known < 0 ? known = size : known) == size; };
+  // Whether t, the next tensor, is on x's device and of these sizes, of which those that are not known become its own.
+  const auto has = [&](py::handle tensor, auto&... sizes) {
+    if (!nlora::tensors().look(tensor, t) || t.dims != sizeof...(sizes)) return false;
+    if (t.device_type != first.device_type || t.device_id != first.device_id) return false;
+    const int64_t* size = t.shape;
+    return (agree(sizes, *size++) && ...);
+  };
+  const auto same = [&](const DLTensor& as) { return t.code == as.code && t.bits == as.bits; };
+  int64_t in = first.shape[first.dims - 1], out = -1, rank = -1, values = -1;
+  const auto core_fits = [&] {
+    if (N.is_none()) return true;
+    if (!PyTuple_Check(N.ptr())) return has(N, rank, rank) && is_floating(t);
+    if (PyTuple_GET_SIZE(N.ptr()) != 4) return false;
+    const auto part = [&](int i) { return py::handle(PyTuple_GET_ITEM(N.ptr(), i)); };
+    if (!has(part(0), values, rank) || !values || !is_floating(t)) return false;
+    const DLTensor u = t;
+    return has(part(1), values) && same(u) && has(part(2), rank, values) && same(u) &&
+           (part(3).is_none() || has(part(3), values));
+  };
+  if (!weight.is_none() && (!has(weight, out, in) || !same(first))) return false;
+  if (!bias.is_none() && (!has(bias, out) || !same(first))) return false;
+  if (A.is_none() && B.is_none() && N.is_none()) return true;
+  return has(A, rank, in) && rank && is_floating(t) && has(B, out, rank) && is_floating(t) && core_fits();
 }
 
 // Runs while other threads of Python may, unless its multiply-adds take no longer than to let them.
@@ -97,7 +132,9 @@ py::tuple cpu_backward(const Rows& dy, const Rows& x, const Tensor& T, const Wei
                        const Tensor& B, const CoreTensors& core, const std::array<bool, 6>& needs, float scaling,
                        int threads) {
   const int64_t M = dy.matrix.rows, N = dy.matrix.cols, K = A.matrix.cols;
-  const Tensor dx = needs[0] ? dy.empty(M, K) : Tensor(), dbias = needs[5] ? dy.empty(N) : Tensor();
+  // NOTE: to name a shape costs as much as the tensor.
+  const Tensor dx = !needs[0] ? Tensor() : x ? x.empty_like() : dy.empty(M, K);
+  const Tensor dbias = needs[5] ? dy.empty(N) : Tensor();
   const Tensor dweight = needs[1] && weight.dense ? weight.dense.empty_like() : Tensor();
   const Tensor dA = needs[2] ? A.empty_like() : Tensor(), dB = needs[3] ? B.empty_like() : Tensor();
   const CoreTensors dcore = needs[4] ? core.empty_like() : CoreTensors();
@@ -269,6 +306,7 @@ PYBIND11_MODULE(_C, m) {
            "Addresses of tensors, which must be kept alive, their shape and their strides.");
   m.def("cpu_dequantise", &dequantise, free_threads());
   m.def("plain_modules", &plain_modules);
+  m.def("fits", &fits);
   m.def("cpu_forward", &cpu_forward);
   m.def("cpu_backward", &cpu_backward);
   m.def("cpu_forward_group", &cpu_forward_group);

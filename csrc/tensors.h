@@ -20,6 +20,7 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 constexpr uint8_t kFloat = 2, kBFloat = 4;
+inline bool is_floating(const DLTensor& t) { return (t.code == kFloat && t.bits >= 16) || t.code == kBFloat; }
 struct Exchange {
   uint32_t major, minor;
   void *previous, *allocate, *export_managed, *import_managed;
@@ -46,13 +47,12 @@ class Tensors {
     return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr()));
   }
 
-  // Whether it is PyTorch's own tensor, of no subclass, of floating point and with memory.
-  bool plain(py::handle object) const {
+  // What it tells of PyTorch's own tensors, of no subclass, with memory; false for all else.
+  bool look(py::handle object, DLTensor& tensor) const {
     const py::handle type = py::type::handle_of(object);
     if (!type.is(type_) && !type.is(parameter_)) return false;
-    DLTensor tensor = {};
     if (exchange_->read(object.ptr(), &tensor)) return PyErr_Clear(), false;
-    return (tensor.code == kFloat && tensor.bits >= 16) || tensor.code == kBFloat;
+    return true;
   }
 
   bool is_negative(py::handle tensor) const { return called(is_neg_, tensor).ptr() == Py_True; }
@@ -108,11 +108,7 @@ struct Tensor {
   }
 
  private:
-  static Tensor made(const py::object& tensor) {
-    Tensor result;
-    if (!result.load(tensor)) throw py::type_error("PyTorch made no such tensor");
-    return result;
-  }
+  static Tensor made(const py::object& tensor);
 };
 
 // A tensor with its sign in memory: where that is a flag of the view, a copy.
@@ -153,6 +149,13 @@ inline bool Tensor::load(py::handle source) {
   if (!tensors().holds(source)) return false;
   object = resolved(source);
   return as_matrix(tensors().read(object), matrix);
+}
+
+inline Tensor Tensor::made(const py::object& tensor) {
+  Tensor result;
+  result.object = tensor;
+  if (!as_matrix(tensors().read(tensor), result.matrix)) throw py::type_error("PyTorch made no such tensor");
+  return result;
 }
 
 // One whose columns lie side by side, or a copy where they do not.

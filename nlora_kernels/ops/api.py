@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..backends import REFERENCE, Call, Dropout, Factors
 from ..backends.base import PLAIN
 from . import autograd
-from .checks import check_lora2_core, check_lora_linear, check_memory, fits, fits_core, foreign, seen_through
+from .checks import check_call, check_lora2_core, check_memory, fits, foreign, seen_through
 
 _NAMES = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
 _LORA2_NAMES = ("x", "weight", "lora_v", "lora_u", "lora_E", "lora_U", "lora_V", "mask", "bias")
@@ -62,25 +62,7 @@ def lora_linear(
         ValueError: shapes or devices do not fit, dropout is not within [0, 1], the named backend is unknown or cannot
             take the call, or a quantised weight requires a gradient or lacks what belongs to it.
     """
-    composed = False
-    tensors = x, weight, lora_A, lora_B, lora_N, bias
-    if not fits(*tensors, scaling):
-        if type(weight) not in PLAIN and (quantised := seen_through(weight, x)) is not None:
-            weight = quantised
-            tensors = x, weight, lora_A, lora_B, lora_N, bias
-        if has_torch_function(tensors):
-            options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
-            return handle_torch_function(lora_linear, tensors, *tensors, **options)
-        check_lora_linear(*tensors, scaling)
-        composed = foreign(**dict(zip(_NAMES, tensors, strict=True)))
-    call = Call(*tensors, scaling, dropout_of(x, dropout, seed) if dropout else None)
-    if composed:
-        return _composed(composed, call)
-    try:
-        return autograd.linear(call, backend)
-    except (RuntimeError, ValueError):
-        check_memory(**dict(zip(_NAMES, tensors, strict=True)))
-        raise
+    return fused_linear(Call(x, weight, lora_A, lora_B, lora_N, bias, scaling), dropout, seed, backend)
 
 
 def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -143,29 +125,42 @@ def lora2_linear(
     Returns, gradients and errors are those of `lora_linear` and `lora2_core`.
     """
     factors = Factors(lora_u, lora_E, lora_U, mask)
-    tensors = x, weight, lora_v, lora_u, lora_E, lora_U, lora_V, mask, bias
-    composed = False
-    if not (fits(x, weight, lora_v, lora_V, None, bias, scaling) and fits_core(lora_v, *factors)):
+    return fused_linear(Call(x, weight, lora_v, lora_V, factors, bias, scaling), dropout, seed, backend)
+
+
+def fused_linear(
+    call: Call, dropout: float = 0.0, seed: int | Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """What `lora_linear` returns; of LoRA², whose lora_N is `Factors`, what `lora2_linear` does."""
+    composed = ""
+    if not fits(call):
+        x, weight = call[:2]
         if type(weight) not in PLAIN and (quantised := seen_through(weight, x)) is not None:
-            weight = quantised
-            tensors = x, weight, lora_v, lora_u, lora_E, lora_U, lora_V, mask, bias
+            call = call._replace(weight=quantised)
+        named = _named(call)
+        tensors = tuple(named.values())
         if has_torch_function(tensors):
-            options = {"scaling": scaling, "dropout": dropout, "seed": seed, "backend": backend}
-            return handle_torch_function(lora2_linear, tensors, *tensors, **options)
-        check_lora2_core(*factors)
-        # Stands for the core, which has yet to be made.
-        made = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
-        names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
-        check_lora_linear(x, weight, lora_v, lora_V, made, bias, scaling, names)
-        composed = foreign(**dict(zip(_LORA2_NAMES, tensors, strict=True)))
-    call = Call(x, weight, lora_v, lora_V, factors, bias, scaling, dropout_of(x, dropout, seed) if dropout else None)
-    if composed:
-        return _composed(composed, call)
+            function = lora2_linear if type(call.lora_N) is Factors else lora_linear
+            options = {"scaling": call.scaling, "dropout": dropout, "seed": seed, "backend": backend}
+            return handle_torch_function(function, tensors, *tensors, **options)
+        check_call(call)
+        composed = foreign(**named)
+    if dropout:
+        call = call._replace(dropout=dropout_of(call.x, dropout, seed))
     try:
-        return autograd.linear(call, backend)
+        return _composed(composed, call) if composed else autograd.linear(call, backend)
     except (RuntimeError, ValueError):
-        check_memory(**dict(zip(_LORA2_NAMES, tensors, strict=True)))
+        check_memory(**_named(call))
         raise
+
+
+def _named(call: Call) -> dict[str, Tensor | None]:
+    """The tensors of a call by the names and in the order of its function's arguments."""
+    x, weight, A, B, N, bias = call[:6]
+    if type(N) is Factors:
+        tensors = x, weight, A, *N[:3], B, N.mask, bias
+        return dict(zip(_LORA2_NAMES, tensors, strict=True))
+    return dict(zip(_NAMES, call, strict=False))
 
 
 def _composed(foreign: str, call: Call) -> Tensor:

@@ -20,7 +20,6 @@ from ..internals import composing, watched
 from . import register
 from .checks import resolved
 
-_NO_FACTORS = None, None, None, None
 X_IS_NEEDED = (
     "second derivatives need x, which is not kept where lora_A is frozen: call lora_A.requires_grad_(), or "
     "use torch.func, which keeps it"
@@ -29,7 +28,7 @@ X_IS_NEEDED = (
 
 def linear(call: Call, backend: str | None) -> Tensor:
     """y of a checked call; x may have any leading dimensions."""
-    x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout = call
+    x, weight, lora_A, lora_B, lora_N, bias = call[:6]
     factors = lora_N if type(lora_N) is Factors else None
     # NOTE: spelt out, here and in the checks: at a few tokens the layer costs less than a generator over its arguments.
     trains = torch.is_grad_enabled() and (
@@ -51,29 +50,20 @@ def linear(call: Call, backend: str | None) -> Tensor:
             return composed(call)
         # A program that is recorded has the weight as its values.
         if isinstance(weight, Opaque) or (isinstance(weight, Quantised) and _recording()):
-            weight = weight.composed()
+            call = call._replace(weight=weight.composed())
         trains = trains and not internals.tracing()
     elif not x.is_cpu:
         # NOTE: on a CPU the extension, which reads every tensor itself, does it.
-        weight, lora_A, lora_B, bias = resolved(weight, lora_A, lora_B, bias)
-        if factors:
-            lora_N = factors = Factors(*resolved(*factors))
-        else:
-            (lora_N,) = resolved(lora_N)
+        call = resolved_call(call)
     if internals.any_autocast():
         # Outside of the Function, so that what it keeps is what it got.
-        x = x.to(operand_dtype(x))
-    if trains:
-        apply = _Linear.apply if shown else _apply_plainly
-        p, seed = dropout or (0.0, None)
-        options = scaling, p, backend, shown
-        inner = (None, *factors) if factors else (lora_N, *_NO_FACTORS)
-        return apply(x, weight, lora_A, lora_B, *inner, bias, seed, options)
-    weight, bias = cast_base(weight, bias, x.dtype)
-    rows = as_rows(x)
-    if not (rows is call.x and weight is call.weight and bias is call.bias and lora_N is call.lora_N and x.is_cpu):
-        call = Call(rows, weight, lora_A, lora_B, lora_N, bias, scaling, dropout)
-    return in_shape(_forward(call, backend, shown)[0], x, shown)
+        call = call._replace(x=x.to(operand_dtype(x)))
+    if not trains:
+        return in_shape(_forward(cast(call), backend, shown)[0], x, shown)
+    x, weight, lora_A, lora_B, lora_N, bias = call[:6]
+    inner = (None, *lora_N[:3]) if factors else (lora_N, None, None, None)
+    apply = _Linear.apply if shown else _apply_plainly
+    return apply(call, backend, shown, x, weight, lora_A, lora_B, *inner, bias)
 
 
 def core(lora_u, lora_E, lora_U, mask, backend=None) -> Tensor:
@@ -105,36 +95,28 @@ def composed(call: Call) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """`options`: scaling, p of the dropout, backend, and whether operators are to be shown."""
+    """The tensors of `call` follow it by themselves, for autograd to see."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, lora_N, lora_u, lora_E, lora_U, mask, bias, seed, options):
-        scaling, p, backend, shown = options
-        dx, dweight, dA, dB, dN, du, dE, dU, _, dbias, _, _ = ctx.needs_input_grad
-        factors = None
-        if lora_u is not None:
-            lora_N = factors = Factors(lora_u, lora_E, lora_U, mask)
-            dN = du or dE or dU
-        w, b = cast_base(weight, bias, x.dtype)
-        flat = x.dim() == 2
-        call = Call(x if flat else as_rows(x), w, lora_A, lora_B, lora_N, b, scaling, Dropout(p, seed) if p else None)
-        y, T, core, backend = _forward(call, backend, shown)
-        needs = Needs(dx, dweight, dA, dB, dN, dbias)
-        # NOTE: the parameter itself, not its copy in autocast's dtype: the copy is cheap to make again.
-        _keep(ctx, x, T, weight, call, core, bias, needs, backend, factors)
-        return y if flat else in_shape(y, x, shown)
+    def forward(ctx, call, backend, shown, *tensors):
+        _, _, _, dx, dweight, dA, dB, dN, du, dE, dU, dbias = ctx.needs_input_grad
+        needs = Needs(dx, dweight, dA, dB, dN or du or dE or dU, dbias)
+        y, T, core, backend = _forward(cast(call), backend, shown)
+        _keep(ctx, call, T, core, needs, backend)
+        return in_shape(y, call.x, shown)
 
     @staticmethod
     def backward(ctx, dy):
         # NOTE: read once, for activation checkpointing gives them out once.
         saved = ctx.saved_tensors
-        factors = Factors(*saved[7:11]) if ctx.has_factors else None
+        *_, has_factors, _, backend = ctx.call
+        factors = Factors(*saved[7:11]) if has_factors else None
         dx, dweight, dA, dB, dN, dbias = _linear_backward(ctx, saved, factors, dy)
         du = dE = dU = None
         if factors and dN is not None:
-            du, dE, dU = dN if type(dN) is tuple else _core_backward(dN, factors, ctx.call[-1])
+            du, dE, dU = dN if type(dN) is tuple else _core_backward(dN, factors, backend)
             dN = None
-        return dx, dweight, dA, dB, dN, du, dE, dU, None, dbias, None, None
+        return None, None, None, dx, dweight, dA, dB, dN, du, dE, dU, dbias
 
 
 _apply_plainly = internals.plain_apply(_Linear)
@@ -152,30 +134,32 @@ class _Core(torch.autograd.Function):
         return *_core_backward(d_core, Factors(*ctx.saved_tensors), ctx.backend), None, None
 
 
-def _keep(ctx, x, T, weight, call: Call, core, bias, needs: Needs, backend, factors: Factors | None = None) -> None:
-    dropout = call.dropout
-    ctx.has_factors = factors is not None
-    ctx.quantised = weight if isinstance(weight, Quantised) else None
+def _keep(ctx, call: Call, T: Tensor, core: Tensor | None, needs: Needs, backend: Backend | str | None) -> None:
+    # NOTE: the parameters themselves, not their copies in autocast's dtype, which are cheap to make again.
+    x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout = call
+    factors = lora_N if type(lora_N) is Factors else None
+    quantised = weight if isinstance(weight, Quantised) else None
+    p, seed = dropout or (None, None)
     ctx.save_for_backward(
         x if needs.weight or needs.lora_A else None,
         T if needs.lora_B or needs.lora_N else None,
-        None if ctx.quantised else weight,
-        call.lora_A,
-        call.lora_B,
+        None if quantised else weight,
+        lora_A,
+        lora_B,
         core,
-        dropout and dropout.seed,
+        seed,
         *(factors or ()),
         # So that a change of them until backward is noticed.
-        *(ctx.quantised.tensors if ctx.quantised else ()),
+        *(quantised.tensors if quantised else ()),
     )
-    ctx.call = call.scaling, dropout and dropout.p, needs, needs.bias and bias.dtype, backend
+    ctx.call = scaling, p, needs, needs.bias and bias.dtype, factors is not None, quantised, backend
 
 
 def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
     x, T, weight, lora_A, lora_B, lora_N, seed = saved[:7]
-    scaling, p, needs, bias_dtype, backend = ctx.call
-    if ctx.quantised:
-        weight = ctx.quantised
+    scaling, p, needs, bias_dtype, _, quantised, backend = ctx.call
+    if quantised:
+        weight = quantised
     rows, shown = as_rows(dy), watched()
     # A backward that is itself differentiated, or runs for a batch of gradients or beside tangents.
     differentiates = torch.is_grad_enabled() or (composing(shown) if shown else internals.dual())
@@ -279,7 +263,7 @@ def _keep_of_operator(ctx, inputs, output) -> None:
     *tensors, scaling, p, seed, backend = inputs
     ctx.set_materialize_grads(False)
     call = Call(*tensors, scaling, Dropout(p, seed) if p else None)
-    _keep(ctx, call.x, output[1], call.weight, call, call.lora_N, call.bias, Needs(*ctx.needs_input_grad[:6]), backend)
+    _keep(ctx, call, output[1], call.lora_N, Needs(*ctx.needs_input_grad[:6]), backend)
 
 
 def _operator_backward(ctx, dy, dT):
@@ -321,6 +305,26 @@ def operand_dtype(x: Tensor) -> torch.dtype:
     if internals.any_autocast() and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def cast(call: Call) -> Call:
+    """The call with x as a matrix, and weight and bias in its dtype."""
+    x, weight, lora_A, lora_B, lora_N, bias, scaling, dropout = call
+    if x.dim() == 2 and weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype):
+        return call
+    weight, bias = cast_base(weight, bias, x.dtype)
+    return Call(as_rows(x), weight, lora_A, lora_B, lora_N, bias, scaling, dropout)
+
+
+def resolved_call(call: Call) -> Call:
+    """The call with the signs of negative views in memory."""
+    x, weight, lora_A, lora_B, bias, *core = resolved(*call[:4], call.bias, *_parts(call.lora_N))
+    lora_N = Factors(*core) if type(call.lora_N) is Factors else core[0]
+    return Call(x, weight, lora_A, lora_B, lora_N, bias, *call[6:])
+
+
+def _parts(lora_N: Tensor | Factors | None) -> tuple[Tensor | None, ...]:
+    return lora_N if type(lora_N) is Factors else (lora_N,)
 
 
 def cast_base(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

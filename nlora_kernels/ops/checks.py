@@ -8,8 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..backends import quantised
+from ..backends import Call, Factors, quantised
 from ..backends.base import PLAIN
+from ..backends.native import _C
 from ..backends.quantised import Quantised
 
 REAL = (numbers.Real, torch.SymFloat, torch.SymInt)
@@ -37,11 +38,13 @@ def check_memory(**tensors: Tensor | None) -> None:
 
 def foreign(**tensors: Tensor | None) -> str:
     """Names the tensors of types that only PyTorch's own operations can know: all subclasses but its fakes."""
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
+    found = {name: type(t) for name, t in tensors.items() if t is not None and type(t) not in PLAIN}
+    if found:
+        from torch._subclasses.fake_tensor import FakeTensor
+        from torch._subclasses.functional_tensor import FunctionalTensor
 
-    known = (*PLAIN, FakeTensor, FunctionalTensor, type(None))
-    found = {name: type(t) for name, t in tensors.items() if type(t) not in known and not isinstance(t, Quantised)}
+        known = FakeTensor, FunctionalTensor
+        found = {n: kind for n, kind in found.items() if kind not in known and not issubclass(kind, Quantised)}
     return " and ".join(f"{name} is a {kind.__qualname__}" for name, kind in found.items())
 
 
@@ -57,97 +60,42 @@ def seen_through(weight: Tensor, x: Tensor) -> Quantised | None:
 
 def resolved(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors with the sign of negative views in memory."""
-    return [t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors]
+    # Of a weight in few bits there is none.
+    return [t.resolve_neg() if isinstance(t, Tensor) and t.is_neg() else t for t in tensors]
 
 
-def fits(x, weight, lora_A, lora_B, lora_N, bias, scaling) -> bool:
-    """Whether a call is plainly right. Where it is not, `check_lora_linear` says what is wrong, if anything is."""
-    try:
-        dtype, cpu, (out_features, in_features), (r, A_in) = x.dtype, x.is_cpu, weight.shape, lora_A.shape
-        # NOTE: to ask for a device costs twice as much as to ask whether it is the CPU.
-        device = None if cpu else x.device
-        return (
-            type(scaling) is float
-            and type(x) in PLAIN
-            and (type(weight) in PLAIN or isinstance(weight, Quantised))
-            and type(lora_A) in PLAIN
-            and type(lora_B) in PLAIN
-            and (lora_N is None or type(lora_N) in PLAIN)
-            and (bias is None or type(bias) in PLAIN)
-            and x.shape[-1] == A_in == in_features
-            and r > 0
-            and lora_B.shape == (out_features, r)
-            and dtype in DTYPES
-            and weight.dtype is dtype
-            and lora_A.dtype in DTYPES
-            and lora_B.dtype in DTYPES
-            and (weight.is_cpu if cpu else weight.device == device)
-            and (lora_A.is_cpu if cpu else lora_A.device == device)
-            and (lora_B.is_cpu if cpu else lora_B.device == device)
-            and (
-                lora_N is None
-                or (
-                    lora_N.shape == (r, r)
-                    and lora_N.dtype in DTYPES
-                    and (lora_N.is_cpu if cpu else lora_N.device == device)
-                )
-            )
-            and (
-                bias is None
-                or (
-                    bias.shape == (out_features,)
-                    and bias.dtype is dtype
-                    and (bias.is_cpu if cpu else bias.device == device)
-                )
-            )
-        )
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+def fits(call: Call) -> bool:
+    """Whether a call is plainly right, at a look. Where it is not, `check_call` says what is wrong, if anything is."""
+    x, weight, lora_A, lora_B, lora_N, bias, scaling, _ = call
+    # The compiler looks into no extension.
+    if _C is None or torch.compiler.is_compiling() or type(scaling) is not float or type(lora_N) is tuple:
         return False
+    if weight is None or lora_A is None:
+        return False
+    if isinstance(weight, Quantised):
+        fits = _C.fits(x, None, lora_A, lora_B, lora_N, bias) and weight.dtype is x.dtype
+        return fits and weight.shape == (lora_B.shape[0], x.shape[-1]) and weight.device == x.device
+    return _C.fits(x, weight, lora_A, lora_B, lora_N, bias)
 
 
 def fits_linear(x, weight, bias) -> bool:
     """The same of a layer without an adapter."""
-    try:
-        return (
-            type(x) in PLAIN
-            and type(weight) in PLAIN
-            and (bias is None or type(bias) in PLAIN)
-            and weight.dim() == 2
-            and x.shape[-1] == weight.shape[1]
-            and x.dtype in DTYPES
-            and weight.dtype is x.dtype
-            and weight.device == x.device
-            and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype is x.dtype and bias.device == x.device))
-        )
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return False
+    seen = _C is not None and weight is not None and not torch.compiler.is_compiling()
+    return seen and _C.fits(x, weight, None, None, None, bias)
 
 
-def fits_core(lora_v, lora_u, lora_E, lora_U, mask) -> bool:
-    """The same of `check_lora2_core`, and of the core beside lora_v."""
-    try:
-        dtype, cpu, (r, k) = lora_u.dtype, lora_u.is_cpu, lora_u.shape
-        device = None if cpu else lora_u.device
-        return (
-            type(lora_v) in PLAIN
-            and type(lora_u) in PLAIN
-            and type(lora_E) in PLAIN
-            and type(lora_U) in PLAIN
-            and (mask is None or type(mask) in PLAIN)
-            and k == lora_v.shape[0]
-            and r > 0
-            and lora_E.shape == (r,)
-            and lora_U.shape == (k, r)
-            and dtype in DTYPES
-            and lora_E.dtype is dtype
-            and lora_U.dtype is dtype
-            and (lora_v.is_cpu if cpu else lora_v.device == device)
-            and (lora_E.is_cpu if cpu else lora_E.device == device)
-            and (lora_U.is_cpu if cpu else lora_U.device == device)
-            and (mask is None or (mask.shape == (r,) and (mask.is_cpu if cpu else mask.device == device)))
-        )
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return False
+def check_call(call: Call):
+    """TypeError or ValueError, by the name of its argument, for what is wrong with a call."""
+    factors = call.lora_N
+    if type(factors) is not Factors:
+        check_lora_linear(*call[:7])
+        return
+    check_lora2_core(*factors)
+    # Stands for the core, which has yet to be made.
+    k = factors.lora_u.shape[1]
+    core = factors.lora_u.new_empty(k, k)
+    names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
+    check_lora_linear(*call._replace(lora_N=core)[:7], names)
 
 
 def check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names=None):

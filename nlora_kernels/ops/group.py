@@ -23,7 +23,6 @@ from .checks import (
     fits,
     fits_linear,
     foreign,
-    resolved,
     seen_through,
 )
 
@@ -112,9 +111,9 @@ def _plainly_right(x, weights, adapters, biases, scaling, dropout) -> list[Call]
         if type(adapter) not in (list, tuple) or not 2 <= len(adapter) <= 3:
             return None
         lora_A, lora_B, lora_N = adapter if len(adapter) == 3 else (*adapter, None)
-        if not fits(x, weight, lora_A, lora_B, lora_N, bias, s):
-            return None
         calls.append(Call(x, weight, lora_A, lora_B, lora_N, bias, s))
+        if not fits(calls[-1]):
+            return None
     return calls
 
 
@@ -171,15 +170,10 @@ def member_of(x, weight, adapter, bias, scaling, names: dict[str, str]) -> Call:
         return Call(x, weight, None, None, None, bias)
     lora_A, lora_B, *core = adapter
     lora_N = core[0] if core else None
-    if not fits(x, weight, lora_A, lora_B, lora_N, bias, scaling):
-        check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names)
-    return Call(x, weight, lora_A, lora_B, lora_N, bias, scaling)
-
-
-def resolved_member(call: Call) -> Call:
-    if not any([t is not None and t.is_neg() for t in call[1:6]]):
-        return call
-    return call._replace(**dict(zip(_MEMBER[:5], resolved(*call[1:6]), strict=True)))
+    call = Call(x, weight, lora_A, lora_B, lora_N, bias, scaling)
+    if not fits(call):
+        check_lora_linear(*call[:7], names)
+    return call
 
 
 def group(calls: list[Call], backend: str | None) -> tuple[Tensor, ...]:
@@ -193,15 +187,15 @@ def group(calls: list[Call], backend: str | None) -> tuple[Tensor, ...]:
             return tuple(composed(calls))
         trains = trains and not internals.tracing()
     else:
-        (x,) = resolved(x)
-        calls = [resolved_member(call) for call in calls]
+        calls = [autograd.resolved_call(call) for call in calls]
+        x = calls[0].x
     if internals.any_autocast():
         x = x.to(autograd.operand_dtype(x))
     if trains:
         flat = [t for c in calls for t in (*c[1:6], c.dropout and c.dropout.seed)]
         options = [c.scaling for c in calls], [c.dropout.p if c.dropout else 0.0 for c in calls], backend, shown
         return (_Group.apply if shown else _apply_plainly)(x, options, *flat)
-    rows = [cast(call._replace(x=x)) for call in calls]
+    rows = [autograd.cast(call._replace(x=x)) for call in calls]
     return tuple([autograd.in_shape(y, x, shown) for y, _ in forward(rows, backend, shown)[0]])
 
 
@@ -215,15 +209,6 @@ def composed_linear(call: Call) -> Tensor:
     weight, bias = autograd.cast_base(call.weight, call.bias, dtype)
     with torch.autocast(call.x.device.type, enabled=False):
         return linear(call._replace(x=call.x.to(dtype), weight=weight, bias=bias))
-
-
-def cast(call: Call) -> Call:
-    """The call with x as a matrix, and weight and bias in its dtype."""
-    x, dtype = call.x, call.x.dtype
-    if x.dim() == 2 and call.weight.dtype is dtype and (call.bias is None or call.bias.dtype is dtype):
-        return call
-    weight, bias = autograd.cast_base(call.weight, call.bias, dtype)
-    return Call(autograd.as_rows(x), weight, *call[2:5], bias, *call[6:])
 
 
 class _Group(torch.autograd.Function):
@@ -240,7 +225,7 @@ class _Group(torch.autograd.Function):
             for (*tensors, seed), s, p in zip(members, scalings, drops, strict=True)
         ]
         needs = [Needs(wanted[0], *wanted[i : i + 5]) for i in range(2, len(wanted), 6)]
-        results, backend = forward([cast(call) for call in calls], backend, shown)
+        results, backend = forward([autograd.cast(call) for call in calls], backend, shown)
         keep(ctx, x, calls, [T for _, T in results], needs, backend)
         return tuple([autograd.in_shape(y, x, shown) for y, _ in results])
 

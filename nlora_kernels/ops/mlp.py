@@ -13,7 +13,7 @@ from ..backends import Call, Dropout, Grads, Needs
 from ..internals import composing, watched
 from . import autograd, group
 from .api import dropout_of
-from .checks import check_memory, foreign, resolved
+from .checks import check_memory, foreign
 
 
 class _Activation(NamedTuple):
@@ -126,8 +126,8 @@ def _mlp(calls: list[Call], activation: str, recompute: bool, backend: str | Non
             return composed(calls, activation)
         trains = trains and not internals.tracing()
     else:
-        (x,) = resolved(x)
-        calls = [group.resolved_member(call) for call in calls]
+        calls = [autograd.resolved_call(call) for call in calls]
+        x = calls[0].x
     if internals.any_autocast():
         x = x.to(autograd.operand_dtype(x))
     if trains:
@@ -141,9 +141,9 @@ def _mlp(calls: list[Call], activation: str, recompute: bool, backend: str | Non
             shown,
         )
         return (_Mlp.apply if shown else _apply_plainly)(x, options, *flat)
-    ((gate, _), (up, _)), _ = group.forward([group.cast(c._replace(x=x)) for c in calls[:2]], backend, shown)
+    ((gate, _), (up, _)), _ = group.forward([autograd.cast(c._replace(x=x)) for c in calls[:2]], backend, shown)
     product = ACTIVATIONS[activation](gate).mul_(up)
-    ((y, _),), _ = group.forward([group.cast(calls[2]._replace(x=product))], backend, shown)
+    ((y, _),), _ = group.forward([autograd.cast(calls[2]._replace(x=product))], backend, shown)
     return autograd.in_shape(y, x, shown)
 
 
@@ -172,10 +172,10 @@ class _Mlp(torch.autograd.Function):
         wanted, act = ctx.needs_input_grad, ACTIVATIONS[options.activation]
         calls = _calls(x, options, flat)
         needs = [Needs(wanted[0], *wanted[i : i + 5]) for i in range(2, len(wanted), 6)]
-        of_x, (*_, down) = [group.cast(call) for call in calls[:2]], calls
+        of_x, (*_, down) = [autograd.cast(call) for call in calls[:2]], calls
         ((gate, gate_T), (up, up_T)), chosen = group.forward(of_x, options.backend, options.shown)
         product = act(gate).mul_(up)
-        ((y, down_T),), last = group.forward([group.cast(down._replace(x=product))], options.backend, options.shown)
+        ((y, down_T),), last = group.forward([autograd.cast(down._replace(x=product))], options.backend, options.shown)
         reads_x = options.recompute or any(need.weight or need.lora_A for need in needs[:2])
         Ts = [T if need.lora_B or need.lora_N else None for T, need in zip((gate_T, up_T, down_T), needs, strict=True)]
         made = [None] * 5 if options.recompute else [gate, up, *Ts]
@@ -197,7 +197,7 @@ class _Mlp(torch.autograd.Function):
             for call in _calls(x, options, flat)
         ]
         if options.recompute:
-            again = [group.cast(call) for call in _calls(x, options, flat)[:2]]
+            again = [autograd.cast(call) for call in _calls(x, options, flat)[:2]]
             ((gate, gate_T), (up, up_T)), _ = group.forward(again, autograd.name_of(chosen), shown)
         activated = act(gate)
         need = needs[2]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..layers.branch import Branch, Lora2Branch
 from ..ops import lora_group_linear
-from ..ops.checks import fits_linear
 from ..ops.group import Projection
 
 
@@ -192,8 +191,7 @@ def _bits(x: Tensor) -> Tensor:
 
 def _multiplies(x: Tensor, part: Taken) -> bool:
     """Whether a layer can be called with x; one that cannot is about to get another."""
-    weight = part.weight
-    if fits_linear(x, weight, part.bias):
-        return True
-    cast = torch.is_autocast_enabled(x.device.type)
-    return cast and x.dim() > 0 and x.shape[-1] == weight.shape[1] and x.device == weight.device
+    weight, bias = part.weight, part.bias
+    as_they_are = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    fits = x.dim() > 0 and x.shape[-1] == weight.shape[1] and x.device == weight.device
+    return fits and (as_they_are or torch.is_autocast_enabled(x.device.type))

@@ -48,7 +48,7 @@ class Cpu(Lean):
         return None if native._C else native.missing()
 
     def unsupported(self, call: Call) -> str | None:
-        weight, lora_A, lora_B, lora_N = call.weight, call.lora_A, call.lora_B, call.lora_N
+        _, weight, lora_A, lora_B, lora_N, _, _, dropout = call
         if type(lora_N) is Factors:
             lora_N = lora_N.lora_u
         # NOTE: the usual call first, and no loop over its tensors: at a few tokens a layer costs as little as this.
@@ -58,10 +58,10 @@ class Cpu(Lean):
             and lora_A.dtype in plans.DTYPES
             and lora_B.dtype in plans.DTYPES
             and (lora_N is None or lora_N.dtype in plans.DTYPES)
-            and not call.dropout
+            and not dropout
         ):
             return None
-        if call.dropout:
+        if dropout:
             return "it has no dropout"
         if weight.device.type != "cpu":
             return f"tensors must be on the CPU, got {weight.device}"
@@ -74,7 +74,7 @@ class Cpu(Lean):
         return PLANS[self.plan(call.x.dtype, *call.x.shape, *call.lora_B.shape)]
 
     def forward(self, call: Call, plan: str | None = None) -> tuple[Tensor, Tensor]:
-        x, weight, lora_A, lora_N = call.x, call.weight, call.lora_A, call.lora_N
+        x, weight, lora_A, lora_B, lora_N, bias, scaling, _ = call
         (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
         if isinstance(weight, Quantised):
             plan = self._plan_of(weight, x.dtype, M)
@@ -84,8 +84,8 @@ class Cpu(Lean):
         if plan == "library":
             return super().forward(call)
         if plan == "folded":
-            return F.linear(x, _folded(call), call.bias), x @ lora_A.to(x.dtype).T
-        lora_B, bias, scaling, threads = call.lora_B, call.bias, call.scaling, torch.get_num_threads()
+            return F.linear(x, _folded(call), bias), x @ lora_A.to(x.dtype).T
+        threads = torch.get_num_threads()
         if plan == "whole":
             return _C.cpu_forward(x, _inside(weight), lora_A, lora_B, lora_N, bias, scaling, threads)
         y, T = _C.cpu_forward(x, None, lora_A, lora_B, lora_N, bias, scaling, threads)
