@@ -168,8 +168,8 @@ def layer_of(case: Case, backend: str, dtype: str, device: torch.device, seed: i
         return _group(tensors, p.dy, options)
     plain = testing.plain_linear
     if method == "dropout":
-        mask = Dropout(P_DROPPED, torch.tensor(SEED, device=device))
-        plain, options = functools.partial(_dropped, mask), options | {"dropout": P_DROPPED, "seed": SEED}
+        drop = Dropout(P_DROPPED, torch.tensor(SEED, device=device))
+        plain, options = functools.partial(_dropped, drop), options | {"dropout": P_DROPPED, "seed": SEED}
     return Layer(
         tensors,
         METHODS[method],
@@ -180,9 +180,9 @@ def layer_of(case: Case, backend: str, dtype: str, device: torch.device, seed: i
     )
 
 
-def _dropped(mask: Dropout, x, weight, lora_A, lora_B, lora_N, bias, scaling) -> Tensor:
+def _dropped(drop: Dropout, x, weight, lora_A, lora_B, lora_N, bias, scaling) -> Tensor:
     none = torch.zeros_like(weight)
-    return F.linear(x, weight, bias) + testing.plain_linear(mask(x), none, lora_A, lora_B, lora_N, scaling=scaling)
+    return F.linear(x, weight, bias) + testing.plain_linear(drop(x), none, lora_A, lora_B, lora_N, scaling=scaling)
 
 
 def _lora2_layer(tensors: dict[str, Tensor], dy: Tensor, k: int, options: dict) -> Layer:
@@ -577,8 +577,8 @@ def _refusal(case: Case, backend: str, dtype: str, device: torch.device) -> str 
         return torch.empty(rows, cols, dtype=dtype_of(to), device=device)
 
     adapter = (empty(*shape, case.adapter) for shape in ((R, K), (N, R), (R, R)))
-    mask = Dropout(P_DROPPED, torch.tensor(SEED, device=device)) if case.detail == "dropout" else None
-    call = Call(empty(M, K, dtype), empty(N, K, dtype), *adapter, dropout=mask)
+    drop = Dropout(P_DROPPED, torch.tensor(SEED, device=device)) if case.detail == "dropout" else None
+    call = Call(empty(M, K, dtype), empty(N, K, dtype), *adapter, dropout=drop)
     return backends.TABLE[backend].unsupported(call)
 
 
