@@ -108,9 +108,6 @@ class FusedLinear(Linear):
         if self.lora_variant:
             return f"the adapter {next(iter(self.lora_variant))!r} is of a variant that computes itself"
         terms = self._terms(None)
-        if len(terms) > 1 and tensor_parallel.split_of(self._modules["base_layer"]) is not None:
-            parts = (f"{'' if term.initial is None else 'the initial product of '}{term.name!r}" for term in terms)
-            return f"tensor parallelism splits it, and its adapter is a sum of {' and '.join(parts)}"
         for term in terms:
             if reason := self._obstacle_to(term):
                 return reason
@@ -201,20 +198,22 @@ class FusedLinear(Linear):
             # NOTE: the usual call, and no lists for it.
             branch = self._fusible(terms[0], x)
             return branch, terms if branch is None else []
-        if tensor_parallel.split_of(self._modules["base_layer"]) is not None:
-            return None, terms
+        split = tensor_parallel.split_of(self._modules["base_layer"]) is not None
         found, apart = [], []
         for term in terms:
             branch = self._fusible(term, x) if term.rows is None else None
             if branch is None:
                 apart.append(term)
             else:
-                found.append((term, branch))
+                found.append((term, tensor_parallel.own(branch) if split else branch))
         if len(found) > 1 and any([branch.dropout for _, branch in found]):
             # Each drops by a mask of its own.
             drops = [each for each in found if each[1].dropout]
             found = [each for each in found if not each[1].dropout] or [drops.pop(0)]
             apart += [term for term, _ in drops]
+        if split and apart:
+            # The rest cannot be added outside of the base layer's call, where its ranks sum.
+            return None, terms
         return (branches.together([branch for _, branch in found]) if found else None), apart
 
     def _decodes(self, terms: list[Term], x: Tensor) -> bool:

@@ -307,7 +307,7 @@ def perturbed(model):
 
 
 def takes_several_adapters_and_mixed_batches(run):
-    found = []
+    found, gradients_of = [], []
     for base in (run.split("torch"), base_model()):
         model = adapted(base, "nlora_residual").eval()
         model.add_adapter("other", adapter_config("slora"))
@@ -317,11 +317,17 @@ def takes_several_adapters_and_mixed_batches(run):
             perturbed(model)
         mixed = logits(model, adapter_names=["other", "default", "plain"])
         model.base_model.set_adapter(["default", "other"])
-        both = logits(model)
+        with counted_fusions() as calls:
+            both = logits(model)
+        assert len(calls) == 7 and unfused(model) == {}
+        model(tokens(), labels=tokens()).loss.backward()
+        gradients_of.append({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
         model.delete_adapter("default")
         found.append((mixed, both, logits(model)))
     for actual, expected in zip(*found, strict=True):
         close(actual, expected)
+    assert any(".other." in name for name in gradients_of[1]) and any(".default." in name for name in gradients_of[1])
+    same(*gradients_of)
 
 
 def drops_alike_on_every_rank(run):
