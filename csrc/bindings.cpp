@@ -117,12 +117,12 @@ void unlocked(int64_t multiplies, const Function& function) {
 
 // (y, T)
 py::tuple cpu_forward(const Rows& x, const WeightTensor& weight, const Rows& A, const Tensor& B,
-                      const CoreTensors& core, const Tensor& bias, float scaling, int threads) {
+                      const CoreTensors& core, const Tensor& bias, float scaling, int threads, int pieces) {
   const int64_t M = x.matrix.rows;
   const Tensor y = x.empty(M, B.matrix.rows), T = x.empty(M, A.matrix.rows);
   unlocked(M * A.matrix.cols * B.matrix.rows, [&] {
     nlora::cpu::forward({x.matrix, weight.matrix, A.matrix, B.matrix, core.matrices(), bias.matrix, y.matrix, T.matrix,
-                         scaling, threads});
+                         scaling, threads, pieces});
   });
   return py::make_tuple(y.object, T.object);
 }
@@ -130,7 +130,7 @@ py::tuple cpu_forward(const Rows& x, const WeightTensor& weight, const Rows& A, 
 // (dx, dweight, dA, dB, dcore, dbias), of those that `needs` asks for in this order; no dweight without weight.
 py::tuple cpu_backward(const Rows& dy, const Rows& x, const Tensor& T, const WeightTensor& weight, const Rows& A,
                        const Tensor& B, const CoreTensors& core, const std::array<bool, 6>& needs, float scaling,
-                       int threads) {
+                       int threads, int pieces) {
   const int64_t M = dy.matrix.rows, N = dy.matrix.cols, K = A.matrix.cols;
   // NOTE: to name a shape costs as much as the tensor.
   const Tensor dx = !needs[0] ? Tensor() : x ? x.empty_like() : dy.empty(M, K);
@@ -140,7 +140,8 @@ py::tuple cpu_backward(const Rows& dy, const Rows& x, const Tensor& T, const Wei
   const CoreTensors dcore = needs[4] ? core.empty_like() : CoreTensors();
   unlocked(M * N * K, [&] {
     nlora::cpu::backward({dy.matrix, x.matrix, T.matrix, weight.matrix, A.matrix, B.matrix, core.matrices(), dx.matrix,
-                          dweight.matrix, dA.matrix, dB.matrix, dcore.matrices(), dbias.matrix, scaling, threads});
+                          dweight.matrix, dA.matrix, dB.matrix, dcore.matrices(), dbias.matrix, scaling, threads,
+                          pieces});
   });
   return py::make_tuple(dx.object, dweight.object, dA.object, dB.object, dcore.object(), dbias.object);
 }
@@ -148,7 +149,7 @@ py::tuple cpu_backward(const Rows& dy, const Rows& x, const Tensor& T, const Wei
 // [(y, T)] of layers that share x; without A there is no T.
 py::list cpu_forward_group(const Rows& x, const std::vector<Rows>& weight, const std::vector<Rows>& A,
                            const std::vector<Tensor>& B, const std::vector<Tensor>& N, const std::vector<Tensor>& bias,
-                           const std::vector<float>& scaling, int threads) {
+                           const std::vector<float>& scaling, int threads, int pieces) {
   const int64_t M = x.matrix.rows;
   std::vector<nlora::cpu::Forward> members;
   py::list results;
@@ -158,7 +159,7 @@ py::list cpu_forward_group(const Rows& x, const std::vector<Rows>& weight, const
     const Tensor y = x.empty(M, columns), T = A[i] ? x.empty(M, A[i].matrix.rows) : Tensor();
     const nlora::cpu::Core core = {N[i].matrix, {}, {}, {}, {}};
     members.push_back({x.matrix, weight[i].matrix, A[i].matrix, B[i].matrix, core, bias[i].matrix, y.matrix, T.matrix,
-                       scaling[i], threads});
+                       scaling[i], threads, pieces});
     results.append(py::make_tuple(y.object, T.object));
     multiplies += M * columns * x.matrix.cols;
   }
@@ -170,7 +171,7 @@ py::list cpu_forward_group(const Rows& x, const std::vector<Rows>& weight, const
 py::tuple cpu_backward_group(const std::vector<Rows>& dy, const Rows& x, const std::vector<Tensor>& T,
                              const std::vector<Rows>& weight, const std::vector<Rows>& A, const std::vector<Tensor>& B,
                              const std::vector<Tensor>& N, const std::vector<std::array<bool, 6>>& needs,
-                             const std::vector<float>& scaling, int threads) {
+                             const std::vector<float>& scaling, int threads, int pieces) {
   const int64_t M = dy[0].matrix.rows, K = (weight[0] ? weight[0] : A[0]).matrix.cols;
   const Tensor dx = needs[0][0] ? dy[0].empty(M, K) : Tensor();
   std::vector<nlora::cpu::Backward> members;
@@ -195,7 +196,8 @@ py::tuple cpu_backward_group(const std::vector<Rows>& dy, const Rows& x, const s
                        dcore,
                        dbias.matrix,
                        scaling[i],
-                       threads});
+                       threads,
+                       pieces});
     results.append(py::make_tuple(py::none(), dweight.object, dA.object, dB.object, dN.object, dbias.object));
     multiplies += M * dy[i].matrix.cols * K;
   }
@@ -314,16 +316,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_forward_experts",
       [](const std::vector<int64_t>& ends, const Rows& x, const Stack& weight, const Stack& A, const Stack& B,
-         const Stack& N, const Stack& bias, const Matrix& y, const Matrix& T, float scaling,
-         int threads) { forward_experts({ends, x.matrix, weight, A, B, N, bias, y, T, scaling, threads}); },
+         const Stack& N, const Stack& bias, const Matrix& y, const Matrix& T, float scaling, int threads,
+         int pieces) { forward_experts({ends, x.matrix, weight, A, B, N, bias, y, T, scaling, threads, pieces}); },
       free_threads());
   m.def(
       "cpu_backward_experts",
       [](const std::vector<int64_t>& ends, const Rows& dy, const Rows& x, const Matrix& T, const Stack& weight,
          const Stack& A, const Stack& B, const Stack& N, const Matrix& dx, const Stack& dweight, const Stack& dA,
-         const Stack& dB, const Stack& dN, const Stack& dbias, float scaling, int threads) {
+         const Stack& dB, const Stack& dN, const Stack& dbias, float scaling, int threads, int pieces) {
         backward_experts(
-            {ends, dy.matrix, x.matrix, T, weight, A, B, N, dx, dweight, dA, dB, dN, dbias, scaling, threads});
+            {ends, dy.matrix, x.matrix, T, weight, A, B, N, dx, dweight, dA, dB, dN, dbias, scaling, threads, pieces});
       },
       free_threads());
   m.def("cpu_add_product", &add_product, free_threads());

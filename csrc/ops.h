@@ -78,6 +78,7 @@ struct Core {
 };
 
 // T = x·Aᵀ, y = x·Wᵀ + bias + s·(T·Nᵀ)·Bᵀ. Without weight y holds all but x·Wᵀ, and without A that and the bias alone.
+// `pieces`, here and below: how many values of bf16 stand for one of fp32 in large products, at least. Three hold every bit.
 struct Forward {
   Matrix x;
   Weight weight;
@@ -86,7 +87,7 @@ struct Forward {
   Matrix bias;
   Matrix y, T;
   float scaling;
-  int threads;
+  int threads, pieces;
 };
 void forward(Forward f);
 
@@ -101,7 +102,7 @@ struct Backward {
   Core dcore;
   Matrix dbias;
   float scaling;
-  int threads;
+  int threads, pieces;
 };
 void backward(Backward b);
 
@@ -125,7 +126,7 @@ struct ExpertsForward {
   Stack weight, A, B, N, bias;
   Matrix y, T;
   float scaling;
-  int threads;
+  int threads, pieces;
 };
 void forward_experts(const ExpertsForward& f);
 
@@ -137,7 +138,7 @@ struct ExpertsBackward {
   Matrix dx;
   Stack dweight, dA, dB, dN, dbias;
   float scaling;
-  int threads;
+  int threads, pieces;
 };
 void backward_experts(const ExpertsBackward& b);
 

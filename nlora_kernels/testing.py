@@ -94,6 +94,9 @@ def outputs(
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(wrt, grads, strict=True)}}
 
 
+# By the number of bf16 values that stand for one of fp32, what a product of two may be off by, relative to it: of one,
+# the roundings u = 2⁻⁸ of both, 2·u + u²; of two, v₁·w₁ and what is left of both, at most u² each.
+ERRORS = {1: 2**-7 + 2**-16, 2: 3.1 * 2**-16}
 # Neighbours of a small problem whose errors are looked at, and how many standard deviations a result may be off: a
 # normal distribution exceeds six twice in 10⁹ draws, and a single rounding ends at √3.
 _NEIGHBOURS, _DEVIATIONS = 32, 6.0
@@ -116,13 +119,21 @@ class Budget:
     that is coarser, stands for the rounding of a sum: relative to the norms of its two terms (the base layer's and the
     adapter's), because they may cancel.
 
+    Where fewer than three bf16 `pieces` stand for an operand of fp32, a product of two numbers may be off by ε times
+    its magnitude (`ERRORS`). Everything here is a sum of such products, of the base layer's and of the adapter's chains
+    of three; what the same computation makes of magnitudes bounds the sums, ε times that of the base and (1 + ε)³ - 1
+    times that of the adapter is added to the budget.
+
     Args:
         plain: the computation in plain PyTorch, called with `tensors` by name, "x" among them.
         base: the same without the adapter's term.
         tensors, dy, wrt: as for `outputs`.
+        pieces: bf16 values for one of fp32, at least.
     """
 
-    def __init__(self, plain, base, tensors: dict[str, Tensor], dy: Tensor, wrt: Sequence[str] | None = None):
+    def __init__(
+        self, plain, base, tensors: dict[str, Tensor], dy: Tensor, wrt: Sequence[str] | None = None, pieces: int = 3
+    ):
         wide = {name: t.double() for name, t in tensors.items()}
         self.dtype = tensors["x"].dtype
         self.exact = outputs(plain, wide, dy.double(), wrt)
@@ -141,6 +152,13 @@ class Budget:
                 if name in errors:
                     error = max(error, _largest_expected(errors[name], norm))
                 self.bounds[name, norm] = error + eps * terms
+        if pieces < 3:
+            magnitudes = {name: t.abs() for name, t in wide.items()}
+            of_all, of_base = (outputs(each, magnitudes, dy.double().abs(), wrt) for each in (plain, base))
+            once, thrice = ERRORS[pieces], (1 + ERRORS[pieces]) ** 3 - 1
+            for name, norm in self.bounds:
+                error = once * of_base[name] + thrice * (of_all[name] - of_base[name]).abs()
+                self.bounds[name, norm] += _norm(error, norm)
 
     def _errors_of_neighbours(self, count, plain, tensors, dy, wrt) -> dict[str, Tensor]:
         """The errors of every result, a row for each neighbour."""
@@ -228,11 +246,11 @@ _SUMS = {
 }
 
 
-def assert_within_budget(actual: dict[str, Tensor], p: Problem) -> None:
+def assert_within_budget(actual: dict[str, Tensor], p: Problem, pieces: int = 3) -> None:
     """Fails unless the results of a problem, all of them, keep its `Budget`."""
     tensors = {n: t for n in TENSORS if (t := getattr(p, n)) is not None}
     plain, base = (functools.partial(plain_linear, scaling=scaling) for scaling in (p.scaling, 0.0))
-    budget = Budget(plain, base, tensors, p.dy)
+    budget = Budget(plain, base, tensors, p.dy, pieces=pieces)
     assert actual.keys() == budget.exact.keys(), f"results are {list(actual)}, expected {list(budget.exact)}"
     budget.check(actual)
 

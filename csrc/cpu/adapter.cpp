@@ -11,6 +11,14 @@ constexpr int64_t kSumDepth = 64;
 // Register tiles of rows up to which sums pay: for each they read the other side again, and convert it where it is not fp32.
 constexpr int64_t kSumTiles = 16, kSumTilesConverted = 8;
 
+// m, rows of fp32 padded with zeros, rounded.
+Matrix in_bf16(const Kernels& kernel, const Matrix& m, Scratch& scratch) {
+  const int64_t width = m.row_stride;
+  const Matrix whole = {scratch.take(m.rows * width / 2), Dtype::kBFloat16, m.rows, width, width, 1};
+  kernel.round(values(m), width, whole);
+  return slice(whole, {0, m.rows}, {0, m.cols});
+}
+
 }  // namespace
 
 void scale(const Matrix& m, float factor) {
@@ -32,8 +40,8 @@ Matrix padded(const Kernels& kernel, int64_t M, int64_t R, Scratch& scratch) {
 }
 
 Chain::Chain(const Kernels& kernel, const Matrix& left, const Matrix& outer, const Matrix& core, float scaling,
-             const Matrix& rounded, Scratch& scratch)
-    : kernel_(&kernel), left_(left), outer_(outer), core_(core), rounded_(rounded), scaling_(scaling) {
+             const Matrix& rounded, int pieces, Scratch& scratch)
+    : kernel_(&kernel), left_(left), outer_(outer), core_(core), rounded_(rounded), scaling_(scaling), pieces_(pieces) {
   const int64_t R = outer ? outer.rows : left.cols;
   inner = outcome = padded(kernel, left.rows, R, scratch);
   if (rounded.dtype == Dtype::kFloat32 && rounded.row_stride == inner.row_stride && rounded.col_stride == 1) {
@@ -41,7 +49,9 @@ Chain::Chain(const Kernels& kernel, const Matrix& left, const Matrix& outer, con
   } else {
     inner = padded(kernel, left.rows, R, scratch);
   }
-  if (outer && skinny()) outer_ = copied(kernel, outer, kernel.width, scratch);
+  const bool pairs = pieces == 1 && kernel.bf16_dots && left.dtype == Dtype::kBFloat16 && left.col_stride == 1;
+  if (outer && skinny()) outer_ = copied(kernel, outer, pairs ? 2 * kernel.width : kernel.width, scratch);
+  if (outer && skinny() && pairs) outer_ = in_bf16(kernel, outer_, scratch);
   if (core) core_ = copied(kernel, core, kernel.width, scratch), scale(core_, scaling);
 }
 
@@ -66,22 +76,22 @@ void Chain::all(int threads) const {
              [&](int index, int count) { (*this)(part(M, 12, index, count)); });
     return;
   }
-  if (outer_) gemm({{left_, outer_}}, nullptr, inner, threads);
+  if (outer_) gemm({{left_, outer_}}, nullptr, inner, threads, pieces_);
   const Matrix& from = outer_ ? inner : left_;
   if (rounded_) kernel_->round(values(inner), inner.row_stride, rounded_);
-  if (core_) return gemm({{from, core_}}, nullptr, outcome, threads);
+  if (core_) return gemm({{from, core_}}, nullptr, outcome, threads, pieces_);
   copy(*kernel_, from, outcome);
   scale(outcome, scaling_);
 }
 
 void Chain::multiply(const Matrix& left, const Matrix& right, const Matrix& out) const {
   if (out.row_stride != out.cols) std::memset(out.data, 0, out.rows * out.row_stride * sizeof(float));
-  kernel_->dots(dots(left, right, out));
+  (right.dtype == Dtype::kBFloat16 ? kernel_->bf16_dots : kernel_->dots)(dots(left, right, out));
 }
 
 void widen(const Kernels& kernel, const Matrix& left, const Matrix& right, const float* start, const Matrix& out,
-           int threads, Scratch& scratch) {
-  if (left.cols > kSkinny) return gemm({{left, transposed(right)}}, start, out, threads);
+           int threads, int pieces, Scratch& scratch) {
+  if (left.cols > kSkinny) return gemm({{left, transposed(right)}}, start, out, threads, pieces);
   const Matrix b = copied(kernel, right, kernel.tile_cols, scratch);
   const int64_t tile = kernel.tile_rows;
   float* panels = scratch.take(round_up(left.rows, tile) * left.cols);
@@ -103,11 +113,11 @@ void widen(const Kernels& kernel, const Matrix& left, const Matrix& right, const
 Narrow::Narrow(const Kernels& kernel, const Backward& b, Scratch& scratch) {
   const Matrix& N = b.core.N;
   if (b.dx || b.dA || b.dcore) {
-    from_dy_.emplace(kernel, b.dy, transposed(b.B), N ? transposed(N) : N, b.scaling, Matrix(), scratch);
+    from_dy_.emplace(kernel, b.dy, transposed(b.B), N ? transposed(N) : N, b.scaling, Matrix(), b.pieces, scratch);
     G = from_dy_->inner, H = from_dy_->outcome;
   }
   if (b.dB) {
-    from_T_.emplace(kernel, b.T, Matrix(), N, b.scaling, Matrix(), scratch);
+    from_T_.emplace(kernel, b.T, Matrix(), N, b.scaling, Matrix(), b.pieces, scratch);
     P = from_T_->outcome;
   }
 }
@@ -124,17 +134,18 @@ void Narrow::all(int threads) const {
 
 bool summed(const Kernels& kernel, const Backward& b) {
   const int64_t R = b.A.rows;
-  // NOTE: of fewer rows packing costs less than sums in memory, and AMX multiplies what is packed several times as fast.
-  if (R <= kSkinny || b.dy.rows < R || tier() == Tier::kAmx) return R <= kSkinny;
+  // NOTE: of fewer rows packing costs less than sums in memory, and what is packed AMX multiplies several times as fast, and
+  // pairs twice.
+  if (R <= kSkinny || b.dy.rows < R || tier() == Tier::kAmx || (kernel.pairs && b.pieces == 1)) return R <= kSkinny;
   return R <= kernel.tile_rows * (b.dy.dtype == Dtype::kFloat32 ? kSumTiles : kSumTilesConverted);
 }
 
 void rank_gradients(const Kernels& kernel, const Backward& b, const Narrow& narrow, Scratch& scratch) {
-  if (b.dA) gemm({{transposed(narrow.H), transposed(b.x)}}, nullptr, b.dA, b.threads);
-  if (b.dB) gemm({{transposed(b.dy), transposed(narrow.P)}}, nullptr, b.dB, b.threads);
+  if (b.dA) gemm({{transposed(narrow.H), transposed(b.x)}}, nullptr, b.dA, b.threads, b.pieces);
+  if (b.dB) gemm({{transposed(b.dy), transposed(narrow.P)}}, nullptr, b.dB, b.threads, b.pieces);
   if (!b.dcore) return;
   const Matrix sums = square(b.A.rows, scratch);
-  gemm({{transposed(narrow.G), transposed(b.T)}}, nullptr, sums, b.threads);
+  gemm({{transposed(narrow.G), transposed(b.T)}}, nullptr, sums, b.threads, b.pieces);
   scale(sums, b.scaling);
   kernel.round(values(sums), sums.row_stride, b.dcore.N);
 }

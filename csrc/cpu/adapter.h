@@ -36,7 +36,7 @@ class Chain {
   Matrix inner, outcome;
 
   Chain(const Kernels& kernel, const Matrix& left, const Matrix& outer, const Matrix& core, float scaling,
-        const Matrix& rounded, Scratch& scratch);
+        const Matrix& rounded, int pieces, Scratch& scratch);
 
   bool skinny() const { return inner.cols <= kSkinny; }
 
@@ -50,11 +50,12 @@ class Chain {
   const Kernels* kernel_;
   Matrix left_, outer_, core_, rounded_;
   float scaling_;
+  int pieces_;
 };
 
 // out = start + left·right for a left (m, r) of few columns: out is written once and never read.
 void widen(const Kernels& kernel, const Matrix& left, const Matrix& right, const float* start, const Matrix& out,
-           int threads, Scratch& scratch);
+           int threads, int pieces, Scratch& scratch);
 
 // The narrow matrices of a backward: those of G = dy·B, H = s·G·N and P = s·T·Nᵀ that a gradient needs.
 class Narrow {

@@ -51,7 +51,7 @@ void forward_experts(const ExpertsForward& f) {
   share_out(f.ends, f.x.cols * f.y.cols, f.threads, [&](int64_t e, Range rows, int threads) {
     const Core core = {of(f.N, e), {}, {}, {}, {}};
     forward({rows_of(f.x, rows), of(f.weight, e), of(f.A, e), of(f.B, e), core, of(f.bias, e), rows_of(f.y, rows),
-             rows_of(f.T, rows), f.scaling, threads});
+             rows_of(f.T, rows), f.scaling, threads, f.pieces});
   });
 }
 
@@ -61,7 +61,7 @@ void backward_experts(const ExpertsBackward& b) {
     const Core core = {of(b.N, e), {}, {}, {}, {}}, dcore = {of(b.dN, e), {}, {}, {}, {}};
     backward({rows_of(b.dy, rows), rows_of(b.x, rows), rows_of(b.T, rows), of(b.weight, e), of(b.A, e), of(b.B, e),
               core, rows_of(b.dx, rows), of(b.dweight, e), of(b.dA, e), of(b.dB, e), dcore, of(b.dbias, e), b.scaling,
-              threads});
+              threads, b.pieces});
   });
 }
 

@@ -5,7 +5,7 @@
 namespace nlora::cpu {
 namespace {
 
-// Steps of k at a time. Deeper, sums are written less often; but a longer sum loses more to rounding.
+// Lanes of k at a time. Deeper, sums are written less often; but a longer sum loses more to rounding.
 constexpr int64_t kDepth = 384;
 // Rows whose sums are kept in fp32 at a time, where the result is not fp32 and k does not fit the cache.
 constexpr int64_t kRows = 1024;
@@ -17,7 +17,7 @@ constexpr int64_t kTile = 6144, kTileRowsAtATime = 16;
 // What packing a value costs, in multiply-adds of one k.
 constexpr int64_t kPackLeft = 16, kPackRight = 32;
 
-// A run of k inside one summand, and its place in the run of all summands that is packed together.
+// A run of k inside one summand, and its place in lanes in the run of all summands that is packed together.
 struct Piece {
   const Summand* summand;
   Range range;
@@ -26,41 +26,53 @@ struct Piece {
 
 struct Depth {
   std::vector<Piece> pieces;
-  int64_t k;
+  int64_t k;  // lanes
   bool in_place;  // left is read where it lies
 };
 
 struct Problem {
+  const Kernels& kernel;
   std::vector<Depth> depths;
   const float* start;
   Matrix out;
-  int64_t k, deepest;
-  int64_t fitting;  // values of packed right
+  int64_t k, deepest;  // lanes
+  int64_t fitting;  // lanes of packed right
   bool quantised;
 };
 
+int64_t lanes(const Kernels& kernel, int64_t k) { return (k + kernel.lane - 1) / kernel.lane; }
+
+bool is_rows(const Matrix& m, Dtype dtype) { return m.dtype == dtype && m.col_stride == 1; }
+
+// Whether the rows of a left consist of lanes as they lie. To a kernel, rows no distance apart are panels: a row that is
+// expanded to many is packed.
+bool readable(const Kernels& kernel, const Matrix& left) {
+  return is_rows(left, kernel.lane == 1 ? Dtype::kFloat32 : Dtype::kBFloat16) && left.row_stride != 0 &&
+         left.row_stride % kernel.lane == 0 && left.cols % kernel.lane == 0;
+}
+
 // The k of all summands in nearly equal runs. A shallow summand goes with the run before it, which saves a pass over out;
 // but of what is read in place only one.
-std::vector<Depth> depths_of(const std::vector<Summand>& summands, int64_t unit) {
+std::vector<Depth> depths_of(const Kernels& kernel, const std::vector<Summand>& summands) {
   std::vector<Depth> depths;
   for (const Summand& summand : summands) {
-    const int64_t k = summand.left.cols;
-    // To a kernel, rows no distance apart are panels: a row that is expanded to many is packed.
-    const bool in_place =
-        summand.left.dtype == Dtype::kFloat32 && summand.left.col_stride == 1 && summand.left.row_stride != 0;
+    const int64_t k = summand.left.cols, size = lanes(kernel, k);
+    const bool in_place = readable(kernel, summand.left);
+    // A shallow one is rounded to lanes on the way.
+    const bool as_tail = in_place || (kernel.lane > 1 && is_rows(summand.left, Dtype::kFloat32));
     Depth* before = depths.empty() ? nullptr : &depths.back();
-    const bool fits = before && (in_place && before->in_place ? before->pieces.size() < 2 : before->k < 2 * kDepth);
-    if (fits && k <= kDepth / 2) {
+    const bool fits = before && (as_tail && before->in_place ? before->pieces.size() < 2 : before->k < 2 * kDepth);
+    if (fits && size <= kDepth / 2) {
       Depth& last = *before;
       last.pieces.push_back({&summand, {0, k}, last.k});
-      last.k += k;
-      last.in_place = last.in_place && in_place;
+      last.k += size;
+      last.in_place = last.in_place && as_tail;
       continue;
     }
-    const int64_t runs = std::max<int64_t>(1, (k + kDepth - 1) / kDepth);
+    const int64_t runs = std::max<int64_t>(1, (size + kDepth - 1) / kDepth);
     for (int64_t i = 0; i < runs; ++i) {
-      const Range range = part(k, unit, int(i), int(runs));
-      if (range.size || runs == 1) depths.push_back({{{&summand, range, 0}}, range.size, in_place});
+      const Range range = part(k, kernel.width * kernel.lane, int(i), int(runs));
+      if (range.size || runs == 1) depths.push_back({{{&summand, range, 0}}, lanes(kernel, range.size), in_place});
     }
   }
   return depths;
@@ -107,7 +119,7 @@ void pack_right(const Kernels& kernel, const Depth& depth, Range rows, float* pa
     const Summand& summand = *piece.summand;
     const auto to = [&](const Matrix& from, int64_t row, int64_t k) {
       kernel.pack(from.data, from.dtype, from.row_stride, from.col_stride, from.rows, from.cols, size, depth.k * size,
-                  panels + row * depth.k + (piece.at + k) * size);
+                  panels + row * depth.k + (piece.at + lanes(kernel, k)) * size);
     };
     if (!summand.quantised) {
       to(slice(summand.right, rows, piece.range), 0, 0);
@@ -133,15 +145,23 @@ void place_left(const Kernels& kernel, const Depth& depth, Range rows, float* pa
   if (!depth.in_place) return pack(kernel, depth, &Summand::left, rows, kernel.tile_rows, panels);
   const auto left = [&](const Piece& piece) { return slice(piece.summand->left, rows, piece.range); };
   const Piece& main = depth.pieces[0];
-  product.a = values(left(main)), product.a_row = left(main).row_stride, product.k = main.range.size;
+  product.a = values(left(main)), product.a_row = left(main).row_stride / kernel.lane;
+  product.k = lanes(kernel, main.range.size);
   if (depth.pieces.size() == 1) return;
   const Matrix tail = left(depth.pieces[1]);
-  product.tail = values(tail), product.tail_row = tail.row_stride, product.tail_k = tail.cols;
+  product.tail = values(tail), product.tail_row = tail.row_stride / kernel.lane;
+  product.tail_k = lanes(kernel, tail.cols);
+  if (readable(kernel, tail)) return;
+  product.tail = panels, product.tail_row = product.tail_k;
+  std::fill_n(panels, rows.size * product.tail_k, 0.0f);
+  kernel.round(values(tail), tail.row_stride,
+               {panels, Dtype::kBFloat16, tail.rows, tail.cols, kernel.lane * product.tail_k, 1});
 }
 
 // The rows and columns of the result that are one thread's.
-void run(const Kernels& kernel, const Problem& p, Range rows, Range cols, float* own) {
+void run(const Problem& p, Range rows, Range cols, float* own) {
   if (!rows.size || !cols.size) return;
+  const Kernels& kernel = p.kernel;
   const int64_t tile_cols = kernel.tile_cols, step = step_rows(kernel), count = int64_t(p.depths.size());
   float* right = own;
   float* left = right + right_size(kernel, p);
@@ -195,6 +215,12 @@ void run(const Kernels& kernel, const Problem& p, Range rows, Range cols, float*
       }
     }
   }
+}
+
+bool any_fp16(const std::vector<Summand>& summands) {
+  return std::any_of(summands.begin(), summands.end(), [](const Summand& summand) {
+    return summand.left.dtype == Dtype::kFloat16 || summand.right.dtype == Dtype::kFloat16;
+  });
 }
 
 }  // namespace
@@ -267,12 +293,12 @@ int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t lef
   return best;
 }
 
-void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
+void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, int pieces,
           const Prepare* prepare) {
-  gemm({{summands, start, out}}, threads, prepare);
+  gemm({{summands, start, out}}, threads, pieces, prepare);
 }
 
-void gemm(const std::vector<Result>& results, int threads, const Prepare* prepare) {
+void gemm(const std::vector<Result>& results, int threads, int pieces, const Prepare* prepare) {
   const int64_t rows = results[0].out.rows;
   if (!rows) return;
   const Kernels& kernel = kernels();
@@ -285,14 +311,15 @@ void gemm(const std::vector<Result>& results, int threads, const Prepare* prepar
     const bool quantised = std::any_of(summands.begin(), summands.end(), is_quantised);
 #if defined(__x86_64__) || defined(__i386__)
     if (tier() == Tier::kAmx && !quantised && std::min(out.rows, out.cols) >= kManyForTiles) {
-      const bool done = tile_gemm(summands, start, out, threads, prepare);
+      const bool done = tile_gemm(summands, start, out, threads, pieces, prepare);
       prepare = nullptr;
       if (done) continue;
     }
 #endif
-    Problem p = {depths_of(summands, kernel.width), start, out, 0, 1, second_level_cache() / 8 * 5 / 4, quantised};
+    const Kernels& used = kernel.pairs && pieces == 1 && !any_fp16(summands) ? *kernel.pairs : kernel;
+    Problem p = {used, depths_of(used, summands), start, out, 0, 1, second_level_cache() / 8 * 5 / 4, quantised};
     for (const Depth& depth : p.depths) p.k += depth.k, p.deepest = std::max(p.deepest, depth.k);
-    own = std::max(own, own_size(kernel, p));
+    own = std::max(own, own_size(used, p));
     strips += round_up(out.cols, kernel.tile_cols) / kernel.tile_cols;
     in_place = in_place && p.depths[0].in_place;
     problems.push_back(std::move(p));
@@ -316,7 +343,7 @@ void gemm(const std::vector<Result>& results, int threads, const Prepare* prepar
     for (const Problem& p : problems) {
       const int64_t from = std::clamp<int64_t>(cols.first - first, 0, p.out.cols);
       const int64_t to = std::clamp<int64_t>(cols.first + cols.size - first, 0, p.out.cols);
-      run(kernel, p, mine, {from, to - from}, all + index * own);
+      run(p, mine, {from, to - from}, all + index * own);
       first += round_up(p.out.cols, kernel.tile_cols);
     }
   });

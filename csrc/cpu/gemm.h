@@ -48,9 +48,9 @@ using Prepare = std::function<void(Range rows)>;
 int grid_cols(const Matrix& out, int64_t row_unit, int64_t col_unit, int64_t left_cost, int64_t right_cost,
               int threads);
 
-// out = start + Σ left·rightᵀ by panels packed to fp32. The summands share m and n, each has a k of its own; start (n,)
-// or nullptr.
-void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
+// out = start + Σ left·rightᵀ by packed panels. The summands share m and n, each has a k of its own; start (n,) or nullptr.
+// `pieces`: of bf16 for an operand of fp32, see Forward.
+void gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, int pieces,
           const Prepare* prepare = nullptr);
 
 // A product among several of as many rows, which threads share out as if they were one.
@@ -59,10 +59,10 @@ struct Result {
   const float* start;
   Matrix out;
 };
-void gemm(const std::vector<Result>& results, int threads, const Prepare* prepare = nullptr);
+void gemm(const std::vector<Result>& results, int threads, int pieces, const Prepare* prepare = nullptr);
 
 // The same by AMX. False where values lie outside what it multiplies as exactly: out is then undefined, left prepared.
-bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
+bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, int pieces,
                const Prepare* prepare);
 // out += left·rightᵀ, all fp32 and out with its columns side by side. False, with nothing done, as above.
 bool tile_update(const Matrix& out, const Matrix& left, const Matrix& right, int threads);

@@ -19,7 +19,7 @@ void in_blocks(Range rows, const Each& each) {
 
 void forward_group(std::vector<Forward> members) {
   const Matrix& x = members[0].x;
-  const int threads = forked() ? 1 : members[0].threads;
+  const int threads = forked() ? 1 : members[0].threads, pieces = members[0].pieces;
   if (!x.rows) return;
   const bool whole = bool(members[0].weight);
   if (whole && x.rows <= kFewRows) {
@@ -32,7 +32,8 @@ void forward_group(std::vector<Forward> members) {
   std::vector<const Chain*> skinny;
   std::vector<Result> results;
   Matrix read = x;
-  if (whole && (x.dtype != Dtype::kFloat32 || x.col_stride != 1) && x.rows * x.cols <= kConvertible)
+  const bool converts = x.dtype == Dtype::kFloat16 || (x.dtype == Dtype::kBFloat16 && pieces > 1) || x.col_stride != 1;
+  if (whole && converts && x.rows * x.cols <= kConvertible)
     read = fp32(scratch.take(x.rows * x.cols), x.rows, x.cols, x.cols);
   for (size_t i = 0; i < members.size(); ++i) {
     const Forward& f = members[i];
@@ -40,7 +41,7 @@ void forward_group(std::vector<Forward> members) {
     std::vector<Summand> summands;
     if (whole) summands.push_back({read, f.weight});
     if (f.A) {
-      const Chain& chain = chains[i].emplace(kernel, x, f.A, f.core.N, f.scaling, f.T, scratch);
+      const Chain& chain = chains[i].emplace(kernel, x, f.A, f.core.N, f.scaling, f.T, pieces, scratch);
       summands.push_back({chain.outcome, f.B});
       if (chain.skinny()) {
         skinny.push_back(&chain);
@@ -56,15 +57,16 @@ void forward_group(std::vector<Forward> members) {
       for (const Chain* chain : skinny) (*chain)(block);
     });
   };
-  if (whole) return gemm(results, threads, &prepare);
+  if (whole) return gemm(results, threads, pieces, &prepare);
   parallel(threads, [&](int index, int count) { prepare(part(x.rows, kernel.tile_rows, index, count)); });
   for (size_t i = 0; i < members.size(); ++i)
-    widen(kernel, chains[i]->outcome, transposed(members[i].B), results[i].start, members[i].y, threads, scratch);
+    widen(kernel, chains[i]->outcome, transposed(members[i].B), results[i].start, members[i].y, threads, pieces,
+          scratch);
 }
 
 void backward_group(std::vector<Backward> members, const Matrix& dx) {
   const Matrix& dy = members[0].dy;
-  const int threads = forked() ? 1 : members[0].threads;
+  const int threads = forked() ? 1 : members[0].threads, pieces = members[0].pieces;
   const bool whole = bool(members[0].weight);
   const Kernels& kernel = kernels();
   Scratch scratch;
@@ -95,7 +97,7 @@ void backward_group(std::vector<Backward> members, const Matrix& dx) {
   };
   const bool few = whole && dy.rows <= kFewRows;
   if (dx && !few && !summands.empty()) {
-    gemm(summands, nullptr, dx, threads, &prepare);
+    gemm(summands, nullptr, dx, threads, pieces, &prepare);
   } else {
     parallel(threads, [&](int index, int count) { prepare(part(dy.rows, kernel.tile_rows, index, count)); });
     if (few) sums.add(dx, products);
@@ -103,7 +105,7 @@ void backward_group(std::vector<Backward> members, const Matrix& dx) {
   std::vector<Sums::Result> of_x;
   for (size_t i = 0; i < members.size(); ++i) {
     const Backward& b = members[i];
-    if (b.dweight) gemm({{transposed(b.dy), transposed(b.x)}}, nullptr, b.dweight, threads);
+    if (b.dweight) gemm({{transposed(b.dy), transposed(b.x)}}, nullptr, b.dweight, threads, pieces);
     std::vector<Sums::Result> of_dy;
     if (b.A && !summed(kernel, b)) {
       rank_gradients(kernel, b, *narrows[i], scratch);

@@ -43,17 +43,22 @@ struct Dots {
 struct Kernels {
   int width;  // fp32 values in a register
   int tile_rows, tile_cols;  // the register tile of a Product
+  // Values in a lane of a panel: one of fp32, or two of bf16 that are neighbours in k, of which subnormals count for zero.
+  int lane;
   void (*multiply)(const Product& product);
   void (*dots)(const Dots& dots);
   // The same of bf16 rows and columns, these padded to 2·width, with subnormals for zero; nullptr where no unit does it.
   void (*bf16_dots)(const Dots& dots);
-  // Panels [k][size], `distance` values apart, from source(i, k) = source[i * row_stride + k * k_stride], zero past rows.
+  // Panels [k / lane][size], `distance` lanes apart, from source(i, k) = source[i * row_stride + k * k_stride], zero past
+  // rows and k; not of fp16 where a lane holds two. A Product counts k in lanes.
   void (*pack)(const void* source, Dtype dtype, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int size,
                int64_t distance, float* panels);
   // to(i, j) = from[i * from_row + j], rounded to its dtype
   void (*round)(const float* from, int64_t from_row, const Matrix& to);
   // to = W from (row, col) on, its columns side by side.
   void (*dequantise)(const Quantised& weight, int64_t row, int64_t col, const Matrix& to);
+  // The same with two values in a lane, or nullptr.
+  const Kernels* pairs;
 };
 
 const Kernels& portable_kernels();
@@ -64,6 +69,9 @@ const Kernels& avx512_kernels();
 // By avx512_bf16, and by Arm's bf16.
 bool has_avx512_bf16();
 void avx512_bf16_dots(const Dots& dots);
+void avx512_bf16_multiply(const Product& product);
+void avx512_bf16_pack(const void* source, Dtype dtype, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k,
+                      int size, int64_t distance, float* panels);
 bool has_neon_bf16();
 void neon_bf16_dots(const Dots& dots);
 

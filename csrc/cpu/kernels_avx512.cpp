@@ -15,7 +15,11 @@ namespace nlora::cpu {
 const Kernels& avx512_kernels() {
   static const Kernels all = [] {
     Kernels kernels = kKernels;
-    if (has_avx512_bf16()) kernels.bf16_dots = avx512_bf16_dots;
+    if (!has_avx512_bf16()) return kernels;
+    kernels.bf16_dots = avx512_bf16_dots;
+    static Kernels pairs = kernels;
+    pairs.lane = 2, pairs.multiply = avx512_bf16_multiply, pairs.pack = avx512_bf16_pack;
+    kernels.pairs = &pairs;
     return kernels;
   }();
   return all;

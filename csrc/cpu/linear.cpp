@@ -71,7 +71,7 @@ void few_rows(const Kernels& kernel, const Forward& f, const float* bias, Scratc
 void input_gradient(const Kernels& kernel, const Backward& b, const Narrow& narrow, Scratch& scratch) {
   const auto all = [&](const Prepare* prepare) {
     const Summand base = {b.dy, transposed(b.weight), b.weight.quantised, true};
-    gemm({base, {narrow.H, transposed(b.A)}}, nullptr, b.dx, b.threads, prepare);
+    gemm({base, {narrow.H, transposed(b.A)}}, nullptr, b.dx, b.threads, b.pieces, prepare);
   };
   if (b.dx && b.weight && b.A.rows <= kSkinny) {
     const Prepare prepare = [&](Range rows) { narrow(rows); };
@@ -79,7 +79,7 @@ void input_gradient(const Kernels& kernel, const Backward& b, const Narrow& narr
   }
   narrow.all(b.threads);
   if (b.dx && b.weight) return all(nullptr);
-  if (b.dx) widen(kernel, narrow.H, b.A, nullptr, b.dx, b.threads, scratch);
+  if (b.dx) widen(kernel, narrow.H, b.A, nullptr, b.dx, b.threads, b.pieces, scratch);
 }
 
 }  // namespace
@@ -94,13 +94,14 @@ void forward(Forward f) {
   // What reads weight in place reads whole rows of it.
   if (f.weight && !f.weight.quantised && f.x.rows <= kFewRows && f.weight.col_stride == 1)
     return few_rows(kernel, f, start, scratch);
-  if (!f.A) return gemm({{f.x, f.weight, f.weight.quantised}}, start, f.y, f.threads);
-  const Chain chain(kernel, f.x, f.A, f.core.N, f.scaling, f.T, scratch);
+  if (!f.A) return gemm({{f.x, f.weight, f.weight.quantised}}, start, f.y, f.threads, f.pieces);
+  const Chain chain(kernel, f.x, f.A, f.core.N, f.scaling, f.T, f.pieces, scratch);
   const Prepare prepare = [&](Range rows) { chain(rows); };
   const bool fused = f.weight && chain.skinny();
   if (!fused) chain.all(f.threads);
-  if (!f.weight) return widen(kernel, chain.outcome, transposed(f.B), start, f.y, f.threads, scratch);
-  gemm({{f.x, f.weight, f.weight.quantised}, {chain.outcome, f.B}}, start, f.y, f.threads, fused ? &prepare : nullptr);
+  if (!f.weight) return widen(kernel, chain.outcome, transposed(f.B), start, f.y, f.threads, f.pieces, scratch);
+  gemm({{f.x, f.weight, f.weight.quantised}, {chain.outcome, f.B}}, start, f.y, f.threads, f.pieces,
+       fused ? &prepare : nullptr);
 }
 
 void backward(Backward b) {
@@ -119,7 +120,7 @@ void backward(Backward b) {
   } else {
     input_gradient(kernel, b, narrow, scratch);
   }
-  if (b.dweight) gemm({{transposed(b.dy), transposed(b.x)}}, nullptr, b.dweight, b.threads);
+  if (b.dweight) gemm({{transposed(b.dy), transposed(b.x)}}, nullptr, b.dweight, b.threads, b.pieces);
   if (!summed(kernel, b)) {
     rank_gradients(kernel, b, narrow, scratch);
   } else {

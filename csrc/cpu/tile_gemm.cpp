@@ -4,6 +4,8 @@
 #include "cpu/gemm.h"
 #include "cpu/tiles.h"
 
+#include <cstring>
+
 namespace nlora::cpu {
 namespace {
 
@@ -24,7 +26,9 @@ constexpr int64_t kSplitLeft = 40, kSplitRight = 60;
 // their products' leave the range that the unit keeps, by more than is lost to rounding.
 constexpr int kLeast = -90, kMost = 110;
 
-int planes(const Matrix& m) { return m.dtype == Dtype::kFloat32 ? 3 : m.dtype == Dtype::kFloat16 ? 2 : 1; }
+int planes(const Matrix& m, int pieces) {
+  return m.dtype == Dtype::kFloat32 ? pieces : m.dtype == Dtype::kFloat16 ? 2 : 1;
+}
 
 // A run of k inside one summand.
 struct Piece {
@@ -51,7 +55,7 @@ struct Problem {
   int64_t left, right, sums;  // sizes of a thread's buffers, in floats
 };
 
-std::vector<Group> groups_of(const std::vector<Summand>& summands) {
+std::vector<Group> groups_of(const std::vector<Summand>& summands, int pieces) {
   std::vector<Group> groups(1);
   for (int i = 0; i < int(summands.size()); ++i) {
     const int64_t k = summands[i].left.cols, steps = round_up(k, kTileStep) / kTileStep;
@@ -59,8 +63,11 @@ std::vector<Group> groups_of(const std::vector<Summand>& summands) {
     const int64_t parts = (steps + kGroupSteps - 1) / kGroupSteps;
     for (int64_t j = 0; j < parts; ++j) {
       const Range range = part(k, kTileStep, int(j), int(parts));
-      const TileRun run = {round_up(range.size, kTileStep) / kTileStep, planes(summands[i].left),
-                           planes(summands[i].right)};
+      const Matrix &left = summands[i].left, &right = summands[i].right;
+      // Of fp16 every bit is multiplied.
+      const bool exact = left.dtype == Dtype::kFloat16 || right.dtype == Dtype::kFloat16;
+      const TileRun run = {round_up(range.size, kTileStep) / kTileStep, planes(left, pieces), planes(right, pieces),
+                           exact ? 2 : pieces - 1};
       if (groups.back().steps && groups.back().steps + run.steps > kGroupSteps + kGroupSteps / 4) groups.emplace_back();
       Group& group = groups.back();
       group.pieces.push_back({i, range});
@@ -139,7 +146,9 @@ class Worker {
     for (size_t i = 0; i < group.pieces.size(); ++i) {
       const Piece& piece = group.pieces[i];
       const Summand& summand = p_.summands[piece.summand];
-      const int planes = LEFT ? group.runs[i].left_planes : group.runs[i].right_planes;
+      const TileRun& run = group.runs[i];
+      const int planes = LEFT ? run.left_planes : run.right_planes;
+      const bool single = run.left_planes == 1 && run.right_planes == 1 && p_.kernel.pairs;
       uint32_t& most = LEFT ? seen_[piece.summand].left : seen_[piece.summand].right;
       for (int64_t k = 0; k < piece.range.size; k += kTileStep, panels += panel_values(planes)) {
         const Range depth = {piece.range.first + k, std::min<int64_t>(kTileStep, piece.range.size - k)};
@@ -147,10 +156,40 @@ class Worker {
           const Range lines = {at.first + j, std::min<int64_t>(kTilePanel, at.size - j)};
           const Matrix from = slice(LEFT ? summand.left : summand.right, lines, depth);
           uint16_t* panel = panels + j / kTilePanel * (LEFT ? group.left : group.right);
-          most = std::max(most, split<LEFT>(from, planes, panel));
+          if (single) {
+            LEFT ? place_left(from, panel) : place_right(from, panel);
+          } else {
+            most = std::max(most, split<LEFT>(from, planes, panel));
+          }
         }
       }
     }
+  }
+
+  // One step of one panel, whose one plane nothing is split for. What bf16 cannot hold comes out as the unit makes it:
+  // infinities and NaN as they are, subnormals as zero.
+  void place_right(const Matrix& from, uint16_t* panel) {
+    constexpr int kHalf = kTilePanel / 2;
+    if (from.cols < kTileStep) std::memset(panel, 0, panel_values(1) * sizeof *panel);
+    p_.kernel.pairs->pack(from.data, from.dtype, from.row_stride, from.col_stride, from.rows, from.cols, kHalf,
+                          kHalf * kTileStep / 2, reinterpret_cast<float*>(panel));
+  }
+
+  void place_left(Matrix from, uint16_t* panel) {
+    if (from.rows < kTilePanel || from.cols < kTileStep) std::memset(panel, 0, panel_values(1) * sizeof *panel);
+    const Matrix to = {panel, Dtype::kBFloat16, from.rows, from.cols, kTileStep, 1};
+    if (from.dtype == Dtype::kBFloat16 && from.col_stride == 1) {
+      for (int64_t i = 0; i < from.rows; ++i)
+        std::memcpy(panel + i * kTileStep, static_cast<uint16_t*>(from.data) + i * from.row_stride,
+                    from.cols * sizeof *panel);
+      return;
+    }
+    if (from.dtype != Dtype::kFloat32 || from.col_stride != 1) {
+      p_.kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, from.cols, from.rows, kTilePanel, 0,
+                     loose_);
+      from = fp32(loose_, from.rows, from.cols, kTilePanel);
+    }
+    p_.kernel.round(values(from), from.row_stride, to);
   }
 
   // One step of one panel.
@@ -195,9 +234,9 @@ class Worker {
 
 // `block`, whole panels, bounds the rows of left that are multiplied at a time.
 Problem problem_of(const std::vector<Summand>& summands, const float* start, const Matrix& out, bool onto,
-                   int64_t block) {
+                   int64_t block, int pieces) {
   const bool in_sums = out.dtype != Dtype::kFloat32 || out.col_stride != 1;
-  Problem p = {kernels(), amx_tiles(), summands, groups_of(summands), start, out, onto, in_sums, 0, 0, 0, 0, 0};
+  Problem p = {kernels(), amx_tiles(), summands, groups_of(summands, pieces), start, out, onto, in_sums, 0, 0, 0, 0, 0};
   int64_t left = 1, right = 1;
   for (const Group& group : p.groups) left = std::max(left, group.left), right = std::max(right, group.right);
   const auto panels = [](int64_t bytes, int64_t values, int64_t lines) {
@@ -249,9 +288,9 @@ uint32_t largest(const Matrix& m) {
 
 }  // namespace
 
-bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads,
+bool tile_gemm(const std::vector<Summand>& summands, const float* start, const Matrix& out, int threads, int pieces,
                const Prepare* prepare) {
-  const std::vector<Seen> seen = multiply(problem_of(summands, start, out, false, INT64_MAX), threads, prepare);
+  const std::vector<Seen> seen = multiply(problem_of(summands, start, out, false, INT64_MAX, pieces), threads, prepare);
   return std::all_of(seen.begin(), seen.end(), in_range);
 }
 
@@ -259,7 +298,7 @@ bool tile_update(const Matrix& out, const Matrix& left, const Matrix& right, int
   // NOTE: before anything is added.
   if (!in_range({largest(left), largest(right)})) return false;
   const std::vector<Summand> summands = {{left, right}};
-  multiply(problem_of(summands, nullptr, out, true, kUpdateRows), threads, nullptr);
+  multiply(problem_of(summands, nullptr, out, true, kUpdateRows, 3), threads, nullptr);
   return true;
 }
 

@@ -101,10 +101,9 @@ template <int PLANES>
 INLINE void split(Bits value, Bits (&plane)[PLANES]) {
 #pragma GCC unroll 3
   for (int i = 0; i < PLANES; ++i) {
-    plane[i] = value;
-    if (i + 1 == PLANES) break;
-    plane[i] = (value + 0x8000) & 0xffff0000;
-    value = (Bits)((Vec)value - (Vec)plane[i]);
+    // Of a third plane nothing is left to round.
+    plane[i] = i == 2 ? value : (value + 0x8000) & 0xffff0000;
+    if (i + 1 < PLANES) value = (Bits)((Vec)value - (Vec)plane[i]);
   }
 }
 
@@ -210,7 +209,7 @@ INLINE void multiply_run(const TileRun& run, const uint16_t*& left, const uint16
     int held_left = -1, held_right = -1;
 #pragma GCC unroll 6
     for (const auto& [i, j] : kPairs) {
-      if (i >= run.left_planes || j >= run.right_planes) continue;
+      if (i >= run.left_planes || j >= run.right_planes || i + j > run.order) continue;
       if (i != held_left) load<4, ROWS>(left + i * kPlaneValues);
       if (j != held_right) load<6, COLS>(right + j * kPlaneValues);
       multiply_planes<ROWS, COLS>();

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import TABLE
+from nlora_kernels.backends.cpu import plans
 from python_tests.ops.test_budget import capped, ways
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
@@ -26,7 +27,11 @@ def short(value):
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """Of the CPU at every size."""
-    monkeypatch.setattr(type(TABLE["cpu"]), "multiplies_experts", lambda *args, **kwargs: True)
+
+    def plan(dtype, *sizes, **way):
+        return plans.Plan("whole", plans.allowed(plans.setting(dtype))[-1])
+
+    monkeypatch.setattr(type(TABLE["cpu"]), "experts_plan", staticmethod(plan))
 
 
 def problem(counts, dtype=torch.float32, K=K, N=N, R=R, *, adapter=None, core=True, bias=True, seed=0, tail=0):

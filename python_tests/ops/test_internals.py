@@ -108,6 +108,20 @@ def test_any_autocast_is_that_of_any_device():
         torch.set_autocast_enabled("cuda", False)
 
 
+def test_the_precision_of_fp32_is_that_of_either_way_to_set_it():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        for name, precision in {"high": "tf32", "medium": "bf16", "highest": "ieee"}.items():
+            torch.set_float32_matmul_precision(name)
+            assert internals.fp32_precision() == precision == torch.backends.mkldnn.matmul.fp32_precision
+        for precision in ("bf16", "tf32", "ieee"):
+            torch.backends.mkldnn.matmul.fp32_precision = precision
+            assert internals.fp32_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
 def test_the_plain_apply_leaves_out_what_torch_func_needs_and_no_more():
     """Function.apply is this: what the way past it leaves out, where no transform is active."""
     (function,) = ast.parse(inspect.cleandoc(inspect.getsource(torch.autograd.Function.apply))).body

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import TABLE, native, quantised
+from nlora_kernels.backends.cpu import plans
 from nlora_kernels.backends.quantised import Coded, Opaque, Unreadable
 from nlora_kernels.layers import branch as branches
 
@@ -201,9 +202,13 @@ def test_results_keep_the_budget_of_the_decoded_weight(monkeypatch, shape, dtype
     def ours(backend, quantised_weight, weight, **arguments):
         return nk.lora_linear(weight=quantised_weight, scaling=p.scaling, backend=backend, **arguments)
 
-    for backend, tier, plan in ways():
-        if plan:
-            monkeypatch.setattr(type(TABLE["cpu"]), "decoding_plan", lambda *sizes, plan=plan: plan)
+    for backend, tier, way in ways():
+        if way:
+
+            def plan(dtype, *sizes, way=way):
+                return plans.Plan(way, plans.allowed(plans.setting(dtype))[-1])
+
+            monkeypatch.setattr(type(TABLE["cpu"]), "decoding_plan", staticmethod(plan))
         with capped(tier):
             budget.check(testing.outputs(functools.partial(ours, backend, weight), tensors, p.dy, wrt))
 

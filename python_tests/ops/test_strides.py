@@ -5,6 +5,7 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels.backends import TABLE, native
+from nlora_kernels.backends.cpu.plans import Plan, allowed, setting
 from python_tests.ops.test_budget import DTYPES
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="needs the C++ kernels")
@@ -18,7 +19,7 @@ VIEWS = {
     "every_second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "negative": lambda t: torch._neg_view(-t),
 }
-PLANS = ("whole", "adapter", "library", "folded")
+WAYS = ("whole", "adapter", "library", "folded")
 
 
 @pytest.fixture(params=[1, 2], ids=lambda count: f"{count}_threads", autouse=True)
@@ -71,10 +72,14 @@ def experts(x, weight, A, B, core, bias, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_results_are_those_of_contiguous_copies(monkeypatch, dtype, function, view):
     cpu = type(TABLE["cpu"])
-    monkeypatch.setattr(cpu, "multiplies_experts", lambda *args, **kwargs: True)
-    plans = PLANS if dtype == torch.float32 else PLANS[:2]
-    for plan in plans if function is not experts else plans[:1]:
-        monkeypatch.setattr(cpu, "plan", lambda *args, plan=plan, **kwargs: plan)
+    ways = WAYS if dtype == torch.float32 else WAYS[:2]
+    for way in ways if function is not experts else ways[:1]:
+
+        def plan(dtype, *sizes, way=way, **backward):
+            return Plan(way, allowed(setting(dtype))[-1])
+
+        monkeypatch.setattr(cpu, "plan", staticmethod(plan))
+        monkeypatch.setattr(cpu, "experts_plan", staticmethod(plan))
         # Few and many rows, one column, a rank that is not small, and k that is no multiple of a register.
         for M, K, N, R in ((5, 20, 24, 3), (70, 1, 24, 4), (70, 20, 24, 4), (90, 33, 31, 70)):
             torch.manual_seed(M + K)

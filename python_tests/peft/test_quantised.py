@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import nlora_kernels as nk
 from nlora_kernels.backends import TABLE, quantised
+from nlora_kernels.backends.cpu.plans import Plan
 from nlora_kernels.layers.branch import unfused
 from nlora_kernels.peft import base as base_weights
 from python_tests.peft.adapters import close, config
@@ -472,7 +473,7 @@ def allocations(function) -> list[int]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_step_of_a_model_makes_no_dense_copy_of_any_weight(method, plan, monkeypatch):
     """Whichever way the layers are computed, but PEFT's."""
-    monkeypatch.setattr(type(TABLE["cpu"]), "decoding_plan", lambda *sizes: plan)
+    monkeypatch.setattr(type(TABLE["cpu"]), "decoding_plan", lambda *sizes: Plan(plan))
     model = peft.get_peft_model(tiny_nf4(hidden_size=256, intermediate_size=256), config(method)).train()
     if plan == "apart":
         monkeypatch.setattr("nlora_kernels.layers.branch.obstacle", lambda linear: "compared with")

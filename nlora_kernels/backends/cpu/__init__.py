@@ -25,6 +25,7 @@ from ..lean import Lean, add_input_gradient, add_output
 from ..native import _C
 from ..quantised import Coded, Quantised
 from . import lora2, plans
+from .plans import Plan
 
 PLANS = {
     "whole": "one C++ call each way",
@@ -41,7 +42,7 @@ class Cpu(Lean):
     verified_on = frozenset({"cpu"})
     plan = staticmethod(plans.plan)
     decoding_plan = staticmethod(plans.decoding_plan)
-    multiplies_experts = staticmethod(plans.multiplies_experts)
+    experts_plan = staticmethod(plans.experts_plan)
     makes_core = True
 
     def unavailable(self) -> str | None:
@@ -71,55 +72,55 @@ class Cpu(Lean):
         return None
 
     def describe(self, call: Call) -> str:
-        return PLANS[self.plan(call.x.dtype, *call.x.shape, *call.lora_B.shape)]
+        return PLANS[self.plan(call.x.dtype, *call.x.shape, *call.lora_B.shape).way]
 
-    def forward(self, call: Call, plan: str | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, call: Call, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
         x, weight, lora_A, lora_B, lora_N, bias, scaling, _ = call
         (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
         if isinstance(weight, Quantised):
             plan = self._plan_of(weight, x.dtype, M)
-        plan = plan or self.plan(x.dtype, M, K, N, R)
-        if type(lora_N) is Factors and plan not in _OWN:
+        way, pieces = plan or self.plan(x.dtype, M, K, N, R)
+        if type(lora_N) is Factors and way not in _OWN:
             call = call._replace(lora_N=self.lora2_core(*lora_N))
-        if plan == "library":
+        if way == "library":
             return super().forward(call)
-        if plan == "folded":
+        if way == "folded":
             return F.linear(x, _folded(call), bias), x @ lora_A.to(x.dtype).T
         threads = torch.get_num_threads()
-        if plan == "whole":
-            return _C.cpu_forward(x, _inside(weight), lora_A, lora_B, lora_N, bias, scaling, threads)
-        y, T = _C.cpu_forward(x, None, lora_A, lora_B, lora_N, bias, scaling, threads)
+        if way == "whole":
+            return _C.cpu_forward(x, _inside(weight), lora_A, lora_B, lora_N, bias, scaling, threads, pieces)
+        y, T = _C.cpu_forward(x, None, lora_A, lora_B, lora_N, bias, scaling, threads, pieces)
         return add_output(y, x, weight), T
 
-    def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs, plan: str | None = None) -> Grads:
+    def backward(self, call: Call, dy: Tensor, T: Tensor | None, needs: Needs, plan: Plan | None = None) -> Grads:
         x, weight, lora_A, lora_B, lora_N, _, scaling, _ = call
         M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
         if isinstance(weight, Quantised):
             plan = self._plan_of(weight, dy.dtype, M)
-        plan = plan or self.plan(dy.dtype, M, K, N, R, backward=True)
+        way, pieces = plan = plan or self.plan(dy.dtype, M, K, N, R, backward=True)
         factors = lora_N if type(lora_N) is Factors else None
-        if factors and plan not in _OWN:
+        if factors and way not in _OWN:
             grads = self.backward(call._replace(lora_N=self.lora2_core(*factors)), dy, T, needs, plan)
             if needs.lora_N:
                 grads = grads._replace(lora_N=self.lora2_core_backward(grads.lora_N, *factors))
             return grads
-        if plan == "library":
+        if way == "library":
             return super().backward(call, dy, T, needs)
-        if plan == "folded":
+        if way == "folded":
             grads = super().backward(call, dy, T, needs._replace(x=False))
             # NOTE: folding again costs less than keeping a copy of every weight from forward to backward.
             return grads._replace(x=dy @ _folded(call) if needs.x else None)
-        whole, threads = plan == "whole", torch.get_num_threads()
-        inside = _inside(weight) if whole else None
-        grads = Grads(*_C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, needs, scaling, threads))
+        whole = way == "whole"
+        inside, threads = _inside(weight) if whole else None, torch.get_num_threads()
+        grads = Grads(*_C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, needs, scaling, threads, pieces))
         if not whole and needs.x:
             add_input_gradient(grads.x, dy, weight)
         if not whole and needs.weight:
             grads = grads._replace(weight=dy.T @ x)
         return grads
 
-    def _plan_of(self, weight: Quantised, dtype: torch.dtype, M: int) -> str:
-        return self.decoding_plan(dtype, M, *weight.shape[::-1]) if isinstance(weight, Coded) else "adapter"
+    def _plan_of(self, weight: Quantised, dtype: torch.dtype, M: int) -> Plan:
+        return self.decoding_plan(dtype, M, *weight.shape[::-1]) if isinstance(weight, Coded) else Plan("adapter")
 
     def unsupported_group(self, calls: Sequence[Call]) -> str | None:
         weight = calls[0].weight
@@ -127,14 +128,16 @@ class Cpu(Lean):
             return f"x must be float32, bfloat16 or float16 on the CPU, got {short(weight.dtype)} on {weight.device}"
         return super().unsupported_group(calls)
 
-    def forward_group(self, calls: Sequence[Call], plan: str | None = None) -> list[tuple[Tensor, Tensor | None]]:
-        x, plan = calls[0].x, plan or self.group_plan(calls, calls[0].x)
-        if plan not in _OWN:
+    def forward_group(self, calls: Sequence[Call], plan: Plan | None = None) -> list[tuple[Tensor, Tensor | None]]:
+        x = calls[0].x
+        way, pieces = plan = plan or self.group_plan(calls, x)
+        if way not in _OWN:
             return [(linear(call), None) if call.lora_A is None else self.forward(call, plan) for call in calls]
-        whole, threads = plan == "whole", torch.get_num_threads()
+        whole = way == "whole"
         own = calls if whole else [call for call in calls if call.lora_A is not None]
         biases, scalings = [call.bias for call in own], [call.scaling for call in own]
-        made = _C.cpu_forward_group(x, *_operands(own, whole), biases, scalings, threads) if own else []
+        options = biases, scalings, torch.get_num_threads(), pieces
+        made = _C.cpu_forward_group(x, *_operands(own, whole), *options) if own else []
         if whole:
             return made
         with_adapter = iter(made)
@@ -146,15 +149,15 @@ class Cpu(Lean):
         dys: Sequence[Tensor],
         Ts: Sequence[Tensor | None],
         needs: Sequence[Needs],
-        plan: str | None = None,
+        plan: Plan | None = None,
     ) -> tuple[Tensor | None, list[Grads]]:
-        plan = plan or self.group_plan(calls, dys[0], backward=True)
-        if plan == "library":
+        way, pieces = plan = plan or self.group_plan(calls, dys[0], backward=True)
+        if way == "library":
             return super().backward_group(calls, dys, Ts, needs)
-        if plan == "folded":
+        if way == "folded":
             # NOTE: the class between is past: its sum is made of products that fold nothing.
             return Backend.backward_group(self, calls, dys, Ts, needs)
-        whole = plan == "whole"
+        whole = way == "whole"
         own = [i for i, call in enumerate(calls) if whole or call.lora_A is not None]
         x = next((call.x for call in calls if call.x is not None), None)
         dx, grads = None, [Grads()] * len(calls)
@@ -162,7 +165,7 @@ class Cpu(Lean):
             members, scalings = [calls[i] for i in own], [calls[i].scaling for i in own]
             operands, wanted = _operands(members, whole), [needs[i] for i in own]
             arguments = [dys[i] for i in own], x, [Ts[i] for i in own], *operands, wanted, scalings
-            dx, made = _C.cpu_backward_group(*arguments, torch.get_num_threads())
+            dx, made = _C.cpu_backward_group(*arguments, torch.get_num_threads(), pieces)
             for i, of in zip(own, made, strict=True):
                 grads[i] = Grads(*of)
         if whole:
@@ -176,7 +179,7 @@ class Cpu(Lean):
                 grads[i] = grads[i]._replace(bias=dy.sum(0))
         return dx, grads
 
-    def group_plan(self, calls: Sequence[Call], first: Tensor, backward: bool = False) -> str:
+    def group_plan(self, calls: Sequence[Call], first: Tensor, backward: bool = False) -> Plan:
         """The plan of one layer of all members' columns, whose adapter multiplies as much as theirs."""
         K, N = calls[0].weight.shape[1], sum(call.weight.shape[0] for call in calls)
         inner = sum(call.lora_A.shape[0] * (K + call.weight.shape[0]) for call in calls if call.lora_A is not None)
@@ -185,19 +188,20 @@ class Cpu(Lean):
     def forward_experts(self, call: ExpertsCall) -> tuple[Tensor, Tensor]:
         x, offsets, weight, lora_A, lora_B, lora_N, bias, scaling = call
         (M, K), (E, N, _), R = x.shape, weight.shape, lora_A.shape[1]
-        if not self.multiplies_experts(x.dtype, M, E, K, N, R):
+        way, pieces = self.experts_plan(x.dtype, M, E, K, N, R)
+        if way == "library":
             return super().forward_experts(call)
         ends, y, T = offsets.tolist(), x.new_empty(M, N), x.new_empty(M, R)
         y[ends[-1] :], T[ends[-1] :] = 0, 0
         adapter = _columns(lora_A), lora_B.contiguous(), lora_N
-        threads = torch.get_num_threads()
-        _C.cpu_forward_experts(ends, x, weight, *adapter, bias, y, T, scaling, threads)
+        _C.cpu_forward_experts(ends, x, weight, *adapter, bias, y, T, scaling, torch.get_num_threads(), pieces)
         return y, T
 
     def backward_experts(self, call: ExpertsCall, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
         x, offsets, weight, lora_A, lora_B, lora_N, _, scaling = call
         M, (E, N, K), R = dy.shape[0], weight.shape, lora_A.shape[1]
-        if not self.multiplies_experts(dy.dtype, M, E, K, N, R, backward=True):
+        way, pieces = self.experts_plan(dy.dtype, M, E, K, N, R, backward=True)
+        if way == "library":
             return super().backward_experts(call, dy, T, needs)
         ends, lora_A, lora_B = offsets.tolist(), _columns(lora_A), lora_B.contiguous()
         grads = Grads(
@@ -210,9 +214,8 @@ class Cpu(Lean):
         )
         if needs.x:
             grads.x[ends[-1] :] = 0
-        threads = torch.get_num_threads()
         tensors = dy, x, T, weight, lora_A, lora_B, lora_N
-        _C.cpu_backward_experts(ends, *tensors, *grads, scaling, threads)
+        _C.cpu_backward_experts(ends, *tensors, *grads, scaling, torch.get_num_threads(), pieces)
         return grads
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:

@@ -1,10 +1,10 @@
 """Which of the four ways computes a layer on the CPU fastest, reckoned from what products take there.
 
 A product of x (M, K) and weight (N, K) takes call + K·N·(read + M·multiply) seconds: `Costs` has such a line for the
-library and for our kernels. They are measured once for a dtype, a number of threads and an instruction set, some
-milliseconds at the first layer, and kept in the user's cache folder. A process reads a record once and holds to it
-until it ends, so that all processes compute the same bits. Where none can be kept, or the machine is too busy to
-measure, the built-in costs of the instruction set hold until the process ends (docs/cpu.md).
+library and for our kernels. They are measured once for a dtype, a number of threads, an instruction set and a precision
+of fp32, some milliseconds at the first layer, and kept in the user's cache folder. A process reads a record once and
+holds to it until it ends, so that all processes compute the same bits. Where none can be kept, or the machine is too
+busy to measure, the built-in costs of the instruction set hold until the process ends (docs/cpu.md).
 """
 
 import functools
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import atomic, cache
+from ... import atomic, cache, internals
 from ..base import short
 from ..native import _C
 
@@ -54,66 +54,88 @@ class Line(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Those of the library and, for up to FEW rows and for more, of the plan "whole"; when they were measured."""
+    """Those of the library and, for up to FEW rows and for more, of the plan "whole" with `pieces`, the number of bf16
+    values for one of fp32 that takes least of those that are precise enough; the seconds that a value of x or y takes
+    more where the adapter's product is apart; when they were measured."""
 
     library: Line
     few: Line
     many: Line
+    pieces: int = 3
+    apart: float = 0.0
     written: str | None = None
 
 
 class Setting(NamedTuple):
-    """What costs depend on, beside the CPU, torch and the extension."""
+    """What costs depend on, beside the CPU, torch and the extension.
+
+    precision: of fp32, what PyTorch allows its own products: "ieee", "tf32" or "bf16"; None for other dtypes.
+    """
 
     dtype: torch.dtype
     tier: str
     threads: int
+    precision: str | None = None
 
 
-def plan(dtype: torch.dtype, M: int, K: int, N: int, R: int, backward: bool = False) -> str:
+class Plan(NamedTuple):
+    """One of the four ways, and how many bf16 values stand for one of fp32 in large products of ours: 3, 2 or 1."""
+
+    way: str
+    pieces: int = 3
+
+
+_SMALL = Plan("adapter")
+
+
+def plan(dtype: torch.dtype, M: int, K: int, N: int, R: int, backward: bool = False) -> Plan:
     """Which of the four ways computes a layer of these sizes fastest (bench/test_plan.py runs them all)."""
+    if M * K * N <= 1 << 16 and M > 1 and dtype is torch.float32 and not backward and R <= 32:
+        # The calls take all of the time, one more a microsecond. For it x·Wᵀ has the bits of the base layer alone,
+        # and a small adapter's effect, the difference to that layer, is as exact as in PEFT.
+        threads()
+        return _SMALL
     return _plan(setting(dtype), M, K, N, R, backward)
-
-
-def multiplies_experts(dtype: torch.dtype, M: int, E: int, K: int, N: int, R: int, backward: bool = False) -> bool:
-    """Whether our kernels compute E experts that share M rows faster than the library: as they do one of M / E rows."""
-    library, few, many, _ = costs(setting(dtype))
-    # One call of ours is for all of them.
-    few, many = (line._replace(call=line.call / E) for line in (few, many))
-    library = Line(*(SHARED * each for each in library))
-    return rule(Costs(library, few, many), max(1, M // E), K, N, R, backward, foldable=False) == "whole"
 
 
 # NOTE: as many shapes as batches of every length bring.
 @functools.lru_cache(maxsize=4096)
-def _plan(setting: Setting, M: int, K: int, N: int, R: int, backward: bool) -> str:
-    full = setting.dtype == torch.float32
-    if full and M > 1 and M * K * N <= 1 << 16 and not backward and R <= 32:
-        # The calls take all of the time, one more a microsecond. For it x·Wᵀ has the bits of the base layer alone,
-        # and a small adapter's effect, the difference to that layer, is as exact as in PEFT.
-        return "adapter"
-    return rule(costs(setting), M, K, N, R, backward, foldable=full)
+def _plan(setting: Setting, M: int, K: int, N: int, R: int, backward: bool) -> Plan:
+    known = costs(setting)
+    return Plan(rule(known, M, K, N, R, backward, foldable=setting.dtype == torch.float32), known.pieces)
 
 
-def decoding_plan(dtype: torch.dtype, M: int, K: int, N: int) -> str:
+def experts_plan(dtype: torch.dtype, M: int, E: int, K: int, N: int, R: int, backward: bool = False) -> Plan:
+    """How E experts that share M rows are computed: "whole" where that is how one of M / E rows is, else "library"."""
+    library, few, many, pieces = costs(setting(dtype))[:4]
+    # One call of ours is for all of them.
+    few, many = (line._replace(call=line.call / E) for line in (few, many))
+    library = Line(*(SHARED * each for each in library))
+    way = rule(Costs(library, few, many), max(1, M // E), K, N, R, backward, foldable=False)
+    return Plan(way if way == "whole" else "library", pieces)
+
+
+def decoding_plan(dtype: torch.dtype, M: int, K: int, N: int) -> Plan:
     """The same of a weight in few bits: "whole", where it is decoded on the way, or "adapter", where the library waits
     for it, as long as our kernels take to pack it."""
-    library, _, many, _ = costs(setting(dtype))
+    library, _, many, pieces = costs(setting(dtype))[:4]
     values = K * N
-    return "whole" if many.seconds(M, values) <= library.seconds(M, values) + many.read * values else "adapter"
+    whole = many.seconds(M, values) <= library.seconds(M, values) + many.read * values
+    return Plan("whole" if whole else "adapter", pieces)
 
 
 def rule(costs: Costs, M: int, K: int, N: int, R: int, backward: bool, foldable: bool) -> str:
     """The plan that takes least: its product with weight, the adapter's multiply-adds at its rate, and its calls."""
-    library, few, many, _ = costs
+    library, few, many = costs[:3]
     values, adapter = K * N, (1 + backward) * M * R * (K + N)
     base = library.seconds(M, values)
+    apart = base + M * (K + N) * costs.apart
     ours = few.seconds(max(M, TILE) if backward else M, values) if M <= FEW else many.seconds(M, values)
     seconds = {
         "whole": ours + many.multiply * adapter,
-        "adapter": base + few.call + many.multiply * adapter,
+        "adapter": apart + few.call + many.multiply * adapter,
         # Two products more in forward, six in backward; a short side leaves part of a library's tiles empty.
-        "library": base + (6 if backward else 2) * library.call + library.multiply * adapter * (1 + 8 / R),
+        "library": apart + (6 if backward else 2) * library.call + library.multiply * adapter * (1 + 8 / R),
     }
     if foldable and R > 64:
         # Folding multiplies K·N·R each way and passes over weight twice; of the adapter, the products of T or of the
@@ -126,17 +148,36 @@ def rule(costs: Costs, M: int, K: int, N: int, R: int, backward: bool, foldable:
 _threads_before_fork = 0
 
 
-def setting(dtype: torch.dtype) -> Setting:
-    """What the costs of products of a dtype depend on, as it is now; in a child of fork() as it was before."""
+def threads() -> int:
+    """How many there are; in a child of fork(), which has one, how many there were before."""
     global _threads_before_fork
-    threads = torch.get_num_threads()
-    if (threads > 1 or _threads_before_fork) and _C.forked():
-        if threads > 1:
+    count = torch.get_num_threads()
+    if (count > 1 or _threads_before_fork) and _C.forked():
+        if count > 1:
             # NOTE: OpenMP has lost its threads there, and the library would wait for them for ever.
-            _threads_before_fork = threads
+            _threads_before_fork = count
             torch.set_num_threads(1)
-        threads = _threads_before_fork
-    return Setting(dtype, _C.cpu_tier(), threads)
+        count = _threads_before_fork
+    return count
+
+
+def setting(dtype: torch.dtype) -> Setting:
+    """What the costs of products of a dtype depend on, as it is now."""
+    precision = internals.fp32_precision() if dtype is torch.float32 else None
+    # NOTE: as Setting(...), for half the time.
+    return tuple.__new__(Setting, (dtype, _C.cpu_tier(), threads(), precision))
+
+
+def allowed(setting: Setting) -> tuple[int, ...]:
+    """How many bf16 values our products may take for one of fp32, which bf16 beside it rounds to itself.
+
+    Only numbers for which the instruction set has kernels of their own, the most precise first.
+    """
+    dtype, tier, _, precision = setting
+    in_hardware = tier in ("avx512", "amx") and _C.cpu_multiplies(_C.bfloat16)
+    if in_hardware and (dtype == torch.bfloat16 or precision == "bf16"):
+        return 3, 1
+    return (3, 2) if tier == "amx" and precision == "tf32" else (3,)
 
 
 _known: dict[Setting, Costs] = {}
@@ -168,11 +209,10 @@ def tune() -> list[Path]:
     Raises TimeoutError where the machine is too busy to tell.
     """
     files = []
-    for dtype in DTYPES:
-        now = setting(dtype)
+    for now in map(setting, DTYPES):
         found = measured(now)
         if found is None:
-            raise TimeoutError(f"no two times of {dtype} products agree: the machine is too busy to measure")
+            raise TimeoutError(f"no two times of {now.dtype} products agree: the machine is too busy to measure")
         files.append(file_of(identity(now)))
         write(files[-1], identity(now), found)
     forget()
@@ -195,7 +235,10 @@ def builtin(setting: Setting) -> Costs:
 
     # Of few rows our kernels multiply bf16 by pairs, where the CPU can.
     few = library if setting.dtype == torch.bfloat16 and in_hardware else max(ours, 9e-12)
-    return Costs(line(2e-6 if full else 1.5e-5, 5e-11, library), line(6e-6, 3.5e-11, few), line(8e-6, packing, ours))
+    pieces = allowed(setting)[-1] if tier == "amx" else 3
+    return Costs(
+        line(2e-6 if full else 1.5e-5, 5e-11, library), line(6e-6, 3.5e-11, few), line(8e-6, packing, ours), pieces
+    )
 
 
 def measured(setting: Setting) -> Costs | None:
@@ -208,11 +251,19 @@ def measured(setting: Setting) -> Costs | None:
     return outcome[0] if outcome else None
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, pieces: int = 3) -> Tensor:
     """x·Wᵀ by our kernels, as a layer whose adapter is zero."""
     N, K = weight.shape
     A, B = weight.new_zeros(1, K), weight.new_zeros(N, 1)
-    return _C.cpu_forward(x, weight, A, B, None, None, 1.0, torch.get_num_threads())[0]
+    return _C.cpu_forward(x, weight, A, B, None, None, 1.0, torch.get_num_threads(), pieces)[0]
+
+
+def _apart(x: Tensor, weight: Tensor) -> Tensor:
+    """The same by the library, added to what our kernels make of that adapter."""
+    N, K = weight.shape
+    A, B = weight.new_zeros(1, K), weight.new_zeros(N, 1)
+    y, _ = _C.cpu_forward(x, None, A, B, None, None, 1.0, torch.get_num_threads(), 3)
+    return y.addmm_(x, weight.T)
 
 
 def _measured(setting: Setting) -> Costs | None:
@@ -222,13 +273,17 @@ def _measured(setting: Setting) -> Costs | None:
         return torch.randn(rows, cols, generator=generator, device="cpu").to(setting.dtype)
 
     # Of each line: hardly more than the call, reading a weight, and multiplying with it.
-    x, weights = matrix(128, 512), {n: matrix(n, n) for n in (64, 512)}
-    sizes = {"library": (F.linear, 16, 128), "few": (_product, 4, FEW), "many": (_product, 2 * FEW, 128)}
+    x, weights = matrix(512, 512), {n: matrix(n, n) for n in (64, 512)}
+    sizes = {"library": (F.linear, 16, 128), "few": (_product, 4, FEW)}
+    for pieces in allowed(setting):
+        sizes[pieces] = functools.partial(_product, pieces=pieces), 2 * FEW, 128
     calls = {
         (name, M, n): functools.partial(product, x[:M, :n].contiguous(), weights[n])
         for name, (product, few, many) in sizes.items()
         for M, n in ((few, 64), (few, 512), (many, 512))
     }
+    calls["apart", 512, 512] = functools.partial(_apart, x, weights[512])
+    calls["library", 512, 512] = functools.partial(F.linear, x, weights[512])
     times = {key: [] for key in calls}
     torch.set_num_threads(setting.threads)
     begun, rounds = time.monotonic(), 0
@@ -250,7 +305,10 @@ def _measured(setting: Setting) -> Costs | None:
             return None
         read = max(0.0, (middle - small) / (512 * 512 - 64 * 64) - few * multiply)
         lines[name] = Line(max(1e-7, small - 64 * 64 * (read + few * multiply)), read, multiply)
-    return Costs(**lines, written=time.strftime("%Y-%m-%d"))
+    pieces = min(allowed(setting), key=lambda pieces: lines[pieces].seconds(128, 512 * 512))
+    more = min(times["apart", 512, 512]) - min(times["library", 512, 512]) - lines["few"].call
+    apart = max(0.0, more / (512 * (512 + 512)))
+    return Costs(lines["library"], lines["few"], lines[pieces], pieces, apart, time.strftime("%Y-%m-%d"))
 
 
 def _slow(times: list[float]) -> bool:
@@ -284,8 +342,8 @@ def _machine() -> dict[str, Any]:
 
 def identity(setting: Setting) -> dict[str, Any]:
     """Everything that a record depends on."""
-    dtype, tier, threads = setting
-    return {**_machine(), "dtype": short(dtype), "tier": tier, "threads": threads}
+    dtype, tier, threads, precision = setting
+    return {**_machine(), "dtype": short(dtype), "tier": tier, "threads": threads, "precision": precision}
 
 
 def file_of(identity: dict[str, Any]) -> Path:
@@ -298,18 +356,19 @@ def read(file: Path, identity: dict[str, Any]) -> Costs | None:
     try:
         stored = json.loads(file.read_text())
         lines = {name: Line(*(float(stored[name][part]) for part in Line._fields)) for name in Costs._fields[:3]}
-        if stored["identity"] == identity and all(
-            math.isfinite(value) and value >= 0 for line in lines.values() for value in line
-        ):
-            return Costs(**lines, written=str(stored["written"]))
+        apart = float(stored["apart"])
+        finite = all(math.isfinite(value) and value >= 0 for line in (*lines.values(), (apart,)) for value in line)
+        if stored["identity"] == identity and finite and stored["pieces"] in (1, 2, 3):
+            return Costs(**lines, pieces=stored["pieces"], apart=apart, written=str(stored["written"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
 
 
 def write(file: Path, identity: dict[str, Any], costs: Costs) -> None:
-    lines = {name: getattr(costs, name)._asdict() for name in Costs._fields[:3]}
-    cache.write(file, json.dumps({"identity": identity, "written": costs.written, **lines}, indent=1) + "\n")
+    stored = {name: getattr(costs, name)._asdict() for name in Costs._fields[:3]}
+    stored |= {"identity": identity, "written": costs.written, "pieces": costs.pieces, "apart": costs.apart}
+    cache.write(file, json.dumps(stored, indent=1) + "\n")
 
 
 def recorded(setting: Setting, measure: Callable[[Setting], Costs | None] | None) -> Costs | None:
