@@ -137,15 +137,17 @@ def obstacle(linear: nn.Module) -> str | None:
     It looks at the layer as it is now, so a layer that FSDP or ZeRO-3 gathers for its forward is taken then.
     """
     # NOTE: this is asked in every forward: what is not kept cannot be out of date.
-    if nn_module._has_any_global_hook():
-        return "hooks are registered for all modules"
-    return None if plain((linear,)) else obstacle_of(linear)
+    if plain((linear,)):
+        return None
+    return "hooks are registered for all modules" if nn_module._has_any_global_hook() else obstacle_of(linear)
 
 
 def plain(modules: tuple[nn.Module, ...], types: tuple[type, ...] = (nn.Linear,)) -> bool:
     """Whether, at a look, `obstacle_of` is None for all modules: without a reason, and at a fifth of its cost."""
     # The compiler looks into no extension.
-    return _C is not None and not torch.compiler.is_compiling() and _C.plain_modules(modules, types)
+    if _C is None or torch.compiler.is_compiling() or nn_module._has_any_global_hook():
+        return False
+    return _C.plain_modules(modules, types)
 
 
 def obstacle_of(linear: nn.Module, types: tuple[type, ...] = (nn.Linear,)) -> str | None:
@@ -243,7 +245,7 @@ def operands(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | Quantised, 
     """
     weight, bias = tensor_of(linear, "weight"), tensor_of(linear, "bias")
     if has_dense(linear, weight):
-        return x, weight_of(linear), bias
+        return x, weight if type(linear) is nn.Linear else weight_of(linear), bias
     x, bias = quantised.operands(linear, x, bias)
     return x, quantised.of_layer(linear, weight).to(x.dtype), bias
 

@@ -75,21 +75,23 @@ class FusedLinear(Linear):
     def obstacle(self, name: str | None = None) -> str | None:
         """None if the base layer and an adapter, by default what is active, can be one operation, else why not."""
         base = self._modules["base_layer"]
-        reason = branches.obstacle(base)
-        split = tensor_parallel.split_of(base) if reason else None
-        if reason and split is None:
-            return reason
-        if name is None:
-            return self._obstacle_to_active()
-        factors = self.factors(name)
-        if split is not None:
-            if reason := tensor_parallel.obstacle(factors):
-                return f"a matrix of adapter {name!r} cannot be fused: {reason}"
-        elif not branches.plain(factors, self.factor_types):
-            for factor in factors:
-                reason = branches.obstacle_of(engines.inside(factor), self.factor_types)
-                if reason:
+        factors = () if name is None else self.factors(name)
+        # NOTE: at one look, where nothing is in the way.
+        if not factors or not branches.plain((base, *factors), self.factor_types):
+            reason = branches.obstacle(base)
+            split = tensor_parallel.split_of(base) if reason else None
+            if reason and split is None:
+                return reason
+            if name is None:
+                return self._obstacle_to_active()
+            if split is not None:
+                if reason := tensor_parallel.obstacle(factors):
                     return f"a matrix of adapter {name!r} cannot be fused: {reason}"
+            elif not branches.plain(factors, self.factor_types):
+                for factor in factors:
+                    reason = branches.obstacle_of(engines.inside(factor), self.factor_types)
+                    if reason:
+                        return f"a matrix of adapter {name!r} cannot be fused: {reason}"
         dropout = self._modules["lora_dropout"]._modules[name]
         if dropout.training and type(dropout) is not nn.Identity:
             foreign = None if type(dropout) is nn.Dropout else f"its type is {type(dropout).__qualname__}"

@@ -108,7 +108,8 @@ class HasFactors:
             self.lora_mask[target].weight.copy_(self.lora_mask[source].weight)
 
     def factors(self, name: str) -> tuple[nn.Module, ...]:
-        return tuple([self._modules[kind]._modules[name] for kind in self.adapter_layer_names])
+        modules = self._modules
+        return tuple([modules[kind]._modules[name] for kind in self.adapter_layer_names])
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
