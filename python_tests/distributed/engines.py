@@ -24,6 +24,8 @@ from python_tests.tiny import counted_fusions, llama, perturb, tokens
 METHODS = ("lora", "slora", "nlora", "nlora_residual", "inttune", "inttune_residual", "lora2", "lora2_pruned")
 # So many rows are one batch, on however many processes.
 ROWS, LEARNING_RATE = 4, 1e-2
+# What is trained is so many times the loss: an engine that clips gradients does so at every step then, and is seen.
+FACTOR = 16
 
 
 class Prepared(NamedTuple):
@@ -85,6 +87,8 @@ def zero(model: nn.Module, stage: int) -> Prepared:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     sharding = {"stage": stage, "stage3_param_persistence_threshold": 0}
     settings = {"train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(), "zero_optimization": sharding}
+    # Untold, it clips gradients to a norm of 1, as no other engine does.
+    settings |= {"gradient_clipping": 0.0}
     settings |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=settings)
     return Prepared(engine, engine.backward, engine.step)
@@ -135,7 +139,7 @@ def train(engine: Callable[[nn.Module], Prepared], method: str, steps: int, rows
             loss = prepared.model(input_ids=rows, labels=rows).loss
             if pruning:
                 loss = loss + 0.1 * orthogonal_penalty(model)
-            prepared.backward(loss)
+            prepared.backward(FACTOR * loss)
             optimizer = prepared.step()
             if pruning:
                 allocator.step()
