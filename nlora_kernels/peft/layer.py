@@ -181,6 +181,11 @@ class FusedLinear(Linear):
         if branch is not None:
             result = self._fused(x, branch)
         elif tensor_parallel.split_of(base) is not None:
+            if not tensor_parallel.is_distributed(self):
+                # The matrices of PEFT's own LoRA communicate by themselves.
+                return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+            for term in terms:
+                self._check_split(term.name)
             return tensor_parallel.apart(base, x, [(self._branch(term), term.rows) for term in terms])
         else:
             result = base(x, *args, **kwargs)
@@ -225,6 +230,14 @@ class FusedLinear(Linear):
             return False
         weights = [self.scaling[term.name] if term.initial is None else term.initial for term in terms]
         return any(term.rows is None and (isinstance(s, Tensor) or s) for term, s in zip(terms, weights, strict=True))
+
+    def _check_split(self, name: str) -> None:
+        """ValueError if calling a matrix of an adapter does more than multiply: a split layer calls none of them."""
+        if reason := tensor_parallel.obstacle(self.factors(name)):
+            raise ValueError(
+                f"layer {self.layer_name!r}: the matrices of adapter {name!r} must be left as they are where tensor "
+                f"parallelism splits the layer, got one with a change: {reason}"
+            )
 
     def _fused(self, x: Tensor, branch: Branch | Lora2Branch) -> Tensor:
         base = self._modules["base_layer"]

@@ -35,6 +35,7 @@ from .. import init
 from ..backends import REFERENCE, Call, Needs
 from ..backends.base import PLAIN
 from ..layers import branch as branches
+from ..layers import engines
 from ..layers.branch import Branch, Lora2Branch, local, tensor_of
 from ..ops.autograd import as_rows
 
@@ -306,8 +307,10 @@ def obstacle(factors: Sequence[nn.Module]) -> str | None:
     """None if the matrices of an adapter on a split layer are no more than that, else why not."""
     for factor in factors:
         # Of PEFT's own LoRA the matrix that is split has a forward that communicates, which the layer's does.
-        wrapped = "forward" in vars(factor) and type(tensor_of(factor, "weight")) not in PLAIN
-        if not wrapped and (reason := branches.altered(factor)):
+        if "forward" in vars(factor) and type(tensor_of(factor, "weight")) not in PLAIN:
+            if engines.foreign_hooks(factor):
+                return "it has hooks"
+        elif reason := branches.altered(factor):
             return reason
     return None
 

@@ -460,6 +460,36 @@ def fuses_what_peft_has_split(run):
     assert logits(model).isfinite().all()
 
 
+def calls_what_is_more_than_its_matrices(run):
+    """A bias and a hook on the matrix that is split count as in PEFT; where no matrix is called a hook is refused."""
+    ids = tokens(batch=4)
+    for change in ("bias", "hook"):
+        found = []
+        for fusing in (False, True):
+            torch.manual_seed(0)
+            stock = peft.LoraConfig(
+                r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_bias=change == "bias"
+            )
+            model = peft.get_peft_model(run.split("transformers"), stock).eval()
+            for layer in adapter_layers(model):
+                B = layer.lora_B["default"]
+                if change == "hook":
+                    B.register_forward_hook(lambda module, args, output: 3 * output)
+                else:
+                    nn.init.constant_(local(B.bias), 0.5)
+            if fusing:
+                nk_peft.fuse(model)
+                assert len(unfused(model)) == 2
+            found.append(logits(model, ids))
+        close(*found)
+        with model.disable_adapter():
+            assert not torch.allclose(logits(model, ids), found[0])
+    model = pair("nlora", run.mesh)
+    model.base_model.model[0].lora_A["default"].register_forward_hook(lambda module, args, output: 3 * output)
+    with pytest.raises(ValueError, match="layer '0': the matrices of adapter 'default' must be left .*: it has hooks"):
+        model(torch.ones(6, 16))
+
+
 CHECKS = (
     backward_sums_what_is_less,
     moves_no_more_than_peft,
@@ -475,6 +505,7 @@ CHECKS = (
     takes_and_gives_distributed_tensors,
     refuses_by_name,
     fuses_what_peft_has_split,
+    calls_what_is_more_than_its_matrices,
 )
 
 
