@@ -76,7 +76,11 @@ void avx512_bf16_multiply(const Product& p) {
     using C = decltype(value);
     p.a_row ? multiply_all<false, false, Pair, C>(p) : multiply_all<true, false, Pair, C>(p);
   };
-  p.c_dtype == Dtype::kFloat32 ? to(float()) : to(BFloat16());
+  switch (p.c_dtype) {
+    case Dtype::kFloat32: return to(float());
+    case Dtype::kBFloat16: return to(BFloat16());
+    case Dtype::kFloat16: return to(Float16());
+  }
 }
 
 void avx512_bf16_pack(const void* source, Dtype dtype, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k,

@@ -104,6 +104,15 @@ def test_strides_absent_tensors_and_adapter_dtypes(shape, dtype, options):
 
 @pytest.mark.usefixtures("poisoned", "tier", "plan")
 @pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("adapter_dtype", DTYPES, ids=short)
+def test_gradients_by_packed_products_have_the_dtype_of_the_adapter(dtype, adapter_dtype):
+    p = testing.problem(70, 90, 50, 37, dtype=dtype, adapter_dtype=adapter_dtype)
+    testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
+
+
+@pytest.mark.usefixtures("poisoned", "tier", "plan")
+@pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
 @pytest.mark.parametrize("tensor", ["x", "dy", "weight", "lora_A", "lora_B", "lora_N"])
 @pytest.mark.parametrize("M", [5, 70])
 def test_rows_that_are_one_row_expanded(M, tensor):
