@@ -185,7 +185,11 @@ def test_a_record_holds_until_it_is_renewed(folder, capsys):
     assert products == {"library": 200.0, "kernels": 235.3, "measured": "2026-01-01"}
 
 
-@pytest.mark.parametrize("spoilt", ["", "{", "[]", '{"identity": 1}', "other", "negative", "pieces"])
+@pytest.mark.parametrize(
+    "spoilt",
+    ["", "{", "[]", "[" * 100_000, '{"identity": 1}', "other", "negative", "huge", 4, 1.0],
+    ids=lambda s: str(s)[:9],
+)
 def test_what_is_no_record_is_replaced(folder, spoilt):
     first = plans.costs(SETTING)
     (file,) = folder.glob("*.json")
@@ -194,9 +198,11 @@ def test_what_is_no_record_is_replaced(folder, spoilt):
         stored["identity"]["torch"] = "1.0"
     if spoilt == "negative":
         stored["few"]["multiply"] = -1
-    if spoilt == "pieces":
-        stored["pieces"] = 4
-    file.write_text(json.dumps(stored) if spoilt in ("other", "negative", "pieces") else spoilt)
+    if spoilt == "huge":
+        stored["apart"] = 10**400
+    if not isinstance(spoilt, str):
+        stored["pieces"] = spoilt
+    file.write_text(json.dumps(stored) if spoilt in ("other", "negative", "huge", 4, 1.0) else spoilt)
     plans.forget()
     assert plans.costs(SETTING) != first and json.loads(file.read_text())["library"]["call"] == 2e-9
 

@@ -358,9 +358,10 @@ def read(file: Path, identity: dict[str, Any]) -> Costs | None:
         lines = {name: Line(*(float(stored[name][part]) for part in Line._fields)) for name in Costs._fields[:3]}
         apart = float(stored["apart"])
         finite = all(math.isfinite(value) and value >= 0 for line in (*lines.values(), (apart,)) for value in line)
-        if stored["identity"] == identity and finite and stored["pieces"] in (1, 2, 3):
-            return Costs(**lines, pieces=stored["pieces"], apart=apart, written=str(stored["written"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        pieces = stored["pieces"]
+        if stored["identity"] == identity and finite and type(pieces) is int and pieces in (1, 2, 3):
+            return Costs(**lines, pieces=pieces, apart=apart, written=str(stored["written"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
     return None
 
