@@ -90,6 +90,8 @@ class FusedLinear(Linear):
             elif not branches.plain(factors, self.factor_types):
                 for factor in factors:
                     reason = branches.obstacle_of(engines.inside(factor), self.factor_types)
+                    # A hook on FSDP1's wrapper would be given the weight, for which alone it is called.
+                    reason = reason or branches.altered(factor)
                     if reason:
                         return f"a matrix of adapter {name!r} cannot be fused: {reason}"
         dropout = self._modules["lora_dropout"]._modules[name]

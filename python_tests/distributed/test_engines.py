@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nlora_kernels.layers import unfused
+from nlora_kernels.layers.engines import is_unit
 from nlora_kernels.peft.layer import FusedLinear
 from python_tests.distributed import engines
 from python_tests.distributed.engines import ENGINES, METHODS
+from python_tests.tiny import tokens
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
@@ -49,6 +52,22 @@ def test_two_processes_come_to_what_one_does(engine, method, quick):
     if reason := needs(engine, 2):
         pytest.skip(reason)
     check(engine, method, quick[engine, method], QUICK_STEPS)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_hook_on_a_unit_of_fsdp1_sees_what_the_matrix_gives(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = engines.fsdp1(engines.build("lora")).model
+        unit = next(module for name, module in model.named_modules() if name.endswith("q_proj.lora_B.default"))
+        seen = []
+        unit.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+        model(input_ids=tokens(batch=2, length=9))
+        assert is_unit(unit) and seen == [(2, 9, 32)]
+        [reason] = unfused(model).values()
+        assert reason.endswith("cannot be fused: it has hooks")
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
