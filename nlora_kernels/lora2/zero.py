@@ -31,12 +31,18 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def write(t: Tensor, value: Tensor) -> None:
-    """Gives a parameter the value, the same on all ranks, here and in the copy that the optimizer steps."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+    """Gives a parameter the value, the same on all ranks, here and in the copy that the optimizer steps.
+
+    That has more bits where the parameter is in half precision: what is the value already, rounded, keeps them.
+    """
+    from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
     if not hasattr(t, "ds_id"):
         t.copy_(value)
-        safe_set_full_fp32_param(t, value)
+        # None where another rank steps the whole of it.
+        if (mapping := t._hp_mapping) is not None:
+            place, master = mapping.lp_fragment_address, mapping.get_hp_fragment()
+            master.copy_(_changed(master, value.reshape(-1).narrow(0, place.start, place.numel)))
         return
     if shape(t) == t.shape:
         t.copy_(value)
@@ -46,7 +52,16 @@ def write(t: Tensor, value: Tensor) -> None:
     own = value.reshape(-1)[size * torch.distributed.get_rank(t.ds_process_group) :][:size]
     part[: own.numel()] = own
     t.ds_tensor.copy_(part)
-    safe_set_local_fp32_param(t, part)
+    master = safe_get_local_fp32_param(t)
+    # Of what does not train there is none.
+    if master is not None:
+        safe_set_local_fp32_param(t, _changed(master, part))
+
+
+def _changed(master: Tensor, value: Tensor) -> Tensor:
+    """The value, with the bits of `master` wherever that rounds to it."""
+    value = value.to(master.device)
+    return torch.where(master.to(value.dtype) == value, master, value.to(master.dtype))
 
 
 class Gradients:

@@ -79,7 +79,7 @@ def fsdp2(model: nn.Module, replicas: int = 1, **options) -> Prepared:
     return _with_optimizer(model, model)
 
 
-def zero(model: nn.Module, stage: int) -> Prepared:
+def zero(model: nn.Module, stage: int, **options) -> Prepared:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
@@ -89,7 +89,7 @@ def zero(model: nn.Module, stage: int) -> Prepared:
     settings = {"train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(), "zero_optimization": sharding}
     # Untold, it clips gradients to a norm of 1, as no other engine does.
     settings |= {"gradient_clipping": 0.0}
-    settings |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+    settings |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True} | options
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=settings)
     return Prepared(engine, engine.backward, engine.step)
 

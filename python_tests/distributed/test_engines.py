@@ -1,14 +1,17 @@
 """Adapters on several processes: every engine comes to the losses of one process, and its layers are fused."""
 
 import importlib.util
+import os
 import re
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from nlora_kernels.layers import unfused
 from nlora_kernels.layers.engines import is_unit
+from nlora_kernels.lora2 import RankAllocator, zero
 from nlora_kernels.peft.layer import FusedLinear
 from python_tests.distributed import engines
 from python_tests.distributed.engines import ENGINES, METHODS
@@ -68,6 +71,44 @@ def test_hook_on_a_unit_of_fsdp1_sees_what_the_matrix_gives(tmp_path):
         assert reason.endswith("cannot be fused: it has hooks")
     finally:
         dist.destroy_process_group()
+
+
+def _mask_in_half_precision(rank, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rows = tokens(batch=engines.ROWS).chunk(2)[rank]
+    for stage in (2, 3):
+        model = engines.build("lora2").bfloat16()
+        prepared = engines.zero(model, stage, bf16={"enabled": True})
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        allocator = RankAllocator(model, **engines.schedule(8))
+        E = [parameter for name, parameter in model.named_parameters() if "lora_E" in name]
+        for _ in range(3):
+            prepared.backward(prepared.model(input_ids=rows, labels=rows).loss)
+            prepared.step()
+            before = torch.cat([safe_get_full_fp32_param(t) for t in E])
+            allocator.step()
+            after = torch.cat([safe_get_full_fp32_param(t) for t in E])
+            kept = allocator._kept
+            assert 0 < kept.sum() < kept.numel() and (before != before.bfloat16()).any()
+            assert torch.equal(after, before * kept)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+def test_masks_leave_the_optimizers_copy_its_bits(tmp_path):
+    mp.spawn(_mask_in_half_precision, (tmp_path,), nprocs=2)
+
+
+def test_value_written_keeps_the_bits_it_has_no_room_for():
+    master = torch.tensor([1 + 2**-20, -3 - 2**-15, 2**-30, 5.0])
+    kept = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    value = master.bfloat16() * kept.bfloat16()
+    assert torch.equal(zero._changed(master, value), master * kept)
+    value[3] = 6
+    assert zero._changed(master, value)[3] == 6
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
