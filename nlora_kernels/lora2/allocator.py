@@ -88,8 +88,6 @@ class RankAllocator:
             raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}")
         self.layers, self.full = layers(model), scores == "full"
         self._find_tensors()
-        tensors = self._scored + self._columns
-        self._gradients = zero.Gradients(tensors) if any(map(zero.owns, tensors)) else None
         found = self.layers
         counts = {"target_rank": (target_rank, 1), "total_steps": (total_steps, 1)}
         counts |= {"t_init": (t_init, 0), "t_final": (t_final, 0), "delta_t": (delta_t, 1)}
@@ -124,6 +122,9 @@ class RankAllocator:
         self._where, self._share = _score_index(found, self.exp_avg)
         each = [layer.r // layer.count for layer in found for _ in range(layer.count)]
         self._layer = torch.arange(self._count).repeat_interleave(torch.tensor(each)).to(like.device)
+        # It puts hooks on them: last, when nothing is refused any more.
+        tensors = self._scored + self._columns
+        self._gradients = zero.Gradients(tensors) if any(map(zero.owns, tensors)) else None
 
     def budget(self, t: int) -> int:
         """b(t), how many singular values step t leaves."""

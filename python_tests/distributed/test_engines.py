@@ -102,6 +102,16 @@ def test_masks_leave_the_optimizers_copy_its_bits(tmp_path):
     mp.spawn(_mask_in_half_precision, (tmp_path,), nprocs=2)
 
 
+def test_refused_allocator_puts_no_hook_on_a_parameter(monkeypatch):
+    monkeypatch.setattr(zero, "owns", lambda t: True)
+    model = engines.build("lora2")
+    with pytest.raises(ValueError, match="target_rank must be at most"):
+        RankAllocator(model, **engines.schedule(8) | {"target_rank": 99})
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+    RankAllocator(model, **engines.schedule(8))
+    assert any(parameter._backward_hooks for parameter in model.parameters())
+
+
 def test_value_written_keeps_the_bits_it_has_no_room_for():
     master = torch.tensor([1 + 2**-20, -3 - 2**-15, 2**-30, 5.0])
     kept = torch.tensor([1.0, 0.0, 1.0, 1.0])
