@@ -235,10 +235,9 @@ def check_lora2_core(lora_u, lora_E, lora_U, mask):
 def _check_dtypes(tensors: dict[str, Tensor | None]):
     """Of x, weight and bias, unless autocast makes them one."""
     (_, x), *others = tensors.items()
-    if torch.is_autocast_enabled(x.device.type):
-        return
     for name, t in others:
-        if t is not None and t.dtype != x.dtype:
+        # NOTE: last, for devices that autocast does not know have nothing to say of it.
+        if t is not None and t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
 
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import TABLE
+from nlora_kernels.backends.cpu.plans import Plan
 from python_tests.ops.test_budget import DTYPES, capped, ways
 from python_tests.ops.test_ops import OPCHECK
 
@@ -105,7 +106,7 @@ def test_every_backend_and_tier_keeps_the_budget(first):
 def test_every_plan_of_the_cpu_keeps_the_budget(monkeypatch, plan, M, ranks):
     if TABLE["cpu"].unavailable():
         pytest.skip(TABLE["cpu"].unavailable())
-    monkeypatch.setattr(type(TABLE["cpu"]), "plan", staticmethod(lambda *args, **kwargs: plan))
+    monkeypatch.setattr(type(TABLE["cpu"]), "plan", staticmethod(lambda *args, **kwargs: Plan(plan)))
     tensors, dys = problem([24, 16, 8], M=M, ranks=ranks)
     scalings, dy = [0.5, 1.0, 2.0], torch.cat(dys, -1)
     budget = testing.Budget(apart(3, scalings), apart(3, [0.0] * 3), tensors, dy)

@@ -74,4 +74,6 @@ def result(linear: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor:
     """y in the dtype in which such a layer returns it for an x of `dtype`, autocast or not."""
     if bitsandbytes.is_layer(type(linear)):
         return bitsandbytes.result(linear, y, dtype)
+    if type(linear.weight) in PLAIN:
+        return y
     return torchao.result(linear.weight, linear.bias, y, dtype)
