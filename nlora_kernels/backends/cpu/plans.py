@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW, TILE = 16, 8
 # At least ROUNDS of all products, until AGREE times of each came within WITHIN of its least; after LIMIT seconds the
 # machine is too busy.
-ROUNDS, AGREE, WITHIN, LIMIT = 8, 4, 1.1, 0.5
+ROUNDS, AGREE, WITHIN, LIMIT = 8, 4, 1.1, 1.0
 # The library takes so much more for an expert, whose few rows all its threads share, than for a layer of as many rows;
 # of ours each thread has an expert of its own.
 SHARED = 1.25
