@@ -112,7 +112,7 @@ def test_initialisation_of_a_model(benchmark, request, model, impl):
     if impl != "lora" and impl in PAPER_INITIALISATION:
         info |= {"paper_ratio": PAPER_INITIALISATION[impl] / PAPER_INITIALISATION["lora"], "paper_against": "lora"}
     # A decomposition of every weight takes minutes, and a ratio in the hundreds needs no third digit.
-    rounds = (1 if model.smoke else 3) if impl in SLOW else None
+    rounds = 1 if impl in SLOW else None
     rows.record(benchmark, target, others, info, request, rounds=rounds, prepare=prepare)
 
 

@@ -1,14 +1,6 @@
 #include "cpu/kernels.h"
 
-namespace nlora::cpu {
-namespace {
-constexpr int kWidth = 16;
-constexpr int kTileRows = 8, kTileVectors = 3;
-constexpr int kUnrolled = 8;
-constexpr int kDotRows = 6, kDotCols = 4;
-}  // namespace
-}  // namespace nlora::cpu
-
+#include "cpu/avx512.inl"
 #include "cpu/kernels.inl"
 
 namespace nlora::cpu {

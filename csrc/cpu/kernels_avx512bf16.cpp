@@ -1,15 +1,7 @@
 // Products of bf16 by pairs. Subnormals count as zero.
 #include "cpu/kernels.h"
 
-namespace nlora::cpu {
-namespace {
-constexpr int kWidth = 16;
-constexpr int kTileRows = 8, kTileVectors = 3;
-constexpr int kUnrolled = 8;
-constexpr int kDotRows = 6, kDotCols = 4;
-}  // namespace
-}  // namespace nlora::cpu
-
+#include "cpu/avx512.inl"
 #include "cpu/vectors.inl"
 #include "cpu/dots.inl"
 #include "cpu/pack.inl"

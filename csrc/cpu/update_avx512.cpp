@@ -1,10 +1,10 @@
 #include "cpu/update.h"
 
+#include "cpu/avx512.inl"
+
 namespace nlora::cpu {
 namespace {
 
-// Those of the `Kernels` of AVX-512.
-constexpr int kWidth = 16, kTileRows = 8, kTileVectors = 3;
 constexpr int kTileCols = kTileVectors * kWidth;
 
 typedef float Vec __attribute__((vector_size(kWidth * 4)));

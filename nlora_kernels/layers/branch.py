@@ -185,8 +185,9 @@ def altered(module: nn.Module) -> str | None:
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether calling a module is calling the forward of its class."""
     own = module.__dict__
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" not in own and not any([own[name] for name in hooks]) and not nn_module._has_any_global_hook()
+    return (
+        "forward" not in own and not any([own[name] for name in engines.HOOKS]) and not nn_module._has_any_global_hook()
+    )
 
 
 def is_plain(x: Tensor) -> bool:

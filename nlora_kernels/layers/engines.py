@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.base import PLAIN
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Where DeepSpeed defines the hooks that gather what a module's forward and backward read, and let it go again.
 _GATHERING = "deepspeed.runtime.zero.parameter_offload"
 # Where it wraps functions for a profiler.
@@ -27,7 +27,7 @@ AT_REST = "its weight is a shard, and nothing gathers it for the layer"
 def foreign_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks that do more than gather its parameters."""
     own = module.__dict__
-    return any(not _gathers(hook) for kind in _HOOKS if own[kind] for hook in own[kind].values())
+    return any(not _gathers(hook) for kind in HOOKS if own[kind] for hook in own[kind].values())
 
 
 def _gathers(hook: Callable) -> bool:

@@ -17,13 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nlora_kernels.layers import unfused
 from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
+from python_tests import training
 from python_tests.peft.adapters import config
 from python_tests.tiny import counted_fusions, llama, perturb, tokens
 
 # LoRA² with its penalty and its allocator too.
 METHODS = ("lora", "slora", "nlora", "nlora_residual", "inttune", "inttune_residual", "lora2", "lora2_pruned")
 # So many rows are one batch, on however many processes.
-ROWS, LEARNING_RATE = 4, 1e-2
+ROWS = 4
 # What is trained is so many times the loss: an engine that clips gradients does so at every step then, and is seen.
 FACTOR = 16
 
@@ -47,7 +48,7 @@ def build(method: str) -> nn.Module:
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     # The root of its second moment divides what is rounding as readily as a gradient: eps keeps the two apart.
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, eps=1e-4)
+    return training.adamw(model.parameters(), eps=1e-4)
 
 
 def one(model: nn.Module) -> Prepared:
@@ -138,7 +139,7 @@ def train(engine: Callable[[nn.Module], Prepared], method: str, steps: int, rows
         for _ in range(steps):
             loss = prepared.model(input_ids=rows, labels=rows).loss
             if pruning:
-                loss = loss + 0.1 * orthogonal_penalty(model)
+                loss = loss + training.PENALTY * orthogonal_penalty(model)
             prepared.backward(FACTOR * loss)
             optimizer = prepared.step()
             if pruning:

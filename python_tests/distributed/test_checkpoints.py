@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from nlora_kernels import checkpoint
-from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
+from nlora_kernels.lora2 import RankAllocator
+from python_tests import training
 from python_tests.distributed import engines
 from python_tests.peft.adapters import close, logits
 from python_tests.tiny import llama, tokens
@@ -50,20 +51,10 @@ def go(method, rows, first, last, engine=None, start=None, saved=None):
     allocator = RankAllocator(model, **engines.schedule(STEPS)) if method.endswith("_pruned") else None
     if start is not None:
         load(model, optimizer, allocator, start)
-    losses = []
-    for _ in range(first, last):
-        loss = model(input_ids=rows, labels=rows).loss
-        if allocator:
-            loss = loss + 0.1 * orthogonal_penalty(model)
-        loss.backward()
-        optimizer.step()
-        if allocator:
-            allocator.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+    losses = training.losses(model, rows, last - first, optimizer, allocator)
     if saved is not None:
         dcp.save(state(model, optimizer, allocator), checkpoint_id=saved)
-    return model, torch.stack(losses), allocator
+    return model, losses, allocator
 
 
 def in_shards(rank, ranks, folder, saving):

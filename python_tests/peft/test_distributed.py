@@ -15,9 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nlora_kernels.checkpoint import WEIGHTS
-from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
+from nlora_kernels.lora2 import RankAllocator
 from nlora_kernels.peft import group
 from nlora_kernels.peft.layer import FusedLinear
+from python_tests import training
 from python_tests.peft.adapters import config
 from python_tests.tiny import counted_fusions, llama, tokens
 
@@ -31,24 +32,10 @@ pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 
 
 def train(model, ids, method, after_backward=lambda: None):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    pruning = method == "lora2_pruned"
     # The last step freezes, so that what it takes is 0 in what is saved.
     schedule = {"target_rank": 1, "total_steps": STEPS, "t_init": 0, "t_final": 0, "delta_t": 1}
-    allocator = RankAllocator(model, **schedule) if pruning else None
-    losses = []
-    for _ in range(STEPS):
-        loss = model(ids, labels=ids).loss
-        if pruning:
-            loss = loss + 0.1 * orthogonal_penalty(model)
-        loss.backward()
-        after_backward()
-        optimizer.step()
-        if pruning:
-            allocator.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+    allocator = RankAllocator(model, **schedule) if method == "lora2_pruned" else None
+    return training.losses(model, ids, STEPS, training.adamw(model.parameters()), allocator, after_backward)
 
 
 def build(method):

@@ -427,17 +427,24 @@ def test_merging_and_unmerging(kind, method, safe, has_run):
     assert (weight(layer) - before).norm() < (merged - before).norm()
 
 
+def as_plain_lora(kind, layer):
+    """The adapter of a layer on the same base in PEFT's own layer."""
+    A, N, B = (t.detach() for t in layer.matrices("default"))
+    options = peft.LoraConfig(r=len(A), lora_alpha=layer.scaling["default"] * len(A), target_modules=["0"])
+    model = peft.get_peft_model(network(kind), options)
+    stock = model.base_model.model[0]
+    stock.lora_A["default"].weight.data.copy_(A)
+    stock.lora_B["default"].weight.data.copy_(B @ N)
+    return model
+
+
 @pytest.mark.parametrize("method", ["slora", "nlora", "inttune", "lora2"])
 def test_what_is_merged_is_what_peft_merges(kind, method):
     """The same adapter as plain LoRA in PEFT's own layer: both add in high precision and quantise once."""
     model = adapted(kind, method)
     layer = model.base_model.model[0]
-    A, N, B = (t.detach() for t in layer.matrices("default"))
-    options = peft.LoraConfig(r=len(A), lora_alpha=layer.scaling["default"] * len(A), target_modules=["0"])
-    stock = peft.get_peft_model(network(kind), options)
+    stock = as_plain_lora(kind, layer)
     theirs = stock.base_model.model[0]
-    theirs.lora_A["default"].weight.data.copy_(A)
-    theirs.lora_B["default"].weight.data.copy_(B @ N)
     model.merge_adapter()
     stock.merge_adapter()
     ours, expected = weight(layer), weight(theirs)
@@ -558,12 +565,8 @@ def test_merging_again_and_again_wanders_no_further_than_peft(kind):
     """Each time is a rounding to few values, in PEFT's own layer too, with the same adapter as plain LoRA."""
     model = adapted(kind, "slora", scale=0.3)
     layer = model.base_model.model[0]
-    A, N, B = (t.detach() for t in layer.matrices("default"))
-    options = peft.LoraConfig(r=len(A), lora_alpha=layer.scaling["default"] * len(A), target_modules=["0"])
-    stock = peft.get_peft_model(network(kind), options)
+    stock = as_plain_lora(kind, layer)
     theirs = stock.base_model.model[0]
-    theirs.lora_A["default"].weight.data.copy_(A)
-    theirs.lora_B["default"].weight.data.copy_(B @ N)
     off = []
     for each, adapter in ((layer, model), (theirs, stock)):
         before = weight(each)

@@ -25,8 +25,9 @@ from nlora_kernels import init
 from nlora_kernels import peft as nk_peft
 from nlora_kernels.layers import unfused
 from nlora_kernels.layers.branch import local
-from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty, shards
+from nlora_kernels.lora2 import RankAllocator, shards
 from nlora_kernels.peft import tensor_parallel
+from python_tests import training
 from python_tests.peft.adapters import adapter_layers, close, config, logits
 from python_tests.tiny import VOCABULARY, counted_fusions, tokens
 
@@ -67,22 +68,9 @@ def adapted(base, method):
 
 
 def train(model, ids, method, steps):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    pruning = method == "lora2_pruned"
     schedule = {"target_rank": 1, "total_steps": steps, "t_init": 0, "t_final": 0, "delta_t": 1}
-    allocator = RankAllocator(model, **schedule) if pruning else None
-    losses = []
-    for _ in range(steps):
-        loss = model(ids, labels=ids).loss
-        if pruning:
-            loss = loss + 0.1 * orthogonal_penalty(model)
-        loss.backward()
-        optimizer.step()
-        if pruning:
-            allocator.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+    allocator = RankAllocator(model, **schedule) if method == "lora2_pruned" else None
+    return training.losses(model, ids, steps, training.adamw(model.parameters()), allocator)
 
 
 def split_by_torch(mesh):

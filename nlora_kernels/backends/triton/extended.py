@@ -213,10 +213,12 @@ def planned(x, weight, shrink, core, expand, bias, index, tf32, transposed, tile
         shrink, expand = (launch.Layout(o.shape, (o.shape[1], 1), x.dtype, True) for o in (shrink, expand))
         core = core and launch.Layout(core.shape, (core.shape[1], 1), x.dtype, True)
     layouts = {"x": x, "weight": weight, "expand": expand, "bias": bias}
-    blocks = {"x": (tile.m, tile.k), "weight": (tile.k, tile.n), "expand": (rank_block, tile.n)}
+    blocks = {"weight": (tile.k, tile.n), "expand": (rank_block, tile.n)}
     if single:
         layouts |= {"shrink": shrink, "core": core}
         blocks |= {"shrink": (tile.k, width)}
+    if transposed:
+        blocks = {name: block[::-1] for name, block in blocks.items()}
     features = launch.product_of(tile, K, x.dtype, tf32, B_TRANSPOSED=transposed)
     rows = triton.cdiv(M, tile.m)
     tiles = rows * triton.cdiv(N, tile.n)
@@ -233,11 +235,7 @@ def planned(x, weight, shrink, core, expand, bias, index, tf32, transposed, tile
             GROUP_M=GROUP_M,
         ),
         layouts=layouts,
-        blocks={
-            name: block[::-1] if transposed and name != "x" else block
-            for name, block in blocks.items()
-            if launch.described(layouts[name], x.dtype, on)
-        },
+        blocks=launch.described_blocks(layouts, {"x": (tile.m, tile.k)} | blocks, x.dtype, on),
         M=M,
         N=N,
         K=K,

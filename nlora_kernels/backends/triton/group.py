@@ -178,11 +178,6 @@ def planned(x, weights, adapters, biases, index, tf32, transposed) -> launch.Lau
         blocks = {"dys": left, "weights": right, "shrinks": of_rank}
         fixed = {"N": N}
 
-    def block_of(name: str, operand):
-        if type(operand) is list:
-            return [block_of(name, one) for one in operand]
-        return blocks[name] if operand and launch.described(operand, dtype, on) else None
-
     return launch.Launch(
         extended_group if transposed else extended_sum,
         (triton.cdiv(M, tile.m) * columns,),
@@ -190,7 +185,7 @@ def planned(x, weights, adapters, biases, index, tf32, transposed) -> launch.Lau
         stages=tile.stages,
         meta=meta,
         layouts=layouts,
-        blocks={name: block_of(name, layouts[name]) for name in blocks},
+        blocks=launch.described_blocks(layouts, blocks, dtype, on),
         sizes=sizes,
         ranks=ranks,
         M=M,

@@ -256,6 +256,17 @@ def described(operand: Layout, dtype: torch.dtype, on: device.Device) -> bool:
     return on.capability >= 90 and operand.dtype == dtype and aligned(operand)
 
 
+def described_blocks(layouts: dict, blocks: dict, dtype: torch.dtype, on: device.Device) -> dict:
+    """The blocks, by the operands' names, of those that a descriptor describes; of a list of operands a list."""
+
+    def block_of(operand: Layout | None | list, block: tuple[int, ...]):
+        if type(operand) is list:
+            return [block_of(one, block) for one in operand]
+        return block if operand and described(operand, dtype, on) else None
+
+    return {name: block_of(layouts[name], block) for name, block in blocks.items()}
+
+
 def aligned(*operands: Layout) -> bool:
     """Whether a descriptor (cuTensorMapEncodeTiled) can describe matrices or stacks of them: rows are contiguous, start
     at multiples of 16 bytes and do not overlap, as those of an expanded or unfolded tensor do."""

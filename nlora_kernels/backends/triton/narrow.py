@@ -162,6 +162,7 @@ def planned(a, b, core, index, tf32, a_transposed, b_transposed, core_transposed
         "a": (tile.k, tile.m) if a_transposed else (tile.m, tile.k),
         "b": (tile.n, tile.k) if b_transposed else (tile.k, tile.n),
     }
+    layouts = {"a": a, "b": b, "core": core}
     finish = Core(
         TRANSPOSED=core_transposed,
         DTYPE=launch.DTYPES[a.dtype if raw else torch.float32],
@@ -174,8 +175,8 @@ def planned(a, b, core, index, tf32, a_transposed, b_transposed, core_transposed
         warps=tile.warps,
         stages=tile.stages,
         meta=Narrow(meta, finish),
-        layouts={"a": a, "b": b, "core": core},
-        blocks={name: blocks[name] for name, o in (("a", a), ("b", b)) if launch.described(o, a.dtype, on)},
+        layouts=layouts,
+        blocks=launch.described_blocks(layouts, blocks, a.dtype, on),
         M=M,
         N=N,
         K=K,
