@@ -17,7 +17,7 @@ def pytest_addoption(parser):
     parser.addoption("--configurations", metavar="N", type=int, default=300, help="random ones to hold to the budget")
     parser.addoption("--seed", metavar="N", type=int, default=0, help="of the first random configuration")
     parser.addoption("--engines", action="store_true", help="every method under every engine, on 2 and 4 processes")
-    parser.addoption("--rank-kills", type=int, default=0, help="ranks of a job that are killed, 20 for a release")
+    parser.addoption("--rank-kills", type=int, default=1, help="ranks of a job that are killed, 20 for a release")
     parser.addoption("--kills", type=int, default=16, help="writers of adapters that are killed, 100 for a release")
 
 

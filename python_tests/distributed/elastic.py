@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard
 
 import nlora_kernels as nk
+from python_tests.ranks import leave
 
 
 def build() -> nn.Module:
@@ -95,8 +96,7 @@ def main(folder: Path, steps: int) -> None:
             with (folder / "losses").open("a") as file:
                 file.write(f"{step} {loss.item()!r}\n")
         dcp.save(state(model, optimizer, allocator), checkpoint_id=folder / str(step))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

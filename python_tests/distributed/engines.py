@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -19,6 +18,7 @@ from nlora_kernels.layers import unfused
 from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
 from python_tests import training
 from python_tests.peft.adapters import config
+from python_tests.ranks import run as in_processes
 from python_tests.tiny import counted_fusions, llama, perturb, tokens
 
 # LoRA² with its penalty and its allocator too.
@@ -151,11 +151,8 @@ def train(engine: Callable[[nn.Module], Prepared], method: str, steps: int, rows
     return Trained(torch.stack(losses), len(calls) / steps, found, allocator and allocator.ranks())
 
 
-def _process(rank: int, folder, ranks: int, cells, steps: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    rows = tokens(batch=ROWS).chunk(ranks)[rank]
+def _trained(rank: int, cells, steps: int) -> dict[tuple[str, str], Trained | str]:
+    rows = tokens(batch=ROWS).chunk(dist.get_world_size())[rank]
     results = {}
     for engine, method in cells:
         try:
@@ -165,18 +162,14 @@ def _process(rank: int, folder, ranks: int, cells, steps: int) -> None:
             results[engine, method] = str(error)
             continue
         dist.all_reduce(found.losses)
-        found.losses.div_(ranks)
+        found.losses.div_(dist.get_world_size())
         results[engine, method] = found
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
-def run(folder, ranks: int, cells: list[tuple[str, str]], steps: int) -> dict[tuple[str, str], Trained | str]:
+def run(ranks: int, cells: list[tuple[str, str]], steps: int) -> dict[tuple[str, str], Trained | str]:
     """What training comes to on so many processes, the losses averaged over them, or why it was refused."""
-    mp.spawn(_process, (folder, ranks, cells, steps), nprocs=ranks)
-    return torch.load(f"{folder}/results.pt", weights_only=False)
+    return in_processes(_trained, ranks, cells, steps)
 
 
 @functools.cache

@@ -1,13 +1,10 @@
 """Checkpoints of torch.distributed.checkpoint: a run goes on at another number of processes as if nothing had been."""
 
-import os
-
 import peft
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,9 +17,10 @@ from nlora_kernels.lora2 import RankAllocator
 from python_tests import training
 from python_tests.distributed import engines
 from python_tests.peft.adapters import close, logits
+from python_tests.ranks import needs_gloo, run
 from python_tests.tiny import llama, tokens
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+pytestmark = needs_gloo
 
 STEPS, SAVED_AT = 6, 3
 METHODS = ("nlora_residual", "lora2_pruned")
@@ -57,10 +55,8 @@ def go(method, rows, first, last, engine=None, start=None, saved=None):
     return model, losses, allocator
 
 
-def in_shards(rank, ranks, folder, saving):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{ranks}-{saving}", rank=rank, world_size=ranks)
+def in_shards(rank, folder, saving):
+    ranks = dist.get_world_size()
     rows = tokens(batch=engines.ROWS).chunk(ranks)[rank]
     for method in METHODS:
         place = folder / method
@@ -75,8 +71,6 @@ def in_shards(rank, ranks, folder, saving):
             model.save_pretrained(target, state_dict=whole, is_main_process=rank == 0)
             if rank == 0:
                 torch.save((losses / ranks, allocator and allocator.ranks()), target / "run.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def several(request) -> tuple[int, ...]:
@@ -93,7 +87,7 @@ def folder(request, tmp_path_factory):
         go(method, tokens(batch=engines.ROWS), 0, SAVED_AT, saved=folder / method / "at-1")
     for saving in (True, False):
         for ranks in several(request):
-            mp.spawn(in_shards, (ranks, folder, saving), nprocs=ranks)
+            run(in_shards, ranks, folder, saving)
     return folder
 
 

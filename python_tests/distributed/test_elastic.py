@@ -6,12 +6,10 @@ import random
 import subprocess
 import sys
 
-import pytest
-import torch.distributed as dist
-
 from python_tests import ROOT
+from python_tests.ranks import needs_gloo
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+pytestmark = needs_gloo
 
 
 def job(folder, steps: int, kills: list[tuple[int, float]]) -> list[list[str]]:
@@ -31,9 +29,6 @@ def job(folder, steps: int, kills: list[tuple[int, float]]) -> list[list[str]]:
 
 def test_a_job_whose_ranks_are_killed_ends_as_one_that_was_let_be(request, tmp_path):
     count = request.config.getoption("--rank-kills")
-    if not count:
-        # A gloo process now and then aborts as it ends, which torchrun counts like a kill.
-        pytest.skip("takes a start of the job for each of --rank-kills N")
     generator = random.Random(request.config.getoption("--seed"))
     # Within forward, backward, the steps and the writing of the checkpoint, wherever that falls.
     kills = [(generator.randrange(3), generator.uniform(0, 0.05)) for _ in range(count)]

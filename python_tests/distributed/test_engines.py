@@ -1,13 +1,10 @@
 """Adapters on several processes: every engine comes to the losses of one process, and its layers are fused."""
 
 import importlib.util
-import os
 import re
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nlora_kernels.layers import unfused
 from nlora_kernels.layers.engines import is_unit
@@ -15,9 +12,10 @@ from nlora_kernels.lora2 import RankAllocator, zero
 from nlora_kernels.peft.layer import FusedLinear
 from python_tests.distributed import engines
 from python_tests.distributed.engines import ENGINES, METHODS
+from python_tests.ranks import needs_gloo, run
 from python_tests.tiny import tokens
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+pytestmark = needs_gloo
 
 # What the suite tries, on two processes; DDP and FSDP2 have python_tests/peft/test_distributed.py.
 QUICK = [("fsdp1", "nlora_residual"), ("fsdp1_flat", "lora2"), ("fsdp1", "lora2_pruned")]
@@ -45,9 +43,9 @@ def check(engine: str, method: str, found: engines.Trained | str, steps: int) ->
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def quick():
     cells = [cell for cell in QUICK if needs(cell[0], 2) is None]
-    return engines.run(tmp_path_factory.mktemp("engines"), 2, cells, QUICK_STEPS)
+    return engines.run(2, cells, QUICK_STEPS)
 
 
 @pytest.mark.parametrize("engine, method", QUICK)
@@ -57,26 +55,22 @@ def test_two_processes_come_to_what_one_does(engine, method, quick):
     check(engine, method, quick[engine, method], QUICK_STEPS)
 
 
-@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
-def test_hook_on_a_unit_of_fsdp1_sees_what_the_matrix_gives(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        model = engines.fsdp1(engines.build("lora")).model
-        unit = next(module for name, module in model.named_modules() if name.endswith("q_proj.lora_B.default"))
-        seen = []
-        unit.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-        model(input_ids=tokens(batch=2, length=9))
-        assert is_unit(unit) and seen == [(2, 9, 32)]
-        [reason] = unfused(model).values()
-        assert reason.endswith("cannot be fused: it has hooks")
-    finally:
-        dist.destroy_process_group()
+def _hook_on_a_unit(rank):
+    model = engines.fsdp1(engines.build("lora")).model
+    unit = next(module for name, module in model.named_modules() if name.endswith("q_proj.lora_B.default"))
+    seen = []
+    unit.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model(input_ids=tokens(batch=2, length=9))
+    assert is_unit(unit) and seen == [(2, 9, 32)]
+    [reason] = unfused(model).values()
+    assert reason.endswith("cannot be fused: it has hooks")
 
 
-def _mask_in_half_precision(rank, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def test_hook_on_a_unit_of_fsdp1_sees_what_the_matrix_gives():
+    run(_hook_on_a_unit, 1)
+
+
+def _mask_in_half_precision(rank):
     rows = tokens(batch=engines.ROWS).chunk(2)[rank]
     for stage in (2, 3):
         model = engines.build("lora2").bfloat16()
@@ -94,12 +88,11 @@ def _mask_in_half_precision(rank, folder):
             kept = allocator._kept
             assert 0 < kept.sum() < kept.numel() and (before != before.bfloat16()).any()
             assert torch.equal(after, before * kept)
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
-def test_masks_leave_the_optimizers_copy_its_bits(tmp_path):
-    mp.spawn(_mask_in_half_precision, (tmp_path,), nprocs=2)
+def test_masks_leave_the_optimizers_copy_its_bits():
+    run(_mask_in_half_precision, 2)
 
 
 def test_refused_allocator_puts_no_hook_on_a_parameter(monkeypatch):
@@ -128,6 +121,6 @@ def test_every_method_under_every_engine(engine, ranks, request, tmp_path):
         pytest.skip("needs --engines")
     if reason := needs(engine, ranks):
         pytest.skip(reason)
-    found = engines.run(tmp_path, ranks, [(engine, method) for method in METHODS], STEPS)
+    found = engines.run(ranks, [(engine, method) for method in METHODS], STEPS)
     for method in METHODS:
         check(engine, method, found[engine, method], STEPS)

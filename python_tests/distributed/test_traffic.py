@@ -1,23 +1,21 @@
 """The bytes that examples/recipes/traffic.py has of a step are those that the collectives of a step are given."""
 
 import collections
-import os
 import sys
 
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from python_tests import ROOT
 from python_tests.distributed import engines
+from python_tests.ranks import needs_gloo, run
 from python_tests.tiny import tokens
 
 sys.path.insert(0, str(ROOT / "examples"))
 from recipes import traffic  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+pytestmark = needs_gloo
 
 # {operator: (collective, which of its arguments is the whole tensor)}
 KINDS = {
@@ -53,10 +51,8 @@ def modelled(engine: str, model, ranks: int) -> dict[str, int]:
     return traffic.fsdp2(model, blocks, ranks // replicas, **options)
 
 
-def count(rank, folder, ranks, cells):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+def count(rank, cells):
+    ranks = dist.get_world_size()
     rows = tokens(batch=engines.ROWS).chunk(ranks)[rank]
     found = {}
     for engine, method in cells:
@@ -67,22 +63,18 @@ def count(rank, folder, ranks, cells):
                 prepared.backward(prepared.model(input_ids=rows, labels=rows).loss)
                 prepared.step().zero_grad()
         found[engine, method] = dict(counted.bytes)
-    if rank == 0:
-        torch.save(found, f"{folder}/counted.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 CELLS = [(engine, method) for engine in ("ddp", "fsdp2", "fsdp2_kept") for method in ("nlora_residual", "lora2")]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_bytes_of_a_step_are_those_that_are_counted(ranks, request, tmp_path):
+def test_the_bytes_of_a_step_are_those_that_are_counted(ranks, request):
     if ranks == 4 and not request.config.getoption("--engines"):
         pytest.skip("needs --engines")
     cells = CELLS + ([("hsdp", "lora2")] if ranks == 4 else [])
-    mp.spawn(count, (tmp_path, ranks, cells), nprocs=ranks)
-    for (engine, method), found in torch.load(tmp_path / "counted.pt").items():
+    for (engine, method), found in run(count, ranks, cells).items():
         assert found == modelled(engine, engines.build(method), ranks), (engine, method)
 
 

@@ -1,18 +1,16 @@
 """DTensors made whole by one sum, on four ranks: every way in which a tensor can lie on a mesh."""
 
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from nlora_kernels.lora2 import shards
+from python_tests.ranks import needs_gloo, run
 
 RANKS = 4
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+pytestmark = needs_gloo
 
 
 def values():
@@ -21,8 +19,7 @@ def values():
     return [torch.randn(shape, generator=generator) for shape in ((8,), (3, 5), (8, 4), (1, 7), (6, 6))]
 
 
-def check(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+def check(rank):
     line = init_device_mesh("cpu", (RANKS,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     ways = [(line, (Shard(0),)), (line, (Replicate(),)), (square, (Replicate(), Shard(0)))]
@@ -46,8 +43,7 @@ def check(rank, folder):
         shards.write(kept, [2 * t.detach() for t in whole[:-1]])
         for t, expected in zip(kept, values(), strict=True):
             assert torch.equal(t.detach().full_tensor(), 2 * expected)
-    dist.destroy_process_group()
 
 
-def test_shards_are_gathered_by_one_sum_and_written_back(tmp_path):
-    mp.spawn(check, (tmp_path,), nprocs=RANKS)
+def test_shards_are_gathered_by_one_sum_and_written_back():
+    run(check, RANKS)

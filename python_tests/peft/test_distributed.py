@@ -7,7 +7,6 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +19,7 @@ from nlora_kernels.peft import group
 from nlora_kernels.peft.layer import FusedLinear
 from python_tests import training
 from python_tests.peft.adapters import config
+from python_tests.ranks import needs_gloo, run
 from python_tests.tiny import counted_fusions, llama, tokens
 
 RANKS = 2
@@ -28,7 +28,7 @@ STEPS = 3
 METHODS = ("slora", "nlora", "nlora_residual", "nlora_grouped", "inttune", "lora2", "lora2_pruned")
 PARALLEL = ("ddp", "fsdp2_sharded", "fsdp2_whole", "fsdp2_by_linear")
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+pytestmark = needs_gloo
 
 
 def train(model, ids, method, after_backward=lambda: None):
@@ -49,8 +49,6 @@ def batch():
 
 
 def parallel(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("fsdp",))
     ids = batch().chunk(RANKS)[rank]
     results = {}
@@ -62,10 +60,7 @@ def parallel(rank, folder):
                 losses = RUN[kind](model, mesh, ids, target, method)
             dist.all_reduce(losses, dist.ReduceOp.SUM)
             results[kind, method] = losses / RANKS, len(calls)
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def ddp(model, mesh, ids, target, method):
@@ -108,8 +103,7 @@ RUN = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    mp.spawn(parallel, (folder,), nprocs=RANKS)
-    return folder, torch.load(folder / "results.pt")
+    return folder, run(parallel, RANKS, folder)
 
 
 @pytest.mark.parametrize("method", METHODS)

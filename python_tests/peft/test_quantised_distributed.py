@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -16,9 +15,10 @@ from nlora_kernels.peft.layer import FusedLinear
 from python_tests.peft.adapters import config
 from python_tests.peft.test_distributed import RANKS, STEPS, batch, train
 from python_tests.peft.test_quantised import tiny_nf4
+from python_tests.ranks import needs_gloo, run
 from python_tests.tiny import counted_fusions, perturb
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+pytestmark = needs_gloo
 METHODS = ("slora", "nlora_residual", "lora2")
 # How FSDP2 keeps the codes: as bytes, and as `bnb_4bit_quant_storage` says, in the dtype of the other parameters.
 STORED = {"ddp": torch.uint8, "fsdp2_bytes": torch.uint8, "fsdp2": torch.float32, "fsdp2_by_linear": torch.float32}
@@ -47,9 +47,7 @@ def sharded(model, mesh, by_linear):
     return fully_shard(model, mesh=mesh)
 
 
-def parallel(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    torch.set_num_threads(1)
+def parallel(rank):
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("fsdp",))
     ids, results = batch().chunk(RANKS)[rank], {}
     for method in METHODS:
@@ -65,18 +63,13 @@ def parallel(rank, folder):
                 losses = train(whole, ids, method)
             dist.all_reduce(losses, dist.ReduceOp.SUM)
             results[kind, method] = losses / RANKS, adapter(model), len(calls), set(unfused(model).values())
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results():
     pytest.importorskip("bitsandbytes")
-    folder = tmp_path_factory.mktemp("distributed")
-    mp.spawn(parallel, (folder,), nprocs=RANKS)
-    return torch.load(folder / "results.pt")
+    return run(parallel, RANKS)
 
 
 @functools.cache

@@ -2,16 +2,12 @@
 one operation on what a rank has of it."""
 
 import functools
-import multiprocessing
-import os
 import traceback
-from datetime import timedelta
 
 import peft
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,6 +25,8 @@ from nlora_kernels.lora2 import RankAllocator, shards
 from nlora_kernels.peft import tensor_parallel
 from python_tests import training
 from python_tests.peft.adapters import adapter_layers, close, config, logits
+from python_tests.ranks import needs_gloo
+from python_tests.ranks import run as in_processes
 from python_tests.tiny import VOCABULARY, counted_fusions, tokens
 
 METHODS = (
@@ -45,7 +43,7 @@ METHODS = (
 COLUMN_WISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 ROW_WISE = ("self_attn.o_proj", "mlp.down_proj")
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+pytestmark = needs_gloo
 
 
 def base_model():
@@ -102,22 +100,11 @@ class Traffic(TorchDispatchMode):
 
 
 class Run:
-    """What every process of a run does; rank 0 writes down what came out."""
+    """What every process of a run does."""
 
-    def __init__(self, rank, ranks, folder):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/at{ranks}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-        )
-        torch.set_num_threads(1)
-        self.rank, self.ranks, self.folder, self.found = rank, ranks, folder, {}
-        self.mesh = init_device_mesh("cpu", (ranks,))
-
-    def finish(self):
-        if self.rank == 0:
-            torch.save(self.found, self.folder / f"found{self.ranks}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+    def __init__(self, rank, folder):
+        self.rank, self.ranks, self.folder, self.found = rank, dist.get_world_size(), folder, {}
+        self.mesh = init_device_mesh("cpu", (self.ranks,))
 
     def split(self, engine):
         return split_by_torch(self.mesh) if engine == "torch" else split_by_transformers(self.folder)
@@ -142,22 +129,22 @@ class Run:
         self.found[engine, method, source] = logits(model)
 
 
-def parallel(rank, ranks, folder, steps, jobs, dtype):
+def parallel(rank, folder, steps, jobs, dtype):
     torch.set_default_dtype(dtype)
-    run = Run(rank, ranks, folder)
-    for engine, methods in jobs[ranks].items():
+    run = Run(rank, folder)
+    for engine, methods in jobs[run.ranks].items():
         for method in methods:
             if engine == "fsdp2":
                 beside_fsdp2(run, method, steps)
                 continue
             run.saved(run.trained(engine, method, steps), engine, method)
             run.loaded(engine, method, "one")
-            if ranks == 2 and method in jobs[4].get(engine, ()):
+            if run.ranks == 2 and method in jobs[4].get(engine, ()):
                 run.loaded(engine, method, f"{engine}4")
-    if ranks == 2 and dtype is torch.float32:
+    if run.ranks == 2 and dtype is torch.float32:
         for check in CHECKS:
             run.found["check", check.__name__] = outcome(check, run)
-    run.finish()
+    return run.found
 
 
 def beside_fsdp2(run, method, steps):
@@ -505,12 +492,6 @@ def outcome(check, run):
     return None
 
 
-def start(worker, ranks, *args):
-    """`mp.spawn` with what every process imports imported once."""
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(worker, (ranks, *args), nprocs=ranks, start_method="forkserver")
-
-
 def results(folder, steps, jobs, dtype=torch.float32):
     base_model().save_pretrained(folder / "base")
     found = {}
@@ -519,8 +500,8 @@ def results(folder, steps, jobs, dtype=torch.float32):
         found[1, "one", method] = train(model, tokens(batch=4), method, steps), logits(model.eval())
         model.save_pretrained(folder / "one" / method)
     for ranks in (4, 2):
-        start(parallel, ranks, folder, steps, jobs, dtype)
-        found |= {(ranks, *key): value for key, value in torch.load(folder / f"found{ranks}.pt").items()}
+        trained = in_processes(parallel, ranks, folder, steps, jobs, dtype)
+        found |= {(ranks, *key): value for key, value in trained.items()}
     return found
 
 
