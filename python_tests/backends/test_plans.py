@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = []
 
-    def measured(setting):
+    def measured(setting, limit=plans.LIMIT):
         found.append(Costs(Line(1e-9 * (len(found) + 1), 0.0, 1e-11), *OURS.values(), written="2026-01-01"))
         return found[-1]
 
@@ -100,7 +100,7 @@ def test_no_mode_of_the_caller_sees_what_is_measured(monkeypatch):
         return x @ weight.T
 
     monkeypatch.setattr(plans, "_product", product)
-    monkeypatch.setattr(plans, "ROUNDS", 1)
+    monkeypatch.setattr(plans, "SPAN", 0)
     monkeypatch.setattr(plans, "AGREE", 1)
     state = torch.get_rng_state()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -137,10 +137,11 @@ def test_the_number_of_pieces_is_the_fastest_of_those_allowed(monkeypatch):
     def product(x, weight, pieces=3):
         now[0] += len(x) * weight.numel() * takes[pieces]
 
-    clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: 0.0, strftime=time.strftime)
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0], strftime=time.strftime)
     monkeypatch.setattr(plans, "time", clock)
     monkeypatch.setattr(plans, "_product", product)
     monkeypatch.setattr(plans, "F", types.SimpleNamespace(linear=product))
+    monkeypatch.setattr(plans, "_preemptions", lambda: 0)
     monkeypatch.setattr(plans, "allowed", lambda setting: (3, 1))
     setting = SETTING._replace(dtype=torch.bfloat16, threads=torch.get_num_threads())
     costs = plans.measured(setting)
@@ -164,6 +165,24 @@ def test_times_count_only_when_several_agree():
     assert not plans._settled([1e-3]) and not plans._settled([1e-3, 2e-3, 3e-3, 4e-3])
     assert plans._settled([9e-3, 1e-3, 1.05e-3, 5e-3, 1.01e-3, 1.09e-3])
     assert plans._settled([0.4, 0.2]) and not plans._settled([0.4, 1e-3])
+
+
+def test_a_time_counts_only_where_nothing_was_preempted(monkeypatch):
+    switches = iter([3, 3, 3, 4])
+    monkeypatch.setattr(plans, "_preemptions", lambda: next(switches))
+    assert plans._undisturbed(lambda: None) < 1 and plans._undisturbed(lambda: None) is None
+
+
+@pytest.mark.skipif(plans.resource is None, reason="needs a Unix")
+def test_preemptions_are_counted():
+    """Two busy processes on one processor take turns."""
+    code = (
+        "import os, time; from nlora_kernels.backends.cpu import plans;"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); before = plans._preemptions(); child = os.fork();"
+        "end = time.monotonic() + 0.5\nwhile time.monotonic() < end: pass\n"
+        "if child: os.waitpid(child, 0); assert plans._preemptions() > before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_record_holds_until_it_is_renewed(folder, capsys):

@@ -27,12 +27,18 @@ from ... import atomic, cache, internals
 from ..base import short
 from ..native import _C
 
+try:
+    import resource
+except ImportError:  # Not a Unix: what preempts a thread is not told.
+    resource = None
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of x up to which our kernels read weight in place; for dx they multiply as many as a register tile has.
 FEW, TILE = 16, 8
-# At least ROUNDS of all products, until AGREE times of each came within WITHIN of its least; after LIMIT seconds the
-# machine is too busy.
-ROUNDS, AGREE, WITHIN, LIMIT = 8, 4, 1.1, 1.0
+# Rounds of all products for SPAN seconds, which outlast much of what else begins and ends here, and until AGREE times
+# of each came within WITHIN of its least; after LIMIT seconds, or PATIENCE where it was asked for, the machine is too
+# busy.
+SPAN, AGREE, WITHIN, LIMIT, PATIENCE = 0.2, 4, 1.1, 1.0, 10.0
 # The library takes so much more for an expert, whose few rows all its threads share, than for a layer of as many rows;
 # of ours each thread has an expert of its own.
 SHARED = 1.25
@@ -210,7 +216,7 @@ def tune() -> list[Path]:
     """
     files = []
     for now in map(setting, DTYPES):
-        found = measured(now)
+        found = measured(now, PATIENCE)
         if found is None:
             raise TimeoutError(f"no two times of {now.dtype} products agree: the machine is too busy to measure")
         files.append(file_of(identity(now)))
@@ -241,11 +247,11 @@ def builtin(setting: Setting) -> Costs:
     )
 
 
-def measured(setting: Setting) -> Costs | None:
-    """Times products of the library and of our kernels now. None where the machine is too busy to tell."""
+def measured(setting: Setting, limit: float = LIMIT) -> Costs | None:
+    """Times products of the library and of our kernels now. None where in `limit` seconds the machine is too busy."""
     # In a thread of its own no mode of the caller's (tracing, counting, autocast, inference) sees the products.
     outcome = []
-    thread = threading.Thread(target=lambda: outcome.append(_measured(setting)))
+    thread = threading.Thread(target=lambda: outcome.append(_measured(setting, limit)))
     thread.start()
     thread.join()
     return outcome[0] if outcome else None
@@ -266,7 +272,7 @@ def _apart(x: Tensor, weight: Tensor) -> Tensor:
     return y.addmm_(x, weight.T)
 
 
-def _measured(setting: Setting) -> Costs | None:
+def _measured(setting: Setting, limit: float) -> Costs | None:
     generator = torch.Generator("cpu").manual_seed(0)
 
     def matrix(rows: int, cols: int) -> Tensor:
@@ -286,17 +292,15 @@ def _measured(setting: Setting) -> Costs | None:
     calls["library", 512, 512] = functools.partial(F.linear, x, weights[512])
     times = {key: [] for key in calls}
     torch.set_num_threads(setting.threads)
-    begun, rounds = time.monotonic(), 0
-    while rounds < ROUNDS or not all(map(_settled, times.values())):
-        if time.monotonic() > begun + LIMIT:
+    begun = time.monotonic()
+    while (taken := time.monotonic() - begun) < SPAN or not all(map(_settled, times.values())):
+        if taken > limit:
             return None
-        rounds += 1
         # In turn, so that what else runs here meets all alike.
-        for key, taken in times.items():
-            if not _slow(taken):
-                start = time.perf_counter()
-                calls[key]()
-                taken.append(time.perf_counter() - start)
+        for key, found in times.items():
+            if not _slow(found):
+                seconds = _undisturbed(calls[key])
+                found += [] if seconds is None else [seconds]
     lines = {}
     for name, (_, few, many) in sizes.items():
         small, middle, large = (min(times[name, M, n]) for M, n in ((few, 64), (few, 512), (many, 512)))
@@ -309,6 +313,19 @@ def _measured(setting: Setting) -> Costs | None:
     more = min(times["apart", 512, 512]) - min(times["library", 512, 512]) - lines["few"].call
     apart = max(0.0, more / (512 * (512 + 512)))
     return Costs(lines["library"], lines["few"], lines[pieces], pieces, apart, time.strftime("%Y-%m-%d"))
+
+
+def _undisturbed(call: Callable[[], object]) -> float | None:
+    """The seconds of a call; None where something else was given the processor of one of its threads meanwhile."""
+    switches = _preemptions()
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    return seconds if _preemptions() == switches else None
+
+
+def _preemptions() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
 def _slow(times: list[float]) -> bool:
