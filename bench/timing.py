@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-# Rounds of one row: enough for a percentile, and no more than tell anything new.
+# Rounds of one row: enough for a percentile, and no more than tell anything new; of rounds of LONG seconds fewer,
+# which average over more of what else the machine does.
 LEAST, MOST = 7, 300
+LONG, LEAST_LONG = 2.0, 5
 
 
 def seconds(function: Callable, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -66,7 +68,8 @@ def interleave(
     warm = 0
     if rounds is None:
         each = seconds(before) + seconds(target)
-        rounds, warm = max(LEAST, min(MOST, int(time_limit / each))), 2 if each < 1 else 0
+        least = LEAST if each < LONG else LEAST_LONG
+        rounds, warm = max(least, min(MOST, int(time_limit / each))), 2 if each < 0.3 else 0
     benchmark.pedantic(target, setup=before, rounds=rounds, warmup_rounds=warm)
     # Without timing, as under --benchmark-disable, there is one round and nothing to tell of it.
     own = list(benchmark.stats.stats.data) if benchmark.stats else [float("nan")]
