@@ -31,6 +31,12 @@ def real_data(request) -> Path:
     return folder
 
 
+@pytest.fixture
+def every_engine(request) -> None:
+    if not request.config.getoption("--engines"):
+        pytest.skip("needs --engines")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interruptible():
     """A shell's jobs in the background ignore the interrupt, and so would every process that a test starts."""

@@ -44,9 +44,14 @@ def is_unit(module: nn.Module) -> bool:
     return type(module).__name__ == "FullyShardedDataParallel"
 
 
-def is_flattened(holder: nn.Module) -> bool:
-    """Whether FSDP1 has put the weight of a module into one flat parameter with others."""
-    return is_unit(holder) or ("torch.distributed.fsdp" in sys.modules and hasattr(holder.weight, "_fsdp_flattened"))
+def own_name(name: str) -> str:
+    """The name that a module of a model has without FSDP1's wrappers."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def is_flattened(t: Tensor) -> bool:
+    """Whether it is what FSDP1 leaves of a parameter that is part of a flat one."""
+    return "torch.distributed.fsdp" in sys.modules and hasattr(t, "_fsdp_flattened")
 
 
 def inside(module: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import shards, zero
+from . import flat, shards, zero
 from .kernels import kernels
 from .layers import Layer, layers
 
@@ -60,7 +60,9 @@ class RankAllocator:
             communication and gives the same decisions wherever ranks hold equal parameters and gradients.
 
     Where FSDP2 keeps the adapters in shards, a step gathers the tensors that it scores and their gradients by one
-    all-reduce, and decides the same on every rank. Make the allocator after `fully_shard`, which replaces parameters.
+    all-reduce, and decides the same on every rank; where FSDP1 does, whose units must be as PEFT's
+    fsdp_auto_wrap_policy makes them, by one for the tensors and one for the gradients. Make the allocator after
+    `fully_shard` or FullyShardedDataParallel, which replace parameters.
     So it is where DeepSpeed trains them, under any stage of ZeRO: make it after `deepspeed.initialize`, and call step()
     after the engine's step, whose gradients are caught before they are clipped.
 
@@ -160,10 +162,10 @@ class RankAllocator:
             self.layers = [layer.again() for layer in self.layers]
             self._find_tensors()
         tensors = [*self._scored, *self._columns]
-        if scoring and self._gradients is not None:
-            grads = self._gradients.take()
+        if not scoring:
+            grads = [None for _ in tensors]
         else:
-            grads = [tensor.grad if scoring else None for tensor in tensors]
+            grads = flat.gradients(tensors) if self._gradients is None else self._gradients.take()
         if scoring and all(grad is None for grad in grads):
             raise RuntimeError("step() must be called between backward() and zero_grad(), got no gradient at all")
         budget = self.budget(t)

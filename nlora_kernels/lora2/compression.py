@@ -10,6 +10,7 @@ from torch import nn
 
 from ..commit import attributes, commit
 from ..patterns import exact
+from . import shards
 from .layers import Layer, layers
 
 
@@ -23,9 +24,11 @@ def compress(model: nn.Module) -> dict[str, int]:
     `RankAllocator` made before do not know them. An interrupt comes before all of it or after.
 
     Raises ValueError if the model has no LoRA² layers, or has them on experts, whose ranks would differ within one
-    tensor: what is pruned there stays, as zeros.
+    tensor: what is pruned there stays, as zeros. Or an engine shards them: what it saved can be compressed.
     """
     found = layers(model)
+    if sharded := [layer.name for layer in found if not all(map(shards.is_whole, layer.scored))]:
+        raise ValueError(f"the LoRA² adapters must be whole on every rank, got an engine's shards on {sharded[0]}")
     if mixtures := [layer.name for layer in found if layer.count > 1]:
         raise ValueError(f"model must have no LoRA² adapters on experts, got one on {mixtures[0]}")
     shrunk = {(layer.name, layer.adapter): _shrink(layer) for layer in found}

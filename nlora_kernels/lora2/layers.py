@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..layers.engines import is_flattened
+from ..layers import engines
 from . import zero
+from .flat import Flattened
 
 _TENSORS = ("lora_E", "lora_u", "lora_U", "lora_v", "lora_V", "lora_mask")
 
@@ -50,19 +51,28 @@ class Layer(NamedTuple):
     def of(cls, name: str, module: nn.Module, adapter: str | None) -> "Layer":
         if adapter is None:
             held = module._parameters | module._buffers
-            return cls(name, module, None, *[held[attribute] for attribute in _TENSORS])
-        holders = [module._modules[kind][adapter] for kind in _TENSORS]
-        for kind, holder in zip(_TENSORS, holders, strict=True):
-            if is_flattened(holder):
+            found = {kind: held.get(kind) for kind in _TENSORS}
+        else:
+            found = {kind: _weight(module._modules[kind][adapter]) for kind in _TENSORS}
+        for kind, t in found.items():
+            if t is None or engines.is_flattened(t):
                 raise ValueError(
-                    "the penalty and the allocator of LoRA² need parameters that FSDP2 (fully_shard) shards, "
-                    f"got {kind} of {name} flattened by FSDP1 (FullyShardedDataParallel)"
+                    "the penalty and the allocator of LoRA² need each matrix to be a unit of FSDP1 "
+                    "(FullyShardedDataParallel) by itself, as PEFT's fsdp_auto_wrap_policy makes them, or shards of "
+                    f"FSDP2 (fully_shard), got {kind} of {name} flattened with other parameters"
                 )
-        return cls(name, module, adapter, *[holder.weight for holder in holders])
+        return cls(name, module, adapter, *found.values())
 
     def again(self) -> "Layer":
         """The same with the tensors that the module holds now: moving a model replaces its buffers."""
         return Layer.of(self.name, self.module, self.adapter)
+
+
+def _weight(holder: nn.Module) -> Tensor | Flattened:
+    # A unit of what does not train has no parameter.
+    if engines.is_unit(holder) and holder._handle is not None:
+        return Flattened(holder)
+    return engines.inside(holder).weight
 
 
 def unpacked(count: int, v: Tensor, u: Tensor, V: Tensor, U: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -80,14 +90,16 @@ def layers(model: nn.Module) -> list[Layer]:
     modules of these names that map adapters to modules whose weight is such; of a mapping it is the one active adapter
     that counts.
 
-    Raises ValueError if the model has none, a layer more than one active, or FSDP1 has flattened one.
+    Raises ValueError if the model has none, a layer more than one active, or FSDP1 has flattened one with others.
     """
     found = []
     for name, module in model.named_modules():
         # NOTE: asking a module for an attribute that it lacks raises, which costs most of a walk over a model.
+        if "lora_mask" not in module._modules and "lora_mask" not in module._buffers:
+            continue
+        name = engines.own_name(name)
         if "lora_mask" in module._buffers:
             found.append(Layer.of(name, module, None))
-        if "lora_mask" not in module._modules:
             continue
         active = [adapter for adapter in module.active_adapters if adapter in module._modules["lora_E"]]
         if len(active) > 1:

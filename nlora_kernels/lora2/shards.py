@@ -7,12 +7,17 @@ from torch import Tensor
 
 from ..backends.base import PLAIN
 from ..internals import plain_apply
-from . import zero
+from . import flat, zero
 
 
 def is_apart(t: Tensor) -> bool:
     """Whether an engine holds more than one copy or less than one of it on a rank, so that it is written by `write`."""
-    return is_shard(t) or zero.owns(t)
+    return is_shard(t) or zero.owns(t) or isinstance(t, flat.Flattened)
+
+
+def is_whole(t: Tensor) -> bool:
+    """Whether a rank has all of it at rest."""
+    return not (is_shard(t) or isinstance(t, flat.Flattened) or zero.shape(t) != t.shape)
 
 
 def is_shard(t: Tensor) -> bool:
@@ -22,13 +27,14 @@ def is_shard(t: Tensor) -> bool:
 
 
 def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with every DTensor and every part of ZeRO-3 whole, the same on all ranks; plain ones as they are.
+    """The tensors with every DTensor and what ZeRO-3 and FSDP1 have in parts whole, the same on all ranks; plain ones
+    as they are.
 
     One all-reduce for all of a mesh and dtype, to be called on every rank alike. What is gathered can be
     differentiated: gradients, which must be the same on all ranks, are cut into shards again without a word between
     them.
     """
-    tensors = zero.gathered(tensors)
+    tensors = flat.gathered(zero.gathered(tensors))
     places = [place for place, t in enumerate(tensors) if is_shard(t)]
     if not places:
         return list(tensors)
@@ -44,6 +50,8 @@ def write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for t, value in zip(tensors, values, strict=True):
         if is_shard(t):
             t.to_local().copy_(value[slices(t)])
+        elif isinstance(t, flat.Flattened):
+            t.values.copy_(value.reshape(-1)[t.range])
         elif zero.owns(t):
             zero.write(t, value)
 

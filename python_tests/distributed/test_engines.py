@@ -1,14 +1,15 @@
 """Adapters on several processes: every engine comes to the losses of one process, and its layers are fused."""
 
 import importlib.util
-import re
 
 import pytest
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from nlora_kernels.layers import unfused
 from nlora_kernels.layers.engines import is_unit
-from nlora_kernels.lora2 import RankAllocator, zero
+from nlora_kernels.lora2 import RankAllocator, compress, orthogonal_penalty, zero
 from nlora_kernels.peft.layer import FusedLinear
 from python_tests.distributed import engines
 from python_tests.distributed.engines import ENGINES, METHODS
@@ -18,7 +19,8 @@ from python_tests.tiny import tokens
 pytestmark = needs_gloo
 
 # What the suite tries, on two processes; DDP and FSDP2 have python_tests/peft/test_distributed.py.
-QUICK = [("fsdp1", "nlora_residual"), ("fsdp1_flat", "lora2"), ("fsdp1", "lora2_pruned")]
+QUICK = [("fsdp1", "nlora_residual"), ("fsdp1", "lora2_pruned"), ("fsdp1_flat", "lora2_pruned")]
+QUICK += [("fsdp2_offloaded", "lora2_pruned")]
 QUICK += [(engine, method) for engine in ("zero2", "zero3") for method in ("nlora_residual", "lora2_pruned")]
 QUICK_STEPS, STEPS = 4, 20
 
@@ -30,10 +32,7 @@ def needs(engine: str, ranks: int) -> str | None:
     return "needs four processes" if engine == "hsdp" and ranks < 4 else None
 
 
-def check(engine: str, method: str, found: engines.Trained | str, steps: int) -> None:
-    if engine.startswith("fsdp1") and method == "lora2_pruned":
-        assert re.search(r"need parameters that FSDP2 \(fully_shard\) shards, got lora_E of .*q_proj flattened", found)
-        return
+def check(engine: str, method: str, found: engines.Trained, steps: int) -> None:
     expected = engines.alone(method, steps)
     torch.testing.assert_close(found.losses, expected.losses, rtol=2e-5, atol=2e-5)
     assert found.losses[-1] < found.losses[0] - 1e-3
@@ -68,6 +67,24 @@ def _hook_on_a_unit(rank):
 
 def test_hook_on_a_unit_of_fsdp1_sees_what_the_matrix_gives():
     run(_hook_on_a_unit, 1)
+
+
+def _refused(rank):
+    model = engines.build("lora2")
+    blocks = ModuleWrapPolicy({type(model.base_model.model.model.layers[0])})
+    FullyShardedDataParallel(model, auto_wrap_policy=blocks, use_orig_params=True, device_id=torch.device("cpu"))
+    for use in (orthogonal_penalty, lambda model: RankAllocator(model, **engines.schedule(8))):
+        with pytest.raises(ValueError, match="a unit of FSDP1 .* by itself, .* got lora_E of .*q_proj flattened with"):
+            use(model)
+    for engine in (engines.fsdp1, engines.fsdp2):
+        model = engines.build("lora2")
+        engine(model)
+        with pytest.raises(ValueError, match="must be whole on every rank, got an engine's shards on .*q_proj"):
+            compress(model)
+
+
+def test_what_no_engine_can_do_is_refused_by_name():
+    run(_refused, 1)
 
 
 def _mask_in_half_precision(rank):
@@ -116,9 +133,7 @@ def test_value_written_keeps_the_bits_it_has_no_room_for():
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_method_under_every_engine(engine, ranks, request, tmp_path):
-    if not request.config.getoption("--engines"):
-        pytest.skip("needs --engines")
+def test_every_method_under_every_engine(engine, ranks, every_engine):
     if reason := needs(engine, ranks):
         pytest.skip(reason)
     found = engines.run(ranks, [(engine, method) for method in METHODS], STEPS)

@@ -530,7 +530,7 @@ def test_run_and_checkpoint_are_those_of_one_process(case, runs):
     check_run(*case, *runs)
 
 
-def test_twenty_steps_of_everything(real_data, tmp_path):
+def test_twenty_steps_of_everything(every_engine, tmp_path):
     """In fp64, where rounding turns no sign of a step of Adam; transformers computes the loss in fp32."""
     torch.set_default_dtype(torch.float64)
     try:
