@@ -10,7 +10,7 @@ endif
 # Where gpu-proof puts its results, unless the environment says.
 OUT ?= gpu-results
 
-.PHONY: demo study test gates bench smoke lint docs wheels hub aot budget sanitize gpu-proof extension constraints newest clean
+.PHONY: demo study test gates bench papers smoke lint docs wheels hub aot budget sanitize gpu-proof extension constraints newest clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare", "--load nf4" and the like.
 demo: $(READY)
@@ -50,8 +50,14 @@ gates: $(READY)
 # written whatever fails; a row that is wrong has no figure in it.
 bench: $(READY)
 	mkdir -p bench-report
-	$(PYTHON) -m pytest bench --benchmark-json=bench-report/bench.json $(FLAGS); failed=$$?; \
+	$(PYTHON) -m pytest bench --ignore=bench/test_papers.py --benchmark-json=bench-report/bench.json $(FLAGS); failed=$$?; \
 	$(PYTHON) -m nlora_kernels plot bench bench-report/bench.json && exit $$failed
+
+# The papers' own tables of times, made again on models of this machine's size: they decompose every weight of one.
+papers: $(READY)
+	mkdir -p bench-report
+	$(PYTHON) -m pytest bench/test_papers.py --benchmark-json=bench-report/papers.json $(FLAGS)
+	$(PYTHON) -m nlora_kernels plot bench bench-report/papers.json
 
 smoke: $(READY)
 	$(PYTHON) -m pytest bench -k smoke

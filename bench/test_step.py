@@ -69,7 +69,7 @@ ROWS = [
     for case in CASES
     for method in METHODS
     for way in GROUPED
-    if not way or method in ("nlora", "inttune") or (method == "lora2" and way == "grouped")
+    if not way or method == "nlora" or (method in ("inttune", "lora2") and way == "grouped")
 ]
 
 
