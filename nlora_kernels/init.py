@@ -92,19 +92,10 @@ def core_of(core: str, weight: Tensor | None, A: Tensor, B: Tensor, sample: Tens
 
 
 def _nystrom_of_experts(weight: Tensor, r: int, core: str, select: str, generator) -> tuple[Tensor, Tensor, Tensor]:
-    rows, cols = _select_of_experts(weight, r, select, generator)
+    rows, cols = _select(weight, r, select, generator)
     A = weight.take_along_dim(rows[:, :, None], 1)
     B = weight.take_along_dim(cols[:, None, :], 2)
     return A, core_of(core, weight, A, B, A.take_along_dim(cols[:, None, :], 2)), B
-
-
-def _select_of_experts(weight: Tensor, r: int, how: str, generator) -> tuple[Tensor, Tensor]:
-    """(I, J), each (experts, r)."""
-    if how == "norm" and not weight.is_meta:
-        dtype = _accumulator(weight.dtype)
-        norms = (torch.linalg.vector_norm(weight, dim=dim, dtype=dtype) for dim in (2, 1))
-        return tuple(n.argsort(dim=1, descending=True, stable=True)[:, :r] for n in norms)
-    return tuple(map(torch.stack, zip(*(_select(each, r, how, generator) for each in weight), strict=True)))
 
 
 def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -245,65 +236,89 @@ def _optimal_core(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     dtype = _accumulator(weight.dtype)
     Q_A, R_A = torch.linalg.qr(A.mT.to(dtype))
     Q_B, R_B = torch.linalg.qr(B.to(dtype))
-    tiles = zip(Q_B.split(_TILE_ROWS, dim=-2), _tiles(weight, dtype), strict=True)
+    tiles = zip(Q_B.split(_tile_rows(weight), dim=-2), _tiles(weight, dtype), strict=True)
     projected = sum(q.mT @ (tile @ Q_A) for q, tile in tiles)
     if weight.dim() == 2 and (solve := _kernel("solve_triangular", weight, A.shape[0])):
         return solve(R_B, solve(R_A, projected.T).T)
     return torch.linalg.pinv(R_B) @ projected @ torch.linalg.pinv(R_A).mT
 
 
-def _select(weight, r, how, generator) -> tuple[Tensor, Tensor]:
+def _select(weight: Tensor | Quantised, r: int, how: str, generator) -> tuple[Tensor, Tensor]:
+    """(I, J), each (r,), or (experts, r) for the weights of several experts."""
     check_choice("select", how, SELECTIONS)
+    experts = weight.shape[:-2]
     if how == "leading" or weight.device.type == "meta":
-        rows = torch.arange(r, device=weight.device)
-        return rows, rows.clone()
+        rows = torch.arange(r, device=weight.device).expand(*experts, r)
+        return rows.clone(), rows.clone()
     if how == "uniform":
-        return tuple(_permutation(n, generator)[:r].sort().values.to(weight.device) for n in weight.shape)
+        # Of one expert after the other, as they would be drawn for each alone.
+        drawn = [[_permutation(n, generator)[:r] for n in weight.shape[-2:]] for _ in range(math.prod(experts))]
+        rows, cols = (torch.stack(each).sort().values for each in zip(*drawn, strict=True))
+        return tuple(each.view(*experts, r).to(weight.device) for each in (rows, cols))
     if how == "norm":
-        if squared_norms := _kernel("squared_norms", weight, r):
+        if len(weight.shape) == 2 and (squared_norms := _kernel("squared_norms", weight, r)):
             norms = squared_norms(weight)
         else:
-            norms = (_norms(weight, dim) for dim in (0, 1))
-        return tuple(n.argsort(descending=True, stable=True)[:r] for n in norms)
-    return _pivots(weight, r, 0), _pivots(weight, r, 1)
+            norms = (_norms(weight, dim) for dim in (-2, -1))
+        return tuple(n.argsort(dim=-1, descending=True, stable=True)[..., :r] for n in norms)
+    return _pivots(weight, r, -2), _pivots(weight, r, -1)
 
 
 def _norms(weight: Tensor | Quantised, dim: int) -> Tensor:
-    """The Euclidean norms of the rows (dim 0) or columns (dim 1)."""
-    norm = partial(torch.linalg.vector_norm, dim=1 - dim, dtype=_accumulator(weight.dtype))
-    return (
-        torch.cat([norm(t) for t in weight.split(_TILE_ROWS, dim)]) if isinstance(weight, Quantised) else norm(weight)
-    )
+    """The Euclidean norms of the rows (dim -2) or columns (dim -1)."""
+    norm = partial(torch.linalg.vector_norm, dim=-3 - dim, dtype=_accumulator(weight.dtype))
+    # NOTE: on a CPU a norm in another dtype makes a copy in it.
+    return torch.cat([norm(t) for t in weight.split(_tile_rows(weight), dim)], -1)
 
 
 def _pivots(weight: Tensor | Quantised, r: int, dim: int) -> Tensor:
-    """The first r pivots of a QR factorisation with column pivoting of Wᵀ (dim 0), whose columns are the rows of W, or
-    of W (dim 1); no host synchronisation but for a weight in few bits."""
+    """The first r pivots of a QR factorisation with column pivoting of Wᵀ (dim -2), whose columns are the rows of W, or
+    of W (dim -1), of every expert by itself; no host synchronisation but for a weight in few bits."""
     dtype = _accumulator(weight.dtype)
     squares = _norms(weight, dim).square()
-    negligible = squares.max() * torch.finfo(dtype).eps
-    basis = torch.zeros(r, weight.shape[1 - dim], dtype=dtype, device=weight.device)
-    pivots = torch.empty(r, dtype=torch.int64, device=weight.device)
+    experts = squares.shape[:-1]
+    negligible = squares.amax(-1, keepdim=True) * torch.finfo(dtype).eps
+    basis = torch.zeros(*experts, r, weight.shape[-3 - dim], dtype=dtype, device=weight.device)
+    pivots = torch.empty(*experts, r, dtype=torch.int64, device=weight.device)
     for step in range(r):
-        pivot = squares.argmax()
-        pivots[step] = pivot
-        q = weight.index_select(dim, pivot[None]).flatten().to(dtype)
+        pivot = squares.argmax(-1, keepdim=True)
+        pivots[..., step : step + 1] = pivot
+        q = _line(weight, pivot, dim).to(dtype)
+        known = basis[..., :step, :]
         # Twice is enough for orthogonality to rounding.
         for _ in range(2):
-            q = q - basis[:step].T @ (basis[:step] @ q)
-        square = q.dot(q)
+            q = q - _times(known.mT, _times(known, q))
+        square = q.square().sum(-1, keepdim=True)
         q = torch.where(square > negligible, q * square.rsqrt(), torch.zeros_like(q))
-        basis[step] = q
-        explained = torch.cat([(tile if dim == 0 else tile.T) @ q for tile in _tiles(weight, dtype, dim)])
-        squares = (squares - explained.square()).clamp_(min=0)
+        basis[..., step, :] = q
+        explained = [_times(tile if dim == -2 else tile.mT, q) for tile in _tiles(weight, dtype, dim)]
+        squares = (squares - torch.cat(explained, -1).square()).clamp_(min=0)
         # A chosen row never returns, though all others be explained as well.
-        squares[pivots[: step + 1]] = -1
+        squares.scatter_(-1, pivots[..., : step + 1], -1)
     return pivots
 
 
+def _line(weight: Tensor | Quantised, index: Tensor, dim: int) -> Tensor:
+    """A row (dim -2) or column (dim -1), by its index (1,), of each expert by one of its own."""
+    if isinstance(weight, Quantised):
+        return weight.index_select(dim + 2, index).flatten()
+    return weight.take_along_dim(index[..., None], dim).squeeze(dim)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector[..., None]).squeeze(-1)
+
+
 def _tiles(weight: Tensor | Quantised, dtype: torch.dtype, dim: int = -2) -> Iterator[Tensor]:
-    for part in weight.split(_TILE_ROWS, dim):
+    for part in weight.split(_tile_rows(weight), dim):
         yield part.to(dtype)
+
+
+def _tile_rows(weight: Tensor | Quantised) -> int:
+    """How many rows, or columns, of every expert are taken at a time: all, where none has to be converted."""
+    if isinstance(weight, Tensor) and weight.dtype == _accumulator(weight.dtype):
+        return max(weight.shape[-2:])
+    return max(1, _TILE_ROWS // math.prod(weight.shape[:-2]))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

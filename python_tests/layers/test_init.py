@@ -147,6 +147,15 @@ def test_subtract_at_every_rank(r):
     assert W._version > version
 
 
+@pytest.mark.parametrize("select", init.SELECTIONS)
+@pytest.mark.parametrize("core", init.CORES)
+def test_what_is_chosen_of_16_bit_experts_is_made_of_a_fraction_of_them(select, core):
+    W = torch.randn(64, 96, 160).bfloat16()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        init.nystrom(W, 4, core=core, select=select)
+    assert 0 < max(event.self_cpu_memory_usage for event in profile.events()) <= W.nbytes / 4
+
+
 def test_subtract_of_a_16_bit_weight_allocates_a_fraction_of_it():
     W = normal(8192, 512, dtype=torch.bfloat16)
     A, N, B = init.nystrom(W, 4)
