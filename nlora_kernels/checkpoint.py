@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -195,7 +196,7 @@ def _of_one_rank(src_dir: str | os.PathLike, config: dict, exported: dict[str, _
     if not config.get("target_parameters"):
         r = max(layer.rank for layer in exported.values())
         exported = {name: layer.of_rank(r) for name, layer in exported.items()}
-    elif config.get("rank_pattern") or config.get("alpha_pattern"):
+    elif (config.get("rank_pattern") or config.get("alpha_pattern")) and not _scaled_alike(config):
         raise ValueError(f"{Path(src_dir, CONFIG)} has patterns for target_parameters, which need keep_patterns")
     else:
         # The ranks of several experts lie side by side.
@@ -203,6 +204,18 @@ def _of_one_rank(src_dir: str | os.PathLike, config: dict, exported: dict[str, _
         r = config["k"] if config["peft_type"] == "LORA2" else config["r"] * (2 if doubled else 1)
     one = {"r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     return config | one, exported
+
+
+def _scaled_alike(config: dict) -> bool:
+    """Whether patterns of LoRA² change ranks alone, as `lora2.compress` writes them, and all layers have one scaling.
+
+    Then it needs no names, which tensors of parameters do not tell.
+    """
+    ranks, alphas = _patterns(config)
+    if config["peft_type"] != "LORA2" or list(ranks) != list(alphas):
+        return False
+    scalings = [alphas[key] / saved.root(config, ranks[key]) for key in ranks]
+    return all(math.isclose(s, config["lora_alpha"] / saved.root(config, config["r"]), rel_tol=1e-12) for s in scalings)
 
 
 def _with_patterns(config: dict, layers: Iterable[str]) -> dict:
@@ -228,11 +241,15 @@ def _with_patterns(config: dict, layers: Iterable[str]) -> dict:
 
 def _alphas_of_parameters(config: dict) -> dict[str, float]:
     """The alpha_pattern of LoRA² as LoRA of rank k, of the patterns alone: names of tensors name no parameters."""
-    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = _patterns(config)
     if ranks and alphas and list(ranks) != list(alphas):
         raise ValueError("rank_pattern and alpha_pattern must have the same keys where there are target_parameters")
     k, r, alpha = config["k"], config["r"], config["lora_alpha"]
     return {key: alphas.get(key, alpha) * saved.root(config, k / ranks.get(key, r)) for key in ranks or alphas}
+
+
+def _patterns(config: dict) -> tuple[dict[str, int], dict[str, float]]:
+    return config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
 
 
 # Reading and writing

@@ -6,7 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..commit import attributes, commit
 from ..patterns import exact
@@ -23,14 +23,14 @@ def compress(model: nn.Module) -> dict[str, int]:
     layer, so that saving and loading restore ranks and scaling. The parameters are new ones: an optimizer and a
     `RankAllocator` made before do not know them. An interrupt comes before all of it or after.
 
-    Raises ValueError if the model has no LoRA² layers, or has them on experts, whose ranks would differ within one
-    tensor: what is pruned there stays, as zeros. Or an engine shards them: what it saved can be compressed.
+    The experts of a mixture, whose values lie in one tensor, keep one rank: that of the expert which has most left. The
+    others are filled up with pruned values, whose mask stays 0.
+
+    Raises ValueError if the model has no LoRA² layers, or an engine shards them: what it saved can be compressed.
     """
     found = layers(model)
     if sharded := [layer.name for layer in found if not all(map(shards.is_whole, layer.scored))]:
         raise ValueError(f"the LoRA² adapters must be whole on every rank, got an engine's shards on {sharded[0]}")
-    if mixtures := [layer.name for layer in found if layer.count > 1]:
-        raise ValueError(f"model must have no LoRA² adapters on experts, got one on {mixtures[0]}")
     shrunk = {(layer.name, layer.adapter): _shrink(layer) for layer in found}
     steps = [step for each in shrunk.values() for step in each.steps]
     for config, names in _configurations(model, found):
@@ -51,13 +51,11 @@ class _Shrunk(NamedTuple):
 
 def _shrink(layer: Layer) -> _Shrunk:
     module, adapter, mask = layer.module, layer.adapter, layer.lora_mask
-    kept = mask.nonzero().flatten()
+    kept = _kept(mask.unflatten(0, (layer.count, -1)))
     E = layer.lora_E * mask
-    if not len(kept):
-        kept = kept.new_zeros(1)
     new = {"lora_E": E[kept], "lora_u": layer.lora_u[kept], "lora_U": layer.lora_U[:, kept].contiguous()}
     new = {name: nn.Parameter(t, requires_grad=getattr(layer, name).requires_grad) for name, t in new.items()}
-    mask, r = mask[kept], len(kept)
+    mask, r = mask[kept], len(kept) // layer.count
     if adapter is None:
         alpha = module.alpha * (r / module.r)
         steps = [attributes(module, r=r, alpha=alpha), partial(module._parameters.update, new)]
@@ -74,17 +72,28 @@ def _shrink(layer: Layer) -> _Shrunk:
     return _Shrunk(r, alpha, [*steps, partial(module.lora_mask[adapter]._buffers.update, weight=mask)])
 
 
+def _kept(mask: Tensor) -> Tensor:
+    """Where the values that stay lie among those of every layer, from the mask (layers, r) of layers of one rank.
+
+    Of each the first that are not pruned, and if others have more left, pruned ones after them.
+    """
+    r = max(1, int(mask.count_nonzero(1).max()))
+    own = (mask == 0).int().argsort(dim=1, stable=True)[:, :r]
+    first = torch.arange(0, mask.numel(), mask.shape[1], device=mask.device)
+    return (own + first[:, None]).flatten()
+
+
 def _configurations(model: nn.Module, found: list[Layer]):
     """(configuration, {name within the model that was adapted: layer}) of every PEFT adapter among the layers."""
     # PEFT leaves its configurations on the model it adapts, and transformers too; a tuner around it has the same.
     held = {name: vars(module).get("peft_config") for name, module in model.named_modules()}
     configs = {name: config for name, config in held.items() if isinstance(config, dict)}
-    by_owner: dict[tuple[str, str], dict[str, Layer]] = {}
+    by_owner: dict[tuple[str, str], list[Layer]] = {}
     for layer in found:
         owners = [name for name, config in configs.items() if layer.adapter in config]
         owners = [name for name in owners if not name or layer.name.startswith(f"{name}.")]
         if owners:
-            by_owner.setdefault((max(owners, key=len), layer.adapter), {})[layer.name] = layer
-    for (owner, adapter), named in by_owner.items():
+            by_owner.setdefault((max(owners, key=len), layer.adapter), []).append(layer)
+    for (owner, adapter), adapted in by_owner.items():
         prefix = f"{owner}." if owner else ""
-        yield configs[owner][adapter], {name.removeprefix(prefix): la for name, la in named.items()}
+        yield configs[owner][adapter], {layer.target.removeprefix(prefix): layer for layer in adapted}

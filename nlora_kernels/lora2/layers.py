@@ -30,6 +30,13 @@ class Layer(NamedTuple):
     lora_mask: Tensor
 
     @property
+    def target(self) -> str:
+        """The name of what is adapted: the module, or one of its parameters, which stands within wrappers."""
+        if not hasattr(self.module, "parameter_name"):
+            return self.name
+        return f"{self.name.replace('.base_layer', '')}.{self.module.parameter_name}"
+
+    @property
     def r(self) -> int:
         return zero.shape(self.lora_u)[0]
 

@@ -1,7 +1,7 @@
 import peft
 import pytest
 
-from python_tests.tiny import gpt2, llama
+from python_tests.tiny import MIXTURES, gpt2, llama
 
 
 @pytest.fixture(params=[llama, gpt2], ids=["linear", "conv1d"])
@@ -18,3 +18,8 @@ def adapters_of_transformers():
         if isinstance(error, ValueError) and "version of PEFT" not in str(error):
             raise
         pytest.skip(f"transformers refuses this PEFT: {error}")
+
+
+@pytest.fixture(params=MIXTURES, scope="module")
+def mixture(request):
+    return MIXTURES[request.param]()

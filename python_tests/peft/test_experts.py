@@ -8,80 +8,29 @@ import torch
 from peft.tuners.lora import ParamWrapper
 
 import nlora_kernels as nk
+from bench import test_experts as measured
+from bench.timing import peak_bytes
 from nlora_kernels import checkpoint
 from nlora_kernels.layers import experts
 from nlora_kernels.peft import NLoraConfig, fuse, unfuse
 from nlora_kernels.peft.experts import FusedExperts, NLoraExperts
 from python_tests.peft.adapters import METHODS, close, config, logits
+from python_tests.peft.mixtures import (
+    LAYERS_BEFORE,
+    PARAMETERS,
+    TARGETS,
+    adapted,
+    by_hand,
+    counted,
+    gradients,
+    wrappers,
+)
 from python_tests.tiny import MIXTURES, perturb, tokens
-
-PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
-TARGETS = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS}
-# Names of the layers that transformers 4 had.
-LAYERS_BEFORE = {"mixtral": ["w1", "w2", "w3"], "qwen3_moe": ["gate_proj", "up_proj", "down_proj"]}
-
-
-@pytest.fixture(params=MIXTURES, scope="module")
-def mixture(request):
-    return MIXTURES[request.param]()
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Of the grouped product."""
-    made = []
-
-    def counted(*args, **options):
-        made.append(args)
-        return nk.lora_grouped_linear(*args, **options)
-
-    monkeypatch.setattr(experts, "lora_grouped_linear", counted)
-    return made
-
-
-def adapted(base, method, **options):
-    model = peft.get_peft_model(copy.deepcopy(base), config(method, **TARGETS | options))
-    perturb(model)
-    return model
-
-
-def wrappers(model):
-    return [module for module in model.modules() if isinstance(module, ParamWrapper)]
-
-
-def gradients(model):
-    model.zero_grad()
-    model(tokens(), labels=tokens()).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def by_hand(layer, name="default"):
-    """s·B·N·A of every expert, as the parameter is stored, from the packed weights by indices."""
-    s, E, r = layer.scaling[name], layer.num_experts, layer.r[name]
-    deltas = []
-    for e in range(E):
-        if hasattr(layer, "lora_E"):
-            v, u, values, U, V, mask = (getattr(layer, f"lora_{kind}")[name].weight for kind in [*"vuEUV", "mask"])
-            own, k = slice(e * r, (e + 1) * r), layer.k[name]
-            core = U[:, own] @ torch.diag(values[own] * mask[own]) @ u[own]
-            deltas.append(s * V[:, e::E] @ core @ v[e * k : (e + 1) * k])
-            continue
-
-        def products(suffix, e=e):
-            A, N, B = (
-                getattr(layer, f"lora_{kind}")[name].weight if name in getattr(layer, f"lora_{kind}", {}) else None
-                for kind in (f"A{suffix}", f"N{suffix}", f"B{suffix}")
-            )
-            A = (layer.lora_A[name].weight if A is None else A)[e * r : (e + 1) * r]
-            B = (layer.lora_B[name].weight if B is None else B)[:, e::E]
-            return B @ (torch.eye(r) if N is None else N[e * r : (e + 1) * r]) @ A
-
-        delta = products("")
-        if name in getattr(layer, "lora_N0", {}):
-            delta = delta - products("0")
-        deltas.append(s * delta)
-    stacked = torch.stack(deltas)
-    return stacked.transpose(1, 2) if layer.get_base_layer().is_transposed else stacked
+    return counted(monkeypatch)
 
 
 def test_plain_lora_computes_what_peft_does(mixture, calls):
@@ -164,14 +113,27 @@ def test_training_saving_loading_and_merging(mixture, method, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("keep_patterns", [True, False])
-def test_export_is_right_for_stock_peft(method, keep_patterns, tmp_path):
-    base = MIXTURES["gpt_oss"]()
-    model = adapted(base, method)
+def test_export_is_right_for_stock_peft(mixture, method, keep_patterns, tmp_path):
+    check_export(mixture, adapted(mixture, method), keep_patterns, tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", LAYERS_BEFORE)
+def test_export_of_the_layers_of_transformers_4(kind, method, tmp_path):
+    base = MIXTURES[kind]()
+    model = peft.get_peft_model(copy.deepcopy(base), config(method, target_modules=["q_proj", *LAYERS_BEFORE[kind]]))
+    perturb(model)
+    # The two fused layers have twice the rank.
+    assert {layer.r["default"] for layer in wrappers(model)} == {4, 8}
+    check_export(base, model, True, tmp_path)
+
+
+def check_export(base, model, keep_patterns, folder):
     expected = logits(model)
-    model.save_pretrained(tmp_path / "own")
+    model.save_pretrained(folder / "own")
     with pytest.warns() if not keep_patterns else pytest.MonkeyPatch.context():
-        checkpoint.to_lora(tmp_path / "own", tmp_path / "lora", keep_patterns=keep_patterns)
-    exported = peft.PeftModel.from_pretrained(base, tmp_path / "lora")
+        checkpoint.to_lora(folder / "own", folder / "lora", keep_patterns=keep_patterns)
+    exported = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "lora")
     assert type(exported.peft_config["default"]) is peft.LoraConfig
     assert {type(layer) for layer in wrappers(exported)} == {ParamWrapper}
     close(logits(exported), expected, atol=1e-4)
@@ -225,11 +187,11 @@ def test_several_adapters(mixture, calls):
         found[name] = logits(model)
         assert len(calls) == 4
     assert (found["core"] - found["default"]).abs().max() > 1e-3
-    # Both at once are added to the parameter, as in PEFT.
     model.base_model.set_adapter(["default", "core"])
     calls.clear()
-    both = logits(model)
-    assert not calls and "several adapters are active" in next(iter(nk.layers.unfused(model).values()))
+    both, grads = logits(model), gradients(model)
+    assert calls and not nk.layers.unfused(model)
+    assert all(grads[name].any() for name in grads) and {name.split(".")[-2] for name in grads} == {"default", "core"}
     added = {id(layer): by_hand(layer) + by_hand(layer, "core") for layer in wrappers(model)}
     model.delete_adapter("core")
     assert not any(".core." in name for name in model.state_dict())
@@ -277,6 +239,22 @@ def test_hooks_and_other_implementations_are_left_to_transformers(mixture, calls
     assert "'sonicmoe'" in nk.layers.experts.obstacle(base)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", experts.IMPLEMENTATION])
+def test_ours_stands_in_for_the_ways_of_transformers_and_is_one_of_them(mixture, implementation, calls):
+    model = adapted(mixture, "nlora")
+    expected = logits(model)
+    model.base_model.model.set_experts_implementation(implementation)
+    calls.clear()
+    close(logits(model), expected)
+    assert len(calls) == 4 and not nk.layers.unfused(model)
+    # Without adapters transformers computes, by our way where it was chosen.
+    calls.clear()
+    with model.disable_adapter():
+        close(logits(model), logits(mixture))
+    close(logits(model.merge_and_unload()), expected, atol=1e-4)
+    assert len(calls) == (8 if implementation == experts.IMPLEMENTATION else 0)
+
+
 def test_gradients_of_the_router_and_second_derivatives(mixture):
     model = adapted(mixture, "nlora").double()
     layer = next(layer for name, layer in model.named_modules() if name.endswith("mlp.experts"))
@@ -316,86 +294,28 @@ def test_what_is_not_supported_is_named(mixture):
         close(logits(base), logits(mixture), atol=0)
 
 
-# LoRA² on experts
-
-
-def apart(model):
-    """The LoRA² adapters of a model with one module for each expert, and gradients if there are."""
-    alone = torch.nn.Module()
-    for i, layer in enumerate(nk.lora2.layers(model)):
-        E = layer.count
-        k, r = layer.k, layer.r // E
-        for e in range(E):
-            own = torch.nn.Module()
-            parts = {
-                "E": lambda t, at=slice(e * r, (e + 1) * r): t[at],
-                "u": lambda t, at=slice(e * r, (e + 1) * r): t[at],
+@pytest.mark.parametrize("method", METHODS)
+def test_as_many_numbers_are_trained_as_the_method_has(mixture, method):
+    r, k, expected = 4, 2, 0
+    model = peft.get_peft_model(copy.deepcopy(mixture), config(method, **TARGETS))
+    for name, W in mixture.named_parameters():
+        if name.endswith((*PARAMETERS, "q_proj.weight")):
+            E, sides = W.shape[:-2].numel(), sum(W.shape[-2:])
+            numbers = {
+                "lora": r * sides,
+                "lora2": k * sides + 2 * r * k + r,
+                "inttune": r * r,
+                "inttune_residual": r * r,
             }
-            parts["U"] = lambda t, at=slice(e * r, (e + 1) * r): t[:, at]
-            parts["v"], parts["V"] = lambda t, at=slice(e * k, (e + 1) * k): t[at], lambda t, e=e, E=E: t[:, e::E]
-            for kind, part in parts.items():
-                tensor = getattr(layer, f"lora_{kind}")
-                own.register_parameter(f"lora_{kind}", torch.nn.Parameter(part(tensor.detach()).clone()))
-                if tensor.grad is not None:
-                    getattr(own, f"lora_{kind}").grad = part(tensor.grad).clone()
-            own.register_buffer("lora_mask", layer.lora_mask[e * r : (e + 1) * r].clone())
-            alone.add_module(f"{i}_{e}", own)
-    return alone
+            expected += E * numbers.get(method, r * sides + r * r)
+    assert model.get_nb_trainable_parameters()[0] == expected
+    if method == "lora":
+        stock = peft.get_peft_model(copy.deepcopy(mixture), peft.LoraConfig(r=r, **TARGETS))
+        assert stock.get_nb_trainable_parameters()[0] == expected
 
 
-@pytest.mark.parametrize("scores", ["rows", "full"])
-def test_singular_values_are_kept_as_if_every_expert_were_a_layer(mixture, scores):
-    model = adapted(mixture, "lora2")
-    model(tokens(), labels=tokens()).loss.backward()
-    options = dict(target_rank=2, total_steps=3, t_init=0, t_final=1, delta_t=1, scores=scores)
-    together, alone = nk.lora2.RankAllocator(model, **options), nk.lora2.RankAllocator(apart(model), **options)
-    layers = nk.lora2.layers(model)
-    for _ in range(3):
-        assert together.step() == alone.step()
-        assert [int(n) for n in together.ranks().values()] == summed(alone.ranks().values(), layers)
-    scores = zip(together.importance().values(), layers, strict=True)
-    expected = iter(alone.importance().values())
-    for found, layer in scores:
-        torch.testing.assert_close(found, torch.cat([next(expected) for _ in range(layer.count)]))
-    kept = sum(int(layer.lora_mask.sum()) for layer in layers)
-    assert kept == 2 * sum(layer.count for layer in layers) < sum(layer.r for layer in layers)
-    # What was pruned is out of the model.
-    found = logits(model)
-    for layer in layers:
-        layer.lora_E.data[layer.lora_mask == 0] = 7.0
-    close(logits(model), found)
-    with pytest.raises(ValueError, match="no LoRA² adapters on experts"):
-        nk.lora2.compress(model)
-
-
-def summed(ranks, layers):
-    ranks = iter(ranks)
-    return [sum(next(ranks) for _ in range(layer.count)) for layer in layers]
-
-
-@pytest.mark.parametrize("form", ["paper", "reference"])
-def test_the_penalty_of_experts_is_that_of_layers(mixture, form):
-    model = adapted(mixture, "lora2")
-    layers, alone = nk.lora2.layers(model), apart(model)
-    value, expected = nk.lora2.orthogonal_penalty(model, form), nk.lora2.orthogonal_penalty(alone, form)
-    close(value, expected)
-    value.backward()
-    expected.backward()
-    found = apart(model)
-    for own, other in zip(found.children(), alone.children(), strict=True):
-        for kind in ("v", "u", "V", "U"):
-            close(getattr(own, f"lora_{kind}").grad, getattr(other, f"lora_{kind}").grad)
-    assert any(layer.count > 1 for layer in layers)
-
-
-def test_ranks_of_a_fused_layer_are_exported_with_their_scaling(tmp_path):
-    base = MIXTURES["mixtral"]()
-    model = peft.get_peft_model(
-        copy.deepcopy(base), config("lora2", target_modules=["q_proj", *LAYERS_BEFORE["mixtral"]])
-    )
-    perturb(model)
-    # The two fused layers have twice the rank.
-    assert {layer.r["default"] for layer in wrappers(model)} == {4, 8}
-    model.save_pretrained(tmp_path / "own")
-    checkpoint.to_lora(tmp_path / "own", tmp_path / "lora", keep_patterns=True)
-    close(logits(peft.PeftModel.from_pretrained(base, tmp_path / "lora")), logits(model), atol=1e-4)
+@pytest.mark.parametrize("method", ["lora", "nlora"])
+@pytest.mark.parametrize("of", measured.MIXTURES, ids=str)
+def test_the_memory_above_the_frozen_experts_is_a_fraction_of_pefts(of, method):
+    peaks = {name: peak_bytes(run) for name, run in measured.steps(of, method).items()}
+    assert peaks["ours"] - peaks["floor"] <= 0.3 * (peaks["peft"] - peaks["floor"])
