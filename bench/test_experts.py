@@ -5,6 +5,7 @@ default.
 """
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import peft
@@ -78,44 +79,63 @@ def _experts(mixture: Mixture) -> nn.Module:
     return kind(config)
 
 
-def step(layer: nn.Module, arguments: tuple[Tensor, ...]):
-    """Output and gradients of x and of all that trains, of forward and backward."""
-    wrt = [arguments[0], *(p for p in layer.parameters() if p.requires_grad)]
+class Compared(NamedTuple):
+    ours: nn.Module
+    # PEFT's plain LoRA, which has no core, on the same experts.
+    peft: nn.Module
+    # The experts without adapters.
+    floor: nn.Module
 
-    def both():
-        y = layer(*arguments)
-        return y.detach(), *torch.autograd.grad(y, wrt, torch.ones_like(y))
 
-    return both
+def compared(mixture: Mixture, method: str) -> Compared:
+    floor = Layer(mixture)
+    options = {"r": RANK, "target_modules": []}
+    options |= {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    stock = peft.get_peft_model(copy.deepcopy(floor), METHODS["lora"](**options))
+    if method == "lora":
+        return Compared(fuse(copy.deepcopy(stock)), stock, floor)
+    return Compared(peft.get_peft_model(copy.deepcopy(floor), METHODS[method](**options)), stock, floor)
+
+
+def steps(mixture: Mixture, method: str) -> dict[str, Callable]:
+    """{whose: output and gradients of x and of all that trains, of forward and backward}"""
+    x = torch.randn(mixture.tokens, mixture.hidden, requires_grad=True)
+    weights, index = torch.rand(mixture.tokens, mixture.experts).softmax(1).topk(mixture.k)
+
+    def step(layer: nn.Module) -> Callable:
+        wrt = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+        def both():
+            y = layer(x, index, weights)
+            return y.detach(), *torch.autograd.grad(y, wrt, torch.ones_like(y))
+
+        return both
+
+    return {name: step(layer) for name, layer in compared(mixture, method)._asdict().items()}
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mixture", MIXTURES, ids=str)
 def test_experts(benchmark, request, mixture, method):
     torch.manual_seed(0)
-    floor = Layer(mixture)
-    options = {"r": RANK, "target_modules": []}
-    options |= {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    stock = peft.get_peft_model(copy.deepcopy(floor), METHODS["lora"](**options))
-    model = fuse(copy.deepcopy(stock)) if method == "lora" else None
-    model = model or peft.get_peft_model(copy.deepcopy(floor), METHODS[method](**options))
-    x = torch.randn(mixture.tokens, mixture.hidden, requires_grad=True)
-    weights, index = torch.rand(mixture.tokens, mixture.experts).softmax(1).topk(mixture.k)
-    ours, *others = (step(layer, (x, index, weights)) for layer in (model, stock, floor))
-    others = dict(zip(("peft", "floor"), others, strict=True))
-    found, expected = ours(), {name: run() for name, run in others.items()}
+    runs = steps(mixture, method)
+    found, expected, _ = (run() for run in runs.values())
     error = 0.0
     if method == "lora":
-        for value, by_peft in zip(found, expected["peft"], strict=True):
+        for value, by_peft in zip(found, expected, strict=True):
             error = max(error, ((value - by_peft).norm() / by_peft.norm()).item())
         assert error <= 1e-5
+    peaks = {name: timing.peak_bytes(run) for name, run in runs.items()}
+    ours = runs.pop("ours")
     info = {"impl": "cpu", "method": method, "op": "both", "M": mixture.tokens, "r": RANK, "error": error}
-    info |= {"shape": str(mixture), "peak_bytes": timing.peak_bytes(ours)}
-    info |= {f"peak_bytes_of_{name}": timing.peak_bytes(run) for name, run in others.items()}
-    rows.record(benchmark, ours, others, info, request)
+    info |= {"shape": str(mixture), "peak_bytes": peaks["ours"]}
+    info |= {f"peak_bytes_of_{name}": peaks[name] for name in runs}
+    info["peak_above_floor_to_peft"] = (peaks["ours"] - peaks["floor"]) / (peaks["peft"] - peaks["floor"])
+    rows.record(benchmark, ours, runs, info, request)
     row = benchmark.extra_info
     print(
         f"\n{mixture} {method}: {row['ms']:.1f} ms, {row['ratio_to_peft']:.2f} of PEFT, "
-        f"{row['ratio_to_floor']:.2f} of the frozen experts; peak {row['peak_bytes'] / 1e6:.1f} MB, "
-        f"of PEFT {row['peak_bytes_of_peft'] / 1e6:.1f}, of the frozen experts {row['peak_bytes_of_floor'] / 1e6:.1f}"
+        f"{row['ratio_to_floor']:.2f} of the frozen experts; peak {peaks['ours'] / 1e6:.1f} MB, of PEFT "
+        f"{peaks['peft'] / 1e6:.1f}, of the frozen experts {peaks['floor'] / 1e6:.1f}: "
+        f"{row['peak_above_floor_to_peft']:.2f} of PEFT above them"
     )
