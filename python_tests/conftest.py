@@ -22,6 +22,13 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope="session")
+def configurations(request) -> range:
+    """The seeds of the random ones."""
+    first = request.config.getoption("--seed")
+    return range(first, first + request.config.getoption("--configurations"))
+
+
+@pytest.fixture(scope="session")
 def real_data(request) -> Path:
     folder = request.config.getoption("--real-data")
     if folder is None:

@@ -1,5 +1,7 @@
 """lora_grouped_linear on Triton against fp64: on a GPU, or in the interpreter where TRITON_INTERPRET=1 is set."""
 
+import functools
+
 import pytest
 import torch
 
@@ -45,26 +47,15 @@ def test_results_are_within_the_error_budget(counts, dtype):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_experts(seed, small_tiles):
-    generator = torch.Generator().manual_seed(seed)
-
-    def size(most):
-        return int(torch.randint(1, most + 1, (), generator=generator))
-
-    # In turn the tiles of the rule, by pointers and by descriptors where rows are aligned, and small ones.
-    M, E = size(60), size(9)
-    share = torch.rand(E, generator=generator).square()
-    counts = torch.bincount(torch.multinomial(share, M, replacement=True, generator=generator), minlength=E)
-    sizes = [size(70), size(70), size(40)]
+    # In turn the tiles of the rule and small ones, by pointers and by descriptors, which need aligned rows.
     if seed % 3:
         small_tiles(capability=(80, 90)[seed % 2])
-        sizes = [-(-n // 8) * 8 for n in sizes]
-    options = dict(core=seed % 2 == 0, bias=seed % 4 < 2, tail=seed % 3, seed=seed)
-    offsets, tensors, dy = problem(counts.tolist(), DTYPES[seed // 2 % len(DTYPES)], *sizes, **options)
-    if seed % 5 == 0:
-        offsets = offsets.long()
-    budget_of(offsets, tensors, dy).check(results(offsets, tensors, dy))
+    said, ours, plain, base, tensors, dy, wrt = cases.configuration(seed, DTYPES, 8 if seed % 3 else 1, DEVICE)
+    print(said)
+    budget = testing.Budget(plain, base, tensors, dy, wrt)
+    budget.check(testing.outputs(functools.partial(ours, backend="triton"), tensors, dy, wrt))
 
 
 @pytest.mark.usefixtures("poisoned")
