@@ -1,5 +1,6 @@
 """What an adapter adds to a linear layer, and when the two are computed as one operation."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,10 @@ from . import engines
 
 
 class Branch(NamedTuple):
-    """s·((drop(x)·Aᵀ)·Nᵀ)·Bᵀ with A (r, in), N (r, r) or None, and B (out, r)"""
+    """s·((drop(x)·Aᵀ)·Nᵀ)·Bᵀ with A (r, in), N (r, r) or None, and B (out, r)
+
+    Of the experts of a mixture these are stacked, A (experts, r, in) and so on, and it has no dropout.
+    """
 
     A: Tensor
     N: Tensor | None
@@ -105,8 +109,8 @@ def together(branches: Sequence[Branch | Lora2Branch]) -> Branch | Lora2Branch:
     A, N, B, scalings, _ = zip(*[branch.collapsed for branch in branches], strict=True)
     core, scaling = None, scalings[0]
     if any(n is not None for n in N) or any(s != scaling for s in scalings):
-        core, scaling = torch.block_diag(*map(_scaled_core, A, N, scalings)), 1.0
-    return Branch(torch.cat(A), core, torch.cat(B, 1), scaling)
+        core, scaling = _diagonal(list(map(_scaled_core, A, N, scalings))), 1.0
+    return Branch(torch.cat(A, -2), core, torch.cat(B, -1), scaling)
 
 
 def decodes(linear: nn.Module, x: Tensor) -> bool:
@@ -123,8 +127,15 @@ def _scaled_core(A: Tensor, N: Tensor | None, scaling: float) -> Tensor:
     """s·N, or without N that of the identity, in fp32 at least: rounded to half precision it would be rounded twice."""
     if N is None:
         dtype = torch.promote_types(A.dtype, torch.float32)
-        return scaling * torch.eye(A.shape[0], dtype=dtype, device=A.device)
+        return scaling * torch.eye(A.shape[-2], dtype=dtype, device=A.device).expand(*A.shape[:-1], -1)
     return scaling * N.to(torch.promote_types(N.dtype, torch.float32))
+
+
+def _diagonal(cores: list[Tensor]) -> Tensor:
+    """The matrix that has these along its diagonal, or stacks of such matrices."""
+    ends = list(itertools.accumulate(core.shape[-1] for core in cores))
+    rows = [F.pad(core, (end - core.shape[-1], ends[-1] - end)) for core, end in zip(cores, ends, strict=True)]
+    return torch.cat(rows, -2)
 
 
 # Packages whose patched attention and MLP compute LoRA by themselves.

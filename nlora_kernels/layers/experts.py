@@ -1,34 +1,21 @@
 """The experts of transformers' mixtures and what adapters add to their two layers, each layer one grouped product."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from ..imports import when_imported
 from ..ops import lora_grouped_linear
 from . import branch as branches
-from .branch import tensor_of
+from . import engines
+from .branch import Branch, tensor_of
 
+# What transformers calls the way of this module, `model.set_experts_implementation("nlora_kernels")`.
+IMPLEMENTATION = "nlora_kernels"
 # The ways of transformers to compute one and the same; what else is chosen there is left alone.
-_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
+_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", IMPLEMENTATION)
 # What the modules have that transformers lets compute in any of these ways.
 _DESCRIBED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
-
-
-class ExpertsBranch(NamedTuple):
-    """s·((x·A_eᵀ)·N_eᵀ)·B_eᵀ for each expert e, with A (E, r, in), N (E, r, r) or None, and B (E, out, r)"""
-
-    A: Tensor
-    N: Tensor | None
-    B: Tensor
-    scaling: float
-
-    def product(self) -> Tensor:
-        """s·B_e·N_e·A_e, (E, out, in), in the adapter's dtype; half precision is rounded once, at the end."""
-        dtype = torch.promote_types(self.B.dtype, torch.float32)
-        A, N, B = (None if t is None else t.to(dtype) for t in self[:3])
-        return ((B if N is None else B @ N) @ A * self.scaling).to(self.B.dtype)
 
 
 def obstacle(experts: nn.Module) -> str | None:
@@ -46,6 +33,8 @@ def obstacle(experts: nn.Module) -> str | None:
         return f"its experts implementation is {chosen!r}"
     for name in (_first(experts), "down_proj"):
         weight = tensor_of(experts, name)
+        if engines.is_at_rest(weight):
+            return engines.AT_REST
         if not branches.is_dense(weight) or weight.dim() != 3:
             return f"its {name} is a {type(weight).__qualname__} of {weight.dtype}, not a dense tensor of 3 dimensions"
     return None
@@ -56,9 +45,7 @@ def layers_of(experts: nn.Module) -> tuple[str, str]:
     return _first(experts), "down_proj"
 
 
-def forward(
-    experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor, adapters: dict[str, ExpertsBranch]
-) -> Tensor:
+def forward(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor, adapters: dict[str, Branch]) -> Tensor:
     """y_t = Σ_j weights[t, j] · down_e(gate(up_e(x_t)))  with  e = index[t, j]
 
     Args:
@@ -84,11 +71,21 @@ def forward(
     return _Collect.apply(rows, order, inverse, k).to(x.dtype)
 
 
+@when_imported("transformers.integrations.moe")
+def _offer(moe) -> None:
+    """Has transformers know it as one of its ways, for experts without adapters, which no wrapper computes."""
+
+    def implementation(experts, hidden_states, top_k_index, top_k_weights):
+        return forward(experts, hidden_states, top_k_index, top_k_weights, {})
+
+    moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, implementation)
+
+
 def _first(experts: nn.Module) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def _layer(experts: nn.Module, name: str, x: Tensor, offsets: Tensor, branch: ExpertsBranch | None) -> Tensor:
+def _layer(experts: nn.Module, name: str, x: Tensor, offsets: Tensor, branch: Branch | None) -> Tensor:
     weight = tensor_of(experts, name)
     bias = tensor_of(experts, f"{name}_bias") if experts.has_bias else None
     if not torch.is_autocast_enabled(x.device.type):
@@ -100,7 +97,7 @@ def _layer(experts: nn.Module, name: str, x: Tensor, offsets: Tensor, branch: Ex
         # A layer without adapter has one of zeros: of rank 1 it costs as good as nothing.
         count, out_features, in_features = weight.shape
         zeros = weight.new_zeros(1).expand
-        branch = ExpertsBranch(zeros(count, 1, in_features), None, zeros(count, out_features, 1), 0.0)
+        branch = Branch(zeros(count, 1, in_features), None, zeros(count, out_features, 1), 0.0)
     return lora_grouped_linear(x, offsets, weight, branch.A, branch.B, branch.N, bias, scaling=branch.scaling)
 
 

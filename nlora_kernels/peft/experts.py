@@ -14,7 +14,7 @@ from .. import init
 from ..commit import commit
 from ..layers import branch as branches
 from ..layers import experts
-from ..layers.experts import ExpertsBranch
+from ..layers.branch import Branch
 from .config import NLoraConfig
 from .layer import check_finite
 from .nlora import HasCore, Kept
@@ -26,16 +26,16 @@ class FusedExperts(ParamWrapper):
     PEFT stands a wrapper about a module for each of its parameters, one about the other; lora_A holds a layer with
     weight (E·r, in), lora_B one with (out, r·E), in which the experts of one r lie side by side. The outermost wrapper
     computes the layers of transformers' experts as one grouped product each, with what the wrappers within it add.
-    Everything else, as several active adapters, experts of other kinds and parameters of two dimensions, runs as in
-    PEFT, which adds the product of the adapter to the parameter for the forward.
+    Everything else, as experts of other kinds and parameters of two dimensions, runs as in PEFT, which adds the product
+    of the adapter to the parameter for the forward.
     """
 
     # The types of the modules among the factors.
     factor_types: tuple[type[nn.Module], ...] = (nn.Linear,)
 
-    def branch(self, name: str) -> ExpertsBranch:
+    def branch(self, name: str) -> Branch:
         """What an adapter adds now."""
-        return ExpertsBranch(*self.matrices(name), self.scaling[name])
+        return Branch(*self.matrices(name), self.scaling[name])
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
         """(A (E, r, in), N (E, r, r) or None, B (E, out, r)) of an adapter, views of its weights."""
@@ -56,7 +56,7 @@ class FusedExperts(ParamWrapper):
         found = self._branches()
         return found if isinstance(found, str) else None
 
-    def _branches(self) -> dict[str, ExpertsBranch] | str:
+    def _branches(self) -> dict[str, Branch] | str:
         """What the wrappers from here inwards add, by the names of their parameters, or why it cannot be fused."""
         base = self.get_base_layer()
         if reason := experts.obstacle(base):
@@ -68,13 +68,12 @@ class FusedExperts(ParamWrapper):
             if layer is not self and (reason := branches.altered(layer)):
                 return f"the wrapper of {layer.parameter_name}: {reason}"
             active = [] if layer.merged else [name for name in layer.active_adapters if name in layer.lora_A]
-            if len(active) > 1:
-                return f"several adapters are active on {layer.parameter_name}: {', '.join(map(repr, active))}"
             for name in active:
                 for factor in layer.factors(name):
                     if reason := branches.obstacle_of(factor, layer.factor_types):
                         return f"a matrix of adapter {name!r} cannot be fused: {reason}"
-                found[layer.parameter_name] = layer.branch(name)
+            if active:
+                found[layer.parameter_name] = branches.together([layer.branch(name) for name in active])
             layer = layer.base_layer
         return found
 
@@ -106,9 +105,9 @@ class FusedExperts(ParamWrapper):
 
     def get_delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
         """(left, right, scaling), whose product is what the adapter adds to the parameter."""
-        A, N, B, scaling = self.branch(adapter_name)
+        A, N, B, scaling, _ = self.branch(adapter_name)
         dtype = self.get_param().dtype
-        left, right = (B if N is None else B @ N).to(dtype), A.to(dtype)
+        left, right = (B if N is None else B.to(N.dtype) @ N).to(dtype), A.to(dtype)
         if not self._did_swap_in_out_features:
             left, right = right.transpose(1, 2), left.transpose(1, 2)
         return left, right, scaling
@@ -212,15 +211,16 @@ class NLoraExperts(HasCore, FusedExperts):
         if name not in self.lora_N:
             return A, N, B
         N = self._A(self.lora_N[name].weight)
-        if name not in self.lora_N0:
-            return A, N, B
-        N0 = self._A(self.lora_N0[name].weight)
+        if name in self.lora_N0 and name not in self.lora_A0:
+            N = N - self._A(self.lora_N0[name].weight)
+        return A, N, B
+
+    def branch(self, name: str) -> Branch:
+        own = super().branch(name)
         if name not in self.lora_A0:
-            return A, N - N0, B
-        A0, B0 = self._A(self.lora_A0[name].weight), self._B(self.lora_B0[name].weight)
-        zeros = torch.zeros_like(N)
-        core = torch.cat([torch.cat([N, zeros], 2), torch.cat([zeros, -N0], 2)], 1)
-        return torch.cat([A, A0], 1), core, torch.cat([B, B0], 2)
+            return own
+        A0, N0, B0 = (kept[name].weight for kept in (self.lora_A0, self.lora_N0, self.lora_B0))
+        return branches.together([own, Branch(self._A(A0), self._A(N0), self._B(B0), -own.scaling)])
 
     def factors(self, name: str) -> tuple[nn.Module, ...]:
         A, B = super().factors(name)
