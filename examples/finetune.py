@@ -19,6 +19,11 @@ is a run of the NLoRA paper (arXiv 2502.14482); examples/presets has those of it
 humaneval asks the trained model the questions of a benchmark, those of a preset included: by greedy decoding, with
 exact match, or pass@1 where the answers are programs. Those are only run with --run-generated-code.
 
+    torchrun --standalone --nproc-per-node 4 examples/finetune.py --fsdp --tp 2
+
+trains on several processes: by DDP without flags, with a part of every weight on each by --fsdp, with every layer
+split over N of them by --tp N. Each has batches of its own, but for those that share a layer.
+
 Ctrl-C ends the training after the step it is in and saves the adapter and a checkpoint; the same command with --resume
 goes on from there, to the same end as a run that was never stopped. --save-steps writes checkpoints on the way.
 """
@@ -32,9 +37,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes import evaluation, runs
+from recipes import evaluation, processes, runs
 from recipes.arguments import add_optimisation, import_all, parse, real, whole
 from recipes.methods import ADAPTERS, METHODS, REWRITES_BASE, adapter_config, add_methods, check_methods
+from recipes.processes import ALONE, Processes
 from recipes.runs import INTERRUPTED, check_output, last_checkpoint
 from recipes.sources import check_model, load_model
 from recipes.text import Example, encode, load_examples
@@ -70,11 +76,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs"), help="folder for the adapters")
     add("--save-steps", type=whole(1), metavar="N", help="write a checkpoint for --resume every N steps")
     add("--resume", action="store_true", help="go on from the checkpoints of a run that was stopped")
+    processes.add_processes(parser)
     args = parse(parser, "finetune", argv)
     check_methods(parser, args)
+    processes.check_processes(parser, args)
     args.method += ["peft-lora"] if args.compare else []
     if args.load and (found := [method for method in args.method if method in REWRITES_BASE]):
         parser.error(f"argument --load: {found[0]} changes the base weights, and those of {args.load} stay as they are")
+    if args.tp > 1 and (found := [method for method in args.method if method in REWRITES_BASE]):
+        parser.error(f"argument --tp: {found[0]} decomposes base weights, of which a process has a part")
     if args.data == "stdlib" and args.prompt is None:
         args.prompt = "{query}\n"
     if args.prompt and "{query}" not in args.prompt:
@@ -116,7 +126,7 @@ def heldout_loss(model, heldout: list[dict], name: str) -> float:
     from tqdm.auto import tqdm
 
     total, count = 0.0, 0
-    with torch.inference_mode():
+    with torch.no_grad():
         for batch in tqdm(heldout, desc=f"held-out loss, {name}", leave=False):
             tokens = int((batch["labels"][:, 1:] != -100).sum())
             total += float(model(**batch).loss) * tokens
@@ -127,7 +137,7 @@ def heldout_loss(model, heldout: list[dict], name: str) -> float:
 def logits(model, batch: dict):
     import torch
 
-    with torch.inference_mode():
+    with torch.no_grad():
         return model(**batch).logits.float()
 
 
@@ -137,7 +147,7 @@ def sample(model, tokenizer, prompt: list[int]) -> str:
 
     ids = torch.tensor([prompt], device=model.device)
     mask = torch.ones_like(ids)
-    with torch.inference_mode():
+    with torch.no_grad():
         out = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=40, pad_token_id=tokenizer.pad_token_id
         )
@@ -160,15 +170,30 @@ def check(what: str, model, folder: Path, batch: dict, trained, plain) -> bool:
     import torch
     from peft import PeftModel
 
+    # None, unless several processes have summed in another order before.
+    rounding = float((logits(model, batch) - plain).norm())
     loaded = PeftModel.from_pretrained(model, folder).eval()
     error, change = (float(t.norm()) for t in (logits(loaded, batch) - trained, trained - plain))
     loaded.unload()
-    # Half the digits of the adapter's part, beside one rounding of the whole: other kernels may compute the loaded
-    # adapter. A missing or misread matrix comes out above.
+    # Half the digits of the adapter's part, beside one rounding of the whole and twice what the base model's is off:
+    # other kernels may compute the loaded adapter. A missing or misread matrix comes out above.
     eps = torch.finfo(model.dtype).eps
-    limit = min(math.sqrt(eps) * change + eps * float(trained.norm()), change / 2)
+    limit = min(math.sqrt(eps) * change + eps * float(trained.norm()) + 2 * rounding, change / 2)
     agrees = error <= limit
     print(f"{what} agrees" if agrees else f"{what} DISAGREES: logits are off by {error:.2e} (norm), limit {limit:.2e}")
+    return agrees
+
+
+def agree(method: str, model, folder: Path, batch: dict, trained, plain, base: dict, args) -> bool:
+    """Whether the saved adapter and its export compute on the base model what was trained."""
+    from nlora_kernels import checkpoint
+
+    agrees = check("reloaded adapter", model, folder, batch, trained, plain)
+    model.load_state_dict(base, strict=False)
+    if method not in ("peft-lora", *REWRITES_BASE):
+        exported = args.output / f"{method}-as-lora"
+        checkpoint.to_lora(folder, exported)
+        agrees &= check("vanilla export", model, exported, batch, trained, plain)
     return agrees
 
 
@@ -177,30 +202,30 @@ class Measured(NamedTuple):
     passed: bool
 
 
-def run(method: str, model, tokenizer, task: Task, base_loss: float, args) -> Measured:
-    """Trains, saves, reloads and checks one adapter. The model is as before at the end."""
+def run(method: str, model, tokenizer, task: Task, base_loss: float, args, group: Processes = ALONE) -> Measured:
+    """Trains, saves, reloads and checks one adapter. The model is as before at the end, unless it is in parts."""
     import transformers
-
-    from nlora_kernels import checkpoint
 
     start = time.perf_counter()
     transformers.set_seed(args.seed)
     batch = task.heldout[0]
     plain = logits(model, batch)
-    base = {name: p.clone() for name, p in model.state_dict().items()} if method in REWRITES_BASE else {}
+    rewritten = method in REWRITES_BASE and not group.apart
+    base = {name: p.clone() for name, p in model.state_dict().items()} if rewritten else {}
     adapted = adapted_model(model, method, args)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     lr = args.lr or METHODS[method].lr
     print(f"\n== {method}: {trainable:,} trainable parameters, learning rate {lr:g}")
 
+    group.shard(adapted)
     first = heldout_loss(adapted, task.heldout, "step 0")
     print(f"held-out loss at step 0 {first:.4f}")
-    args.steps, args.epochs = runs.count_steps(len(task.train), args), None
+    args.steps, args.epochs = runs.count_steps(len(task.train) / group.batches, args), None
     settings = {"train_sampling_strategy": "group_by_length", "label_names": ["labels"], "logging_steps": 10}
     data = {"train_dataset": task.train, "data_collator": task.collate}
-    trained = runs.train(adapted, method, lr, args, **data, **settings)
+    trained = runs.train(adapted, method, lr, args, group, **data, **settings)
     folder = args.output / method
-    checkpoint.save(adapted, folder, save_embedding_layers=False)
+    group.save(adapted, folder)
     if trained.step < trained.steps:
         last = last_checkpoint(folder)
         on = (
@@ -208,7 +233,7 @@ def run(method: str, model, tokenizer, task: Task, base_loss: float, args) -> Me
         )
         print(f"interrupted at step {trained.step} of {trained.steps}: the adapter is saved in {folder}; {on}")
         raise SystemExit(INTERRUPTED)
-    while last := last_checkpoint(folder):
+    while group.first and (last := last_checkpoint(folder)):
         shutil.rmtree(last)
 
     last = heldout_loss(adapted, task.heldout, "end")
@@ -216,18 +241,18 @@ def run(method: str, model, tokenizer, task: Task, base_loss: float, args) -> Me
     improved = last < base_loss
     print(f"held-out loss at the end {last:.4f}, {'' if improved else 'NOT '}below the base model's {base_loss:.4f}")
     print(f"after:  {sample(adapted, tokenizer, task.prompt)}")
-    scores = benchmark_scores(adapted, tokenizer, task, args, folder)
+    scores = benchmark_scores(adapted, tokenizer, task, args, folder if group.first else None)
 
     expected = logits(adapted, batch)
-    # The base model without a second load: an adapter leaves no trace in it.
-    adapted.unload()
-    model.load_state_dict(base, strict=False)
-    agrees = check("reloaded adapter", model, folder, batch, expected, plain)
-    model.load_state_dict(base, strict=False)
-    if method not in ("peft-lora", *REWRITES_BASE):
-        exported = args.output / f"{method}-as-lora"
-        checkpoint.to_lora(folder, exported)
-        agrees &= check("vanilla export", model, exported, batch, expected, plain)
+    if not group.apart:
+        # The base model without a second load: an adapter leaves no trace in it.
+        adapted.unload()
+        model.load_state_dict(base, strict=False)
+    elif group.first:
+        # In parts it stays as it is.
+        model, _ = load_model(args)
+    agrees = not group.first or agree(method, model, folder, batch, expected, plain, base, args)
+    group.wait()
     minutes = (time.perf_counter() - start) / 60
     entry = {"method": method, "lr": lr, "settings": runs.settings_of(args), "trained": trainable}
     entry |= {"metrics": {"base_loss": base_loss, "first_loss": first, "loss": last, **scores}, "minutes": minutes}
@@ -249,21 +274,22 @@ def benchmark_scores(model, tokenizer, task: Task, args, folder: Path | None = N
 def main(argv=None) -> int:
     args = parse_args(argv)
     try:
-        return finetune(args)
+        check_output(args)
+        check_model(args.model)
+        examples = load_examples(args)
+        benchmarks = {name: evaluation.load(name, args.eval_data, args.eval_size) for name in args.eval}
+        if args.run_generated_code:
+            print("WARNING: programs that the model writes are run on this machine, with your rights.", file=sys.stderr)
+        import_all("torch", "transformers", "tqdm", "nlora_kernels.peft", "nlora_kernels.trainer")
+        with processes.joined(args) as group:
+            return finetune(args, group, *examples, benchmarks)
     except KeyboardInterrupt:
         print("interrupted while no adapter was in training")
         return INTERRUPTED
 
 
-def finetune(args) -> int:
+def finetune(args, group: Processes, train_examples, heldout_examples, benchmarks) -> int:
     start = time.perf_counter()
-    check_output(args)
-    check_model(args.model)
-    train_examples, heldout_examples = load_examples(args)
-    benchmarks = {name: evaluation.load(name, args.eval_data, args.eval_size) for name in args.eval}
-    if args.run_generated_code:
-        print("WARNING: programs that the model writes are run on this machine, with your rights.", file=sys.stderr)
-    import_all("torch", "transformers", "tqdm", "nlora_kernels.peft", "nlora_kernels.trainer")
     model, tokenizer = load_model(args)
     task = make_task(train_examples, heldout_examples, tokenizer, model.device, args)._replace(benchmarks=benchmarks)
     base_loss = heldout_loss(model, task.heldout, "base")
@@ -272,8 +298,12 @@ def finetune(args) -> int:
     print(f"before: {sample(model, tokenizer, task.prompt)}")
     benchmark_scores(model, tokenizer, task, args)
 
-    measured = [run(method, model, tokenizer, task, base_loss, args) for method in args.method]
-    runs.write_result(args.result, [entry for entry, _ in measured])
+    measured = []
+    for method in args.method:
+        own = group.split(load_model(args)[0]) if group.apart else model
+        measured.append(run(method, own, tokenizer, task, base_loss, args, group))
+    if group.first:
+        runs.write_result(args.result, [entry for entry, _ in measured])
     columns = ["method", "lr", "trainable", "held-out loss: base", "step 0", "end", *args.eval]
     columns += ["tokens/s", "minutes", "peak MiB"]
     print(f"\n| {' | '.join(columns)} |\n|" + "---|" * len(columns))

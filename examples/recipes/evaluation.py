@@ -86,7 +86,7 @@ def generate(model, tokenizer, queries: list[str], prompt: str | None, *, tokens
         pad = tokenizer.pad_token_id
         rows = torch.tensor([[pad] * (width - len(ids[n])) + ids[n] for n in chosen], device=model.device)
         mask = torch.tensor([[0] * (width - len(ids[n])) + [1] * len(ids[n]) for n in chosen], device=model.device)
-        with torch.inference_mode():
+        with torch.no_grad():
             out = model.generate(
                 input_ids=rows, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=pad
             )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from .arguments import OPTIMIZERS, read_object
 from .methods import prepare_trainer
+from .processes import ALONE, Processes, on_cpu
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -59,8 +60,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def count_steps(examples: int, args) -> int:
-    """Optimizer steps of a run, --epochs being turned into them."""
+def count_steps(examples: float, args) -> int:
+    """Optimizer steps of a run on so many examples a process, --epochs being turned into them."""
     return math.ceil(args.epochs * examples / (args.batch_size * args.accumulation)) if args.epochs else args.steps
 
 
@@ -78,7 +79,9 @@ class Trained(NamedTuple):
         return [[entry["step"], entry["loss"]] for entry in self.trainer.state.log_history if "loss" in entry]
 
 
-def train(model, method: str, lr: float, args, *, train_dataset, data_collator, **settings) -> Trained:
+def train(
+    model, method: str, lr: float, args, group: Processes = ALONE, *, train_dataset, data_collator, **settings
+) -> Trained:
     """Trains in place, to the end or to the step at which Ctrl-C comes. args.steps counts."""
     import torch
     import transformers
@@ -93,7 +96,9 @@ def train(model, method: str, lr: float, args, *, train_dataset, data_collator, 
 
         def on_step_end(self, args, state, control, **kwargs):
             if self.asked:
-                control.should_save = control.should_training_stop = True
+                control.should_training_stop = True
+                # The optimizer of a model in parts is not saved.
+                control.should_save = not group.apart
 
     arguments = transformers.TrainingArguments(
         output_dir=args.output / method,
@@ -113,9 +118,13 @@ def train(model, method: str, lr: float, args, *, train_dataset, data_collator, 
         save_total_limit=1,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=on_cpu(),
         **settings,
     )
     trainer = transformers.Trainer(model, arguments, train_dataset=train_dataset, data_collator=data_collator)
+    if group.apart:
+        # By which those that share a layer are given the same batches.
+        trainer.accelerator.state.device_mesh = group.mesh
     prepare_trainer(trainer, method, args)
     stop = StopWhenAsked()
     trainer.add_callback(stop)
@@ -179,7 +188,7 @@ def write_result(file: Path | None, entries: list[dict]) -> None:
 
 def settings_of(args) -> dict:
     """The arguments as JSON; of files and folders their names, whatever machine they are on."""
-    left_out = ("output", "result", "resume", "save_steps", "preset", "method")
+    left_out = ("output", "result", "resume", "save_steps", "preset", "method", "tp", "fsdp")
     return {name: without_place(value) for name, value in vars(args).items() if name not in left_out}
 
 
