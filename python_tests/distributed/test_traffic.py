@@ -3,14 +3,20 @@
 import collections
 import sys
 
+import peft
 import pytest
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
 from python_tests import ROOT
 from python_tests.distributed import engines
+from python_tests.peft.adapters import config
 from python_tests.ranks import needs_gloo, run
-from python_tests.tiny import tokens
+from python_tests.tiny import llama, tokens
 
 sys.path.insert(0, str(ROOT / "examples"))
 from recipes import traffic  # noqa: E402
@@ -22,8 +28,11 @@ KINDS = {
     "_allgather_base_": ("all_gather", 0),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
     "allreduce_": ("all_reduce", 0),
+    "all_reduce": ("all_reduce", 0),
     "broadcast_": ("broadcast", 0),
 }
+# Those that send nothing.
+SILENT = ("wait_tensor", "_wrap_tensor_autograd")
 
 
 class Counted(TorchDispatchMode):
@@ -34,21 +43,50 @@ class Counted(TorchDispatchMode):
         self.bytes: collections.Counter[str] = collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
+        if any(hasattr(kind, "device_mesh") for kind in types):
+            return NotImplemented
+        name = func._schema.name.partition("::")[2]
+        if func.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
             # A collective that is not known here must not pass for none.
-            kind, place = KINDS[func._schema.name.partition("::")[2]]
+            kind, place = KINDS[name]
             whole = args[place] if isinstance(args[place], list) else [args[place]]
             self.bytes[kind] += sum(t.numel() * t.element_size() for t in whole)
         return func(*args, **(kwargs or {}))
 
 
-def modelled(engine: str, model, ranks: int) -> dict[str, int]:
-    blocks = model.base_model.model.model.layers
+def total(*parts: dict[str, int]) -> dict[str, int]:
+    found = collections.Counter()
+    for part in parts:
+        found.update(part)
+    return dict(found)
+
+
+def blocks(model):
+    return model.base_model.model.model.layers
+
+
+def modelled(engine: str, method: str, ranks: int) -> dict[str, int]:
+    model = engines.build(method)
     if engine == "ddp":
         return traffic.ddp(model)
     replicas = 2 if engine == "hsdp" else 1
-    options = {"replicas": replicas, "reshard": engine != "fsdp2_kept"}
-    return traffic.fsdp2(model, blocks, ranks // replicas, **options)
+    reshard = engine != "fsdp2_kept"
+    pruned = [traffic.pruning(model, replicas, reshard=reshard)] if method.endswith("_pruned") else []
+    return total(traffic.fsdp2(model, blocks(model), ranks // replicas, replicas=replicas, reshard=reshard), *pruned)
+
+
+def counted(prepared, model, rows, allocator=None) -> dict[str, int]:
+    """Of the last of three steps."""
+    for _ in range(3):
+        # DDP finds its buckets in the first step and tells the ranks of them in the second.
+        with Counted() as found:
+            loss = prepared.model(input_ids=rows, labels=rows).loss
+            prepared.backward(loss + orthogonal_penalty(model) if allocator else loss)
+            optimizer = prepared.step()
+            if allocator:
+                allocator.step()
+            optimizer.zero_grad()
+    return dict(found.bytes)
 
 
 def count(rank, cells):
@@ -56,26 +94,65 @@ def count(rank, cells):
     rows = tokens(batch=engines.ROWS).chunk(ranks)[rank]
     found = {}
     for engine, method in cells:
-        prepared = engines.ENGINES[engine](engines.build(method))
-        for _ in range(3):
-            # DDP finds its buckets in the first step and tells the ranks of them in the second.
-            with Counted() as counted:
-                prepared.backward(prepared.model(input_ids=rows, labels=rows).loss)
-                prepared.step().zero_grad()
-        found[engine, method] = dict(counted.bytes)
+        model = engines.build(method)
+        prepared = engines.ENGINES[engine](model)
+        pruned = method.endswith("_pruned") and engine != "ddp"
+        found[engine, method] = counted(prepared, model, rows, RankAllocator(model, **SCHEDULE) if pruned else None)
     return found
 
 
-CELLS = [(engine, method) for engine in ("ddp", "fsdp2", "fsdp2_kept") for method in ("nlora_residual", "lora2")]
+# No step masks, and all of them score.
+SCHEDULE = {"target_rank": 1, "total_steps": 9, "t_init": 4, "t_final": 1, "delta_t": 1}
+CELLS = [(engine, method) for engine in ("ddp", "fsdp2", "fsdp2_kept") for method in ("nlora_residual", "lora2_pruned")]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_bytes_of_a_step_are_those_that_are_counted(ranks, request):
     if ranks == 4 and not request.config.getoption("--engines"):
         pytest.skip("needs --engines")
-    cells = CELLS + ([("hsdp", "lora2")] if ranks == 4 else [])
+    cells = CELLS + ([("hsdp", "lora2_pruned")] if ranks == 4 else [])
     for (engine, method), found in run(count, ranks, cells).items():
-        assert found == modelled(engine, engines.build(method), ranks), (engine, method)
+        assert found == modelled(engine, method, ranks), (engine, method)
+
+
+COLUMN_WISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+ROW_WISE = ("self_attn.o_proj", "mlp.down_proj")
+# So few tokens that theirs are fewer values than the matrices of some adapters, and more than those of others.
+LENGTHS = (5, 40)
+
+
+def layers(model, names):
+    return [block.get_submodule(name) for block in blocks(model) for name in names]
+
+
+def split(rank, methods, beside_fsdp2):
+    """{method, length of a row: (bytes counted, bytes expected)}"""
+    ranks = dist.get_world_size()
+    shape = (ranks // 2, 2) if beside_fsdp2 else (1, ranks)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+    plan = {f"model.layers.*.{name}": ColwiseParallel() for name in COLUMN_WISE}
+    plan |= {f"model.layers.*.{name}": RowwiseParallel() for name in ROW_WISE}
+    found = {}
+    for method in methods:
+        whole = engines.build(method)
+        model = peft.get_peft_model(parallelize_module(llama(), mesh["tp"], plan), config(method)).train()
+        parts = [traffic.fsdp2(model, blocks(model), ranks // 2)] if beside_fsdp2 else []
+        if beside_fsdp2:
+            for unit in (*blocks(model), model):
+                fully_shard(unit, mesh=mesh["dp"])
+        for length in LENGTHS:
+            rows = tokens(batch=2, length=length)
+            prepared = engines.one(model)
+            sizes = {"columns": layers(whole, COLUMN_WISE), "rows": layers(whole, ROW_WISE), "tokens": rows.numel()}
+            expected = traffic.tensor_parallel(**sizes, first=sizes["columns"][:3])
+            found[method, length] = counted(prepared, model, rows), total(expected, *parts)
+    return found
+
+
+@pytest.mark.parametrize("ranks, beside_fsdp2", [(2, False), (4, True)])
+def test_the_bytes_of_split_layers_are_those_that_are_counted(ranks, beside_fsdp2):
+    for case, (found, expected) in run(split, ranks, ("lora", "nlora", "inttune", "lora2"), beside_fsdp2).items():
+        assert found == expected, case
 
 
 @pytest.mark.parametrize(
