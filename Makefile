@@ -21,7 +21,7 @@ demo: $(READY)
 QUALITY = bench/results/quality
 LANGUAGE = lora pissa slora slora_gaussian nlora inttune lora2
 # Of each method's own rate: of the first three, all methods but LoRA² were best at the largest on stories260K.
-RATES = --factors 0.3 1 3 10
+RATES = --factors 0.3 1 3 10 --search-seeds 1
 study: $(READY)
 	@test -d "$(DATA)/glue" || { echo "study: DATA must be a folder with glue/, lm/, gsm8k/ and models/, got '$(DATA)'"; exit 2; }
 	$(PYTHON) examples/compare.py $(QUALITY)-stories260k.json --script finetune --methods $(LANGUAGE) $(RATES) --check 1 $(FLAGS) -- \
@@ -31,7 +31,7 @@ study: $(READY)
 	for task in sst2 mrpc rte; do \
 		$(PYTHON) examples/compare.py $(QUALITY)-minilm-$$task.json $(RATES) --check 1 $(FLAGS) \
 			--methods full bitfit lora pissa adalora sora slora slora_gaussian nlora inttune lora2 -- \
-			--task $$task --data $(DATA)/glue --target-rank 4 --max-length 64 || exit; \
+			--task $$task --data $(DATA)/glue --target-rank 4 --max-length 64 --group-by-length || exit; \
 	done
 	$(PYTHON) examples/compare.py $(QUALITY)-smollm2.json --script finetune $(RATES) --check 1 $(FLAGS)
 

@@ -3,9 +3,10 @@ r"""Compare methods over learning rates, ranks and seeds on one task, and draw t
     python examples/compare.py study.json --methods lora nlora lora2 --seeds 0 1 2 -- --task sst2 --data glue_data
 
 runs examples/glue.py (or, with --script finetune, examples/finetune.py) once for each method, rate, rank and seed; what
-follows -- goes to every run. Every method has the same number of rates: its own default times each of --factors. Runs
-that study.json has already are not run again, so that the same command goes on after Ctrl-C; --jobs run at once. At the
-end the table is printed and written, with curves of the loss and a forest plot, as `nlora-kernels plot study` does.
+follows -- goes to every run. Every method has the same number of rates: its own default times each of --factors. With
+--search-seeds N they are tried on the first N seeds, and the further seeds run at the best of them alone. Runs that
+study.json has already are not run again, so that the same command goes on after Ctrl-C; --jobs run at once. At the end
+the table is printed and written, with curves of the loss and a forest plot, as `nlora-kernels plot study` does.
 
 --check N runs N of the finished cells again and compares their numbers.
 """
@@ -52,11 +53,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--factors", nargs="+", type=real(0), default=[0.3, 1.0, 3.0], help="of each method's own learning rate")
     add("--ranks", nargs="+", type=whole(1), default=[8])
     add("--seeds", nargs="+", type=whole(0, 2**32 - 1), default=[0, 1, 2])
+    add("--search-seeds", type=whole(1), metavar="N", help="try the rates on the first N seeds (default: on all)")
     add("--jobs", type=whole(1), default=1, help="runs at once, each with its share of the cores")
     add("--metric", help="(default: the task's first, or the held-out loss)")
     add("--check", type=whole(0), default=0, metavar="N", help="run N finished cells again and compare")
     args = parser.parse_args(own)
-    args.rest = rest
+    args.rest, args.search_seeds = rest, args.search_seeds or len(args.seeds)
     if args.script == "finetune" and (wrong := [m for m in args.methods if m not in ADAPTERS]):
         parser.error(f"argument --methods: {wrong[0]} is not for --script finetune")
     own = {"--method", "--lr", "--rank", "--seed", "--result", "--output"}
@@ -71,12 +73,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def cells(args) -> list[Cell]:
-    """Seeds last: a study that is stopped early has whole methods at few seeds and not few methods."""
+def cells(args, seeds: list[int]) -> list[Cell]:
+    """Every method, rank and rate. Seeds last: a study that is stopped early has all methods at few seeds."""
     rates = {m: METHODS[m].lr if args.script == "finetune" else METHODS[m].glue_lr for m in args.methods}
     return [
         Cell(method, rank, float(f"{factor * rates[method]:.3g}"), seed)
-        for seed in args.seeds
+        for seed in seeds
         for rank in args.ranks
         for method in args.methods
         for factor in args.factors
@@ -105,6 +107,20 @@ def load_study(args) -> dict:
     return study
 
 
+def environment(jobs: int) -> dict[str, str]:
+    """That of every run, in which the same run has the same numbers.
+
+    What a layer takes to compute rests on times in the cache folder, and other ways have other last bits: without one
+    those built in hold. The folders of others are where they were.
+    """
+    own = os.environ
+    caches = Path(own.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    others = {"OMP_NUM_THREADS": str(threads), "HF_HOME": f"{caches / 'huggingface'}"}
+    others["MPLCONFIGDIR"] = f"{caches / 'matplotlib'}"
+    return others | own | {"XDG_CACHE_HOME": os.devnull}
+
+
 def run(cell: Cell, args) -> dict:
     """One run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -112,9 +128,7 @@ def run(cell: Cell, args) -> dict:
         command = [sys.executable, str(Path(__file__).with_name(f"{args.script}.py")), *args.rest]
         command += ["--method", cell.method, "--rank", cell.rank, "--lr", cell.lr, "--seed", cell.seed]
         command += ["--output", folder, "--result", result]
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(args.jobs))
         # Status 1 is of a run that ended: its loss did not fall, or its export disagrees.
         if not result.exists():
             last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
@@ -147,11 +161,15 @@ def main(argv=None) -> int:
     from nlora_kernels import study as report
 
     study = load_study(args)
-    every = cells(args)
+    search = cells(args, args.seeds[: args.search_seeds])
+    every, further = list(search), args.seeds[args.search_seeds :]
 
     def keep(cell: Cell, entry: dict) -> None:
         study["cells"][cell.key] = entry
         cache.write(args.study, json.dumps(study, indent=1) + "\n")
+
+    def run_missing() -> None:
+        run_all([cell for cell in every if cell.key not in study["cells"]], args, keep)
 
     same = True
 
@@ -160,13 +178,20 @@ def main(argv=None) -> int:
         kept = study["cells"][cell.key]
         agrees = (entry["metrics"], entry["curve"]) == (kept["metrics"], kept["curve"])
         same &= agrees
-        print(f"{cell.key}: {'the same numbers again' if agrees else 'OTHER NUMBERS'}")
+        where = "" if entry["machine"] == kept.get("machine") else " (kept ones of other conditions)"
+        print(f"{cell.key}: {'the same numbers again' if agrees else 'OTHER NUMBERS'}{where}")
 
     try:
-        run_all([cell for cell in every if cell.key not in study["cells"]], args, keep)
+        run_missing()
+        if further:
+            found = {cell.key: study["cells"][cell.key] for cell in search}
+            best = {(row.method, row.rank): row.lr for row in report.rows(study | {"cells": found})}
+            every += [cell for cell in cells(args, further) if cell.lr == best[cell.method, cell.rank]]
+            run_missing()
         run_all(every[: args.check], args, compare)
     except KeyboardInterrupt:
-        print(f"stopped with {len(study['cells'])} of {len(every)} runs; the same command goes on", file=sys.stderr)
+        total = len(search) + len(further) * len(args.methods) * len(args.ranks)
+        print(f"stopped with {len(study['cells'])} of {total} runs; the same command goes on", file=sys.stderr)
         return 130
     try:
         report.plot(args.study)

@@ -256,8 +256,7 @@ def run(method: str, model, tokenizer, task: Task, base_loss: float, args, group
     minutes = (time.perf_counter() - start) / 60
     entry = {"method": method, "lr": lr, "settings": runs.settings_of(args), "trained": trainable}
     entry |= {"metrics": {"base_loss": base_loss, "first_loss": first, "loss": last, **scores}, "minutes": minutes}
-    entry |= {"seconds": trained.seconds, "tokens_per_second": trained.speed, "peak_bytes": trained.peak}
-    return Measured(entry | {"curve": trained.curve}, improved and agrees)
+    return Measured(entry | trained.measures, improved and agrees)
 
 
 def benchmark_scores(model, tokenizer, task: Task, args, folder: Path | None = None) -> dict[str, float]:

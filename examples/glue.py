@@ -38,6 +38,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_optimisation(parser, scheduler="linear", warmup=0.06, steps=300, batch_size=32)
     add("--max-length", type=whole(2), default=128)
     add("--train-size", type=whole(1), help="at most this many training examples")
+    add("--group-by-length", action="store_true", help="batches of sentences of like length: less padding, less time")
     add("--output", type=Path, default=Path("runs/glue"))
     args = parse(parser, "glue", argv)
     check_methods(parser, args)
@@ -126,8 +127,9 @@ def run(method: str, args, task: glue.Task, train: list[dict], heldout: dict[str
     model = prepared(load_classifier(args, task), method, args)
     collate = transformers.DataCollatorWithPadding(tokenizer)
     lr = args.lr or METHODS[method].glue_lr
-    logging = {"logging_steps": max(1, args.steps // 50), "per_device_eval_batch_size": 64, "disable_tqdm": True}
-    done = runs.train(model, method, lr, args, train_dataset=train, data_collator=collate, **logging)
+    settings = {"logging_steps": max(1, args.steps // 50), "per_device_eval_batch_size": 64, "disable_tqdm": True}
+    settings["train_sampling_strategy"] = "group_by_length" if args.group_by_length else "random"
+    done = runs.train(model, method, lr, args, train_dataset=train, data_collator=collate, **settings)
     if done.step < done.steps:
         raise SystemExit(runs.INTERRUPTED)
     metrics = {}
@@ -144,8 +146,7 @@ def run(method: str, args, task: glue.Task, train: list[dict], heldout: dict[str
     done.trainer.save_state()
     trained, kept = count_parameters(model)
     entry = {"method": method, "lr": lr, "settings": runs.settings_of(args), "trained": trained, "kept": kept}
-    entry |= {"metrics": metrics, "seconds": done.seconds, "tokens_per_second": done.speed, "peak_bytes": done.peak}
-    entry |= {"curve": done.curve}
+    entry |= {"metrics": metrics, **done.measures}
     if method == "lora2" and args.target_rank:
         entry["agrees"] = compressed_agrees(
             model.eval(), folder, args, task, collate(heldout[next(iter(heldout))][:16])

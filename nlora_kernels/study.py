@@ -2,17 +2,23 @@
 
 A study is what examples/compare.py writes: {"metric": name, "higher_is_better": bool, "cells": {key: cell}}. A cell is
 one run with "method", "rank", "lr", "seed", "metrics", "trained", "seconds", "tokens_per_second", "peak_bytes" and
-"curve".
+"curve"; "kept" of the trained parameters are left after pruning. Its times are figures only where it says that
+"others", the cores that other programs kept busy meanwhile, were none; "machine" is what it ran on.
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import plotting
 
-HEADER = ["method", "rank", "lr", "rates", "n", "mean", "sd", "trained", "seconds", "tokens/s", "peak MiB"]
+BASELINE = "lora"
+HEADER = ["method", "rank", "lr", "rates", "n", "mean", "sd", f"less {BASELINE}'s"]
+HEADER += ["trained", "kept", "seconds", "tokens/s", "peak MiB"]
+# Cores that others may keep busy while a time is measured.
+QUIET = 0.1
 
 
 class Row(NamedTuple):
@@ -21,7 +27,7 @@ class Row(NamedTuple):
     method: str
     rank: int
     lr: float
-    rates: list[float]  # that were tried
+    rates: dict[float, int]  # that were tried, on so many seeds
     values: list[float]  # of the metric, by seed
     cells: list[dict[str, Any]]
 
@@ -32,10 +38,15 @@ class Row(NamedTuple):
     @property
     def sd(self) -> float:
         """Of a sample; not a number of one run."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else float("nan")
+        return _sd(self.values)
 
     def mean_of(self, name: str) -> float:
         return statistics.fmean(cell[name] for cell in self.cells)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether its times are of a machine that did nothing else."""
+        return all(cell.get("others") is not None and cell["others"] <= QUIET for cell in self.cells)
 
     @property
     def edge(self) -> str:
@@ -44,7 +55,16 @@ class Row(NamedTuple):
             return ""
         return {max(self.rates): " ↑", min(self.rates): " ↓"}.get(self.lr, "")
 
-    def cells_of_table(self) -> list[str]:
+    def less(self, other: "Row") -> list[float]:
+        """The differences to another row on the seeds of both."""
+        theirs = {cell["seed"]: value for cell, value in zip(other.cells, other.values, strict=True)}
+        ours = {cell["seed"]: value for cell, value in zip(self.cells, self.values, strict=True)}
+        return [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+
+    def cells_of_table(self, baseline: "Row | None" = None) -> list[str]:
+        differences = self.less(baseline) if baseline and baseline is not self else []
+        times = [f"{self.mean_of('seconds'):.1f}", f"{self.mean_of('tokens_per_second'):.0f}"]
+        kept = self.mean_of("kept") if all("kept" in cell for cell in self.cells) else self.mean_of("trained")
         return [
             self.method,
             str(self.rank),
@@ -53,11 +73,17 @@ class Row(NamedTuple):
             str(len(self.values)),
             f"{self.mean:.4f}",
             "" if len(self.values) < 2 else f"{self.sd:.4f}",
+            f"{statistics.fmean(differences):+.4f} ± {_sd(differences):.4f}" if len(differences) > 1 else "",
             f"{self.mean_of('trained'):,.0f}",
-            f"{self.mean_of('seconds'):.1f}",
-            f"{self.mean_of('tokens_per_second'):.0f}",
+            f"{kept:,.0f}",
+            *(times if self.quiet else ["", ""]),
             f"{self.mean_of('peak_bytes') / 2**20:.0f}",
         ]
+
+
+def _sd(values: list[float]) -> float:
+    whole = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.stdev(values) if whole else math.nan
 
 
 def load(file: str | Path) -> dict[str, Any]:
@@ -84,25 +110,71 @@ def rows(study: dict[str, Any]) -> list[Row]:
     found = []
     for (method, rank), rates in groups.items():
         candidates = []
+        tried = {lr: len(cells) for lr, cells in rates.items()}
         for lr, cells in rates.items():
             cells = sorted(cells, key=lambda cell: cell["seed"])
             values = [cell["metrics"][study["metric"]] for cell in cells]
-            candidates.append(Row(method, rank, lr, list(rates), values, cells))
-        # A rate that not all seeds have been run at does not win against one that has them.
-        most = max(len(row.values) for row in candidates)
-        found.append(max((row for row in candidates if len(row.values) == most), key=lambda row: sign * row.mean))
+            candidates.append(Row(method, rank, lr, tried, values, cells))
+        # A rate that not all seeds have been run at does not win against one that has them, nor one whose runs diverged
+        # against any.
+        most = max(tried.values())
+        whole = [row for row in candidates if len(row.values) == most]
+        found.append(max(whole, key=lambda row: sign * row.mean if math.isfinite(row.mean) else -math.inf))
     return found
+
+
+def baselines(found: list[Row]) -> dict[int, Row]:
+    """{rank: the row that others of the rank are compared with}"""
+    return {row.rank: row for row in found if row.method == BASELINE}
+
+
+def table(found: list[Row]) -> list[list[str]]:
+    """The cells under HEADER."""
+    return [row.cells_of_table(baselines(found).get(row.rank)) for row in found]
+
+
+def verdicts(study: dict[str, Any], found: list[Row]) -> list[str]:
+    """Who is ahead of the baseline and who behind, in sentences."""
+    sign, groups = 1 if study["higher_is_better"] else -1, {}
+    for row in found:
+        base = baselines(found).get(row.rank)
+        if base is None or base is row or len(differences := [sign * d for d in row.less(base)]) < 2:
+            continue
+        side = "ahead" if min(differences) > 0 else "behind" if max(differences) < 0 else "now ahead, now behind"
+        far = f" (by more than {BASELINE}'s sd)" if abs(row.mean - base.mean) > base.sd else ""
+        groups.setdefault(side, []).append(f"{row.method}{far}")
+    names = {"ahead": "ahead on every seed", "behind": "behind on every seed"}
+    parts = [f"{names.get(side, side)}: {', '.join(methods)}" for side, methods in groups.items()]
+    return [f"Against {BASELINE}, seed by seed: {'; '.join(parts)}."] if parts else []
+
+
+def machines(study: dict[str, Any]) -> list[str]:
+    """What the runs ran on, each once."""
+    found = {}
+    for cell in study["cells"].values():
+        if machine := cell.get("machine"):
+            versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+            kernels = f", kernels for {machine['kernels']}" if machine["kernels"] else ""
+            threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+            found[f"{machine['device']}, {threads}{kernels}; {versions}"] = None
+    return list(found)
 
 
 def markdown(study: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
     found = rows(study)
-    lines += [f"| {' | '.join(row.cells_of_table())} |" for row in found]
+    lines += [f"| {' | '.join(line)} |" for line in table(found)]
     about = "higher" if study["higher_is_better"] else "lower"
-    said = f"{study['metric']}, {about} is better; each method at the best of its rates."
+    said = [f"{study['metric']}, {about} is better; each method at the best of its rates."]
     if any(row.edge for row in found):
-        said += " ↑ and ↓: the largest or the smallest rate that was tried, so that one beyond it may be better."
-    return "\n".join(lines) + f"\n\n{said}\n"
+        said.append("↑ and ↓: the largest or the smallest rate that was tried, so that one beyond it may be better.")
+    if (fewest := min(min(row.rates.values()) for row in found)) < max(len(row.values) for row in found):
+        said.append(f"The rates were tried on {fewest} seed{'s' if fewest > 1 else ''}, the others ran at the best.")
+    said += verdicts(study, found)
+    if not all(row.quiet for row in found):
+        said.append("Seconds are left out where other programs ran beside.")
+    said += [f"On {machine}." for machine in machines(study)]
+    return "\n".join(lines) + f"\n\n{' '.join(said)}\n"
 
 
 def draw_curves(found: list[Row], path: str | Path) -> None:
@@ -142,7 +214,7 @@ def plot(file: str | Path, out: str | Path | None = None) -> None:
     study, name = load(file), Path(file).stem
     out = plotting.made_folder(out) if out else Path(file).parent
     found = rows(study)
-    print(plotting.table(HEADER, [row.cells_of_table() for row in found]))
+    print(plotting.table(HEADER, table(found)))
     written = [out / f"{name}.md"]
     written[0].write_text(markdown(study), encoding="utf-8")
     with plotting.text_without_matplotlib():

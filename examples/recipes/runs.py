@@ -1,8 +1,10 @@
 """A run: its folder and checkpoints, its training through transformers.Trainer, Ctrl-C and --resume, its measures."""
 
+import importlib
 import json
 import math
 import os
+import platform
 import resource
 import signal
 import sys
@@ -70,13 +72,16 @@ class Trained(NamedTuple):
     speed: float  # tokens per second, padding not counted
     seconds: float
     peak: int  # bytes that were resident at most while this method trained, or on the accelerator if there is one
+    others: float | None  # cores that other programs kept busy meanwhile; None where the system does not tell
     step: int
     steps: int
 
     @property
-    def curve(self) -> list[list[float]]:
-        """[step, training loss] of every log entry."""
-        return [[entry["step"], entry["loss"]] for entry in self.trainer.state.log_history if "loss" in entry]
+    def measures(self) -> dict[str, Any]:
+        """For the entry of a result; "curve" is [step, training loss] of every entry of the log."""
+        measured = {"seconds": self.seconds, "tokens_per_second": self.speed, "others": self.others}
+        curve = [[entry["step"], entry["loss"]] for entry in self.trainer.state.log_history if "loss" in entry]
+        return {**measured, "peak_bytes": self.peak, "curve": curve}
 
 
 def train(
@@ -132,7 +137,7 @@ def train(
     checkpoint = last_checkpoint(args.output / method) if args.resume else None
     seen = read_object(checkpoint / "trainer_state.json").get("num_input_tokens_seen", 0) if checkpoint else 0
     forget_peak()
-    start = time.perf_counter()
+    others, start = other_seconds(), time.perf_counter()
     previous = signal.signal(signal.SIGINT, stop.ask)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -145,9 +150,20 @@ def train(
     finally:
         signal.signal(signal.SIGINT, previous)
     seconds = time.perf_counter() - start
+    others = None if others is None else max(0.0, other_seconds() - others) / seconds
     model.eval()
     speed = (trainer.state.num_input_tokens_seen - seen) / seconds
-    return Trained(trainer, speed, seconds, peak(), trainer.state.global_step, args.steps)
+    return Trained(trainer, speed, seconds, peak(), others, trainer.state.global_step, args.steps)
+
+
+def other_seconds() -> float | None:
+    """CPU time that was taken from this machine by others than this process, the host of a virtual one included."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split(maxsplit=9)[1:9])
+    own = sum(os.times()[:2])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
 
 
 def forget_peak() -> None:
@@ -183,7 +199,24 @@ def write_result(file: Path | None, entries: list[dict]) -> None:
     if file:
         from nlora_kernels import cache
 
+        machine = conditions()
+        entries = [entry | {"machine": machine} for entry in entries]
         cache.write(file, json.dumps(entries, indent=1) + "\n")
+
+
+def conditions() -> dict[str, Any]:
+    """What the numbers of a run depend on beside its arguments."""
+    import torch
+
+    from nlora_kernels.backends.cpu import plans
+    from nlora_kernels.backends.native import _C
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else plans.processor()["model name"]
+    names = ("nlora_kernels", "torch", "transformers", "peft")
+    versions = {name: importlib.import_module(name).__version__ for name in names}
+    versions["python"] = platform.python_version()
+    kernels = _C.cpu_tier() if _C else None
+    return {"device": device, "kernels": kernels, "threads": torch.get_num_threads(), "versions": versions}
 
 
 def settings_of(args) -> dict:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ sklearn = pytest.importorskip("sklearn")
 
 sys.path.insert(0, str(ROOT / "examples"))
 import glue as example  # noqa: E402
-from recipes import glue, sora  # noqa: E402
+from recipes import glue, runs, sora  # noqa: E402
 from recipes.methods import METHODS, TERMS  # noqa: E402
 
 import nlora_kernels as nk  # noqa: E402
@@ -101,6 +102,9 @@ def test_every_task_from_its_files_to_its_metrics(name, model, tmp_path):
     [entry] = run("--task", name, "--data", data, "--model", model, *SHORT, tmp_path=tmp_path)
     assert entry["metrics"].keys() == METRICS[name]
     assert all(math.isfinite(value) for value in entry["metrics"].values())
+    assert (
+        entry["others"] >= 0 and entry["machine"]["threads"] >= 1 and entry["machine"]["versions"].keys() >= {"torch"}
+    )
     assert entry["seconds"] > 0 and entry["peak_bytes"] > 0 and [step for step, _ in entry["curve"]] == [1, 2, 3]
     task = glue.TASKS[name]
     texts, labels = glue.read(task, glue.files(task, data)["train"])
@@ -160,6 +164,31 @@ def test_the_same_seed_gives_the_same_numbers(model, tmp_path):
     first, second = (run(*argv, tmp_path=tmp_path / name) for name in ("a", "b"))
     for one, other in zip(first, second, strict=True):
         assert one["metrics"] == other["metrics"] and one["curve"] == other["curve"]
+
+
+def test_batches_of_like_length(model, tmp_path, monkeypatch):
+    data, seen = write(tmp_path / "data", "sst2"), []
+    train = runs.train
+
+    def recorded(*args, **settings):
+        seen.append(train(*args, **settings))
+        return seen[-1]
+
+    monkeypatch.setattr(runs, "train", recorded)
+    argv = ["--task", "sst2", "--data", data, "--model", model, *SHORT]
+    run(*argv, tmp_path=tmp_path)
+    run(*argv, "--group-by-length", tmp_path=tmp_path)
+    assert [done.trainer.args.train_sampling_strategy for done in seen] == ["random", "group_by_length"]
+
+
+@pytest.mark.skipif(runs.other_seconds() is None, reason="the system does not tell")
+def test_the_time_that_other_programs_take_is_told_from_ones_own(monkeypatch):
+    before = runs.other_seconds()
+    code = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert runs.other_seconds() - before >= 0.25
+    monkeypatch.setattr(runs.os, "times", lambda: (1e6, 2e6, 0, 0, 0))
+    assert runs.other_seconds() < before - 2e6
 
 
 def test_what_a_stopped_run_left_is_not_gone_on_with(model, tmp_path):
