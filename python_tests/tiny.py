@@ -67,13 +67,22 @@ def gpt_oss():
     return _mixture(GptOssForCausalLM, GptOssConfig, **sizes)
 
 
+def deepseek_v3():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    sizes |= {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 0, "kv_lora_rank": 8, "q_lora_rank": 8}
+    sizes |= {"num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    return _mixture(DeepseekV3ForCausalLM, DeepseekV3Config, **sizes)
+
+
 MIXTURES = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
 
 
 def _mixture(model, config, **sizes) -> nn.Module:
     torch.manual_seed(0)
     shared = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = model(config(vocab_size=VOCABULARY, max_position_embeddings=64, **shared, **sizes))
+    model = model(config(vocab_size=VOCABULARY, max_position_embeddings=64, **shared | sizes))
     for parameter in model.parameters():
         if parameter.dim() == 3:
             parameter.data.mul_(5)

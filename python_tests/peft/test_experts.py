@@ -14,6 +14,7 @@ from nlora_kernels import checkpoint
 from nlora_kernels.layers import experts
 from nlora_kernels.peft import NLoraConfig, fuse, unfuse
 from nlora_kernels.peft.experts import FusedExperts, NLoraExperts
+from python_tests import tiny
 from python_tests.peft.adapters import METHODS, close, config, logits
 from python_tests.peft.mixtures import (
     LAYERS_BEFORE,
@@ -33,7 +34,9 @@ def calls(monkeypatch):
     return counted(monkeypatch)
 
 
-def test_plain_lora_computes_what_peft_does(mixture, calls):
+@pytest.mark.parametrize("kind", [*MIXTURES, "deepseek_v3"])
+def test_plain_lora_computes_what_peft_does(kind, calls):
+    mixture = getattr(tiny, kind)()
     model = peft.get_peft_model(copy.deepcopy(mixture), peft.LoraConfig(r=4, lora_alpha=6, **TARGETS))
     perturb(model)
     expected, grads = logits(model), gradients(model)
