@@ -10,7 +10,7 @@ endif
 # Where gpu-proof puts its results, unless the environment says.
 OUT ?= gpu-results
 
-.PHONY: demo study test gates bench papers smoke lint docs wheels hub aot budget sanitize gpu-proof extension constraints newest clean
+.PHONY: demo study test gates zero bench papers smoke lint docs wheels hub aot budget sanitize gpu-proof extension constraints newest clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare", "--load nf4" and the like.
 demo: $(READY)
@@ -45,6 +45,19 @@ gates: $(READY)
 	$(PYTHON) -m pytest -rP python_tests/cuda
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest python_tests/triton python_tests/ops/test_dropout.py
 	$(PYTHON) -m python_tests.triton.aot
+
+# Adapters under DeepSpeed's ZeRO on the CPU, in an environment on top of the other one: its py-cpuinfo has the module that
+# pytest-benchmark takes from another package. FLAGS=--engines adds every method under every engine.
+DEEPSPEED = deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 py-cpuinfo==9.0.0
+zero: $(READY) build/zero/ready
+	build/zero/bin/python -m pytest python_tests/distributed/test_engines.py -k "zero or masks" $(FLAGS)
+
+PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+build/zero/ready: Makefile $(filter .venv/%,$(READY))
+	rm -rf build/zero && $(PYTHON) -m venv build/zero
+	$(PYTHON) $(PURELIB) > "$$(build/zero/bin/python $(PURELIB))/below.pth"
+	DS_BUILD_OPS=0 build/zero/bin/python -m pip install -q --no-deps --no-build-isolation $(DEEPSPEED)
+	touch $@
 
 # JSON and its report: figures against the frozen layer alone, PEFT and the others, each checked against fp64. The report is
 # written whatever fails; a row that is wrong has no figure in it.

@@ -28,7 +28,7 @@ QUICK_STEPS, STEPS = 4, 20
 def needs(engine: str, ranks: int) -> str | None:
     """Why an engine cannot be tried, if it cannot."""
     if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        return "needs DeepSpeed"
+        return "needs DeepSpeed (make zero)"
     return "needs four processes" if engine == "hsdp" and ranks < 4 else None
 
 
