@@ -238,8 +238,49 @@ void define_cuda(py::module_& m) {
   m.def("cuda_backward_bytes", &backward_bytes);
   m.def("cuda_set_bytes_per_cycle", &set_bytes_per_cycle);
   m.def("cuda_linear", &linear, free_threads());
-  m.def("cuda_forward", &forward, free_threads());
-  m.def("cuda_backward", &backward, free_threads());
+  m.def(
+      "cuda_forward",
+      [](const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
+         const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& workspace,
+         float scaling) {
+        const Forward layer{x, weight, A, B, core, bias, y, T, scaling};
+        forward(queue, &layer, 1, workspace);
+      },
+      free_threads());
+  m.def(
+      "cuda_backward",
+      [](const Queue& queue, const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight, const Matrix& A,
+         const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA, const Matrix& dB, const Matrix& dcore,
+         const Matrix& workspace, float scaling) {
+        const Backward layer{dy, x, T, weight, A, B, core, dx, dA, dB, dcore, scaling};
+        backward(queue, &layer, 1, workspace);
+      },
+      free_threads());
+  m.def(
+      "cuda_forward_group",
+      [](const Queue& queue, const Matrix& x, const std::vector<Matrix>& weight, const std::vector<Matrix>& A,
+         const std::vector<Matrix>& B, const std::vector<Matrix>& core, const std::vector<Matrix>& bias,
+         const std::vector<Matrix>& y, const std::vector<Matrix>& T, const Matrix& workspace,
+         const std::vector<float>& scaling) {
+        std::vector<Forward> layers;
+        for (size_t i = 0; i < weight.size(); ++i)
+          layers.push_back({x, weight[i], A[i], B[i], core[i], bias[i], y[i], T[i], scaling[i]});
+        forward(queue, layers.data(), layers.size(), workspace);
+      },
+      free_threads());
+  m.def(
+      "cuda_backward_group",
+      [](const Queue& queue, const std::vector<Matrix>& dy, const Matrix& x, const std::vector<Matrix>& T,
+         const std::vector<Matrix>& weight, const std::vector<Matrix>& A, const std::vector<Matrix>& B,
+         const std::vector<Matrix>& core, const Matrix& dx, const std::vector<Matrix>& dA,
+         const std::vector<Matrix>& dB, const std::vector<Matrix>& dcore, const Matrix& workspace,
+         const std::vector<float>& scaling) {
+        std::vector<Backward> layers;
+        for (size_t i = 0; i < weight.size(); ++i)
+          layers.push_back({dy[i], x, T[i], weight[i], A[i], B[i], core[i], dx, dA[i], dB[i], dcore[i], scaling[i]});
+        backward(queue, layers.data(), layers.size(), workspace);
+      },
+      free_threads());
   m.def("cuda_lora2_core", &lora2_core, free_threads());
   m.def("cuda_lora2_core_backward", &lora2_core_backward, free_threads());
   m.def(

@@ -4,6 +4,7 @@
 // A Matrix without data is an argument or a result that is not there. Checks are made in Python.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -185,7 +186,20 @@ struct Queue {
   void* stream;
 };
 
-// Size of the workspace of a forward, and of a backward that makes these gradients.
+// A layer as on the CPU, with A, B and core, and dA, dB and dcore, of any dtype, all else of one 16-bit dtype. Without A
+// it has no adapter. Where x or T would not be used, it may be missing.
+struct Forward {
+  Matrix x, weight, A, B, core, bias;
+  Matrix y, T;
+  float scaling;
+};
+struct Backward {
+  Matrix dy, x, T, weight, A, B, core;
+  Matrix dx, dA, dB, dcore;
+  float scaling;
+};
+
+// Size of the workspace of a forward, and of a backward that makes these gradients; those of a group are added up.
 int64_t forward_bytes(int64_t k, int64_t n, int64_t r);
 int64_t backward_bytes(const Queue& queue, int64_t m, int64_t k, int64_t n, int64_t r, bool dA, bool dB, bool dcore);
 
@@ -195,13 +209,9 @@ void set_bytes_per_cycle(double bytes);
 
 // y = x·Wᵀ + bias, the products of a layer without its adapter: what benchmarks hold against the library.
 void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& bias, const Matrix& y);
-// As on the CPU, with A, B and core, and dA, dB and dcore, of any dtype, all else of one 16-bit dtype.
-void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
-             const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& workspace,
-             float scaling);
-void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight,
-              const Matrix& A, const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA,
-              const Matrix& dB, const Matrix& dcore, const Matrix& workspace, float scaling);
+// Up to 4 layers that share x, and dx, which is their sum.
+void forward(const Queue& queue, const Forward* layers, size_t count, const Matrix& workspace);
+void backward(const Queue& queue, const Backward* layers, size_t count, const Matrix& workspace);
 
 // As on the CPU, in any dtypes.
 void lora2_core(const Queue& queue, const Matrix& u, const Matrix& E, const Matrix& U, const Matrix& mask,

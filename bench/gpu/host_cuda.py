@@ -23,8 +23,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# M, K, N, R and the dtype of the adapter.
-CASES = {"bf16 adapter": (64, 256, 256, 16, "bfloat16"), "fp32 adapter": (64, 256, 256, 16, "float32")}
+# M, K, N, R, the dtype of the adapter and how many layers share x.
+CASES = {
+    "bf16 adapter": (64, 256, 256, 16, "bfloat16", 1),
+    "fp32 adapter": (64, 256, 256, 16, "float32", 1),
+    "three layers": (64, 256, 256, 16, "float32", 3),
+}
 
 # Operations of PyTorch that a call may make and that launch a kernel or a copy on a GPU.
 LAUNCHING = {"_to_copy", "clone", "copy_", "zeros", "fill_", "sum", "mm", "addmm"}
@@ -107,28 +111,32 @@ def measured(calls: int) -> dict:
         queue = extension.CudaQueue(0, 0)
         launch.queue = lambda t: queue
         found = {}
-        for case, (M, K, N, R, adapter) in CASES.items():
-            for figure, value in costs(torch, nk, M, K, N, R, getattr(torch, adapter), calls).items():
+        for case, (M, K, N, R, adapter, layers) in CASES.items():
+            for figure, value in costs(torch, nk, M, K, N, R, getattr(torch, adapter), layers, calls).items():
                 found[f"{case}: {figure}"] = value
         return found
 
 
-def costs(torch, nk, M, K, N, R, adapter, calls) -> dict:
+def costs(torch, nk, M, K, N, R, adapter, layers, calls) -> dict:
     def new(*shape, dtype=torch.bfloat16, trains=False):
         return torch.zeros(shape, dtype=dtype, requires_grad=trains)
 
-    x, weight, dy = new(M, K, trains=True), new(N, K), new(M, N)
-    A, core, B = (new(*shape, dtype=adapter, trains=True) for shape in ((R, K), (R, R), (N, R)))
+    x, weights, dys = new(M, K, trains=True), [new(N, K) for _ in range(layers)], [new(M, N) for _ in range(layers)]
+    sizes = (R, K), (N, R), (R, R)
+    adapters = [tuple(new(*size, dtype=adapter, trains=True) for size in sizes) for _ in range(layers)]
+    trained = x, *(t for of in adapters for t in of)
 
     def forward():
-        return nk.lora_linear(x, weight, A, B, core, scaling=0.5, backend="cuda")
+        if layers == 1:
+            return (nk.lora_linear(x, weights[0], *adapters[0], scaling=0.5, backend="cuda"),)
+        return nk.lora_group_linear(x, weights, adapters, scaling=0.5, backend="cuda")
 
     def inference():
         with torch.no_grad():
             forward()
 
     def training():
-        torch.autograd.grad(forward(), (x, A, B, core), dy)
+        torch.autograd.grad(forward(), trained, dys)
 
     figures = {}
     for name, step in {"forward": inference, "forward and backward": training}.items():

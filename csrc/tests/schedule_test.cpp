@@ -15,6 +15,7 @@
 #include "cuda/common/current.h"
 #include "cuda/sm90/plan.h"
 #include "cuda/common/remembered.h"
+#include "cuda/common/splits.h"
 #include "cuda/common/states.h"
 
 namespace {
@@ -288,10 +289,11 @@ struct Layer {
 };
 
 // Cycles until the last item is done when free clusters take items in the order of their tickets, and a tile of C that
-// has come to the end of K waits for its rows of P.
-double simulated(const ProductSizes& sizes, const TileShape& tile, uint32_t tall, uint32_t processors,
+// has come to the end of K waits for its rows of P, those of all products.
+double simulated(const GroupSizes& sizes, const TileShape& tile, uint32_t tall, uint32_t processors,
                  const TileCosts& costs = {}) {
   const Schedule schedule = sizes.schedule(tile, tall);
+  const GroupSizes::Columns columns = sizes.columns(uint32_t(tile.block_n));
   const double wide = costs.wide(tile, sizes);
   const double summed = costs.summed(tile, sizes);
   std::priority_queue<double, std::vector<double>, std::greater<double>> free;
@@ -303,8 +305,12 @@ double simulated(const ProductSizes& sizes, const TileShape& tile, uint32_t tall
     const uint32_t row = item.m / tile.rows();
     double done = free.top() + summed;
     if (item.makes_p) {
+      uint32_t product = 0;
+      for (uint32_t i = 1; i < sizes.count; ++i) product = sizes.products[i].w && columns.p[i] <= item.n ? i : product;
+      const uint32_t width = sizes.p_width(product, uint32_t(tile.block_n));
+      const double piece = costs.piece(tile, width, sizes.products[product].k);
       for (uint32_t i = 0; i < item.tall; ++i) {
-        done = free.top() + costs.narrow(tile, sizes, i + 1);
+        done = free.top() + TileCosts::kStart + (i + 1) * piece;
         made[row + i] = std::max(made[row + i], done);
       }
       free.pop();
@@ -387,6 +393,123 @@ void check_ratios() {
   }
 }
 
+GroupSizes group_of(const std::vector<ProductSizes>& products, bool sums) {
+  return checked_sizes(products.data(), uint32_t(products.size()), sums);
+}
+
+// Products of one launch: every column of each C and P belongs to one item's columns, none to two products but where
+// tiles of P are shared, and then 64 at a time; pieces have flags.
+void check_groups() {
+  std::mt19937_64 random(5);
+  for (int round = 0; round < 3000; ++round) {
+    const bool sums = round % 2;
+    std::vector<ProductSizes> products(1 + random() % kMostProducts);
+    const uint32_t m = 1 + random() % 3000, n = 8 + random() % 100 * 8;
+    for (ProductSizes& q : products) {
+      const uint32_t r = random() % 4 ? uint32_t(8 + random() % 16 * 8) : 0;
+      const uint32_t own = 8 + random() % 100 * 8, k = 8 + random() % 50 * 8;
+      q = {m, sums ? n : own, sums ? k : 64, r, r ? std::min(256u, r * uint32_t(1 + random() % 2)) : 0};
+    }
+    const GroupSizes sizes = group_of(products, sums);
+    for (const TileShape& tile : kTiles) {
+      const auto block_n = uint32_t(tile.block_n);
+      const GroupSizes::Columns columns = sizes.columns(block_n);
+      const Schedule schedule = sizes.schedule(tile, 1 + random() % kTallest);
+      uint32_t c = 0, p = 0;
+      for (uint32_t i = 0; i < sizes.count; ++i) {
+        EXPECT(columns.p[i] == p && p % (sums ? block_n : 64) == 0, "round %d, product %u", round, i);
+        EXPECT(columns.c[i] == (sums && i ? columns.all_c : c) && columns.c[i] % block_n == 0, "round %d", round);
+        p += ceil_div(products[i].w, sums ? block_n : 64) * (sums ? block_n : 64);
+        c = sums ? columns.all_c : c + ceil_div(products[i].n, block_n) * block_n;
+        const uint32_t width = sizes.p_width(i, block_n);
+        EXPECT(width <= block_n && width >= std::min(block_n, sums ? products[i].w : p), "round %d: %u", round, width);
+      }
+      EXPECT(schedule.columns * block_n == c && schedule.pieces == ceil_div(p, block_n), "round %d", round);
+      EXPECT(schedule.pieces <= State::kMaxPieces, "round %d: %u pieces", round, schedule.pieces);
+    }
+    const Plan plan = plan_product(sizes, 132);
+    const double real = simulated(sizes, kTiles[plan.tile], plan.tall, 132);
+    EXPECT(plan.cycles > 0 && real > 0, "round %d", round);
+  }
+  const ProductSizes largest = checked_sizes(8, (int64_t(1) << 31) - 256, 8, 0, 0);
+  try {
+    group_of({largest, largest}, false);
+    EXPECT(false, "columns of C beyond an int32 are refused");
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+// Bytes a cycle that one processor gets from memory when all ask, at 4.3 TB/s where all multiply 788 TFLOP/s together,
+// which an H200 does by the library.
+constexpr double kMemoryBytes = 22;
+
+// Cycles of a launch of narrow gradients, each of wide (m, n) and w columns, some of which may be several matrices of r
+// columns: blocks one after the other on whichever processor is free. Wide comes from memory, all else from the cache.
+double gradient_cycles(uint32_t m, uint32_t r, const std::vector<std::pair<uint32_t, uint32_t>>& gradients,
+                       uint32_t processors) {
+  std::priority_queue<double, std::vector<double>, std::greater<double>> free;
+  for (uint32_t i = 0; i < processors; ++i) free.push(0);
+  double end = 0;
+  for (const auto& [n, w] : gradients) {
+    const uint32_t splits = GradientSplits::choose(m, n, r, processors), steps = ceil_div(m, GradientSplits::kRows);
+    const uint32_t width = piece_width(w, 256);
+    for (uint32_t split = 0; split < splits; ++split) {
+      const uint32_t own = first_step(split + 1, splits, steps) - first_step(split, splits, steps);
+      for (uint32_t tile = 0; tile < ceil_div(n, GradientSplits::kWide); ++tile) {
+        const double loads = std::max(128 * 128 / kMemoryBytes, 128 * (128 + width) / TileCosts().bytes);
+        const double step = std::max(loads, TileCosts::kColumn * width);
+        free.push(free.top() + (own + 4) * step + 1024 * w / TileCosts().bytes);
+        free.pop();
+      }
+    }
+  }
+  for (; !free.empty(); free.pop()) end = free.top();
+  return end;
+}
+
+// What q, k and v of one x take, all with adapters, as a ratio to their products with W alone, by simulation on 132
+// processors: what docs/cuda.md says. Folds, sums of slices and dN's slices, which fill idle processors, are left out.
+void check_group_ratios() {
+  struct {
+    const char* name;
+    uint32_t m, k, r;
+    std::vector<uint32_t> outs;
+    double ratios[5];   // forward, backward and that of IntTune; these beside products and additions
+  } const cases[] = {{"Llama-2-7B", 8192, 4096, 64, {4096, 4096, 4096}, {1.016, 1.107, 1.023, 1.019, 0.942}},
+                     {"Llama-3-8B", 8192, 4096, 64, {4096, 1024, 1024}, {1.097, 1.140, 1.019, 0.976, 0.873}}};
+  std::printf("\n%-14s%7s%5s%12s%12s%12s%20s\n", "q, k, v", "M", "r", "forward", "backward", "IntTune",
+              "with additions");
+  for (const auto& c : cases) {
+    const auto best = [&](const GroupSizes& sizes) {
+      const Plan plan = plan_product(sizes, 132);
+      return simulated(sizes, kTiles[plan.tile], plan.tall, 132);
+    };
+    double plain_forward = 0, plain_backward = 0;
+    std::vector<ProductSizes> beside, summed;
+    std::vector<std::pair<uint32_t, uint32_t>> gradients;
+    for (uint32_t n : c.outs) {
+      plain_forward += best(ProductSizes{c.m, n, c.k, 0, 0});
+      plain_backward += best(ProductSizes{c.m, c.k, n, 0, 0});
+      beside.push_back({c.m, n, c.k, c.r, c.r});
+      summed.push_back({c.m, c.k, n, c.r, 2 * c.r});
+      gradients.push_back({n, c.r});
+    }
+    const std::vector<std::pair<uint32_t, uint32_t>> of_x = {{c.k, uint32_t(c.outs.size()) * c.r}};
+    // An addition of autograd's reads two gradients of x and writes one.
+    const double additions = (double(c.outs.size()) - 1) * 3 * 2 * c.m * c.k / kMemoryBytes / 132;
+    const double dx = best(group_of(summed, true));
+    const double full = dx + gradient_cycles(c.m, c.r, of_x, 132) + gradient_cycles(c.m, c.r, gradients, 132);
+    const double forward = best(group_of(beside, false)), added = plain_backward + additions;
+    const double found[] = {forward / plain_forward, full / plain_backward, dx / plain_backward, full / added,
+                            dx / added};
+    for (int i = 0; i < 5; ++i) {
+      EXPECT(std::fabs(found[i] - c.ratios[i]) < 0.001, "%s, ratio %d: %.4f", c.name, i, found[i]);
+    }
+    std::printf("%-14s%7u%5u%12.3f%12.3f%12.3f%13.3f, %.3f\n", c.name, c.m, c.r, found[0], found[1], found[2], found[3],
+                found[4]);
+  }
+}
+
 // What is remembered is what was made, whichever keys share a place; keys that come again are not made again.
 void check_remembered() {
   Remembered<double, 3> values;
@@ -465,6 +588,8 @@ int main(int argc, char** argv) {
   check_current();
   check_plans();
   check_ratios();
+  check_groups();
+  check_group_ratios();
   check_remembered();
   print_plans();
   if (failures) std::printf("\n%d failures\n", failures);

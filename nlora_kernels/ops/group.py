@@ -66,7 +66,8 @@ def lora_group_linear(
         scaling: s, one of every layer or one for all.
         dropout: p, likewise; every adapter drops by a mask of its own.
         seed: of the masks, one of every layer or one for all. By default drawn, one for each.
-        backend: as for `lora_linear`. "cpu" and "triton" compute a group as one; the others make a loop of it.
+        backend: as for `lora_linear`. "cpu", "triton" and "cuda", up to four layers, compute a group as one; the others
+            make a loop of it.
 
     Returns:
         A tuple of yᵢ (..., outᵢ). What is kept for backward is what `lora_linear` keeps for each, x once.

@@ -3,7 +3,7 @@
 import ctypes
 
 from nlora_kernels.backends import TABLE, cuda
-from nlora_kernels.backends.cuda import launch, nystrom
+from nlora_kernels.backends.cuda import group, launch, nystrom
 from python_tests.cuda.emulator import Matrix, call, emulator, nystrom_case, run_case
 
 
@@ -29,10 +29,22 @@ class Extension:
         return function(int(self.ampere), *sizes, *map(ctypes.c_bool, wanted))
 
     def cuda_forward(self, queue, *arguments):
-        self._run("run_linear_forward", arguments)
+        *tensors, scaling = arguments
+        self._run("run_linear_forward", [tensors], [scaling])
 
     def cuda_backward(self, queue, *arguments):
-        self._run("run_linear_backward", arguments)
+        *tensors, scaling = arguments
+        self._run("run_linear_backward", [tensors], [scaling])
+
+    def cuda_forward_group(self, queue, x, *arguments):
+        *members, workspace, scalings = arguments
+        layers = [(x, *tensors, workspace) for tensors in zip(*members, strict=True)]
+        self._run("run_linear_forward", layers, scalings)
+
+    def cuda_backward_group(self, queue, dy, x, T, weight, A, B, core, dx, dA, dB, dcore, workspace, scalings):
+        members = zip(dy, T, weight, A, B, core, dA, dB, dcore, strict=True)
+        layers = [(each[0], x, *each[1:6], dx, *each[6:], workspace) for each in members]
+        self._run("run_linear_backward", layers, scalings)
 
     def cuda_lora2_core(self, queue, *tensors):
         self._report("lora2_core", run_case("run_adapter", 1, *tensors, **self.options))
@@ -53,10 +65,12 @@ class Extension:
         case = nystrom_case(weight[0][None], *parts, scaling)
         self._report("residual", call(emulator().run_residual, ctypes.byref(case), **self.options))
 
-    def _run(self, entry, arguments):
-        *tensors, scaling = arguments
-        case = LinearCase(self.ampere, scaling, (Matrix * 12)(*map(Matrix.of, tensors)))
-        result = call(getattr(emulator(), entry), ctypes.byref(case), seed=len(self.launches), **self.options)
+    def _run(self, entry, layers, scalings):
+        """One call of the tensors of some layers."""
+        cases = (LinearCase * len(layers))()
+        for case, tensors, scaling in zip(cases, layers, scalings, strict=True):
+            case.ampere, case.scaling, case.matrices = self.ampere, scaling, (Matrix * 12)(*map(Matrix.of, tensors))
+        result = call(getattr(emulator(), entry), cases, len(cases), seed=len(self.launches), **self.options)
         self._report(entry, result)
 
     def _report(self, operation, result):
@@ -67,7 +81,7 @@ class Extension:
 def install(monkeypatch, **options):
     """Lets backend="cuda" take CPU tensors for the rest of a test; returns the stand-in."""
     extension = Extension(**options)
-    for module in (cuda, launch, nystrom):
+    for module in (cuda, group, launch, nystrom):
         monkeypatch.setattr(module, "_C", extension)
     monkeypatch.setattr(launch, "queue", lambda t: None)
     monkeypatch.setattr(TABLE["cuda"], "unavailable", lambda: None)

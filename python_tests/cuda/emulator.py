@@ -184,7 +184,7 @@ OPERANDS = ("a", "b", "c", "bias", "p", "wide", "shrink", "t", "slices")
 
 class GemmCase(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("tile", "major")),
+        *((name, ctypes.c_int32) for name in ("tile", "major", "launch")),
         *((name, ctypes.c_uint32) for name in ("blocks", "tall")),
         *((name, Matrix) for name in OPERANDS),
     ]
@@ -265,10 +265,12 @@ def run_gemm(*products, tile=0, blocks=4, tall=1, epoch=0, flags=0, library=None
 
     A product is a dict of the tensors of product.h: a, b and, where there is an adapter, wide and shrink or p; right
     operands come as (n, k), and with mn=True go to the kernel as (k, n). c, p where it is made, and slices of float32
-    NaN where there is t, as many as splits says, are added to the dict. Returns (ticket, epoch, Result).
+    NaN where there is t, as many as splits says, are added to the dict. A list of products goes in one launch; with
+    mn=True each gets their c. Returns (ticket, epoch, Result).
     """
-    cases, alive = (GemmCase * len(products))(), []
-    for case, product in zip(cases, products, strict=True):
+    launches = [(i, p) for i, group in enumerate(products) for p in (group if isinstance(group, list) else [group])]
+    cases, alive = (GemmCase * len(launches))(), []
+    for case, (launch, product) in zip(cases, launches, strict=True):
         mn = product.get("mn", False)
         m, dtype = len(product["a"]), product["a"].dtype
         product["c"] = poisoned(m, len(product["b"]), dtype)
@@ -277,7 +279,7 @@ def run_gemm(*products, tile=0, blocks=4, tall=1, epoch=0, flags=0, library=None
         if "t" in product:
             g = product["p"].shape[1] - (product["wide"].shape[1] if "wide" in product else 0)
             product["slices"] = torch.full((product["splits"] * g, product["t"].shape[1]), torch.nan)
-        case.tile, case.major, case.blocks, case.tall = tile, int(mn), blocks, tall
+        case.tile, case.major, case.launch, case.blocks, case.tall = tile, int(mn), launch, blocks, tall
         for name in OPERANDS:
             tensor = product.get(name)
             if tensor is not None and name not in ("c", "slices") and not (name == "p" and "shrink" in product):

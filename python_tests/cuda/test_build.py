@@ -76,8 +76,8 @@ def test_every_kernel_is_there_for_its_architectures(kernels):
     for arch, name in kernels:
         found.setdefault(kernel_of(name), set()).add(arch)
     assert found == {name: architectures for name, (architectures, _, _) in KERNELS.items()}
-    # Every tile for bf16 and fp16, and for right operands stored either way.
-    assert sum(kernel_of(name) == "gemm_kernel" for _, name in kernels) == 16
+    # Every tile for bf16 and fp16, for right operands stored either way, and for a product alone and several together.
+    assert sum(kernel_of(name) == "gemm_kernel" for _, name in kernels) == 32
 
 
 def test_newer_devices_have_ptx_of_what_is_not_hoppers_alone():
@@ -124,14 +124,18 @@ def test_a_call_that_fails_is_named_with_its_shapes():
         _C.cuda_lora2_core(queue, A, T, B, None, y)
 
 
-def test_a_layer_is_two_launches_and_four_back_without_a_driver():
+# Forward, and with backward: F and y; [F | B], dx, slices, their sums. Three layers have dA's slices of all, and dB's,
+# and nine sums of which a launch makes six.
+LAUNCHES = {"bf16 adapter": (2, 6), "fp32 adapter": (2, 6), "three layers": (2, 8)}
+
+
+def test_launches_of_a_call_without_a_driver():
     if not list(ROOT.glob("build/temp.*/nlora_kernels._C/csrc/cuda/common/launch.o")):
         pytest.skip("the extension was not built in this folder")
     command = [sys.executable, ROOT / "bench" / "gpu" / "host_cuda.py", "--rounds", "1", "--calls", "3"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts = dict(re.findall(r"^(.*, (?:launches|other operations)) +here +([\d.]+)$", said, re.MULTILINE))
-    for adapter in ("bf16", "fp32"):
-        for calls, launches in (("forward", 2), ("forward and backward", 6)):
-            name = f"{adapter} adapter: {calls}"
-            assert float(counts[f"{name}, launches"]) == launches
-            assert float(counts[f"{name}, other operations"]) == 0
+    for case, launches in LAUNCHES.items():
+        for calls, count in zip(("forward", "forward and backward"), launches, strict=True):
+            assert float(counts[f"{case}: {calls}, launches"]) == count
+            assert float(counts[f"{case}: {calls}, other operations"]) == 0

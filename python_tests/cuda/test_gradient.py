@@ -82,9 +82,28 @@ def test_gradients_of_one_launch(count, engine):
             check_slices(engine, shape, torch.bfloat16, result, its_slices)
 
 
+# Narrow matrices of one wide: all in one block; the last alone; none with another.
+@both
+@pytest.mark.parametrize("widths", [(24, 72, 64), (136, 8, 40), (200, 256, 72)], ids=lambda w: "+".join(map(str, w)))
+def test_gradients_of_one_wide(widths, engine):
+    for index, schedule in enumerate(SCHEDULES):
+        dtype, splits = DTYPES[index % 2], 1 + index % 2 * 2
+        wide = operands(300, 136, 8, dtype)[0]
+        narrow = [operands(300, 8 * i, w, dtype)[1] for i, w in enumerate(widths, 1)]
+        slices = [torch.full((splits * 136, w), torch.nan) for w in widths]
+        tensors = [t for of in zip(narrow, slices, strict=True) for t in (wide, *of)]
+        result = run_case(*engine[:2], *tensors, number=splits, **schedule)
+        steps = math.ceil(300 / engine[2])
+        bounds = [min(300, engine[2] * (s * steps // splits)) for s in range(splits + 1)]
+        for b, its_slices in zip(narrow, slices, strict=True):
+            for out, (first, last) in zip(its_slices.chunk(splits), itertools.pairwise(bounds), strict=True):
+                left, right = wide[first:last].double(), b[first:last].double()
+                check_sum(result, out, left.T @ right, left.abs().T @ right.abs(), last - first)
+
+
 @both
 def test_number_of_gradients_is_checked(engine):
-    with pytest.raises(RuntimeError, match="a launch takes 1 to 3 problems, got 0"):
+    with pytest.raises(RuntimeError, match="a launch takes 1 to 6 problems, got 0"):
         run_gradients(engine, [], 1)
 
 

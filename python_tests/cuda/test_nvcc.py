@@ -75,8 +75,8 @@ def test_bounded_waits_trap_and_cost_no_more_than_a_few_registers(runner):
             assert waits and ("GLOBALTIMER" in code) == ("BPT.TRAP" in code) == bounded, name
 
 
-# Every tile for bf16 and fp16, and for right operands stored either way.
-GEMM_KERNELS = 4 * len(TILES)
+# Every tile for bf16 and fp16, for right operands stored either way, and for a product alone and several in one launch.
+GEMM_KERNELS = 8 * len(TILES)
 
 
 @needs_nvcc

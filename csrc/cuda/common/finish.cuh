@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Tile::kThreads) finish_kernel(const __grid_con
   }
 }
 
-// One launch for 1 to 3 gradients of up to 256 columns: see Finish.
+// One launch for up to kMostInGroup gradients of up to 256 columns: see Finish.
 template <class Context>
 void launch_finishes(Context& context, const Finish* finishes, uint32_t count) {
   check_group(count);

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Tile::kThreads) fold_kernel(const __grid_const
   }
 }
 
-// One launch for 1 to 3 of them: see Fold.
+// One launch for up to kMostInGroup of them: see Fold.
 template <class Context>
 void launch_folds(Context& context, const Fold* folds, uint32_t count) {
   check_group(count);

@@ -1,4 +1,4 @@
-// Several problems of one kernel in one launch: the gradients of a layer are too small to wait for one another.
+// Several problems of one kernel in one launch: the gradients of layers are too small to wait for one another.
 #pragma once
 
 #include <stdexcept>
@@ -8,11 +8,12 @@
 
 namespace nlora::cuda {
 
-constexpr uint32_t kMostInGroup = 3;
+constexpr uint32_t kMostInGroup = 6;
 
 inline void check_group(uint32_t count) {
   if (count < 1 || count > kMostInGroup) {
-    throw std::invalid_argument("a launch takes 1 to 3 problems, got " + std::to_string(count));
+    throw std::invalid_argument("a launch takes 1 to " + std::to_string(kMostInGroup) + " problems, got " +
+                                std::to_string(count));
   }
 }
 
@@ -28,7 +29,13 @@ struct Group {
     blocks[count++] = its_blocks;
   }
 
-  uint32_t total() const { return blocks[0] + blocks[1] + blocks[2]; }
+  uint32_t total() const {
+    uint32_t total = 0;
+    for (uint32_t of_one : blocks) {
+      total += of_one;
+    }
+    return total;
+  }
 
   // The problem of this block; `block` becomes its rank among those of the same problem.
   __device__ __forceinline__ const Problem& of_block(uint32_t& block) const {

@@ -1,10 +1,12 @@
 // What csrc/ops.h declares: chooses the engine of the device, and says of every error which call met it.
 #include "../../ops.h"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 
 #include "../sm90/plan.h"
+#include "group.cuh"
 #include "launchers.h"
 #include "linear.h"
 #include "remembered.h"
@@ -46,15 +48,15 @@ struct Engine {
   bool is_hopper = stream.architecture() == 90;
   uint32_t processors = stream.processors();
 
-  void folds(const Fold* folds, uint32_t count) const { launch_folds(stream, folds, count); }
-  void product(const Product& product) const {
-    const auto launch = !is_hopper                            ? &sm80::launch_product<Stream>
-                        : product.a.dtype == Dtype::kBFloat16 ? &sm90::launch_planned<bf16, Stream>
-                                                              : &sm90::launch_planned<fp16, Stream>;
-    launch(stream, product);
+  void folds(const Fold* folds, uint32_t count) const { by_groups(&launch_folds<Stream>, folds, count); }
+  void products(const Product* products, uint32_t count) const {
+    const auto launch = !is_hopper                              ? &sm80::launch_products<Stream>
+                        : products->a.dtype == Dtype::kBFloat16 ? &sm90::launch_planned<bf16, Stream>
+                                                                : &sm90::launch_planned<fp16, Stream>;
+    launch(stream, products, count);
   }
   void gradients(const Gradient* gradients, uint32_t count) const {
-    is_hopper ? sm90::launch_gradients(stream, gradients, count) : sm80::launch_gradients(stream, gradients, count);
+    by_groups(is_hopper ? &sm90::launch_gradients<Stream> : &sm80::launch_gradients<Stream>, gradients, count);
   }
   bool sums_beyond() const { return is_hopper; }
   int64_t splits(int64_t m, int64_t n, int64_t w) const {
@@ -63,11 +65,25 @@ struct Engine {
     return splits.get({double(m), double(n), double(w), double(processors), double(is_hopper)},
                       [&] { return choose(uint32_t(m), uint32_t(n), uint32_t(w), processors); });
   }
-  void finishes(const Finish* finishes, uint32_t count) const { launch_finishes(stream, finishes, count); }
+  void finishes(const Finish* finishes, uint32_t count) const { by_groups(&launch_finishes<Stream>, finishes, count); }
+
+ private:
+  // As few launches as take them all.
+  template <class Problem>
+  void by_groups(void (*launch)(Stream&, const Problem*, uint32_t), const Problem* problems, uint32_t count) const {
+    for (uint32_t first = 0; first < count; first += kMostInGroup) {
+      launch(stream, problems + first, std::min(count - first, kMostInGroup));
+    }
+  }
 };
 
-std::string sizes(const Matrix& rows, const Matrix& weight, const Matrix& A) {
-  return shape(rows) + ", weight " + shape(weight) + ", lora_A " + shape(A);
+template <class Layer>
+std::string sizes(const Matrix& rows, const Layer* layers, size_t count) {
+  std::string text = shape(rows);
+  for (size_t i = 0; i < count; ++i) {
+    text += ", weight " + shape(layers[i].weight) + ", lora_A " + shape(layers[i].A);
+  }
+  return text;
 }
 
 }  // namespace
@@ -99,29 +115,23 @@ void linear(const Queue& queue, const Matrix& x, const Matrix& weight, const Mat
         product.c = y;
         product.bias = bias;
         product.state = state(queue, stream, x.rows);
-        Engine{stream}.product(product);
+        Engine{stream}.products(&product, 1);
       });
 }
 
-void forward(const Queue& queue, const Matrix& x, const Matrix& weight, const Matrix& A, const Matrix& B,
-             const Matrix& core, const Matrix& bias, const Matrix& y, const Matrix& T, const Matrix& workspace,
-             float scaling) {
+void forward(const Queue& queue, const Forward* layers, size_t count, const Matrix& workspace) {
   on(
-      queue, [&] { return "forward of x " + sizes(x, weight, A); },
+      queue, [&] { return "forward of x " + sizes(layers->x, layers, count); },
       [&](Stream& stream) {
-        forward(Engine{stream},
-                {x, weight, A, B, core, bias, y, T, workspace.data, scaling, state(queue, stream, x.rows)});
+        forward(Engine{stream}, layers, count, {workspace.data, state(queue, stream, layers->x.rows)});
       });
 }
 
-void backward(const Queue& queue, const Matrix& dy, const Matrix& x, const Matrix& T, const Matrix& weight,
-              const Matrix& A, const Matrix& B, const Matrix& core, const Matrix& dx, const Matrix& dA,
-              const Matrix& dB, const Matrix& dcore, const Matrix& workspace, float scaling) {
+void backward(const Queue& queue, const Backward* layers, size_t count, const Matrix& workspace) {
   on(
-      queue, [&] { return "backward of dy " + sizes(dy, weight, A); },
+      queue, [&] { return "backward of dy " + sizes(layers->dy, layers, count); },
       [&](Stream& stream) {
-        backward(Engine{stream}, {dy, x, T, weight, A, B, core, dx, dA, dB, dcore, workspace.data, scaling,
-                                  state(queue, stream, dy.rows)});
+        backward(Engine{stream}, layers, count, {workspace.data, state(queue, stream, layers->dy.rows)});
       });
 }
 

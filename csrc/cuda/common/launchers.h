@@ -27,7 +27,7 @@ void launch_residual(Context& context, const Residual& residual);
 namespace sm80 {
 
 template <class Context>
-void launch_product(Context& context, const Product& product);
+void launch_products(Context& context, const Product* products, uint32_t count);
 template <class Context>
 void launch_gradients(Context& context, const Gradient* gradients, uint32_t count);
 
@@ -36,7 +36,7 @@ void launch_gradients(Context& context, const Gradient* gradients, uint32_t coun
 namespace sm90 {
 
 template <class T, class Context>
-void launch_planned(Context& context, const Product& product);
+void launch_planned(Context& context, const Product* products, uint32_t count);
 template <class Context>
 void launch_gradients(Context& context, const Gradient* gradients, uint32_t count);
 

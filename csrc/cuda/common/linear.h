@@ -1,9 +1,9 @@
-// Forward and backward of a layer as launches, for any engine. F = s·B·N, or s·B without N.
+// Forward and backward of layers that share x, or of one, as launches, for any engine. F = s·B·N, or s·B without N.
 //   forward    T = x·Aᵀ                 y = x·Wᵀ + T·Fᵀ + bias
-//   backward   H = dy·F, G = dy·B       dx = dy·W + H·A      dA = Hᵀ·x   dN = s·Gᵀ·T   dB = s·(dyᵀ·T)·Nᵀ
+//   backward   H = dy·F, G = dy·B       dx = Σ dy·W + H·A    dA = Hᵀ·x   dN = s·Gᵀ·T   dB = s·(dyᵀ·T)·Nᵀ
 //
-// An engine (launch.cu) has folds, product, gradients and finishes, one launch each, splits(m, n, w), the slices of a
-// gradient, and sums_beyond(), whether its products sum the gradient of what P holds beyond the adapter.
+// An engine (launch.cu) has folds, products, gradients and finishes, one launch each for a layer, splits(m, n, w), the
+// slices of a gradient, and sums_beyond(), whether its products sum the gradient of what P holds beyond the adapter.
 #pragma once
 
 #include <algorithm>
@@ -13,22 +13,9 @@
 
 namespace nlora::cuda {
 
-// Shapes as in csrc/ops.h. x, weight, bias, y and T are of one 16-bit dtype, A, B and core of any.
-struct Forward {
-  Matrix x, weight, A, B, core, bias;
-  Matrix y, T;
-  void* workspace;   // forward_bytes()
-  float scaling;
-  uint32_t* state;
-};
-
-// dx, dA, dB and dcore are made where they are given, the last three in any dtype. Where x or T would not be used, it
-// may be missing.
-struct Backward {
-  Matrix dy, x, T, weight, A, B, core;
-  Matrix dx, dA, dB, dcore;
-  void* workspace;   // backward_bytes()
-  float scaling;
+// What the launches of a call share.
+struct Shared {
+  void* workspace;   // forward_bytes() or backward_bytes() of all its layers
   uint32_t* state;
 };
 
@@ -53,7 +40,7 @@ struct Workspace {
 
 // What the launch before the products makes: F, or [F | B], and A where they cannot read it as it lies.
 struct Folds {
-  Fold items[2];
+  Fold items[2 * kMostProducts];
   uint32_t count = 0;
 
   Matrix fold(const Matrix& B, const Matrix& core, float scaling, const Matrix& out) {
@@ -65,23 +52,44 @@ struct Folds {
   }
 };
 
+// What the launches of a group are given is checked once, here.
+inline void check_layers(size_t count) {
+  if (count < 1 || count > kMostProducts) {
+    throw std::invalid_argument("a group has 1 to " + std::to_string(kMostProducts) + " layers, got " +
+                                std::to_string(count));
+  }
+}
+
 template <class Engine>
-void forward(const Engine& engine, const Forward& f) {
-  Workspace workspace{static_cast<char*>(f.workspace)};
+void forward(const Engine& engine, const Forward* layers, size_t count, const Shared& shared) {
+  check_layers(count);
+  Workspace workspace{static_cast<char*>(shared.workspace)};
   Folds folds;
-  Product product;
-  product.wide = folds.fold(f.B, f.core, f.scaling, workspace.take(f.x.dtype, f.B.rows, f.B.cols));
-  product.shrink = folds.readable(f.A, f.x.dtype, workspace);
-  product.wide_alone_is_new = folds.count == 1;
-  engine.folds(folds.items, folds.count);
-  product.a = f.x;
-  product.b = f.weight;
-  product.c = f.y;
-  product.bias = f.bias;
-  product.p = f.T;
-  product.major = Major::K;
-  product.state = f.state;
-  engine.product(product);
+  Product products[kMostProducts];
+  uint32_t adapters = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Forward& f = layers[i];
+    Product& product = products[i];
+    product.a = f.x;
+    product.b = f.weight;
+    product.c = f.y;
+    product.bias = f.bias;
+    product.major = Major::K;
+    product.state = shared.state;
+    if (f.A) {
+      ++adapters;
+      product.p = f.T;
+      product.wide = folds.fold(f.B, f.core, f.scaling, workspace.take(f.x.dtype, f.B.rows, f.B.cols));
+      product.shrink = folds.readable(f.A, f.x.dtype, workspace);
+    }
+  }
+  if (folds.count) {
+    engine.folds(folds.items, folds.count);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    products[i].wide_alone_is_new = adapters && folds.count == adapters;
+  }
+  engine.products(products, uint32_t(count));
 }
 
 // Slices of dN where the product for dx sums them: enough for its last wave, few enough to be added up soon.
@@ -110,78 +118,128 @@ void multiply(const Engine& engine, const Matrix& a, const Matrix& b, const Matr
   product.c = c;
   product.major = Major::MN;
   product.state = state;
-  engine.product(product);
+  engine.products(&product, 1);
 }
 
+// The narrow gradients of all layers, and what makes them of their sums.
+struct Narrow {
+  // dA, dB and dcore of every layer.
+  static constexpr uint32_t kMost = 3 * kMostProducts;
+
+  Gradient gradients[kMost];
+  Finish finishes[kMost];
+  uint32_t gradient_count = 0, finish_count = 0;
+};
+
 template <class Engine>
-void backward(const Engine& engine, const Backward& g) {
+void backward(const Engine& engine, const Backward* layers, size_t count, const Shared& shared) {
   // The widest P that a product makes beside its result.
   constexpr int64_t kWidest = 256;
-  const int64_t m = g.dy.rows, r = g.A.rows;
-  const bool wants_h = g.dx || g.dA, wants_g = bool(g.dcore);
-  const bool sums_core = engine.sums_beyond() && g.dx && wants_g && 2 * r <= kWidest;
-  Workspace workspace{static_cast<char*>(g.workspace)};
-  const int64_t width = wants_g ? 2 * r : r;
-  Matrix folded, shrunk, core_sums, A;
-  if (wants_h || wants_g) {
-    Folds folds;
-    folded = folds.fold(g.B, g.core, g.scaling, workspace.take(g.dy.dtype, g.B.rows, width));
-    A = g.dx ? folds.readable(g.A, g.dy.dtype, workspace) : Matrix{};
-    shrunk = workspace.take(g.dy.dtype, m, width);
+  check_layers(count);
+  Workspace workspace{static_cast<char*>(shared.workspace)};
+  // What a layer's adapter is made of: [F | B], [H | G], A, and sums of dcore by the product.
+  struct Adapter {
+    Matrix folded, shrunk, A, core_sums;
+    bool wants_h, wants_g;
+  } adapters[kMostProducts];
+  Folds folds;
+  for (size_t i = 0; i < count; ++i) {
+    const Backward& g = layers[i];
+    Adapter& adapter = adapters[i];
+    adapter.wants_h = g.A && (g.dx || g.dA);
+    adapter.wants_g = bool(g.dcore);
+    if (adapter.wants_h || adapter.wants_g) {
+      const int64_t width = (adapter.wants_g ? 2 : 1) * g.A.rows;
+      adapter.folded = folds.fold(g.B, g.core, g.scaling, workspace.take(g.dy.dtype, g.B.rows, width));
+      adapter.A = g.dx ? folds.readable(g.A, g.dy.dtype, workspace) : Matrix{};
+      adapter.shrunk = workspace.take(g.dy.dtype, g.dy.rows, width);
+    }
+  }
+  if (folds.count) {
     engine.folds(folds.items, folds.count);
   }
-  if (g.dx) {
-    const int64_t w = wants_g && 2 * r <= kWidest ? 2 * r : r;
-    Product product;
-    product.a = g.dy;
-    product.b = g.weight;
-    product.c = g.dx;
-    product.p = columns_of(shrunk, 0, w);
-    product.wide = A;
-    product.shrink = columns_of(folded, 0, w);
-    product.major = Major::MN;
-    product.state = g.state;
-    if (sums_core) {
-      core_sums = workspace.take(Dtype::kFloat32, product_splits(m) * r, r);
-      product.t = g.T;
-      product.slices = core_sums;
+  Product products[kMostProducts];
+  for (size_t i = 0; i < count; ++i) {
+    const Backward& g = layers[i];
+    Adapter& adapter = adapters[i];
+    const int64_t m = g.dy.rows, r = g.A.rows;
+    // G by the product for dx, or by itself.
+    const bool beside = g.dx && adapter.wants_g && 2 * r <= kWidest;
+    if (g.dx) {
+      Product& product = products[i];
+      product.a = g.dy;
+      product.b = g.weight;
+      product.c = g.dx;
+      product.major = Major::MN;
+      product.state = shared.state;
+      if (adapter.wants_h) {
+        const int64_t w = beside ? 2 * r : r;
+        product.p = columns_of(adapter.shrunk, 0, w);
+        product.wide = adapter.A;
+        product.shrink = columns_of(adapter.folded, 0, w);
+      }
+      if (beside && engine.sums_beyond()) {
+        adapter.core_sums = workspace.take(Dtype::kFloat32, product_splits(m) * r, r);
+        product.t = g.T;
+        product.slices = adapter.core_sums;
+      }
     }
-    engine.product(product);
-    if (wants_g && w == r) {
-      multiply(engine, g.dy, columns_of(folded, r, r), columns_of(shrunk, r, r), g.state);
-    }
-  } else if (wants_h || wants_g) {
-    const int64_t first = wants_h ? 0 : r, count = wants_h && wants_g ? 2 * r : r;
-    multiply(engine, g.dy, columns_of(folded, first, count), columns_of(shrunk, first, count), g.state);
   }
-  Gradient gradients[3];
-  Finish finishes[3];
-  uint32_t count = 0;
+  if (layers->dx) {
+    engine.products(products, uint32_t(count));
+  }
+  Narrow narrow;
   // out = scaling·wideᵀ·narrow·coreᵀ, or its transpose.
-  const auto contract = [&](const Matrix& out, const Matrix& wide, const Matrix& narrow, const Matrix& core,
-                            float scaling, bool transposed) {
-    const int64_t n = wide.cols, w = narrow.cols, splits = engine.splits(wide.rows, n, w);
+  const auto contract = [&](const Matrix& out, const Matrix& wide, const Matrix& of, const Matrix& core, float scaling,
+                            bool transposed) {
+    const int64_t n = wide.cols, w = of.cols, splits = engine.splits(wide.rows, n, w);
     const Matrix sums = workspace.take(Dtype::kFloat32, splits * n, w);
-    gradients[count] = {wide, narrow, sums, uint32_t(splits)};
-    finishes[count++] = {sums, uint32_t(splits), core, out, scaling, transposed};
+    narrow.gradients[narrow.gradient_count++] = {wide, of, sums, uint32_t(splits)};
+    narrow.finishes[narrow.finish_count++] = {sums, uint32_t(splits), core, out, scaling, transposed};
   };
-  if (g.dA) {
-    contract(g.dA, g.x, columns_of(shrunk, 0, r), {}, 1, true);
+  for (size_t i = 0; i < count; ++i) {
+    const Backward& g = layers[i];
+    const Adapter& adapter = adapters[i];
+    const int64_t r = g.A.rows;
+    const bool made_h = bool(g.dx), made_g = g.dx && 2 * r <= kWidest;
+    const int64_t first = adapter.wants_h && !made_h ? 0 : r, last = adapter.wants_g && !made_g ? 2 * r : r;
+    if ((adapter.wants_h || adapter.wants_g) && first < last) {
+      multiply(engine, g.dy, columns_of(adapter.folded, first, last - first),
+               columns_of(adapter.shrunk, first, last - first), shared.state);
+    }
   }
-  if (g.dB) {
-    contract(g.dB, g.dy, g.T, g.core, g.scaling, false);
+  // Those of x one after the other, for it need be read but once.
+  for (size_t i = 0; i < count; ++i) {
+    if (layers[i].dA) {
+      contract(layers[i].dA, layers[i].x, columns_of(adapters[i].shrunk, 0, layers[i].A.rows), {}, 1, true);
+    }
   }
-  if (wants_g && !sums_core) {
-    contract(g.dcore, columns_of(shrunk, r, r), g.T, {}, g.scaling, false);
+  for (size_t i = 0; i < count; ++i) {
+    const Backward& g = layers[i];
+    const Adapter& adapter = adapters[i];
+    const int64_t r = g.A.rows;
+    if (g.dB) {
+      contract(g.dB, g.dy, g.T, g.core, g.scaling, false);
+    }
+    if (adapter.wants_g && !adapter.core_sums) {
+      contract(g.dcore, columns_of(adapter.shrunk, r, r), g.T, {}, g.scaling, false);
+    }
   }
-  if (count) {
-    engine.gradients(gradients, count);
+  if (narrow.gradient_count) {
+    engine.gradients(narrow.gradients, narrow.gradient_count);
   }
-  if (sums_core) {
-    finishes[count++] = {core_sums, uint32_t(product_splits(m)), {}, g.dcore, g.scaling, false};
+  for (size_t i = 0; i < count; ++i) {
+    if (adapters[i].core_sums) {
+      narrow.finishes[narrow.finish_count++] = {adapters[i].core_sums,
+                                                uint32_t(product_splits(layers[i].dy.rows)),
+                                                {},
+                                                layers[i].dcore,
+                                                layers[i].scaling,
+                                                false};
+    }
   }
-  if (count) {
-    engine.finishes(finishes, count);
+  if (narrow.finish_count) {
+    engine.finishes(narrow.finishes, narrow.finish_count);
   }
 }
 

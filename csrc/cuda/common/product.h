@@ -17,6 +17,9 @@ namespace nlora::cuda {
 //   slices (splits·(w - r), v), fp32     contiguous: slice s = p[:, r:]ᵀ·t over the s-th share of the rows
 // With t the launch sums the narrow gradient of what p holds beyond the adapter, w - r <= 128 and v <= 128 columns.
 // n, k, r, w and v are multiples of 8, as are row strides; data is aligned to 16 bytes.
+//
+// Up to kMostProducts go in one launch: those of Major::K read one a and each makes its c and p, those of Major::MN are
+// summed into one c, without a bias. Each names what it shares with the others.
 struct Product {
   Matrix a, b, c, bias;
   Matrix p, wide;

@@ -64,6 +64,12 @@ NLORA_FN constexpr uint32_t piece_width(uint32_t w, uint32_t tile_columns) {
   return width < tile_columns ? width : tile_columns;
 }
 
+// Products of one launch at most.
+constexpr uint32_t kMostProducts = 4;
+
+// Columns filled up to whole tiles, or whatever else is `unit` wide.
+NLORA_FN constexpr uint32_t filled_up(uint32_t columns, uint32_t unit) { return ceil_div(columns, unit) * unit; }
+
 // The number of the launch after that of number `epoch`. None is 0, which is what flags hold that no launch has raised.
 NLORA_FN constexpr uint32_t next_epoch(uint32_t epoch) { return epoch + 1 == 0 ? 1 : epoch + 1; }
 
@@ -73,7 +79,8 @@ NLORA_FN constexpr uint32_t next_epoch(uint32_t epoch) { return epoch + 1 == 0 ?
 //   ticket, epoch, then for every 64 rows and every piece of P a flag: the number of the launch that wrote them last
 struct State {
   static constexpr uint32_t kWord = 4;        // in words of 4 bytes
-  static constexpr uint32_t kMaxPieces = 2;   // of P: 256 columns by tiles of 128
+  static constexpr uint32_t kPieces = 2;      // of the P of a product: 256 columns by tiles of 128
+  static constexpr uint32_t kMaxPieces = kPieces * kMostProducts;
   static constexpr uint32_t kMaxRows = 256;   // of a cluster's tile
   uint32_t* words;
 

@@ -48,7 +48,8 @@ struct AmpereSum {
 };
 
 struct AmpereProblem {
-  AmpereSum sums[2];       // the base, then the adapter
+  AmpereSum sums[2 * kMostProducts];   // of every product the base and the adapter; none is empty
+  uint32_t count;                      // of sums
   uint32_t m, n;
   void* c;                 // 16-bit rows of c_stride; for a gradient fp32 slices (splits·m, n)
   const uint16_t* bias;    // (n) or null
@@ -178,22 +179,29 @@ struct AmpereKernel {
     }
   }
 
-  // acc += the steps [first, last) of the sums, of which those from base_steps on are the adapter's.
-  __device__ __forceinline__ void accumulate(Accumulators& acc, uint32_t first, uint32_t last,
-                                             uint32_t base_steps) const {
+  __device__ __forceinline__ uint32_t steps_of(uint32_t sum) const {
+    return ceil_div(problem.sums[sum].depth, Tile::kBlockK);
+  }
+
+  // acc += the steps [first, last) of the first sum and, but for a gradient, of those that follow it.
+  __device__ __forceinline__ void accumulate(Accumulators& acc, uint32_t first, uint32_t last) const {
     A a;
     B b;
     begin(a, b, problem.sums[0], first * Tile::kBlockK);
-    uint32_t loaded = first;
+    uint32_t loaded = first, sum = 0, sum_end = kGradient ? last : steps_of(0);
+    auto go_on = [&] {
+      if (!kGradient && loaded == sum_end && loaded < last) {
+        begin(a, b, problem.sums[++sum], 0);
+        sum_end += steps_of(sum);
+      }
+    };
     auto load = [&](uint32_t slot) {
       a.load(slot_a(slot));
       b.load(slot_b(slot));
       ++loaded;
     };
     for (uint32_t slot = 0; slot < Tile::kStages - 1; ++slot) {
-      if (!kGradient && loaded == base_steps) {
-        begin(a, b, problem.sums[1], 0);
-      }
+      go_on();
       if (loaded < last) {
         load(slot);
       }
@@ -213,11 +221,8 @@ struct AmpereKernel {
     };
     uint32_t steps = last - first;
     while (loaded < last) {
-      if (!kGradient && loaded == base_steps) {
-        begin(a, b, problem.sums[1], 0);
-      }
-      const uint32_t end = !kGradient && loaded < base_steps ? base_steps : last;
-      for (; loaded < end; --steps) {
+      go_on();
+      for (; loaded < sum_end; --steps) {
         step(load);
       }
     }
@@ -287,22 +292,25 @@ template <class Tile, class T, Major MajorA, Major MajorB>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     ampere_kernel(const __grid_constant__ Group<AmpereProblem> group) {
   using Kernel = AmpereKernel<Tile, T, MajorA, MajorB>;
-  uint32_t block = block_rank();
-  const AmpereProblem& problem = Kernel::kGradient ? group.of_block(block) : group.items[0];
+  uint32_t block;
+  const AmpereProblem& problem = group.of_block(block);
   const Schedule schedule(problem.m, problem.n, 0, Tile::kBlockM, Tile::kBlockN);
   const uint32_t split = Kernel::kGradient ? block / schedule.count() : 0;
   const auto place = schedule.at(block - split * schedule.count());
   const uint32_t warp = warp_rank();
   const Kernel kernel{problem, shared_base(), place.m, place.n, warp / 2 * Tile::kWarpM, warp % 2 * Tile::kWarpN};
 
-  const uint32_t base_steps = ceil_div(problem.sums[0].depth, Tile::kBlockK);
   typename Kernel::Accumulators acc = {};
   if constexpr (Kernel::kGradient) {
-    kernel.accumulate(acc, first_step(split, problem.splits, base_steps),
-                      first_step(split + 1, problem.splits, base_steps), base_steps);
+    const uint32_t steps = kernel.steps_of(0);
+    kernel.accumulate(acc, first_step(split, problem.splits, steps), first_step(split + 1, problem.splits, steps));
     kernel.store_slice(acc, split);
   } else {
-    kernel.accumulate(acc, 0, base_steps + ceil_div(problem.sums[1].depth, Tile::kBlockK), base_steps);
+    uint32_t steps = 0;
+    for (uint32_t sum = 0; sum < problem.count; ++sum) {
+      steps += kernel.steps_of(sum);
+    }
+    kernel.accumulate(acc, 0, steps);
     kernel.store_rounded(acc);
   }
 }

@@ -29,49 +29,62 @@ void launch_ampere(Context& context, Dtype dtype, const AmpereProblem* problems,
 
 // Whether large tiles are over first. A processor multiplies its share of the tiles one after another; by small ones,
 // which read shared memory oftener, it does 60 % as much.
-inline bool takes_large_tiles(const AmpereProblem& problem, uint32_t processors) {
-  const uint32_t large = ceil_div(tiles_of<AmpereLarge>(problem), processors);
-  const uint32_t small = ceil_div(tiles_of<AmpereSmall>(problem), processors);
+inline bool takes_large_tiles(const AmpereProblem* problems, uint32_t count, uint32_t processors) {
+  uint32_t large = 0, small = 0;
+  for (uint32_t i = 0; i < count; ++i) {
+    large += tiles_of<AmpereLarge>(problems[i]);
+    small += tiles_of<AmpereSmall>(problems[i]);
+  }
   // 4 · 60 % = 12 / 5
-  return 12 * large <= 5 * small;
+  return 12 * ceil_div(large, processors) <= 5 * ceil_div(small, processors);
 }
 
-// One launch, p given.
+// The products in one launch, p given, each into its c or all into one.
 template <Major MajorB, class Context>
-void launch_ampere_sums(Context& context, const Product& product) {
-  const Matrix &a = product.a, &b = product.b, &c = product.c, &p = product.p, &wide = product.wide;
-  const int64_t r = MajorB == Major::K ? wide.cols : wide.rows;
-  const AmpereProblem problem{{{data16(a), data16(b), a.row_stride, b.row_stride, uint32_t(a.cols)},
-                               {data16(p), data16(wide), p.row_stride, wide.row_stride, uint32_t(wide ? r : 0)}},
-                              uint32_t(c.rows),
-                              uint32_t(c.cols),
-                              c.data,
-                              data16(product.bias),
-                              c.row_stride,
-                              1};
-  if (takes_large_tiles(problem, context.processors())) {
-    launch_ampere<AmpereLarge, Major::K, MajorB>(context, c.dtype, &problem, 1);
-  } else {
-    launch_ampere<AmpereSmall, Major::K, MajorB>(context, c.dtype, &problem, 1);
+void launch_ampere_sums(Context& context, const Product* products, uint32_t count, bool into_one) {
+  AmpereProblem problems[kMostProducts];
+  uint32_t last = 0;
+  for (uint32_t i = 0; i < count; ++i) {
+    const Matrix &a = products[i].a, &b = products[i].b, &c = products[i].c;
+    const Matrix &p = products[i].p, &wide = products[i].wide;
+    AmpereProblem& problem = problems[into_one ? 0 : i];
+    last = into_one ? 0 : i;
+    if (i == last) {
+      problem = {{}, 0, uint32_t(c.rows), uint32_t(c.cols), c.data, data16(products[i].bias), c.row_stride, 1};
+    }
+    problem.sums[problem.count++] = {data16(a), data16(b), a.row_stride, b.row_stride, uint32_t(a.cols)};
+    if (wide) {
+      const int64_t r = MajorB == Major::K ? wide.cols : wide.rows;
+      problem.sums[problem.count++] = {data16(p), data16(wide), p.row_stride, wide.row_stride, uint32_t(r)};
+    }
   }
+  const auto launch = takes_large_tiles(problems, last + 1, context.processors())
+                          ? &launch_ampere<AmpereLarge, Major::K, MajorB, Context>
+                          : &launch_ampere<AmpereSmall, Major::K, MajorB, Context>;
+  launch(context, products->c.dtype, problems, last + 1);
 }
 
-// The product in one launch, or with shrink in two; product.state is not used.
+// The products in one launch, or with shrink in two; their state is not used.
 template <class Context>
-void launch_product(Context& context, const Product& product) {
-  const auto launch =
-      product.major == Major::K ? &launch_ampere_sums<Major::K, Context> : &launch_ampere_sums<Major::MN, Context>;
-  if (product.shrink) {
-    Product narrow;
-    narrow.a = product.a;
-    narrow.b = product.shrink;
-    narrow.c = product.p;
-    launch(context, narrow);
+void launch_products(Context& context, const Product* products, uint32_t count) {
+  const bool along = products->major == Major::K;
+  const auto launch = along ? &launch_ampere_sums<Major::K, Context> : &launch_ampere_sums<Major::MN, Context>;
+  Product narrow[kMostProducts];
+  uint32_t narrow_count = 0;
+  for (uint32_t i = 0; i < count; ++i) {
+    if (products[i].shrink) {
+      narrow[narrow_count].a = products[i].a;
+      narrow[narrow_count].b = products[i].shrink;
+      narrow[narrow_count++].c = products[i].p;
+    }
   }
-  launch(context, product);
+  if (narrow_count) {
+    launch(context, narrow, narrow_count, false);
+  }
+  launch(context, products, count, !along);
 }
 
-// One launch for 1 to 3 gradients of one dtype: see Gradient.
+// One launch for up to kMostInGroup gradients of one dtype: see Gradient.
 template <class Context>
 void launch_gradients(Context& context, const Gradient* gradients, uint32_t count) {
   check_group(count);
@@ -80,7 +93,8 @@ void launch_gradients(Context& context, const Gradient* gradients, uint32_t coun
   for (uint32_t i = 0; i < count; ++i) {
     const Matrix &wide = gradients[i].wide, &narrow = gradients[i].narrow;
     check_splits(gradients[i], AmpereSplits::kRows);
-    problems[i] = {{{data16(wide), data16(narrow), wide.row_stride, narrow.row_stride, uint32_t(wide.rows)}, {}},
+    problems[i] = {{{data16(wide), data16(narrow), wide.row_stride, narrow.row_stride, uint32_t(wide.rows)}},
+                   1,
                    uint32_t(wide.cols),
                    uint32_t(narrow.cols),
                    gradients[i].slices.data,

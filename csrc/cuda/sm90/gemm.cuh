@@ -37,11 +37,12 @@ __device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, 
   }
 }
 
-// Depth [begin, end) of a left operand (rows from m) and a right one (`width` rows from n) into the ring, 64 to a
-// stage. When `left`, the stages of the item still to be loaded, is down to one lap, the next ticket may be drawn.
-template <class Tile, Major kLeft, Major kRight>
-__device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const TensorMap* a, const TensorMap* b,
-                                           uint32_t m, uint32_t n, uint32_t width, uint32_t begin, uint32_t end,
+// Depth [begin, end) of a left operand (rows from m) and a right one into the ring, 64 to a stage. right(n) says where n
+// of its `width` rows lies; where kBy64, it may say so of every 64 of them alone. When `left`, the stages of the item
+// still to be loaded, is down to one lap, the next ticket may be drawn.
+template <class Tile, Major kLeft, Major kRight, bool kBy64 = false, class Right>
+__device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const TensorMap* a, uint32_t m,
+                                           const Right& right, uint32_t width, uint32_t begin, uint32_t end,
                                            uint32_t rank, uint32_t& left, RingPosition<Tile::kStages>& ring) {
   for (uint32_t k = begin; k < end; k += Tile::kBlockK) {
     if (left-- == Tile::kStages) {
@@ -58,7 +59,7 @@ __device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const 
       }
     }
     // Each block of the cluster loads its share of b for all of them.
-    const auto load_share = [&](uint32_t line, uint32_t column, uint32_t row) {
+    const auto load_share = [&](uint32_t line, const TensorMap* b, uint32_t column, uint32_t row) {
       if constexpr (Tile::kCluster == 1) {
         tma_load(shared.b(ring.slot) + line * 128, b, full, column, row);
       } else {
@@ -66,12 +67,18 @@ __device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const 
       }
     };
     if constexpr (kRight == Major::K) {
-      const uint32_t share = rank * (width / Tile::kCluster);
-      load_share(share, k, n + share);
+      const uint32_t share = width / Tile::kCluster, first = rank * share, box = kBy64 && share > 64 ? 64 : share;
+      uint32_t row = first;
+      do {
+        const Part part = right(row);
+        load_share(row, part.map, k, part.first);
+        row += box;
+      } while (kBy64 && row < first + share);
     } else {
       const uint32_t share = rank * (Tile::kBlockK / Tile::kCluster);
       for (uint32_t column = 0; column < width; column += 64) {
-        load_share(column + share, n + column, k + share);
+        const Part part = right(column);
+        load_share(column + share, part.map, part.first, k + share);
       }
     }
     ring.advance();
@@ -88,40 +95,64 @@ __device__ __forceinline__ void await_p(const State state, uint32_t epoch, uint3
 }
 
 // What one work item needs, in the order in which multiply() takes it; gives the ticket's place back.
-template <class Tile, Major kMajor, class T>
-__device__ __forceinline__ void load_item(const GemmShared<Tile> shared, const GemmProblem<T>& problem, uint32_t epoch,
-                                          const Schedule::Item place, uint32_t rank,
-                                          RingPosition<Tile::kStages>& ring) {
-  const uint32_t begin = problem.first(place), end = problem.last(place), r = problem.adapter(place);
+template <class Tile, class Problem>
+__device__ __forceinline__ void load_item(const GemmShared<Tile> shared, const Problem& problem, uint32_t epoch,
+                                          const GemmPlace place, uint32_t rank, RingPosition<Tile::kStages>& ring) {
+  constexpr Major kMajor = Problem::kMajor;
   const uint32_t width = problem.width(place, Tile::kBlockN);
-  const uint32_t stages = place.tall * ceil_div(end - begin, Tile::kBlockK) + ceil_div(r, Tile::kBlockK);
+  const uint32_t stages = place.tall * problem.base_stages(place) + problem.adapter_stages(place);
   uint32_t left = stages < Tile::kStages ? Tile::kStages : stages;
+  const auto from = [](const TensorMap* map, uint32_t first) {
+    return [=](uint32_t n) { return Part{map, first + n}; };
+  };
   if constexpr (kMajor == Major::MN) {
     if (place.makes_slice) {
-      for (uint32_t row = begin; row < end; row += Tile::kBlockK) {
-        if (problem.w) {
-          await_p(problem.state, epoch, row, 64, 0, ceil_div(problem.w, Tile::kBlockN));
+      const auto& product = problem.products[place.product];
+      const uint32_t last = problem.last_row(place);
+      for (uint32_t row = problem.first_row(place); row < last; row += Tile::kBlockK) {
+        if (product.w) {
+          await_p(problem.state, epoch, row, 64, problem.first_p(place.product) / Tile::kBlockN,
+                  ceil_div(product.w, Tile::kBlockN));
         }
-        load_depth<Tile, Major::MN, Major::MN>(shared, &problem.beyond, &problem.t, place.m, 0, width, row, row + 1,
-                                               rank, left, ring);
+        load_depth<Tile, Major::MN, Major::MN>(shared, &product.beyond, place.m, from(&product.t, 0), width, row,
+                                               row + 1, rank, left, ring);
       }
       return;
     }
   }
 #pragma unroll 1
   for (uint32_t tile = 0; tile < place.tall; ++tile) {
-    load_depth<Tile, Major::K, kMajor>(shared, &problem.a, place.makes_p ? &problem.shrink : &problem.b,
-                                       place.m + tile * Tile::kClusterM, place.n, width, begin, end, rank, left, ring);
-  }
-  if (r) {
-    grid_wait();
-  }
-  for (uint32_t column = 0; column < r; column += Tile::kBlockN) {
-    if (problem.w) {
-      await_p(problem.state, epoch, place.m, Tile::kBlockM, column / Tile::kBlockN, 1);
+    const uint32_t m = place.m + tile * Tile::kClusterM;
+    if constexpr (Problem::kSharesP) {
+      if (place.makes_p) {
+        const auto shrink = [&](uint32_t n) { return problem.template part_of_p<&Problem::Item::shrink>(place, n); };
+        load_depth<Tile, Major::K, kMajor, true>(shared, &problem.products[0].a, m, shrink, width, 0,
+                                                 problem.products[0].k, rank, left, ring);
+        continue;
+      }
     }
-    load_depth<Tile, Major::K, kMajor>(shared, &problem.p, &problem.wide, place.m, place.n, width, column,
-                                       r - column < Tile::kBlockN ? r : column + Tile::kBlockN, rank, left, ring);
+    for (uint32_t i = place.product; i < place.end; ++i) {
+      const auto& product = problem.products[i];
+      load_depth<Tile, Major::K, kMajor>(shared, Problem::kSums ? &product.a : &problem.products[0].a, m,
+                                         from(place.makes_p ? &product.shrink : &product.b, place.n), width, 0,
+                                         product.k, rank, left, ring);
+    }
+  }
+  for (uint32_t i = place.product; i < place.end && !place.makes_p; ++i) {
+    const auto& product = problem.products[i];
+    if (product.r) {
+      grid_wait();
+    }
+    const uint32_t first = problem.first_p(i);
+    for (uint32_t column = 0, next = 0; column < product.r; column = next) {
+      const uint32_t of_piece = Tile::kBlockN - (first + column) % Tile::kBlockN;
+      next = product.r - column < of_piece ? product.r : column + of_piece;
+      if (product.w) {
+        await_p(problem.state, epoch, place.m, Tile::kBlockM, (first + column) / Tile::kBlockN, 1);
+      }
+      load_depth<Tile, Major::K, kMajor>(shared, &product.p, place.m, from(&product.wide, place.n), width, column, next,
+                                         rank, left, ring);
+    }
   }
 }
 
@@ -154,15 +185,19 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[Tile::kBlockN / 2], 
   wgmma_commit();
 }
 
-// acc (64 × width) = left tile · right tileᵀ over the depth k, then over r. `across`: the left one is MN-major.
-template <class Tile, Major kMajor, class T>
-__device__ __forceinline__ void multiply(float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared, uint32_t width,
-                                         bool across, uint32_t k, uint32_t r, uint32_t consumer,
-                                         RingPosition<Tile::kStages>& ring) {
-  const uint32_t k_stages = ceil_div(k, Tile::kBlockK), stages = k_stages + ceil_div(r, Tile::kBlockK);
+// acc (64 × width) = left tile · right tileᵀ over the depth of an item, then over its adapter.
+template <class Tile, class Problem>
+__device__ __forceinline__ void multiply(float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared,
+                                         const Problem& problem, const GemmPlace place, uint32_t width,
+                                         uint32_t consumer, RingPosition<Tile::kStages>& ring) {
+  using T = typename Problem::Element;
+  constexpr Major kMajor = Problem::kMajor;
+  // A slice reads its left operand across.
+  const bool across = place.makes_slice;
+  const uint32_t base_stages = problem.base_stages(place), stages = base_stages + problem.adapter_stages(place);
   uint32_t previous = 0;
   for (uint32_t stage = 0; stage < stages; ++stage) {
-    const uint32_t depth = stage < k_stages ? Tile::kBlockK : r - (stage - k_stages) * Tile::kBlockK;
+    const uint32_t depth = stage < base_stages ? Tile::kBlockK : problem.rank_left(place, stage - base_stages);
     mbarrier_wait(shared.full(ring.slot), ring.parity);
     // The tile's 64 rows of this consumer, or the box that has them as columns.
     const uint32_t rows = shared.a(ring.slot) + consumer * 64 * 128;
@@ -201,11 +236,12 @@ struct alignas(2 * sizeof(T)) Pair {
   T low, high;
 };
 
-// acc + bias -> staging -> `to`, by the 128 threads of one consumer warpgroup; bias (columns) may be null.
-template <class Tile, class T>
+// acc + bias -> staging -> the matrix and column that to(column of the tile) gives for every box, by the 128 threads of
+// one consumer warpgroup; bias (columns) may be null.
+template <class Tile, class T, class To>
 __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared,
-                                           uint32_t width, const TensorMap* to, const T* bias, uint32_t columns,
-                                           const Schedule::Item place, uint32_t consumer, bool storing_thread) {
+                                           uint32_t width, const To& to, const T* bias, uint32_t columns,
+                                           const GemmPlace place, uint32_t consumer, bool storing_thread) {
   constexpr int kAtOnce = Tile::kBoxesAtOnce, kRounds = Tile::kBoxes / kAtOnce;
   const uint32_t barrier = 1 + consumer;
   const uint32_t lane = lane_rank();
@@ -252,7 +288,8 @@ __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2]
     bar_sync(barrier, 128);
     if (storing_thread) {
       for (int box = first; box < first + kAtOnce && box * 64 < int(width); ++box) {
-        tma_store(to, staging(box), place.n + box * 64, place.m + consumer * 64);
+        const Part target = to(box * 64);
+        tma_store(target.map, staging(box), target.first, place.m + consumer * 64);
       }
       bulk_commit();
     }
@@ -261,78 +298,91 @@ __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2]
 
 // acc -> the 64 rows of a slice from `row` on.
 template <class Tile, class T>
-__device__ __forceinline__ void store_slice(const float (&acc)[Tile::kBlockN / 2], const GemmProblem<T>& problem,
+__device__ __forceinline__ void store_slice(const float (&acc)[Tile::kBlockN / 2], const GemmProduct<T>& product,
                                             uint32_t slice, uint32_t row) {
   const uint32_t lane = lane_rank();
 #pragma unroll
   for (int i = 0; i < Tile::kBlockN / 2 && i < 64; i += 2) {
     const uint32_t g = row + accumulator_row(warp_rank() % 4, lane, i), v = accumulator_column(lane, i);
-    if (g < problem.g && v < problem.v) {
-      st_global(reinterpret_cast<Pair<float>*>(problem.slices + (slice * problem.g + g) * problem.v + v),
+    if (g < product.g && v < product.v) {
+      st_global(reinterpret_cast<Pair<float>*>(product.slices + (slice * product.g + g) * product.v + v),
                 Pair<float>{acc[i], acc[i + 1]});
     }
   }
 }
 
 // The consumers' side of one work item.
-template <class Tile, Major kMajor, class T>
-__device__ __forceinline__ void compute_item(const GemmShared<Tile> shared, const GemmProblem<T>& problem,
-                                             uint32_t epoch, Schedule::Item place, uint32_t consumer,
-                                             bool storing_thread, RingPosition<Tile::kStages>& ring) {
+template <class Tile, class Problem>
+__device__ __forceinline__ void compute_item(const GemmShared<Tile> shared, const Problem& problem, uint32_t epoch,
+                                             GemmPlace place, uint32_t consumer, bool storing_thread,
+                                             RingPosition<Tile::kStages>& ring) {
+  using T = typename Problem::Element;
   const bool makes_p = place.makes_p;
+  const GemmProduct<T>& product = problem.products[place.product];
   const uint32_t width = problem.width(place, Tile::kBlockN), end = place.m + place.tall * Tile::kClusterM;
+  const auto to = [&](uint32_t column) {
+    return makes_p ? problem.template part_of_p<&Problem::Item::p_out>(place, column)
+                   : Part{&product.c, place.n + column};
+  };
 #pragma unroll 1
   for (; place.m < end; place.m += Tile::kClusterM) {
     float acc[Tile::kBlockN / 2];
-    multiply<Tile, kMajor, T>(acc, shared, width, place.makes_slice, problem.last(place) - problem.first(place),
-                              problem.adapter(place), consumer, ring);
-    if constexpr (kMajor == Major::MN) {
+    multiply<Tile>(acc, shared, problem, place, width, consumer, ring);
+    if constexpr (Problem::kMajor == Major::MN) {
       if (place.makes_slice) {
-        store_slice<Tile, T>(acc, problem, place.n, place.m + consumer * 64);
+        store_slice<Tile, T>(acc, product, place.n, place.m + consumer * 64);
         return;
       }
     }
-    store_tile<Tile, T>(acc, shared, width, makes_p ? &problem.p_out : &problem.c, makes_p ? nullptr : problem.bias,
-                        problem.n, place, consumer, storing_thread);
+    store_tile<Tile, T>(acc, shared, width, to, makes_p ? nullptr : product.bias, product.n, place, consumer,
+                        storing_thread);
     if (makes_p && storing_thread) {
       bulk_wait<0>();
       fence_async_global();
-      flag_release_store(problem.state.flag(place.m + consumer * 64, place.n / Tile::kBlockN), epoch);
+      flag_release_store(problem.state.flag(place.m + consumer * 64, place.piece), epoch);
     }
     sync_warp();
   }
 }
 
-template <class Tile, Major kMajor, class T>
-__global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_constant__ GemmProblem<T> problem) {
+template <class Tile, Major kMajor, class T, uint32_t kProducts>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    gemm_kernel(const __grid_constant__ GemmProblem<kMajor, T, kProducts> problem) {
   const GemmShared<Tile> shared{shared_base()};
   const uint32_t warp = warp_rank();
   const uint32_t rank = Tile::kCluster == 1 ? 0 : cluster_rank();
   const bool leader = elect_one();
-  const Schedule schedule(problem.m, problem.n, problem.w, Tile::kClusterM, Tile::kBlockN, problem.splits,
+  const Schedule schedule(problem.m, problem.columns, problem.p_columns, Tile::kClusterM, Tile::kBlockN, problem.slices,
                           problem.p_tall);
   const auto own_place = [&](uint32_t ticket) {
-    Schedule::Item place = schedule.at(ticket);
+    GemmPlace place = problem.at(schedule, ticket);
     place.m += rank * Tile::kBlockM;
     return place;
   };
   constexpr uint32_t kConsumerWarps = 4 * Tile::kConsumers;
 
   if (warp == 0 && leader) {
-    prefetch_tensor_map(&problem.a);
-    prefetch_tensor_map(&problem.b);
-    prefetch_tensor_map(&problem.c);
-    if (problem.r) {
-      prefetch_tensor_map(&problem.p);
-      prefetch_tensor_map(&problem.wide);
-    }
-    if (problem.w) {
-      prefetch_tensor_map(&problem.shrink);
-      prefetch_tensor_map(&problem.p_out);
-    }
-    if (problem.splits) {
-      prefetch_tensor_map(&problem.beyond);
-      prefetch_tensor_map(&problem.t);
+    for (uint32_t i = 0; i < (problem.kGroup ? problem.count : 1); ++i) {
+      const auto& product = problem.products[i];
+      prefetch_tensor_map(&product.b);
+      if (i == 0 || problem.kSums) {
+        prefetch_tensor_map(&product.a);
+      }
+      if (i == 0 || !problem.kSums) {
+        prefetch_tensor_map(&product.c);
+      }
+      if (product.r) {
+        prefetch_tensor_map(&product.p);
+        prefetch_tensor_map(&product.wide);
+      }
+      if (product.w) {
+        prefetch_tensor_map(&product.shrink);
+        prefetch_tensor_map(&product.p_out);
+      }
+      if (product.splits) {
+        prefetch_tensor_map(&product.beyond);
+        prefetch_tensor_map(&product.t);
+      }
     }
     for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
       mbarrier_init(shared.full(stage), 1);
@@ -367,7 +417,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
           grid_launch_dependents();
           break;
         }
-        load_item<Tile, kMajor, T>(shared, problem, epoch, own_place(ticket), rank, ring);
+        load_item<Tile>(shared, problem, epoch, own_place(ticket), rank, ring);
       }
     } else if (warp == 1 && leader && rank == 0) {
       hand_out_tickets<Tile>(shared, problem.state, schedule.count());
@@ -389,7 +439,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) gemm_kernel(const __grid_co
       if (ticket >= schedule.count()) {
         break;
       }
-      compute_item<Tile, kMajor, T>(shared, problem, epoch, own_place(ticket), consumer, storing_thread, ring);
+      compute_item<Tile>(shared, problem, epoch, own_place(ticket), consumer, storing_thread, ring);
     }
     if (storing_thread) {
       bulk_wait_read<0>();

@@ -71,7 +71,7 @@ inline void check_product(const Product& q, int64_t max_w) {
                                 std::to_string(w));
   }
   if (q.t) {
-    const int64_t v = q.t.cols, g = w - r, widest = std::min<int64_t>(128, max_w / State::kMaxPieces);
+    const int64_t v = q.t.cols, g = w - r, widest = std::min<int64_t>(128, max_w / State::kPieces);
     check("t", q.t, m, v);
     if (q.major != Major::MN || g % 8 || std::min(g, v) <= 0 || std::max(g, v) > widest) {
       throw std::invalid_argument("a gradient needs Major::MN, 8 to " + std::to_string(widest) +
@@ -98,89 +98,160 @@ inline TensorMap operand_map(const Matrix& x, uint32_t box_rows) {
   return tensor_map(x.data, x.rows, x.cols, (x.rows == 1 ? x.cols : x.row_stride) * 2, box_rows, 64, Swizzle::B128);
 }
 
-template <class Tile, Major kMajor, class T, class Context>
-void launch_gemm(Context& context, const Product& q, uint32_t blocks, uint32_t tall) {
-  constexpr uint32_t kCluster = Tile::kCluster;
-  const auto right_map = [](const Matrix& x, uint32_t width) {
-    return operand_map(x, (kMajor == Major::K ? width : Tile::kBlockK) / kCluster);
-  };
-  GemmProblem<T> problem;
-  problem.m = uint32_t(q.a.rows);
-  problem.n = uint32_t(q.c.cols);
-  problem.k = uint32_t(q.a.cols);
-  problem.r = uint32_t(rank_of(q));
-  problem.w = q.shrink ? uint32_t(q.p.cols) : 0;
-  problem.p_width = piece_width(problem.w, Tile::kBlockN);
-  problem.p_tall = tall;
-  problem.a = operand_map(q.a, Tile::kBlockM);
-  problem.b = right_map(q.b, Tile::kBlockN);
-  problem.c = operand_map(q.c, 64);
-  Matrix p = q.p;
-  problem.p_out = operand_map(p, 64);
-  p.cols = problem.r;
-  problem.p = problem.r ? operand_map(p, Tile::kBlockM) : TensorMap{};
-  problem.wide = right_map(q.wide, Tile::kBlockN);
-  problem.shrink = right_map(q.shrink, problem.p_width);
-  problem.splits = problem.g = problem.v = problem.t_width = 0;
-  if (q.t) {
-    Matrix beyond = q.p;
-    beyond.data = static_cast<T*>(q.p.data) + problem.r;
-    beyond.cols -= problem.r;
-    problem.beyond = operand_map(beyond, 64);
-    problem.t = right_map(q.t, 0);
-    problem.slices = static_cast<float*>(q.slices.data);
-    problem.g = uint32_t(beyond.cols);
-    problem.v = uint32_t(q.t.cols);
-    problem.splits = uint32_t(q.slices.rows) / problem.g;
-    problem.t_width = problem.v <= 64 ? 64 : 128;
+// What they share is the same, and what the launch gives the one state has room for.
+inline void check_products(const Product* products, uint32_t count, int64_t max_w) {
+  if (count < 1 || count > kMostProducts) {
+    throw std::invalid_argument("a launch takes 1 to " + std::to_string(kMostProducts) + " products, got " +
+                                std::to_string(count));
   }
-  problem.bias = static_cast<const T*>(q.bias.data);
-  problem.state = {q.state};
-  problem.begins_early = q.wide_alone_is_new;
-
-  const Schedule schedule(problem.m, problem.n, problem.w, Tile::kClusterM, Tile::kBlockN, problem.splits, tall);
-  const uint32_t clusters = std::min(std::max(blocks / kCluster, 1u), schedule.count());
-  context.launch({clusters * kCluster, Tile::kThreads, kCluster, Tile::kSharedBytes, Tile::kRegisters, true},
-                 &gemm_kernel<Tile, kMajor, T>, problem);
+  const Product& first = products[0];
+  const auto same = [](const Matrix& x, const Matrix& y) {
+    return x.data == y.data && x.rows == y.rows && x.cols == y.cols && x.row_stride == y.row_stride;
+  };
+  for (uint32_t i = 0; i < count; ++i) {
+    const Product& q = products[i];
+    check_product(q, max_w);
+    const bool sums = q.major == Major::MN;
+    if (q.major != first.major || q.a.dtype != first.a.dtype || q.state != first.state ||
+        !(sums ? same(q.c, first.c) : same(q.a, first.a)) || (sums && i > 0 && q.bias)) {
+      throw std::invalid_argument("products of one launch must have one state and one " +
+                                  std::string(sums ? "c, only the first a bias" : "a") + ", product " +
+                                  std::to_string(i) + " has not");
+    }
+  }
 }
 
-// The product by tiles of this kind on so many blocks: 0 means one for each processor; items of p so many tiles high.
-template <class Tile, class Context>
-void launch_product(Context& context, const Product& q, uint32_t blocks = 0, uint32_t tall = 1) {
-  check_product(q, State::kMaxPieces * Tile::kBlockN);
-  blocks = blocks ? blocks : context.processors();
-  if (q.a.dtype == Dtype::kBFloat16) {
-    q.major == Major::K ? launch_gemm<Tile, Major::K, bf16>(context, q, blocks, tall)
-                        : launch_gemm<Tile, Major::MN, bf16>(context, q, blocks, tall);
-  } else {
-    q.major == Major::K ? launch_gemm<Tile, Major::K, fp16>(context, q, blocks, tall)
-                        : launch_gemm<Tile, Major::MN, fp16>(context, q, blocks, tall);
+inline GroupSizes sizes_of(const Product* products, uint32_t count) {
+  ProductSizes sizes[kMostProducts];
+  for (uint32_t i = 0; i < count; ++i) {
+    const Product& q = products[i];
+    sizes[i] = checked_sizes(q.a.rows, q.c.cols, q.a.cols, rank_of(q), q.shrink ? q.p.cols : 0);
   }
+  return checked_sizes(sizes, count, products->major == Major::MN);
+}
+
+// What the kernel knows of one product; its columns of P are made `p_width` at a time, by tiles that it may share.
+template <class Tile, Major kMajor, class T>
+GemmProduct<T> gemm_product(const Product& q, const ProductSizes& sizes, uint32_t p_width, bool shares_p) {
+  const auto right_map = [](const Matrix& x, uint32_t width) {
+    return operand_map(x, (kMajor == Major::K ? width : Tile::kBlockK) / Tile::kCluster);
+  };
+  GemmProduct<T> product;
+  product.n = sizes.n;
+  product.k = sizes.k;
+  product.r = sizes.r;
+  product.w = sizes.w;
+  product.p_width = p_width;
+  product.a = operand_map(q.a, Tile::kBlockM);
+  product.b = right_map(q.b, Tile::kBlockN);
+  product.c = operand_map(q.c, 64);
+  Matrix p = q.p;
+  product.p_out = operand_map(p, 64);
+  p.cols = product.r;
+  product.p = product.r ? operand_map(p, Tile::kBlockM) : TensorMap{};
+  product.wide = right_map(q.wide, Tile::kBlockN);
+  product.shrink = right_map(q.shrink, shares_p ? std::min<uint32_t>(p_width, 64 * Tile::kCluster) : p_width);
+  product.bias = static_cast<const T*>(q.bias.data);
+  product.splits = product.g = product.v = product.t_width = 0;
+  if (q.t) {
+    Matrix beyond = q.p;
+    beyond.data = static_cast<T*>(q.p.data) + product.r;
+    beyond.cols -= product.r;
+    product.beyond = operand_map(beyond, 64);
+    product.t = right_map(q.t, 0);
+    product.slices = static_cast<float*>(q.slices.data);
+    product.g = uint32_t(beyond.cols);
+    product.v = uint32_t(q.t.cols);
+    product.splits = uint32_t(q.slices.rows) / product.g;
+    product.t_width = product.v <= 64 ? 64 : 128;
+  }
+  return product;
+}
+
+template <class Tile, Major kMajor, class T, uint32_t kProducts, class Context>
+void launch_problem(Context& context, const Product* products, const GroupSizes& sizes, uint32_t blocks,
+                    uint32_t tall) {
+  constexpr uint32_t kNowhere = ~0u;
+  GemmProblem<kMajor, T, kProducts> problem;
+  const GroupSizes::Columns columns = sizes.columns(Tile::kBlockN);
+  problem.state = {products->state};
+  problem.m = sizes.products[0].m;
+  problem.count = sizes.count;
+  problem.columns = columns.all_c;
+  problem.p_columns = columns.all_p;
+  problem.slices = 0;
+  problem.p_tall = tall;
+  problem.begins_early = products->wide_alone_is_new;
+  for (uint32_t i = 0; i < kProducts; ++i) {
+    auto& product = problem.products[i];
+    product.first_c = product.first_p = product.first_slice = kNowhere;
+    if (i < sizes.count) {
+      const uint32_t p_width = sizes.p_width(i, Tile::kBlockN);
+      product = gemm_product<Tile, kMajor, T>(products[i], sizes.products[i], p_width, problem.kSharesP);
+      product.first_c = columns.c[i];
+      product.first_p = product.w ? columns.p[i] : kNowhere;
+      product.first_slice = product.splits ? problem.slices : kNowhere;
+      problem.slices += product.splits;
+    }
+  }
+  const Schedule schedule(problem.m, problem.columns, problem.p_columns, Tile::kClusterM, Tile::kBlockN, problem.slices,
+                          tall);
+  const uint32_t clusters = std::min(std::max(blocks / Tile::kCluster, 1u), schedule.count());
+  context.launch(
+      {clusters * Tile::kCluster, Tile::kThreads, Tile::kCluster, Tile::kSharedBytes, Tile::kRegisters, true},
+      &gemm_kernel<Tile, kMajor, T, kProducts>, problem);
+}
+
+// NOTE: a product alone has a kernel of its own, without what a group has to look up.
+template <class Tile, Major kMajor, class T, class Context>
+void launch_gemm(Context& context, const Product* products, const GroupSizes& sizes, uint32_t blocks, uint32_t tall) {
+  const auto launch = sizes.count == 1 ? &launch_problem<Tile, kMajor, T, 1, Context>
+                                       : &launch_problem<Tile, kMajor, T, kMostProducts, Context>;
+  launch(context, products, sizes, blocks, tall);
+}
+
+// The products by tiles of this kind on so many blocks: 0 means one for each processor; items of p so many tiles high.
+template <class Tile, class Context>
+void launch_products(Context& context, const Product* products, uint32_t count, uint32_t blocks = 0,
+                     uint32_t tall = 1) {
+  check_products(products, count, State::kPieces * Tile::kBlockN);
+  const GroupSizes sizes = sizes_of(products, count);
+  const bool along = products->major == Major::K;
+  const auto launch = products->a.dtype == Dtype::kBFloat16 ? along ? &launch_gemm<Tile, Major::K, bf16, Context>
+                                                                    : &launch_gemm<Tile, Major::MN, bf16, Context>
+                      : along                               ? &launch_gemm<Tile, Major::K, fp16, Context>
+                                                            : &launch_gemm<Tile, Major::MN, fp16, Context>;
+  launch(context, products, sizes, blocks ? blocks : context.processors(), tall);
 }
 
 template <uint32_t kIndex>
 using PlannedTile = GemmTile<kTiles[kIndex].block_m, kTiles[kIndex].block_n, kTiles[kIndex].stages,
                              kTiles[kIndex].cluster, kTiles[kIndex].boxes>;
 
-inline Plan remembered_plan(const ProductSizes& q, uint32_t processors) {
-  static thread_local Remembered<Plan, 7> plans;
+inline Plan remembered_plan(const GroupSizes& sizes, uint32_t processors) {
+  static thread_local Remembered<Plan, 4 * kMostProducts + 5> plans;
   const TileCosts costs;
-  return plans.get({double(q.m), double(q.n), double(q.k), double(q.r), double(q.w), double(processors), costs.bytes},
-                   [&] { return plan_product(q, processors, costs); });
+  std::array<double, 4 * kMostProducts + 5> key{double(processors), costs.bytes, double(sizes.count),
+                                                double(sizes.sums), double(sizes.products[0].m)};
+  for (uint32_t i = 0; i < sizes.count; ++i) {
+    const ProductSizes& q = sizes.products[i];
+    const double own[] = {double(q.n), double(q.k), double(q.r), double(q.w)};
+    std::copy_n(own, 4, key.begin() + 5 + 4 * i);
+  }
+  return plans.get(key, [&] { return plan_product(sizes, processors, costs); });
 }
 
 // T is the dtype of all operands, so that each can be compiled on its own.
 template <class T, class Context>
-void launch_planned(Context& context, const Product& q) {
-  const int64_t w = q.shrink ? q.p.cols : 0;
-  const ProductSizes sizes = checked_sizes(q.a.rows, q.c.cols, q.a.cols, rank_of(q), w);
+void launch_planned(Context& context, const Product* products, uint32_t count) {
+  check_products(products, count, 256);
+  const GroupSizes sizes = sizes_of(products, count);
   const uint32_t processors = context.processors();
-  check_product(q, 256);
   const Plan plan = remembered_plan(sizes, processors);
   const auto launch = [&](auto tile) {
     using Tile = decltype(tile);
-    q.major == Major::K ? launch_gemm<Tile, Major::K, T>(context, q, processors, plan.tall)
-                        : launch_gemm<Tile, Major::MN, T>(context, q, processors, plan.tall);
+    products->major == Major::K ? launch_gemm<Tile, Major::K, T>(context, products, sizes, processors, plan.tall)
+                                : launch_gemm<Tile, Major::MN, T>(context, products, sizes, processors, plan.tall);
   };
   switch (plan.tile) {
     case 0: return launch(PlannedTile<0>());

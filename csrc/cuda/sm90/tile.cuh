@@ -69,12 +69,13 @@ struct RingPosition {
   }
 };
 
-// Boxes of right operands of a tile `width` wide: width / cluster × 64 for Major::K, 64 / cluster × 64 for Major::MN.
+// One product of a launch. Boxes of right operands of a tile `width` wide: width / cluster × 64 for Major::K, of shrink at
+// most 64 × 64; 64 / cluster × 64 for Major::MN.
 template <class T>
-struct GemmProblem {
-  TensorMap a;        // (m, k), boxes of BLOCK_M × 64
+struct GemmProduct {
+  TensorMap a;        // (m, k), boxes of BLOCK_M × 64; for Major::K that of the first is all products'
   TensorMap b;        // width BLOCK_N
-  TensorMap c;        // (m, n), boxes of 64 × 64
+  TensorMap c;        // (m, n), boxes of 64 × 64; for Major::MN that of the first is all products'
   TensorMap p;        // (m, r), boxes of BLOCK_M × 64
   TensorMap wide;     // width BLOCK_N
   TensorMap shrink;   // width p_width
@@ -82,30 +83,142 @@ struct GemmProblem {
   TensorMap beyond;   // p[:, r:], boxes of 64 × 64
   TensorMap t;        // (m, v), as right operands for Major::MN
   const T* bias;      // (n) or null
-  State state;
-  uint32_t m, n, k;   // k and n multiples of 8
+  uint32_t n, k;      // multiples of 8
   uint32_t r;         // 0: no adapter
   uint32_t w;         // 0: p is not made here
   uint32_t p_width;   // of the tiles that make p: 64, 128 or 256, at most BLOCK_N
-  uint32_t p_tall;    // how many of them an item makes
   float* slices;      // (splits·g, v)
   uint32_t splits;    // 0: no gradient
   uint32_t g, v;      // rows and columns of a slice
   uint32_t t_width;   // of the tiles that make slices: 64 or 128, at most BLOCK_N
+  // Where its columns of C and of P and its slices begin, counted through all products of the launch; ~0 if it has none.
+  uint32_t first_c, first_p, first_slice;
+};
+
+// A matrix from one of its rows, or columns, on.
+struct Part {
+  const TensorMap* map;
+  uint32_t first;
+};
+
+// A work item as one block sees it: whose it is, and where in that product's matrices.
+struct GemmPlace {
+  bool makes_p, makes_slice;  // else it is a tile of c
+  uint32_t m, n, tall;  // as in Schedule::Item
+  uint32_t piece;  // of P, counted through all products
+  uint32_t product, end;  // those that are multiplied: [product, end)
+};
+
+// Up to Products products in one launch: for Major::K all with one a, tiles of P through several of them, 64 columns of
+// each at a time; for Major::MN summed into one c.
+template <Major Right, class T, uint32_t Products>
+struct GemmProblem {
+  using Element = T;
+  using Item = GemmProduct<T>;
+  static constexpr Major kMajor = Right;
+  static constexpr bool kGroup = Products > 1, kSums = kMajor == Major::MN, kSharesP = kGroup && !kSums;
+
+  Item products[Products];
+  State state;
+  uint32_t m, count;
+  uint32_t columns, p_columns, slices;  // of all products
+  uint32_t p_tall;  // how many tiles an item that makes p has
   bool begins_early;  // the launch before makes wide alone: nothing else has to wait for it
 
-  // Where an item's sum begins and ends, without the adapter. The shares of slices are equal but for 64 rows.
-  __device__ uint32_t first(Schedule::Item item) const {
-    return item.makes_slice ? ceil_div(m, 64) * item.n / splits * 64 : 0;
+  __device__ __forceinline__ GemmPlace at(const Schedule& schedule, uint32_t ticket) const {
+    const Schedule::Item item = schedule.at(ticket);
+    GemmPlace place{item.makes_p, item.makes_slice, item.m, item.n, item.tall, item.n / schedule.tile_columns, 0, 1};
+    if constexpr (kGroup) {
+      if (item.makes_slice) {
+        belong<&Item::first_slice>(place);
+      } else if (item.makes_p ? !kSums : kSums) {
+        // Several products have columns in a tile of P, or all are summed up.
+        place.end = item.makes_p ? 1 : count;
+      } else if (item.makes_p) {
+        belong<&Item::first_p>(place);
+      } else {
+        belong<&Item::first_c>(place);
+      }
+    }
+    return place;
   }
-  __device__ uint32_t last(Schedule::Item item) const {
-    const uint32_t next = ceil_div(m, 64) * (item.n + 1) / splits * 64;
-    return !item.makes_slice ? k : next < m ? next : m;
+
+  // The rows of shrink for some columns of P, or where these are stored; on for the 64 from there at least.
+  template <TensorMap Item::* kMap>
+  __device__ __forceinline__ Part part_of_p(const GemmPlace& place, uint32_t column) const {
+    uint32_t product = place.product, first = place.n + column;
+    if constexpr (kSharesP) {
+      product = owner<&Item::first_p>(first);
+      first -= products[product].first_p;
+    }
+    return {&(products[product].*kMap), first};
   }
-  // The adapter's part of the sum.
-  __device__ uint32_t adapter(Schedule::Item item) const { return item.makes_p || item.makes_slice ? 0 : r; }
-  __device__ uint32_t width(Schedule::Item item, uint32_t block_n) const {
-    return item.makes_p ? p_width : item.makes_slice ? t_width : block_n;
+
+  // Where the columns of a product begin among those of P that this launch makes.
+  __device__ __forceinline__ uint32_t first_p(uint32_t product) const {
+    return kGroup && products[product].w ? products[product].first_p : 0;
+  }
+
+  // Where the sum of a slice begins and ends. Shares are equal but for 64 rows.
+  __device__ __forceinline__ uint32_t first_row(const GemmPlace& place) const {
+    return ceil_div(m, 64) * place.n / products[place.product].splits * 64;
+  }
+  __device__ __forceinline__ uint32_t last_row(const GemmPlace& place) const {
+    const uint32_t next = ceil_div(m, 64) * (place.n + 1) / products[place.product].splits * 64;
+    return next < m ? next : m;
+  }
+
+  // Stages of 64 without the adapter, and of the adapter's part: every product begins one of its own.
+  __device__ __forceinline__ uint32_t base_stages(const GemmPlace& place) const {
+    if (kSums && place.makes_slice) {
+      return ceil_div(last_row(place) - first_row(place), 64);
+    }
+    uint32_t stages = 0;
+    for (uint32_t i = place.product; i < place.end; ++i) {
+      stages += ceil_div(products[i].k, 64);
+    }
+    return stages;
+  }
+  __device__ __forceinline__ uint32_t adapter_stages(const GemmPlace& place) const {
+    uint32_t stages = 0;
+    for (uint32_t i = place.product; i < place.end && !place.makes_p && !place.makes_slice; ++i) {
+      stages += ceil_div(products[i].r, 64);
+    }
+    return stages;
+  }
+  // How much of its product's rank is left at a stage of the adapter.
+  __device__ __forceinline__ uint32_t rank_left(const GemmPlace& place, uint32_t stage) const {
+    uint32_t i = place.product;
+    if constexpr (kGroup) {
+      for (uint32_t stages; stage >= (stages = ceil_div(products[i].r, 64)); ++i) {
+        stage -= stages;
+      }
+    }
+    return products[i].r - stage * 64;
+  }
+
+  __device__ __forceinline__ uint32_t width(const GemmPlace& place, uint32_t block_n) const {
+    const Item& product = products[place.product];
+    return place.makes_p ? product.p_width : place.makes_slice ? product.t_width : block_n;
+  }
+
+ private:
+  // The last product that begins at a place or before it.
+  template <uint32_t Item::* kFirst>
+  __device__ __forceinline__ uint32_t owner(uint32_t at) const {
+    uint32_t owner = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < Products; ++i) {
+      owner = products[i].*kFirst <= at ? i : owner;
+    }
+    return owner;
+  }
+
+  template <uint32_t Item::* kFirst>
+  __device__ __forceinline__ void belong(GemmPlace& place) const {
+    place.product = owner<kFirst>(place.n);
+    place.end = place.product + 1;
+    place.n -= products[place.product].*kFirst;
   }
 };
 

@@ -45,7 +45,7 @@ void run_case(Context& context, const Case& c) {
     product.shrink = in(6);
     product.p = product.shrink ? out(4) : in(4);
     product.wide = in(5);
-    launch_product(context, product);
+    launch_products(context, &product, 1);
   } else if (c.kernel == 1) {
     const auto gradients = gradients_of(c, matrices);
     launch_gradients(context, gradients.data(), uint32_t(gradients.size()));
@@ -67,7 +67,7 @@ NLORA_ENTRY int ampere_takes_large(uint32_t m, uint32_t n, uint32_t processors) 
   AmpereProblem problem{};
   problem.m = m;
   problem.n = n;
-  return takes_large_tiles(problem, processors);
+  return takes_large_tiles(&problem, 1, processors);
 }
 
 NLORA_ENTRY int run_ampere(const Case* c, const Options* options, Outcome* outcome) {

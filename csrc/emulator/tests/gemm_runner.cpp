@@ -8,21 +8,22 @@ using namespace sm90;
 
 namespace {
 
-// One launch; the operands and results as in Product, all host memory.
+// One product; the operands and results as in Product, all host memory. `launch` is the number of its launch: what
+// products of one share is that of the first.
 struct GemmCase {
-  int32_t tile, major;
+  int32_t tile, major, launch;
   uint32_t blocks, tall;
   Matrix a, b, c, bias, p, wide, shrink, t, slices;
 };
 
-void run_tile(Context& context, int32_t tile, const Product& product, uint32_t blocks, uint32_t tall) {
+void run_tile(Context& context, int32_t tile, const Product* products, uint32_t count, uint32_t blocks, uint32_t tall) {
   switch (tile) {
-    case 0: return launch_product<GemmTile<128, 128, 4>>(context, product, blocks, tall);
-    case 1: return launch_product<GemmTile<128, 256, 3>>(context, product, blocks, tall);
-    case 2: return launch_product<GemmTile<128, 128, 4, 2>>(context, product, blocks, tall);
-    case 3: return launch_product<GemmTile<128, 256, 4, 2, 2>>(context, product, blocks, tall);
+    case 0: return launch_products<GemmTile<128, 128, 4>>(context, products, count, blocks, tall);
+    case 1: return launch_products<GemmTile<128, 256, 3>>(context, products, count, blocks, tall);
+    case 2: return launch_products<GemmTile<128, 128, 4, 2>>(context, products, count, blocks, tall);
+    case 3: return launch_products<GemmTile<128, 256, 4, 2, 2>>(context, products, count, blocks, tall);
     // Two stages only: slots are reused at once.
-    case 4: return launch_product<GemmTile<128, 64, 2, 2>>(context, product, blocks, tall);
+    case 4: return launch_products<GemmTile<128, 64, 2, 2>>(context, products, count, blocks, tall);
     default: throw std::invalid_argument("tile must be 0 to 4, got " + std::to_string(tile));
   }
 }
@@ -52,10 +53,13 @@ void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t*
     return x;
   };
   std::vector<Product> products;
+  const Product* first = nullptr;
+  products.reserve(size_t(count));
   for (const GemmCase* c = cases; c < cases + count; ++c) {
-    Product product{on_device(c->a, false),
+    const bool begins = c == cases || c->launch != c[-1].launch, sums = Major(c->major) == Major::MN;
+    Product product{!begins && !sums ? first->a : on_device(c->a, false),
                     on_device(c->b, false),
-                    on_device(c->c, true),
+                    !begins && sums ? first->c : on_device(c->c, true),
                     on_device(c->bias, false),
                     on_device(c->p, bool(c->shrink)),
                     on_device(c->wide, false),
@@ -66,10 +70,14 @@ void run_cases(Context& context, const GemmCase* cases, int32_t count, uint32_t*
                     false,
                     state};
     products.push_back(product);
+    first = begins ? &products.back() : first;
   }
   // Each may begin beside the one before it.
-  for (int32_t i = 0; i < count; ++i) {
-    run_tile(context, cases[i].tile, products[i], cases[i].blocks, cases[i].tall);
+  for (int32_t i = 0, next = 0; i < count; i = next) {
+    while (next < count && cases[next].launch == cases[i].launch) {
+      ++next;
+    }
+    run_tile(context, cases[i].tile, &products[i], uint32_t(next - i), cases[i].blocks, cases[i].tall);
   }
   for (int32_t i = 0; i < count; ++i) {
     const GemmCase& c = cases[i];

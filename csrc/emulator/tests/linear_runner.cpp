@@ -1,14 +1,16 @@
-// A whole layer, forward and backward, behind a C interface: what the extension calls, on a context.
+// Whole layers that share x, forward and backward, behind a C interface: what the extension calls, on a context.
 #include "../../ops.h"
 #include "runner.h"
 
 namespace nlora::cuda::tests {
 namespace {
 
+// Matrices in the order of csrc/ops.h, the workspace last. Those that the layers of a call share are given with the
+// first.
 struct LinearCase {
   int32_t ampere;   // which engine
   float scaling;
-  Matrix matrices[12];   // in the order of csrc/ops.h
+  Matrix matrices[12];
 };
 
 Queue queue(Context& context, bool ampere) {
@@ -22,32 +24,42 @@ Queue queue(Context& context, bool ampere) {
 }
 
 // x, weight, A, B, core, bias; y, T, workspace.
-void run_forward(Context& context, const LinearCase& c) {
+void run_forward(Context& context, const LinearCase* cases, int32_t count) {
   Matrices matrices(context);
-  auto in = [&](int i) { return matrices.input(c.matrices[i]); };
-  auto out = [&](int i) { return matrices.output(c.matrices[i]); };
-  forward(queue(context, c.ampere), in(0), in(1), in(2), in(3), in(4), in(5), out(6), out(7), out(8), c.scaling);
+  std::vector<Forward> layers;
+  const Matrix x = matrices.input(cases->matrices[0]), workspace = matrices.output(cases->matrices[8]);
+  for (const LinearCase* c = cases; c < cases + count; ++c) {
+    auto in = [&](int i) { return matrices.input(c->matrices[i]); };
+    auto out = [&](int i) { return matrices.output(c->matrices[i]); };
+    layers.push_back({x, in(1), in(2), in(3), in(4), in(5), out(6), out(7), c->scaling});
+  }
+  forward(queue(context, cases->ampere), layers.data(), layers.size(), workspace);
   matrices.fetch();
 }
 
 // dy, x, T, weight, A, B, core; dx, dA, dB, dcore, workspace.
-void run_backward(Context& context, const LinearCase& c) {
+void run_backward(Context& context, const LinearCase* cases, int32_t count) {
   Matrices matrices(context);
-  auto in = [&](int i) { return matrices.input(c.matrices[i]); };
-  auto out = [&](int i) { return matrices.output(c.matrices[i]); };
-  backward(queue(context, c.ampere), in(0), in(1), in(2), in(3), in(4), in(5), in(6), out(7), out(8), out(9), out(10),
-           out(11), c.scaling);
+  std::vector<Backward> layers;
+  const Matrix x = matrices.input(cases->matrices[1]);
+  const Matrix dx = matrices.output(cases->matrices[7]), workspace = matrices.output(cases->matrices[11]);
+  for (const LinearCase* c = cases; c < cases + count; ++c) {
+    auto in = [&](int i) { return matrices.input(c->matrices[i]); };
+    auto out = [&](int i) { return matrices.output(c->matrices[i]); };
+    layers.push_back({in(0), x, in(2), in(3), in(4), in(5), in(6), dx, out(8), out(9), out(10), c->scaling});
+  }
+  backward(queue(context, cases->ampere), layers.data(), layers.size(), workspace);
   matrices.fetch();
 }
 
 }  // namespace
 
-NLORA_ENTRY int run_linear_forward(const LinearCase* c, const Options* options, Outcome* outcome) {
-  return guarded(*options, *outcome, [&](Context& context) { run_forward(context, *c); });
+NLORA_ENTRY int run_linear_forward(const LinearCase* cases, int32_t count, const Options* options, Outcome* outcome) {
+  return guarded(*options, *outcome, [&](Context& context) { run_forward(context, cases, count); });
 }
 
-NLORA_ENTRY int run_linear_backward(const LinearCase* c, const Options* options, Outcome* outcome) {
-  return guarded(*options, *outcome, [&](Context& context) { run_backward(context, *c); });
+NLORA_ENTRY int run_linear_backward(const LinearCase* cases, int32_t count, const Options* options, Outcome* outcome) {
+  return guarded(*options, *outcome, [&](Context& context) { run_backward(context, cases, count); });
 }
 
 extern "C" int64_t linear_forward_bytes(int64_t k, int64_t n, int64_t r) { return forward_bytes(k, n, r); }

@@ -65,11 +65,13 @@ struct Case {
   Matrix matrices[9];
 };
 
-// The gradients of a case: wide, narrow and slices of each, all of case.number splits.
+// The gradients of a case: wide, narrow and slices of each, all of case.number splits; one wide may be that of several.
 inline std::vector<Gradient> gradients_of(const Case& c, Matrices& matrices) {
   std::vector<Gradient> gradients;
   for (const Matrix* m = c.matrices; m != c.matrices + 9 && *m; m += 3) {
-    gradients.push_back({matrices.input(m[0]), matrices.input(m[1]), matrices.output(m[2]), uint32_t(c.number)});
+    const bool again = m != c.matrices && m[0].data == m[-3].data;
+    const Matrix wide = again ? gradients.back().wide : matrices.input(m[0]);
+    gradients.push_back({wide, matrices.input(m[1]), matrices.output(m[2]), uint32_t(c.number)});
   }
   return gradients;
 }

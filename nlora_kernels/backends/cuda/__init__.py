@@ -9,12 +9,13 @@ Each line's first half is one launch on Hopper, two elsewhere. Nothing here wait
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import native
-from ..base import Call, Grads, Initialisation, Needs, capability, plain, short
+from ..base import Backend, Call, Grads, Initialisation, Needs, capability, plain, short
 from ..lean import Lean
 from ..native import _C
 from . import launch
@@ -114,15 +115,7 @@ class Cuda(Lean):
         M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
         if M == 0:
             return super().backward(call, dy, T, needs)
-        grads = Grads(
-            x=dy.new_empty(M, K) if needs.x else None,
-            # The gradient of the weight itself is a plain product of two large matrices: the library's is best.
-            weight=torch.mm(dy.T, x) if needs.weight else None,
-            lora_A=torch.empty_like(lora_A) if needs.lora_A else None,
-            lora_B=torch.empty_like(lora_B) if needs.lora_B else None,
-            lora_N=torch.empty_like(lora_N) if needs.lora_N else None,
-            bias=dy.sum(0) if needs.bias else None,
-        )
+        grads = launch.grads(call, dy, needs)
         made = grads.x, grads.lora_A, grads.lora_B, grads.lora_N
         if needs.x or needs.lora_A or needs.lora_B or needs.lora_N:
             dy, x, T = launch.aligned(dy), launch.aligned(x), launch.aligned(T)
@@ -130,6 +123,19 @@ class Cuda(Lean):
             workspace = dy.new_empty(_C.cuda_backward_bytes(queue, M, K, N, R, *wanted) // dy.element_size())
             _C.cuda_backward(queue, dy, x, T, weight, lora_A, lora_B, lora_N, *made, workspace, scaling)
         return grads
+
+    def forward_group(self, calls: Sequence[Call]) -> list[tuple[Tensor, Tensor | None]]:
+        from . import group
+
+        return group.forward(calls) if group.takes(calls, calls[0].x.shape[0]) else super().forward_group(calls)
+
+    def backward_group(self, calls, dys, Ts, needs) -> tuple[Tensor | None, list[Grads]]:
+        from . import group
+
+        if group.takes(calls, dys[0].shape[0]):
+            return group.backward(calls, dys, Ts, needs)
+        # NOTE: the class between is past: its sum is made of the library's products.
+        return Backend.backward_group(self, calls, dys, Ts, needs)
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
         _check_core(lora_u)

@@ -3,10 +3,24 @@
 import torch
 from torch import Tensor
 
+from ..base import Call, Grads, Needs
 from ..native import _C
 
 # Bytes to which TMA and 16-byte copies want addresses and rows aligned.
 ALIGNMENT = 16
+
+
+def grads(call: Call, dy: Tensor, needs: Needs) -> Grads:
+    """Those that are wanted of a call: room for what the kernels make, and what the library makes."""
+    return Grads(
+        x=dy.new_empty(dy.shape[0], call.weight.shape[1]) if needs.x else None,
+        # The gradient of the weight itself is a plain product of two large matrices: the library's is best.
+        weight=torch.mm(dy.T, call.x) if needs.weight else None,
+        lora_A=torch.empty_like(call.lora_A) if needs.lora_A else None,
+        lora_B=torch.empty_like(call.lora_B) if needs.lora_B else None,
+        lora_N=torch.empty_like(call.lora_N) if needs.lora_N else None,
+        bias=dy.sum(0) if needs.bias else None,
+    )
 
 
 def run(operation: str, *tensors: Tensor | None) -> None:
