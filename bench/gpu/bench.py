@@ -19,6 +19,8 @@ import torch.nn.functional as F
 import nlora_kernels as nk
 from bench import implementations
 from bench.cells import MODELS, Cell
+from bench.gpu import groups
+from bench.gpu.groups import Group
 from bench.gpu.layers import emulate, named
 from bench.timing import median_ratio
 
@@ -57,6 +59,36 @@ LAYERS = [
 COMPILED = [Cell(*HEADLINE, 8192, 64, op="both", dtype="bfloat16")]
 
 
+class GroupCell(NamedTuple):
+    """Layers that share x, with fp32 adapters on bf16."""
+
+    model: str
+    layers: tuple[str, ...]
+    M: int
+    r: int
+    method: str
+    op: str
+
+    def __str__(self) -> str:
+        return f"{self.model}.{'+'.join(self.layers)}-M{self.M}-r{self.r}-{self.method}-{self.op}"
+
+    @property
+    def group(self) -> Group:
+        sizes = [MODELS[self.model][layer] for layer in self.layers]
+        return Group(self.M, sizes[0][0], tuple(N for _, N in sizes), (self.r,) * len(sizes))
+
+
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+PASSES = (("nlora", "forward"), ("nlora", "backward"), ("inttune", "backward"))
+GROUPS = [
+    GroupCell(model, of, M, 64, *each)
+    for model, of, M in (("Llama-2-7B", QKV, 8192), ("Llama-3-8B", QKV, 8192), ("Llama-2-7B", GATE_UP, 4096))
+    for each in PASSES
+]
+# "apart": one call of ours for each layer.
+GROUP_NAMES, GROUPS_REHEARSED = ("lean", "cuda", "triton", "apart"), ("lean", "cuda")
+
+
 def forward(machine) -> dict:
     return timed(machine, FORWARD)
 
@@ -71,6 +103,14 @@ def layers(machine) -> dict:
         for M in machine.pick((2048, 8192), (37,)):
             found[f"engine {M}x{K}x{N}"] = functools.partial(engine, machine, M, K, N)
     return found
+
+
+def groups_of_layers(machine) -> dict:
+    emulate(machine)
+    names = [name for name in machine.pick(GROUP_NAMES, GROUPS_REHEARSED) if machine.sound(name)]
+    rehearsed = [GroupCell("SmolLM2-135M", QKV[1:], 16, 8, *each) for each in PASSES[1:2]]
+    cells = machine.pick(GROUPS, rehearsed)
+    return {f"group {cell}": functools.partial(measure_group, machine, cell, names) for cell in cells}
 
 
 def cells() -> list[Cell]:
@@ -124,23 +164,75 @@ def contender(machine, name: str, cell: Cell) -> Contender:
     return Contender(step, machine.capture(run, prepare)[0], error, machine.peak(step))
 
 
+def group_contender(machine, name: str, cell: GroupCell) -> Contender:
+    of = cell.group
+    tensors, dys = of.tensors(torch.bfloat16, torch.float32, machine.name)
+    trained = "lora_N" if cell.method == "inttune" else "lora_"
+    wrt = ["x", *(n for n in tensors if name != "floor" and n.startswith(trained))]
+    if name == "floor":
+        function = groups.frozen
+    elif name == "apart":
+        function = functools.partial(groups.apart, layer=functools.partial(nk.lora_linear, backend="cuda"))
+    else:
+        function = functools.partial(groups.together, backend=name)
+
+    def part():
+        """What is timed, on copies of the tensors."""
+        leaves = {n: t.clone().requires_grad_(n in wrt) for n, t in tensors.items()}
+        own = [dy.clone() for dy in dys]
+        if cell.op == "forward":
+            return lambda: function(**leaves)
+        ys = function(**leaves)
+        return lambda: torch.autograd.grad(ys, [leaves[n] for n in wrt], own, retain_graph=True)
+
+    step, error = part(), 0.0
+    if name != "floor":
+        made = step()
+        made = [torch.cat(made, -1).detach()] if cell.op == "forward" else made
+        results = dict(zip(["y"] if cell.op == "forward" else [f"d{n}" for n in wrt], made, strict=True))
+        error = groups.budget(tensors, dys, wrt).check(results)
+
+    def prepare():
+        return [part() for _ in range(calls_of(machine, of.M, of.K, sum(of.outs)))]
+
+    def run(*steps):
+        return [t.detach() for step in steps for t in step()]
+
+    return Contender(step, machine.capture(run, prepare)[0], error, machine.peak(step))
+
+
+def measure_group(machine, cell: GroupCell, names) -> dict:
+    of = cell.group
+    figures, base = compared(
+        machine, functools.partial(group_contender, machine), cell, names, calls_of(machine, of.M, of.K, sum(of.outs))
+    )
+    return figures | {"base_tflops": round(2 * of.M * of.K * sum(of.outs) / base / 1e9, 1)}
+
+
 def measure(machine, cell: Cell, names) -> dict:
     # NOTE: Dynamo gives up on a function after a few shapes, and every cell brings its own.
     torch.compiler.reset()
+    count = calls_of(machine, *cell.size[:3])
+    figures, base = compared(machine, functools.partial(contender, machine), cell, names, count)
+    figures["flop_bound"] = round(implementations.flop_bound(cell), 4)
+    return figures | {"base_tflops": round(implementations.flops(cell, adapter=False) / base / 1e9, 1)}
+
+
+def compared(machine, make: Callable, cell, names, count: int) -> tuple[dict, float]:
+    """The figures of make(name, cell) for every name beside those of "floor", each of so many calls; and milliseconds
+    of one of these."""
     found, problems = {}, {}
     for name in ("floor", *names):
         try:
-            found[name] = contender(machine, name, cell)
+            found[name] = make(name, cell)
         except Exception as error:
             problems[name] = f"{type(error).__name__}: {str(error)[:200]}"
             if not machine.answers():
                 raise
-    count = calls_of(machine, *cell.size[:3])
     graph = machine.by_turns({name: c.replay for name, c in found.items()})
     eager = machine.by_turns({name: c.step for name, c in found.items()}, rounds=10, warm_ms=0)
     base = statistics.median(graph["floor"]) / count
-    figures = {"base_us": round(1000 * base, 2), "flop_bound": round(implementations.flop_bound(cell), 4)}
-    figures["base_tflops"] = round(implementations.flops(cell, adapter=False) / base / 1e9, 1)
+    figures = {"base_us": round(1000 * base, 2)}
     for name in names:
         if name in found:
             ratio, low, high = median_ratio(graph[name], graph["floor"])
@@ -155,7 +247,7 @@ def measure(machine, cell: Cell, names) -> dict:
     figures["base_eager_us"] = round(1000 * statistics.median(eager["floor"]), 1)
     if problems:
         raise Wrong(problems, figures)
-    return figures
+    return figures, base
 
 
 def engine(machine, M, K, N) -> dict:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import nlora_kernels as nk
+from bench.gpu import groups
+from bench.gpu.groups import Group
 from nlora_kernels import testing
 from nlora_kernels.backends import Dropout
 from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
@@ -31,6 +33,14 @@ CUDA = [
     (2100, 11008, 4096, 64),
 ]
 CUDA_REHEARSED = [(1, 8, 8, 8), (37, 72, 136, 16), (70, 200, 64, 24)]
+# q, k and v of Llama-2-7B, and of Llama-3-8B with large ranks, gate and up, and ragged ones.
+GROUPS = [
+    Group(2100, 4096, (4096, 4096, 4096), (64, 64, 64)),
+    Group(2100, 4096, (4096, 1024, 1024), (256, 128, 128)),
+    Group(4100, 4096, (11008, 11008), (16, 16)),
+    Group(333, 520, (264, 1000, 8, 72), (24, 0, 104, 8)),
+]
+GROUPS_REHEARSED = [Group(37, 72, (136, 40, 40), (16, 16, 16)), Group(70, 64, (72, 136), (24, 0))]
 # Beside these Triton takes odd sizes, any strides and fp32. Every shape here compiles kernels of its own.
 TRITON = [(16, 4096, 4096, 64), (2100, 4096, 4096, 64), (2100, 4096, 4096, 256), (2500, 768, 3072, 8)]
 TRITON_ODD = [(0, 64, 48, 8), (1, 33, 17, 5), (70, 513, 641, 300)]
@@ -52,6 +62,11 @@ def cuda(machine) -> dict:
     for method in METHODS:
         shape = machine.pick(METHODS_SHAPE, (37, 72, 136, 16))
         found[f"{method} bf16 {size(shape)}"] = functools.partial(layer, machine, "cuda", BF16, shape, method, FP32)
+    for each in machine.pick(GROUPS, GROUPS_REHEARSED):
+        for dtype, adapter_dtype in ((BF16, FP32), (FP16, FP16)):
+            found[f"group {short(dtype)} {each}"] = functools.partial(
+                group, machine, "cuda", dtype, each, adapter_dtype
+            )
     for shape, r in machine.pick([((4096, 4096), 128), ((1000, 776), 13), ((11008, 4096), 256)], [((75, 136), 3)]):
         for dtype in (BF16, FP32):
             found[f"nystrom {short(dtype)} {size(shape)} r{r}"] = functools.partial(
@@ -77,6 +92,8 @@ def triton(machine) -> dict:
         found[f"{method} {short(dtype)} {size(shape)}"] = functools.partial(
             layer, machine, "triton", dtype, shape, method, FP32
         )
+    each = machine.pick(GROUPS, GROUPS_REHEARSED)[0]
+    found[f"group {short(dtype)} {each}"] = functools.partial(group, machine, "triton", dtype, each, FP32)
     for single in (False, True):
         found[f"{'one launch' if single else 'two launches'} {size(shape)}"] = functools.partial(
             launches, machine, dtype, shape, single
@@ -167,6 +184,15 @@ def layer(machine, backend, dtype, shape, method, adapter_dtype, strided=False) 
     function = functools.partial(ours, scaling=p.scaling, backend=backend)
     first, second = (testing.outputs(function, tensors, p.dy, wrt) for _ in range(2))
     budget.check(first)
+    same(first, second)
+
+
+def group(machine, backend, dtype, of: Group, adapter_dtype) -> None:
+    """Layers that share x, by one call."""
+    tensors, dys = of.tensors(dtype, adapter_dtype, machine.name)
+    function = functools.partial(groups.beside, functools.partial(groups.together, backend=backend))
+    first, second = (testing.outputs(function, tensors, torch.cat(dys, -1)) for _ in range(2))
+    groups.budget(tensors, dys).check(first)
     same(first, second)
 
 

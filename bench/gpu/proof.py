@@ -87,6 +87,7 @@ STAGES = [
     Stage("bench forward", "bench:forward", 40, needs=EXTENSION),
     Stage("bench backward", "bench:backward", 40, needs=EXTENSION),
     Stage("bench layers", "bench:layers", 40, needs=EXTENSION),
+    Stage("bench groups", "bench:groups_of_layers", 40, patience=40, needs=EXTENSION),
     Stage("bench compiled", "bench:compiled", 40, patience=40, needs=EXTENSION),
     Stage("bench initialisation", "bench:initialisation", 30, needs=EXTENSION),
     Stage("tune", "tune:cells", 40),
