@@ -57,6 +57,8 @@ std::vector<Depth> depths_of(const Kernels& kernel, const std::vector<Summand>& 
   std::vector<Depth> depths;
   for (const Summand& summand : summands) {
     const int64_t k = summand.left.cols, size = lanes(kernel, k);
+    // What has no k adds nothing; the first starts the sum.
+    if (!k && !depths.empty()) continue;
     const bool in_place = readable(kernel, summand.left);
     // A shallow one is rounded to lanes on the way.
     const bool as_tail = in_place || (kernel.lane > 1 && is_rows(summand.left, Dtype::kFloat32));

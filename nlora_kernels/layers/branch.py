@@ -14,6 +14,7 @@ from ..backends.base import PLAIN
 from ..backends.native import _C
 from ..backends.quantised import Quantised
 from ..ops import lora2_core, lora2_linear, lora_linear
+from ..ops.api import frozen_linear
 from ..ops.checks import DTYPES
 from . import engines
 
@@ -45,12 +46,6 @@ class Branch(NamedTuple):
         """The branch on its own, in the adapter's dtype."""
         T = F.linear(F.dropout(x.to(self.A.dtype), self.dropout), self.A)
         return self.scaling * F.linear(T if self.N is None else F.linear(T, self.N), self.B)
-
-    def fused(self, x: Tensor, linear: nn.Module) -> Tensor:
-        """The output of a linear layer and the branch, as one operation."""
-        dtype, (x, weight, bias) = x.dtype, operands(linear, x)
-        y = self.multiplied(x, weight, bias)
-        return y if y.dtype is dtype else quantised.result(linear, y, dtype)
 
     def multiplied(self, x: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + bias and the branch, as one operation."""
@@ -86,12 +81,6 @@ class Lora2Branch(NamedTuple):
         """The same with the core as one matrix."""
         return Branch(self.v, lora2_core(self.u, self.E, self.U, self.mask), self.V, self.scaling, self.dropout)
 
-    def fused(self, x: Tensor, linear: nn.Module) -> Tensor:
-        """The output of a linear layer and the branch, as one operation."""
-        dtype, (x, weight, bias) = x.dtype, operands(linear, x)
-        y = self.multiplied(x, weight, bias)
-        return y if y.dtype is dtype else quantised.result(linear, y, dtype)
-
     def multiplied(self, x: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + bias and the branch, as one operation."""
         return lora2_linear(x, weight, *self[:6], bias, scaling=self.scaling, dropout=self.dropout)
@@ -118,9 +107,11 @@ def decodes(linear: nn.Module, x: Tensor) -> bool:
     return is_plain(x) and not has_dense(linear, tensor_of(linear, "weight")) and obstacle(linear) is None
 
 
-def nothing(linear: nn.Module, x: Tensor) -> Branch:
-    """A branch that adds 0, by which that operation is had."""
-    return Branch(x.new_zeros(1, linear.in_features), None, x.new_zeros(linear.out_features, 1), 0.0)
+def fused(branch: Branch | Lora2Branch | None, x: Tensor, linear: nn.Module) -> Tensor:
+    """The output of a linear layer and a branch as one operation; without a branch, of a layer that `decodes`."""
+    dtype, (x, weight, bias) = x.dtype, operands(linear, x)
+    y = frozen_linear(x, weight, bias) if branch is None else branch.multiplied(x, weight, bias)
+    return y if y.dtype is dtype else quantised.result(linear, y, dtype)
 
 
 def _scaled_core(A: Tensor, N: Tensor | None, scaling: float) -> Tensor:

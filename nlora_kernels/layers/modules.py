@@ -65,8 +65,8 @@ class _AdapterLinear(nn.Module):
             return base(x)
         branch, excess = self.branch(), self._excess()
         if not self.obstacle():
-            return (branch if excess is None else branches.together((branch, excess))).fused(x, base)
-        y = branches.nothing(base, x).fused(x, base) if branches.decodes(base, x) else base(x)
+            return branches.fused(branch if excess is None else branches.together((branch, excess)), x, base)
+        y = branches.fused(None, x, base) if branches.decodes(base, x) else base(x)
         y = y + branch.collapsed(x).to(x.dtype)
         return y if excess is None else y + excess(x).to(x.dtype)
 

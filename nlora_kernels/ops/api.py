@@ -8,8 +8,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends import REFERENCE, Call, Dropout, Factors
 from ..backends.base import PLAIN
+from ..backends.quantised import Quantised
 from . import autograd
-from .checks import check_call, check_lora2_core, check_memory, fits, foreign, seen_through
+from .checks import check_call, check_linear, check_lora2_core, check_memory, fits, foreign, seen_through
 
 _NAMES = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
 _LORA2_NAMES = ("x", "weight", "lora_v", "lora_u", "lora_E", "lora_U", "lora_V", "mask", "bias")
@@ -152,6 +153,25 @@ def fused_linear(
     except (RuntimeError, ValueError):
         check_memory(**_named(call))
         raise
+
+
+def frozen_linear(x: Tensor, weight: Quantised, bias: Tensor | None = None) -> Tensor:
+    """y = x·Wᵀ + bias of a weight in few bits, as `lora_linear` computes it
+
+    With an adapter of rank 0: one of zeros would add NaN to a whole row of y where x holds an infinity.
+
+    Args:
+        x: (..., in), as for `lora_linear`.
+        weight: (out, in), decoded to x's dtype.
+        bias: (out,) in x's dtype, or None.
+
+    Raises TypeError and ValueError as `lora_linear` does.
+    """
+    check_linear(x, weight, bias, {"weight": "weight", "bias": "bias"})
+    N, K = weight.shape
+    call = Call(x, weight, x.new_empty(0, K), x.new_empty(N, 0), None, bias)
+    # On GPUs kernels of ours take ranks from 1 on; without an adapter the library's product is as good.
+    return autograd.linear(call, None if x.is_cpu else "lean")
 
 
 def _named(call: Call) -> dict[str, Tensor | None]:

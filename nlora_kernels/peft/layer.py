@@ -178,9 +178,7 @@ class FusedLinear(Linear):
         if terms and not args and not kwargs:
             branch, terms = self._together(terms, x)
         base = self._modules["base_layer"]
-        if branch is None and not args and not kwargs and self._decodes(terms, x):
-            branch = branches.nothing(base, x)
-        if branch is not None:
+        if branch is not None or (not args and not kwargs and self._decodes(terms, x)):
             result = self._fused(x, branch)
         elif tensor_parallel.split_of(base) is not None:
             if not tensor_parallel.is_distributed(self):
@@ -241,12 +239,12 @@ class FusedLinear(Linear):
                 f"parallelism splits the layer, got one with a change: {reason}"
             )
 
-    def _fused(self, x: Tensor, branch: Branch | Lora2Branch) -> Tensor:
+    def _fused(self, x: Tensor, branch: Branch | Lora2Branch | None) -> Tensor:
         base = self._modules["base_layer"]
         if type(tensor_of(base, "weight")) not in PLAIN and tensor_parallel.split_of(base) is not None:
             return tensor_parallel.fused(base, x, branch)
         try:
-            return branch.fused(x, base)
+            return branches.fused(branch, x, base)
         except Unreadable as error:
             raise Unreadable(f"layer {self.layer_name!r}: {error}") from error
 

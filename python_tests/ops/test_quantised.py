@@ -18,6 +18,7 @@ from nlora_kernels.backends import TABLE, native, quantised
 from nlora_kernels.backends.cpu import plans
 from nlora_kernels.backends.quantised import Coded, Opaque, Unreadable
 from nlora_kernels.layers import branch as branches
+from nlora_kernels.ops.api import frozen_linear
 
 TIERS = ("portable", "avx2", "avx512", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -211,6 +212,40 @@ def test_results_keep_the_budget_of_the_decoded_weight(monkeypatch, shape, dtype
             monkeypatch.setattr(type(TABLE["cpu"]), "decoding_plan", staticmethod(plan))
         with capped(tier):
             budget.check(testing.outputs(functools.partial(ours, backend, weight), tensors, p.dy, wrt))
+
+
+@pytest.mark.parametrize("M", [1, 5, 40])
+@pytest.mark.parametrize("name", FORMATS)
+def test_without_an_adapter_what_is_not_finite_goes_where_the_weight_sends_it(monkeypatch, name, M):
+    """And dx = dy·W, whatever x is."""
+    for backend, tier, way in ways():
+        if way:
+            monkeypatch.setattr(type(TABLE["cpu"]), "decoding_plan", lambda *sizes, way=way: plans.Plan(way))
+        monkeypatch.setattr("nlora_kernels.backends._preferred", backend)
+        for dtype in DTYPES:
+            weight = quantised.view(FORMATS[name][0](torch.randn(64, 128))).to(dtype)
+            x, bias, dy = (torch.randn(*shape, dtype=dtype) for shape in ((M, 128), (64,), (M, 64)))
+            x[0, 3], x[-1, 70] = torch.inf, torch.nan if M > 1 else -torch.inf
+            with capped(tier):
+                y = frozen_linear(x.requires_grad_(), weight, bias)
+                (dx,) = torch.autograd.grad(y, x, dy)
+            exact, tolerance = torch.nn.functional.linear(x, weight.decode(), bias), 4 * torch.finfo(dtype).eps
+            assert torch.equal(y.isnan(), exact.isnan()) and torch.equal(y.isinf(), exact.isinf())
+            for ours, expected in ((y[1:-1], exact[1:-1]), (dx, dy @ weight.decode())):
+                assert testing.error_norm(ours, expected.double()) <= tolerance * expected.double().norm() * 8
+
+
+@pytest.mark.parametrize(
+    "x, weight, bias, said",
+    [
+        ((5, 127), (64, 128), None, r"x must have shape \(..., 128\), got \(5, 127\)"),
+        ((5, 128), (64, 128), (63,), r"bias must have shape \(64,\), got \(63,\)"),
+    ],
+)
+def test_a_weight_without_an_adapter_is_checked_too(x, weight, bias, said):
+    weight = quantised.view(four_bit(torch.randn(weight)))
+    with pytest.raises(ValueError, match=said):
+        frozen_linear(torch.randn(x), weight, bias and torch.randn(bias))
 
 
 def problem(weight):

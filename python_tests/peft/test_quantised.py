@@ -210,6 +210,24 @@ def test_dropout_leaves_the_decoding_of_the_weight_to_the_operation(kind, method
     assert torch.equal(model(x), layer.get_base_layer()(x))
 
 
+# With the initial product of a residual the base layer has an operation of rank r.
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "nlora_residual"])
+def test_an_infinity_beside_dropout_does_not_spoil_the_product_with_the_weight(kind, method, monkeypatch):
+    model = peft.get_peft_model(network(kind), config(method, target_modules=["0"], lora_dropout=0.5)).train()
+    perturb(model)
+    layer = model.base_model.model[0]
+    monkeypatch.setattr(type(layer), "_part", lambda self, term, x: x.new_zeros(len(x), OUT))
+    x, dy = torch.randn(5, IN), torch.randn(5, OUT)
+    x[1, 2], x[3, 0] = torch.inf, -torch.inf
+    with counted_fusions() as calls:
+        y = model(x.requires_grad_())
+    (dx,) = torch.autograd.grad(y, x, dy)
+    W = weight(layer)
+    assert len(calls) == 1
+    torch.testing.assert_close(y, x @ W.T + layer.get_base_layer().bias, rtol=1e-5, atol=1e-4, equal_nan=True)
+    close(dx, dy @ W, atol=1e-4)
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_a_module_with_dropout_leaves_it_to_the_operation_too(residual, monkeypatch):
     layer = nk.NLoraLinear.from_linear(nf4_plain(nn.Linear(IN, OUT)), 4, dropout=1.0, residual=residual).train()
