@@ -6,6 +6,7 @@ import types
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,6 +15,7 @@ from nlora_kernels.backends import TABLE, quantised
 from nlora_kernels.backends.cpu.plans import Plan
 from nlora_kernels.layers.branch import unfused
 from nlora_kernels.peft import base as base_weights
+from nlora_kernels.peft.layer import FusedLinear
 from python_tests.peft.adapters import close, config
 from python_tests.tiny import VOCABULARY, counted_fusions, perturb, tokens
 
@@ -368,7 +370,7 @@ def test_nystrom_reads_a_quantised_weight_as_it_reads_the_decoded_one(kind, sele
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_model_that_trains_saves_and_loads(method, tmp_path):
+def test_a_model_that_trains_saves_loads_merges_and_is_exported(method, tmp_path):
     """Prepared as for QLoRA, with checkpointing: the losses are those of PEFT's way of computing the same layers."""
     losses = {}
     for way in ("fused", "apart"):
@@ -397,7 +399,28 @@ def test_a_model_that_trains_saves_and_loads(method, tmp_path):
             again = peft.PeftModel.from_pretrained(tiny_nf4(), tmp_path).eval()
             with torch.no_grad():
                 close(again(tokens()).logits, y, atol=1e-4)
+            check_export(tmp_path, y)
     close(torch.tensor(losses["fused"]), torch.tensor(losses["apart"]), atol=1e-4)
+
+
+def check_export(folder, expected):
+    """What is saved gives the same as plain LoRA in PEFT's own layers on such a base, and is merged by them."""
+    for keep_patterns in (False, True):
+        nk.checkpoint.to_lora(folder, folder / "plain", keep_patterns=keep_patterns)
+        ours, plain = (peft.PeftModel.from_pretrained(tiny_nf4(), each) for each in (folder, folder / "plain"))
+        layers = [module for module in plain.modules() if isinstance(module, LoraLayer)]
+        assert len(layers) == 14 and not any(isinstance(layer, FusedLinear) for layer in layers)
+        # In eval mode, without a graph, bitsandbytes packs weights anew, which rounds their scales.
+        with counted_fusions() as calls:
+            close(plain.train()(tokens()).logits.detach(), expected, atol=1e-4)
+        assert not calls
+        for model in (ours, plain):
+            model.merge_adapter()
+        for name, layer in plain.named_modules():
+            if isinstance(layer, LoraLayer):
+                merged, theirs = weight(ours.get_submodule(name)), weight(layer)
+                # An element at the border of two values may fall to either.
+                assert ((merged - theirs).abs() > 1e-3 * theirs.abs().max()).float().mean() < 0.01, name
 
 
 def tiny_nf4(
