@@ -13,6 +13,8 @@ from bench.gpu import groups
 from bench.gpu.groups import Group
 from nlora_kernels import testing
 from nlora_kernels.backends import Dropout
+from nlora_kernels.backends.quantised import Coded
+from nlora_kernels.backends.quantised.base import Nested
 from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -48,6 +50,15 @@ TRITON_ODD = [(0, 64, 48, 8), (1, 33, 17, 5), (70, 513, 641, 300)]
 METHODS_SHAPE = (2100, 4096, 4096, 64)
 DROPPED = [(0, 64, 48, 8), (7, 65, 31, 13), (2048, 4096, 4096, 16)]
 GRAPHS = [(16, 4096, 4096, 64), (2048, 4096, 4096, 64)]
+# With a weight in four bits: where a product decodes it, ragged too, and where it is decoded as a whole.
+QUANTISED = [
+    (1, 4096, 4096, 16),
+    (16, 4096, 11008, 64),
+    (64, 4096, 4096, 64),
+    (33, 777, 333, 13),
+    (512, 768, 768, 8),
+]
+QUANTISED_REHEARSED = [(7, 128, 48, 8), (5, 77, 33, 3), (70, 64, 32, 4)]
 TRITON_REHEARSED = [(0, 12, 8, 3), (7, 65, 31, 13)]
 
 
@@ -98,6 +109,16 @@ def triton(machine) -> dict:
         found[f"{'one launch' if single else 'two launches'} {size(shape)}"] = functools.partial(
             launches, machine, dtype, shape, single
         )
+    return found
+
+
+def quantised(machine) -> dict:
+    found = {}
+    for dtype in machine.pick((BF16, FP16, FP32), (FP16,)):
+        for nested in (False, True):
+            for shape in machine.pick(QUANTISED, QUANTISED_REHEARSED):
+                name = f"{short(dtype)} {size(shape)}{' nested' * nested}"
+                found[name] = functools.partial(coded, machine, dtype, shape, nested)
     return found
 
 
@@ -199,6 +220,35 @@ def group(machine, backend, dtype, of: Group, adapter_dtype) -> None:
 def plain_lora2(x, weight, lora_u, lora_E, lora_U, lora_v, lora_V, scaling):
     core = (lora_U * lora_E) @ lora_u
     return testing.plain_linear(x, weight, lora_v, lora_V, core, scaling=scaling)
+
+
+def coded(machine, dtype, shape, nested) -> None:
+    """A weight of random codes is decoded as by the formula, and its layer is that of the decoded weight."""
+    M, K, N, R = shape
+    p = testing.problem(*shape, dtype=dtype, device=machine.name)
+    generator = torch.Generator(machine.name).manual_seed(K)
+
+    def bytes_(count):
+        return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator, device=machine.name)
+
+    blocks = -(-N * K // 64)
+    scales, inner = random(machine, blocks, dtype=FP32).abs() / K**0.5, None
+    if nested:
+        table, outer = random(machine, 256, dtype=FP32), random(machine, -(-blocks // 256), dtype=FP32).abs() / K
+        scales, inner = bytes_(blocks), Nested(table, outer, torch.full((), 1 / K**0.5, device=machine.name), 256)
+    codes, values = bytes_(-(-N * K // 2)), random(machine, 16, dtype=FP32)
+    weight = Coded("nibbles", (N, K), dtype, codes, values, scales, 64, None, inner)
+    p.weight = weight.composed()
+    assert torch.equal(nk.backends.TABLE["triton"].decode(weight), p.weight)
+    tensors = {name: t for name in testing.TENSORS if (t := getattr(p, name)) is not None}
+    plain, base = (functools.partial(testing.plain_linear, scaling=s) for s in (p.scaling, 0.0))
+    wrt = [name for name in tensors if name != "weight"]
+    budget = testing.Budget(plain, base, tensors, p.dy, wrt)
+    others = {name: tensors[name] for name in wrt}
+    function = functools.partial(nk.lora_linear, weight=weight, scaling=p.scaling, backend="triton")
+    first, second = (testing.outputs(function, others, p.dy) for _ in range(2))
+    budget.check(first)
+    same(first, second)
 
 
 def same(first: dict, second: dict) -> None:

@@ -140,22 +140,21 @@ def choose(
 ) -> tuple[Backend, Call]:
     """The backend of `select`, or the one that is given, and the call as it reads it.
 
-    A weight in few bits stays so where the backend `reads_quantised`, on the CPU; else it is decoded as a whole, on
-    other devices into memory that all layers share.
+    A weight in few bits stays so where the backend `reads_quantised`; else it is decoded as a whole, on other devices
+    than the CPU into memory that all layers share.
     """
     weight = call.weight
-    in_bits = isinstance(weight, Quantised)
-    if in_bits and not weight.is_cpu:
-        call = call._replace(weight=shared_memory(weight))
     chosen = backend if isinstance(backend, Backend) else select(backend, first, call, operation)
-    if in_bits and not weight.is_cpu:
-        # Kernels that no hardware of their kind has proved are taken by name alone.
-        named, triton = backend or _preferred, TABLE["triton"]
-        decoder = triton if named and not triton.unavailable() else chosen
-        decoder.decode(weight, call.weight)
-    elif in_bits and not chosen.reads_quantised:
-        call = call._replace(weight=chosen.decode(weight))
-    return chosen, call
+    if not isinstance(weight, Quantised):
+        return chosen, call
+    # Kernels that decode are not among what `verify` proves: they are taken by name alone.
+    own = weight.is_cpu or backend or _preferred
+    if own and chosen.reads_quantised(weight, first.shape[0]):
+        return chosen, call
+    if weight.is_cpu:
+        return chosen, call._replace(weight=chosen.decode(weight))
+    decoder = TABLE["triton"] if own and not TABLE["triton"].unavailable() else REFERENCE
+    return chosen, call._replace(weight=decoder.decode(weight, shared_memory(weight)))
 
 
 def makes_core(name: str | None) -> bool:

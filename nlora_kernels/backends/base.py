@@ -242,8 +242,6 @@ class Backend:
     drops_inside = False
     # Whether it makes LoRA²'s core, and its gradients, inside forward and backward.
     makes_core = False
-    # Whether it decodes a weight in few bits itself; for others it is decoded as a whole before.
-    reads_quantised = False
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine at all."""
@@ -252,6 +250,11 @@ class Backend:
     def unsupported(self, call: Call) -> str | None:
         """Why it cannot take a call, forward or backward: x may be None, of whose dtype and device weight is."""
         return None
+
+    def reads_quantised(self, weight, rows: int) -> bool:
+        """Whether it decodes a `quantised.Quantised` weight itself for so many rows; else that is done before, as a
+        whole."""
+        return False
 
     def describe(self, call: Call) -> str | None:
         """What it does with a call of such sizes, for people."""

@@ -8,7 +8,8 @@ What is compiled stays in Triton's cache: run again, it goes on where it stopped
 
 The calls themselves run on the meta device with a driver that only names its target, so what is compiled is what a GPU
 would run. Fails on shared memory beyond the device's limit, on a stack (spilled registers), on 16-bit products of 64
-rows and more without wgmma on sm_90, and on a single launch without release, acquire and the barrier before release.
+rows and more without wgmma on sm_90, on a single launch without release, acquire and the barrier before release, and on
+nested scales to which their offset is added unrounded.
 """
 
 import argparse
@@ -135,6 +136,7 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
         dropped = Call(x, weight, A, B, core, bias, dropout=drop)
         y, T = linear.forward(dropped)
         linear.backward(dropped, y, T, Needs(True, False, True, False, False, False))
+        call_few_rows(dropped, meta)
         return
     for lora_N in (core, None):
         plain = Call(x, weight, A, B, lora_N, bias)
@@ -142,6 +144,7 @@ def call(M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter_dtype: torc
         linear.backward(plain, y, T, Needs(True, False, True, True, lora_N is not None, False))
         call_experts(plain, meta)
         call_group(plain)
+        call_few_rows(plain, meta)
     u, E, U = meta(R, R), meta(R), meta(R, R)
     lora2.forward(u, E, U, E)
     lora2.backward(core, u, E, U, E)
@@ -185,22 +188,44 @@ def call_group(one) -> None:
         group.backward(calls, ys, Ts, [adapted, adapted, Needs(True, *[False] * 5)])
 
 
-def decode(K: int, N: int, dtype: torch.dtype, meta) -> None:
+def call_few_rows(one, meta) -> None:
+    """The layer of a call with a weight in four bits, where a product decodes it; beside 16 rows as many as may be."""
+    from nlora_kernels.backends import Needs
+    from nlora_kernels.backends.triton import linear, quantised, tuning
+
+    M, K = one.x.shape
+    for rows in (M, tuning.FEW_ROWS) if M == 16 else (M,):
+        for weight in four_bits(K, one.lora_B.shape[0], one.x.dtype, meta):
+            if quantised.decodes_within(weight, rows):
+                few = one._replace(x=meta(rows, K, dtype=one.x.dtype), weight=weight)
+                y, T = linear.forward(few)
+                linear.backward(few, y, T, Needs(True, False, False, False, False, False))
+
+
+def four_bits(K: int, N: int, dtype: torch.dtype, meta) -> list:
+    """A weight with plain scales, and with nested ones."""
     from nlora_kernels.backends.quantised import Coded
     from nlora_kernels.backends.quantised.base import Nested
+
+    def fp32(*size):
+        return meta(*size, dtype=torch.float32)
+
+    blocks = -(-N * K // 64)
+    codes, scales = meta(-(-N * K // 2), dtype=torch.uint8), meta(blocks, dtype=torch.uint8)
+    nested = Nested(fp32(256), fp32(-(-blocks // 256)), fp32(()), 256)
+    plain = Coded("nibbles", (N, K), dtype, codes, fp32(16), fp32(blocks), 64)
+    return [plain, Coded("nibbles", (N, K), dtype, codes, fp32(16), scales, 64, None, nested)]
+
+
+def decode(K: int, N: int, dtype: torch.dtype, meta) -> None:
+    from nlora_kernels.backends.quantised import Coded
     from nlora_kernels.backends.triton import quantised
 
-    def fp32(size):
-        return meta(size, dtype=torch.float32)
-
-    out, blocks = meta(N, K, dtype=dtype), -(-N * K // 64)
-    codes, scales = meta(-(-N * K // 2), dtype=torch.uint8), meta(blocks, dtype=torch.uint8)
-    nested = Nested(fp32(256), fp32(-(-blocks // 256)), fp32(1), 256)
-    quantised.decode(Coded("nibbles", (N, K), dtype, codes, fp32(16), fp32(blocks), 64), out)
-    quantised.decode(Coded("nibbles", (N, K), dtype, codes, fp32(16), scales, 64, None, nested), out)
-    bytes_, rows = meta(N, K, dtype=torch.uint8), fp32(N)
-    quantised.decode(Coded("bytes", (N, K), dtype, bytes_, fp32(256), rows, K, (1, 1)), out)
-    quantised.decode(Coded("int8", (N, K), dtype, meta(N, K, dtype=torch.int8), None, rows, K, (1, 1)), out)
+    values, rows = meta(256, dtype=torch.float32), meta(N, dtype=torch.float32)
+    float8 = Coded("bytes", (N, K), dtype, meta(N, K, dtype=torch.uint8), values, rows, K, (1, 1))
+    int8 = Coded("int8", (N, K), dtype, meta(N, K, dtype=torch.int8), None, rows, K, (1, 1))
+    for weight in (*four_bits(K, N, dtype, meta), float8, int8):
+        quantised.decode(weight, meta(N, K, dtype=dtype))
 
 
 def train_lora2(K: int, N: int, r: int, meta) -> None:
@@ -254,6 +279,8 @@ def inspect(device, kernel: str, warps: int, stages: int, arguments: dict, binar
         faults.append(f"products of {rows} rows must use wgmma")
     if kernel == "single_launch":
         faults += protocol_faults(ptx)
+    if kernel == "dequantise" and arguments["nested_values"] is not None and not re.search(r"add\.(rn\.)?f32", ptx):
+        faults.append("a nested scale must be rounded before its offset is added")
     tile = "×".join(str(arguments[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PADDED_R", "BLOCK") if n in arguments)
     flags = {
         "core": "core",

@@ -24,6 +24,7 @@ def small_tiles(monkeypatch, own_plans):
         launch.forget_plans()
         monkeypatch.setattr(device, "target", lambda index: small)
         monkeypatch.setattr(tuning, "wide_tile", lambda *_: tile)
+        monkeypatch.setattr(tuning, "decoding_tile", lambda *_: tile)
         monkeypatch.setattr(tuning, "narrow_tile", lambda M, N, K, columns, *_: (tile._replace(n=columns), splits))
         monkeypatch.setattr(tuning, "single_launch", lambda *_: form == "single")
 

@@ -204,6 +204,44 @@ def what_takes_several_tensors_is_launched_again_with_its_own(launches):
         assert {a["offsets"] for a in stacked} == {(mixture.offsets.data_ptr(), 1)}
 
 
+def a_weight_in_few_bits_is_launched_again_with_its_own_tensors(launches):
+    from nlora_kernels.backends.quantised import Coded
+    from nlora_kernels.backends.quantised.base import Nested
+    from nlora_kernels.backends.triton import launch
+
+    def coded(nested):
+        x, weight, *others = layer(M=16)
+        codes, scales = torch.ones(64 * 32, dtype=torch.uint8), torch.ones(64, dtype=torch.uint8)
+        inner = Nested(torch.ones(256), torch.ones(1), torch.ones(()), 256) if nested else None
+        scales = scales if nested else scales.float()
+        return [x, Coded("nibbles", weight.shape, x.dtype, codes, torch.ones(16), scales, 64, None, inner), *others]
+
+    def plain(value):
+        if type(value) is tuple:
+            return tuple(map(plain, value))
+        return "address" if type(value) is int and value > 2**32 else value
+
+    def made(operands):
+        launches.clear()
+        both(operands)
+        return list(launches)
+
+    for nested in (False, True):
+        first, second = coded(nested), coded(nested)
+        before, after = made(first), made(second)
+        launch.forget_plans()
+        fresh = made(second)
+        kernels = [
+            [(kernel, grid, plain(tuple(arguments.items()))) for kernel, grid, arguments in found]
+            for found in (before, after, fresh)
+        ]
+        assert kernels[0] == kernels[1] == kernels[2]
+        for operands, found in ((first, before), (second, after)):
+            weights = [arguments["weight"] for _, _, arguments in found if "weight" in arguments]
+            codes, scales, values, *inner = (t.data_ptr() for t in operands[1].tensors)
+            assert weights == 2 * [(codes, values, scales, *(inner or (None, None, None)))]
+
+
 def no_tensor_is_kept(launches):
     operands = layer()
     both(operands)
@@ -257,6 +295,7 @@ def plans_are_bounded(launches):
         again_is_the_same_but_for_addresses_and_scaling,
         what_a_kernel_was_compiled_for_is_never_launched_with_another,
         what_takes_several_tensors_is_launched_again_with_its_own,
+        a_weight_in_few_bits_is_launched_again_with_its_own_tensors,
         no_tensor_is_kept,
         threads_launch_their_own_tensors,
         plans_are_bounded,

@@ -94,7 +94,9 @@ class Cuda(Lean):
                     return f"{name} must be a multiple of 8, got {size}"
         if R > MAX_RANK:
             return f"r must be at most {MAX_RANK}, got {R}"
-        return launch.unaligned("weight", weight) or misplaced("x", weight)
+        # One in few bits is decoded to where it is aligned.
+        unaligned = launch.unaligned("weight", weight) if isinstance(weight, Tensor) else None
+        return unaligned or misplaced("x", weight)
 
     def describe(self, call: Call) -> str:
         hopper = capability(call.weight.device) == (9, 0)

@@ -77,6 +77,11 @@ class Triton(Backend):
             return "Triton's interpreter computes bfloat16 wrongly"
         return misplaced("x", weight)
 
+    def reads_quantised(self, weight: Quantised, rows: int) -> bool:
+        from . import quantised
+
+        return quantised.decodes_within(weight, rows)
+
     def describe(self, call: Call) -> str:
         from . import launch, tuning
 

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..base import Dropout
-from . import device, launch, narrow, tuning
+from ..quantised import Coded
+from . import device, launch, narrow, quantised, tuning
 from .cast import cast
 from .dropout import drop
 from .tiles import Core, Matrix, Product, multiply, store_product, store_tile
@@ -127,7 +128,7 @@ def single_launch(x, weight, shrink, core, expand, bias, raw, P, y, state, M, N,
 
 def product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Coded,
     shrink: Tensor,
     core: Tensor | None,
     expand: Tensor,
@@ -141,13 +142,15 @@ def product(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(raw, P, y) = (x·shrink, alpha·raw·core, [x | P]·[weight ; expand] + bias), all in x's dtype.
 
+    A weight in few bits is decoded tile by tile.
+
     `transposed`: weight, shrink, core and expand are stored as the transpose of what is multiplied, as in forward.
     dropout: of the adapter's input, which is x if transposed, else of what the adapter adds to y.
     tile, single: tile and number of launches in place of those that `tuning` chooses.
     """
     plan = planned(
         launch.layout(x),
-        launch.layout(weight),
+        (quantised if isinstance(weight, Coded) else launch).layout(weight),
         launch.layout(shrink),
         launch.layout(core),
         launch.layout(expand),
@@ -171,6 +174,7 @@ def product(
         raw, P = narrow.product(x, shrink, core, **how, dropout=of_x, drops="a" if of_x else "")
         made = launch.mask(of_y)
     if plan.launch:
+        weight = quantised.operand(weight) if isinstance(weight, Coded) else weight
         plan.launch(x, x=x, weight=weight, P=P, expand=expand, bias=bias, y=y, **made)
     return raw, P, y
 
@@ -189,14 +193,21 @@ class Plan(NamedTuple):
 
 @launch.planned
 def planned(x, weight, shrink, core, expand, bias, index, tf32, transposed, tile, single, dropout) -> Plan:
-    x, weight, shrink, expand = (launch.Layout(*operand) for operand in (x, weight, shrink, expand))
+    coded = type(weight) is quantised.Layout
+    x, shrink, expand = (launch.Layout(*operand) for operand in (x, shrink, expand))
+    weight = weight if coded else launch.Layout(*weight)
     core, bias = core and launch.Layout(*core), bias and launch.Layout(*bias)
     (M, K), R = x.shape, shrink.shape[0 if transposed else 1]
     N = weight.shape[0 if transposed else 1]
     if M == 0 or N == 0:
         return Plan((M, N), R, False, False, None, 0)
-    on, aligned = device.target(index), launch.aligned(x, weight)
-    tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, on)
+    on = device.target(index)
+    if coded:
+        aligned, single = launch.aligned(x), False
+        tile = tile or tuning.decoding_tile(M, N, weight.block, x.dtype, tf32, aligned, on, transposed)
+    else:
+        aligned = launch.aligned(x, weight)
+        tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, on)
     if single is None:
         # What a mask costs in registers leaves none for two kinds of tile in one program.
         single = not dropout and tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, on)
@@ -212,14 +223,15 @@ def planned(x, weight, shrink, core, expand, bias, index, tf32, transposed, tile
     if first:
         shrink, expand = (launch.Layout(o.shape, (o.shape[1], 1), x.dtype, True) for o in (shrink, expand))
         core = core and launch.Layout(core.shape, (core.shape[1], 1), x.dtype, True)
-    layouts = {"x": x, "weight": weight, "expand": expand, "bias": bias}
+    layouts = {"x": x, "weight": None if coded else weight, "expand": expand, "bias": bias}
     blocks = {"weight": (tile.k, tile.n), "expand": (rank_block, tile.n)}
     if single:
         layouts |= {"shrink": shrink, "core": core}
         blocks |= {"shrink": (tile.k, width)}
     if transposed:
         blocks = {name: block[::-1] for name, block in blocks.items()}
-    features = launch.product_of(tile, K, x.dtype, tf32, B_TRANSPOSED=transposed)
+    codes = quantised.codes_of(weight, tile, transposed) if coded else None
+    features = launch.product_of(tile, K, x.dtype, tf32, B_TRANSPOSED=transposed, CODES=codes)
     rows = triton.cdiv(M, tile.m)
     tiles = rows * triton.cdiv(N, tile.n)
     made = launch.Launch(
@@ -229,7 +241,7 @@ def planned(x, weight, shrink, core, expand, bias, index, tf32, transposed, tile
         stages=tile.stages,
         meta=Extended(
             features,
-            rank=features._replace(BLOCK_K=rank_block, CHECK_K=True),
+            rank=features._replace(BLOCK_K=rank_block, CHECK_K=True, CODES=None),
             shrink=features._replace(BLOCK_N=width) if single else None,
             core=Core(transposed, features.DTYPE, features.PRECISION) if single else None,
             GROUP_M=GROUP_M,

@@ -294,7 +294,7 @@ def precision(dtype: torch.dtype, tf32: bool) -> str:
 
 def product_of(tile, K: int, dtype: torch.dtype, tf32: bool, **how) -> Product:
     """A product over K by the tiles of a plan. `how`: its operands, where they are not as they are multiplied."""
-    of_operands = {"A_TRANSPOSED": False, "B_TRANSPOSED": False, "DROPS": ""} | how
+    of_operands = {"A_TRANSPOSED": False, "B_TRANSPOSED": False, "DROPS": "", "CODES": None} | how
     blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "CHECK_K": K % tile.k != 0}
     return Product(**blocks, **of_operands, DTYPE=DTYPES[dtype], PRECISION=precision(dtype, tf32))
 

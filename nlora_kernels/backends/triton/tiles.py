@@ -10,6 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .codes import Codes, tile_of
 from .dropout import drop
 
 
@@ -47,6 +48,7 @@ class Product(NamedTuple):
 
     CHECK_K: the sum ends within a block. A transposed operand is stored as [K, M] or [N, K]. DROPS names the operand,
     stored as it is, that has dropout: "a", "b" or "". Operands are multiplied in DTYPE and, in fp32, with PRECISION.
+    CODES says how b is coded, if it is a weight in few bits.
     """
 
     BLOCK_M: int
@@ -58,6 +60,7 @@ class Product(NamedTuple):
     DROPS: str
     DTYPE: tl.dtype
     PRECISION: str
+    CODES: Codes | None
 
 
 class Core(NamedTuple):
@@ -79,9 +82,12 @@ def load_tile(
     BLOCK_COL: tl.constexpr,
     CHECK_ROW: tl.constexpr = True,
     CHECK_COL: tl.constexpr = True,
+    CODES: tl.constexpr = None,
 ):
-    """src[row : row + BLOCK_ROW, col : col + BLOCK_COL], zero outside the matrix."""
-    if isinstance(src, tl.tensor_descriptor):
+    """src[row : row + BLOCK_ROW, col : col + BLOCK_COL], zero outside the matrix; of CODES their values in fp32."""
+    if CODES is not None:
+        tile = tile_of(src, row, col, rows, cols, BLOCK_ROW, BLOCK_COL, CODES)
+    elif isinstance(src, tl.tensor_descriptor):
         tile = src.load([row, col])
     elif isinstance(src[0], tl.tensor_descriptor):
         tile = tl.reshape(src.stack.load([src.index, row, col]), (BLOCK_ROW, BLOCK_COL))
@@ -122,9 +128,9 @@ def multiply(acc, a, b, m, n, M, N, k_begin, k_end, seed, threshold, META: tl.co
             if META.DROPS == "a":
                 a_tile = drop(a_tile, seed, threshold, m, k, META.BLOCK_M, META.BLOCK_K)
         if META.B_TRANSPOSED:
-            b_tile = load_tile(b, n, k, N, k_end, META.BLOCK_N, META.BLOCK_K, True, META.CHECK_K).T
+            b_tile = load_tile(b, n, k, N, k_end, META.BLOCK_N, META.BLOCK_K, True, META.CHECK_K, META.CODES).T
         else:
-            b_tile = load_tile(b, k, n, k_end, N, META.BLOCK_K, META.BLOCK_N, META.CHECK_K, True)
+            b_tile = load_tile(b, k, n, k_end, N, META.BLOCK_K, META.BLOCK_N, META.CHECK_K, True, META.CODES)
             if META.DROPS == "b":
                 b_tile = drop(b_tile, seed, threshold, k, n, META.BLOCK_K, META.BLOCK_N)
         acc = tl.dot(a_tile.to(META.DTYPE), b_tile.to(META.DTYPE), acc, input_precision=META.PRECISION)

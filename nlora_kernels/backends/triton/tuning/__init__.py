@@ -7,9 +7,9 @@ import torch
 
 from ..device import Device
 from . import rule, tables
-from .rule import Tile, narrow_tile, padded, shared_bytes
+from .rule import FEW_ROWS, Tile, decoding_tile, narrow_tile, padded, shared_bytes
 
-__all__ = ["Tile", "narrow_tile", "padded", "shared_bytes", "single_launch", "wide_tile"]
+__all__ = ["FEW_ROWS", "Tile", "decoding_tile", "narrow_tile", "padded", "shared_bytes", "single_launch", "wide_tile"]
 
 
 def wide_tile(

@@ -41,6 +41,8 @@ DECODE_TILES = {Tile(m, n, 128, 4, stages): n / 64 for m in (16, 32, 64) for n, 
 EXACT_TILES = {Tile(64, 64, 16, 8, 3): 1.0, Tile(32, 64, 16, 4, 3): 0.8, Tile(16, 32, 16, 4, 3): 0.4}
 TF32_TILES = {Tile(128, 128, 32, 8, 3): 1.0, Tile(64, 64, 32, 4, 3): 0.6, Tile(16, 64, 32, 4, 3): 0.2}
 
+# Features of a weight in few bits that are decoded at a time.
+DECODED = 64
 # Up to here the weight is read once or twice, and reading it bounds the time: decoding.
 FEW_ROWS = 64
 
@@ -49,6 +51,23 @@ def wide_tile(M: int, N: int, dtype: torch.dtype, tf32: bool, aligned: bool, dev
     """The tile of `count` extended products (M, K)·(K, N), or of the single launch. `aligned`: rows start at 16 B."""
     found = candidates(M, dtype, tf32, aligned, device)
     return min(found.items(), key=lambda c: _cost(M, N, *c, device, count))[0]
+
+
+def decoding_tile(
+    M: int, N: int, block: int, dtype: torch.dtype, tf32: bool, aligned: bool, device: Device, transposed: bool
+) -> Tile:
+    """The tile of the extended product of few rows with a weight in few bits, of which `block` codes share a scale.
+
+    All rows in one, so that W is decoded once. What is decoded passes through registers, so no tile is deeper than
+    DECODED; and along the rows of W, over which `transposed` sums, none is wider than a block, so that each of its rows
+    has one scale. `aligned`: rows of x start at 16 bytes.
+    """
+    found = candidates(M, dtype, tf32, aligned, device)
+    tall = {tile: share for tile, share in found.items() if tile.m >= M} or found
+    tile = min(tall.items(), key=lambda c: (c[0].m, _cost(M, N, *c, device, 1)))[0]
+    widest = max(16, block & -block)
+    n, k = (tile.n, min(widest, DECODED)) if transposed else (min(tile.n, widest), DECODED)
+    return tile._replace(n=n, k=min(tile.k, k))
 
 
 def narrow_tile(
