@@ -6,6 +6,7 @@ import types
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -617,3 +618,64 @@ def test_merging_again_and_again_wanders_no_further_than_peft(kind):
         off.append((weight(each) - before).norm().item())
     ours, expected = off
     assert 0 < ours <= 1.2 * expected
+
+
+# Of loaders that are not known
+
+
+class Loaded(torch.Tensor):
+    """A weight whose values are half of what is stored, as its library multiplies it."""
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor) / 2
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            return function(*[t.dequantize() if isinstance(t, Loaded) else t for t in args], **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Packed(nn.Module):
+    """As layers of GPTQ and AWQ: no weight, but what it is made of."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", linear.weight.detach() * 2)
+
+    def dequantize(self):
+        return self.qweight / 2
+
+    def forward(self, x):
+        return F.linear(x, self.dequantize())
+
+
+@pytest.mark.parametrize("method", ("lora", *METHODS))
+def test_on_a_weight_that_can_be_dequantised_adapters_are_added_to_the_output_of_its_layer(method):
+    torch.manual_seed(0)
+    linear = nn.Linear(IN, OUT)
+    W = linear.weight.detach() / 2
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Loaded), requires_grad=False)
+    with pytest.warns(UserWarning, match="its weight is a Loaded of torch.float32, not a dense tensor"):
+        model = peft.get_peft_model(nn.Sequential(linear), config(method, target_modules=["0"])).train()
+    layer, x = model.base_model.model[0], torch.randn(5, IN, requires_grad=True)
+    if method == "nlora":
+        close(layer.lora_A["default"].weight, W[:4], atol=0)
+    perturb(model)
+    y, expected = model(x), F.linear(x, W, linear.bias) + x @ layer.get_delta_weight("default").T
+    close(y, expected, atol=1e-4)
+    for ours, exact in zip(*(torch.autograd.grad(out.sum(), x) for out in (y, expected)), strict=True):
+        close(ours, exact, atol=1e-4)
+    delta = layer.get_delta_weight("default").detach()
+    close(nk.lora_linear(x, linear.weight, torch.eye(IN), delta, bias=linear.bias), expected, atol=1e-4)
+    with pytest.raises(ValueError, match="merge needs a base weight that is dense or quantised .* got Loaded"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_without_a_weight_is_refused_by_name(method):
+    net = nn.Sequential(Packed(nn.Linear(IN, OUT)), nn.LayerNorm(OUT))
+    with pytest.raises(ValueError, match="Packed"):
+        peft.get_peft_model(net, config(method, target_modules=["0"]))
+    assert type(net[0]) is Packed
