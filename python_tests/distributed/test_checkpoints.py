@@ -63,7 +63,7 @@ def in_shards(rank, folder, saving):
         if saving:
             go(method, rows, 0, SAVED_AT, engines.fsdp2, saved=place / f"at-{ranks}")
             continue
-        for start in sorted(place.glob("at-*")):
+        for start in sorted(place.glob("at-?")):
             model, losses, allocator = go(method, rows, SAVED_AT, STEPS, engines.fsdp2, start=start)
             dist.all_reduce(losses)
             whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -1,10 +1,12 @@
 """Adapters on several processes: every engine comes to the losses of one process, and its layers are fused."""
 
+import functools
 import importlib.util
 
 import pytest
 import torch
-from torch.distributed.fsdp import FullyShardedDataParallel
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from nlora_kernels.layers import unfused
@@ -52,6 +54,32 @@ def test_two_processes_come_to_what_one_does(engine, method, quick):
     if reason := needs(engine, 2):
         pytest.skip(reason)
     check(engine, method, quick[engine, method], QUICK_STEPS)
+
+
+# FSDP's own: what is sharded is fp32, what is gathered and multiplied bf16, and gradients are summed in fp32.
+MIXED = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+
+
+def _in_mixed_precision(rank, methods):
+    rows = tokens(batch=engines.ROWS).chunk(dist.get_world_size())[rank]
+    found = {}
+    for method in methods:
+        found[method] = engines.train(functools.partial(engines.fsdp2, **MIXED), method, QUICK_STEPS, rows)
+        dist.all_reduce(found[method].losses)
+        found[method].losses.div_(dist.get_world_size())
+    return found
+
+
+def test_mixed_precision_rounds_on_two_processes_as_on_one():
+    methods = ("nlora_residual", "lora2_pruned")
+    one, two = (run(_in_mixed_precision, ranks, methods) for ranks in (1, 2))
+    for method in methods:
+        exact = engines.alone(method, QUICK_STEPS)
+        rounded, found = one[method].losses, two[method].losses
+        off = (rounded - exact.losses).abs().max()
+        assert off > 0 and found.dtype == exact.losses.dtype
+        assert (found - exact.losses).abs().max() <= 2 * off + torch.finfo(torch.bfloat16).eps
+        assert (two[method].fused, two[method].unfused) == (exact.fused, {})
 
 
 def _hook_on_a_unit(rank):
