@@ -79,7 +79,7 @@ STAGES = [
     Stage("cuda layers", "layers:cuda", 40, needs=BOUNDED),
     Stage("triton layers", "layers:triton", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("triton dropout", "layers:dropout", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
-    Stage("triton quantised", "layers:quantised", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
+    Stage("triton quantised", "layers:quantised", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("triton training", "layers:training", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("graphs", "layers:graphs", 25, needs=BOUNDED, rehearsed_in=INTERPRETED),
     Stage("memcheck", "layers:sanitized", 40, 40, EXTENSION, sanitizer="memcheck"),
