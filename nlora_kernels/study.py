@@ -135,7 +135,8 @@ def table(found: list[Row]) -> list[list[str]]:
 
 def verdicts(study: dict[str, Any], found: list[Row]) -> list[str]:
     """Who is ahead of the baseline and who behind, in sentences."""
-    sign, groups = 1 if study["higher_is_better"] else -1, {}
+    sign = 1 if study["higher_is_better"] else -1
+    groups: dict[str, list[str]] = {}
     for row in found:
         base = baselines(found).get(row.rank)
         if base is None or base is row or len(differences := [sign * d for d in row.less(base)]) < 2:
@@ -150,7 +151,7 @@ def verdicts(study: dict[str, Any], found: list[Row]) -> list[str]:
 
 def machines(study: dict[str, Any]) -> list[str]:
     """What the runs ran on, each once."""
-    found = {}
+    found: dict[str, None] = {}
     for cell in study["cells"].values():
         if machine := cell.get("machine"):
             versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
