@@ -48,31 +48,60 @@ std::vector<nlora::cpu::Lora2Vectors> vectors_of(const std::vector<int64_t>& siz
   return layers;
 }
 
-// Whether all modules are of these types, without hooks or a forward of their own, with a plain weight: the usual answer
-// to `obstacle` (layers/branch.py), which looks at everything else itself.
-bool plain_modules(const py::tuple& modules, const py::tuple& types) {
-  const auto interned = [](const char* name) { return PyUnicode_InternFromString(name); };
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+// What a dictionary, or the one of an object's own attributes, has under a name, borrowed; null for nothing.
+PyObject* found(PyObject* dict, PyObject* name) {
+  return dict && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, name) : nullptr;
+}
+PyObject* own(PyObject* object, PyObject* name) {
+  if (!object) return nullptr;
+  const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+  if (!dict) throw py::error_already_set();
+  return found(dict.ptr(), name);
+}
+
+// The weight of a module of these types, without hooks or a forward of its own, if it is plain, borrowed; else null. It
+// is the usual answer to `obstacle` (layers/branch.py), which looks at everything else itself.
+PyObject* plain_weight(PyObject* module, const py::tuple& types) {
   static PyObject* const kHooks[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
                                      interned("_backward_hooks"), interned("_backward_pre_hooks")};
   static PyObject* const kForwards[] = {interned("forward"), interned("_hf_tp_plan")};
   static PyObject* const kParameters = interned("_parameters");
   static PyObject* const kWeight = interned("weight");
-  for (const py::handle module : modules) {
-    if (!PySequence_Contains(types.ptr(), py::type::handle_of(module).ptr())) return false;
-    const auto own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
-    if (!own) throw py::error_already_set();
-    for (PyObject* name : kHooks) {
-      PyObject* hooks = PyDict_GetItemWithError(own.ptr(), name);
-      if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks)) return false;
-    }
-    for (PyObject* name : kForwards)
-      if (PyDict_GetItemWithError(own.ptr(), name)) return false;
-    PyObject* parameters = PyDict_GetItemWithError(own.ptr(), kParameters);
-    PyObject* weight = parameters && PyDict_Check(parameters) ? PyDict_GetItemWithError(parameters, kWeight) : nullptr;
-    DLTensor seen;
-    if (!weight || !nlora::tensors().look(weight, seen) || !is_floating(seen)) return false;
+  if (!module || !PySequence_Contains(types.ptr(), py::type::handle_of(module).ptr())) return nullptr;
+  const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+  if (!attributes) throw py::error_already_set();
+  for (PyObject* name : kHooks) {
+    PyObject* hooks = found(attributes.ptr(), name);
+    if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks)) return nullptr;
   }
-  return true;
+  for (PyObject* name : kForwards)
+    if (found(attributes.ptr(), name)) return nullptr;
+  PyObject* weight = found(found(attributes.ptr(), kParameters), kWeight);
+  DLTensor seen;
+  return weight && nlora::tensors().look(weight, seen) && is_floating(seen) ? weight : nullptr;
+}
+
+bool is_plain(py::handle module, const py::tuple& types) { return plain_weight(module.ptr(), types); }
+
+// The weights of an adapter of a PEFT layer, from those of these mappings that have it, if they, and that of the base layer
+// if it is asked, are plain; else None.
+py::object plain_weights(py::handle layer, py::handle adapter, const py::tuple& mappings, const py::tuple& types,
+                         bool base) {
+  static PyObject* const kModules = interned("_modules");
+  static PyObject* const kBase = interned("base_layer");
+  PyObject* modules = own(layer.ptr(), kModules);
+  if (base && !plain_weight(found(modules, kBase), types)) return py::none();
+  py::list weights;
+  for (const py::handle mapping : mappings) {
+    PyObject* module = found(own(found(modules, mapping.ptr()), kModules), adapter.ptr());
+    if (!module) continue;
+    PyObject* weight = plain_weight(module, types);
+    if (!weight) return py::none();
+    weights.append(py::handle(weight));
+  }
+  return weights;
 }
 
 // Whether the tensors of a call go together: the usual answer to `check_lora_linear` (ops/checks.py), which says what is
@@ -348,7 +377,8 @@ PYBIND11_MODULE(_C, m) {
            }),
            "Addresses of tensors, which must be kept alive, their shape and their strides.");
   m.def("cpu_dequantise", &dequantise, free_threads());
-  m.def("plain_modules", &plain_modules);
+  m.def("is_plain", &is_plain);
+  m.def("plain_weights", &plain_weights);
   m.def("fits", &fits);
   m.def("cpu_forward", &cpu_forward);
   m.def("cpu_backward", &cpu_backward);

@@ -63,7 +63,11 @@ class Tensors {
     return result;
   }
 
-  py::object new_empty(py::handle like, const py::tuple& shape) const { return called(new_empty_, like, shape); }
+  // NOTE: numbers for a shape, which as one object costs half the call more.
+  template <typename... Sizes>
+  py::object new_empty(py::handle like, const Sizes&... sizes) const {
+    return called(new_empty_, like, sizes...);
+  }
   py::object empty_like(py::handle tensor) const { return called(empty_like_, tensor); }
 
  private:
@@ -98,7 +102,7 @@ struct Tensor {
   // New contiguous tensors of its dtype: of a shape, and of its own.
   template <typename... Sizes>
   Tensor empty(Sizes... shape) const {
-    return made(tensors().new_empty(object, py::make_tuple(shape...)));
+    return made(tensors().new_empty(object, py::int_(shape)...));
   }
   Tensor empty_like() const {
     const auto& [data, dtype, rows, cols, row_stride, col_stride] = matrix;

@@ -85,6 +85,15 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable:
     return super(torch.autograd.Function, function).apply
 
 
+def plain_backward(function: type[torch.autograd.Function]) -> None:
+    """Has the engine call function.backward at once.
+
+    What PyTorch puts between first looks whether the function has a vjp too, and wants its gradients as a list, for
+    1 µs.
+    """
+    function._backward_cls.apply = function.backward
+
+
 def constant_in_compiled_code(function: Callable) -> Callable:
     """What torch.compiler.assume_constant_result does after it has imported the compiler, which takes a second."""
     function._dynamo_marked_constant = True

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..backends import drops_inside, preferred, quantised
+from ..backends import Call, Factors, drops_inside, preferred, quantised
 from ..backends.base import PLAIN
 from ..backends.native import _C
 from ..backends.quantised import Quantised
-from ..ops import lora2_core, lora2_linear, lora_linear
-from ..ops.api import frozen_linear
+from ..ops import lora2_core
+from ..ops.api import frozen_linear, fused_linear
 from ..ops.checks import DTYPES
 from . import engines
 
@@ -49,7 +49,8 @@ class Branch(NamedTuple):
 
     def multiplied(self, x: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + bias and the branch, as one operation."""
-        return lora_linear(x, weight, self.A, self.B, self.N, bias, scaling=self.scaling, dropout=self.dropout)
+        A, N, B, scaling, dropout = self
+        return fused_linear(Call(x, weight, A, B, N, bias, scaling), dropout)
 
     def product(self, dtype: torch.dtype | None = None) -> Tensor:
         """s·B·N·A, (out, in), in `dtype`, by default the adapter's; half precision is rounded once, at the end."""
@@ -83,7 +84,8 @@ class Lora2Branch(NamedTuple):
 
     def multiplied(self, x: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + bias and the branch, as one operation."""
-        return lora2_linear(x, weight, *self[:6], bias, scaling=self.scaling, dropout=self.dropout)
+        v, u, E, U, V, mask, scaling, dropout = self
+        return fused_linear(Call(x, weight, v, V, Factors(u, E, U, mask), bias, scaling), dropout)
 
 
 def together(branches: Sequence[Branch | Lora2Branch]) -> Branch | Lora2Branch:
@@ -139,17 +141,24 @@ def obstacle(linear: nn.Module) -> str | None:
     It looks at the layer as it is now, so a layer that FSDP or ZeRO-3 gathers for its forward is taken then.
     """
     # NOTE: this is asked in every forward: what is not kept cannot be out of date.
-    if plain((linear,)):
-        return None
-    return "hooks are registered for all modules" if nn_module._has_any_global_hook() else obstacle_of(linear)
-
-
-def plain(modules: tuple[nn.Module, ...], types: tuple[type, ...] = (nn.Linear,)) -> bool:
-    """Whether, at a look, `obstacle_of` is None for all modules: without a reason, and at a fifth of its cost."""
+    if nn_module._has_any_global_hook():
+        return "hooks are registered for all modules"
     # The compiler looks into no extension.
+    if _C is not None and not torch.compiler.is_compiling() and _C.is_plain(linear, (nn.Linear,)):
+        return None
+    return obstacle_of(linear)
+
+
+def plain_weights(
+    layer: nn.Module, adapter: str, mappings: tuple[str, ...], types: tuple[type, ...], base: bool
+) -> list[Tensor] | None:
+    """The weights of an adapter, from those of these mappings of a PEFT layer that have it.
+
+    None unless at a look `obstacle_of` is None for the modules that hold them, and for the base layer if it is asked.
+    """
     if _C is None or torch.compiler.is_compiling() or nn_module._has_any_global_hook():
-        return False
-    return _C.plain_modules(modules, types)
+        return None
+    return _C.plain_weights(layer, adapter, mappings, types, base)
 
 
 def obstacle_of(linear: nn.Module, types: tuple[type, ...] = (nn.Linear,)) -> str | None:

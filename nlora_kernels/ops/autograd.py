@@ -107,19 +107,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        # NOTE: read once, for activation checkpointing gives them out once.
-        saved = ctx.saved_tensors
-        *_, has_factors, _, backend = ctx.call
-        factors = Factors(*saved[7:11]) if has_factors else None
-        dx, dweight, dA, dB, dN, dbias = _linear_backward(ctx, saved, factors, dy)
-        du = dE = dU = None
-        if factors and dN is not None:
-            du, dE, dU = dN if type(dN) is tuple else _core_backward(dN, factors, backend)
-            dN = None
-        return None, None, None, dx, dweight, dA, dB, dN, du, dE, dU, dbias
+        dx, dweight, dA, dB, dN, dbias = _linear_backward(ctx, dy)
+        of_core = (None, *dN) if type(dN) is tuple else (dN, None, None, None)
+        return None, None, None, dx, dweight, dA, dB, *of_core, dbias
 
 
 _apply_plainly = internals.plain_apply(_Linear)
+internals.plain_backward(_Linear)
 
 
 class _Core(torch.autograd.Function):
@@ -155,12 +149,17 @@ def _keep(ctx, call: Call, T: Tensor, core: Tensor | None, needs: Needs, backend
     ctx.call = scaling, p, needs, needs.bias and bias.dtype, factors is not None, quantised, backend
 
 
-def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
+def _linear_backward(ctx, dy: Tensor) -> tuple:
+    """The gradients of `Needs`, that of lora_N a tuple (du, dE, dU) where the core has factors."""
+    # NOTE: read once, for activation checkpointing gives them out once.
+    saved = ctx.saved_tensors
     x, T, weight, lora_A, lora_B, lora_N, seed = saved[:7]
-    scaling, p, needs, bias_dtype, _, quantised, backend = ctx.call
+    scaling, p, needs, bias_dtype, has_factors, quantised, backend = ctx.call
+    factors = Factors(*saved[7:11]) if has_factors else None
     if quantised:
         weight = quantised
-    rows, shown = as_rows(dy), watched()
+    shown, flat = watched(), dy.dim() == 2
+    rows = dy if flat else as_rows(dy)
     # A backward that is itself differentiated, or runs for a batch of gradients or beside tangents.
     differentiates = torch.is_grad_enabled() or (composing(shown) if shown else internals.dual())
     if factors and differentiates:
@@ -169,14 +168,16 @@ def _linear_backward(ctx, saved, factors: Factors | None, dy: Tensor) -> tuple:
     elif factors and lora_N is None:
         lora_N = factors
     w = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
-    x = None if x is None else as_rows(x)
+    x = x if x is None or flat else as_rows(x)
     call = Call(x, w, lora_A, lora_B, lora_N, None, scaling, p and Dropout(p, seed))
     if differentiates:
         grads = differentiable_backward(call, rows, T, needs)
     else:
         grads = _backward(call, rows, T, needs, backend, shown)
     dx, dweight, dA, dB, dN, dbias = grads
-    if dx is not None:
+    if factors and dN is not None and type(dN) is not tuple:
+        dN = _core_backward(dN, factors, backend)
+    if dx is not None and not flat:
         dx = unflatten(dx, dy)
     if dweight is not None:
         dweight = dweight.to(weight.dtype)
@@ -269,7 +270,7 @@ def _keep_of_operator(ctx, inputs, output) -> None:
 def _operator_backward(ctx, dy, dT):
     if dT is not None:
         raise RuntimeError("nlora_kernels::lora_linear has no derivative of its second result, x·Aᵀ")
-    return *_linear_backward(ctx, ctx.saved_tensors, None, dy), None, None, None, None
+    return *_linear_backward(ctx, dy), None, None, None, None
 
 
 def _keep_of_core(ctx, inputs, output) -> None:

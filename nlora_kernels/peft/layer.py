@@ -39,7 +39,9 @@ class FusedLinear(Linear):
     base layer is called, as in PEFT.
     """
 
-    # The types of the modules among the factors.
+    # The mappings whose modules, of these types, hold the matrices of an adapter, in the order in which x meets them.
+    # An adapter may be missing in one of them.
+    factor_names: tuple[str, ...] = ("lora_A", "lora_B")
     factor_types: tuple[type[nn.Module], ...] = (nn.Linear,)
     # PEFT's layer in whose place it stands: module and name.
     stock = Linear.__module__, Linear.__name__
@@ -50,21 +52,31 @@ class FusedLinear(Linear):
 
     def branch(self, name: str) -> Branch | Lora2Branch:
         """What an adapter adds now."""
-        return Branch(*self.matrices(name), self.scaling[name], self.dropped(name))
+        return self._branch_of(name, self.weights(name))
+
+    def _branch_of(self, name: str, weights: list[Tensor]) -> Branch | Lora2Branch:
+        return Branch(*self._matrices_of(name, weights), self.scaling[name], self.dropped(name))
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
         """(A (r, in), N (r, r) or None, B (out, r)) of an adapter."""
-        A, B = self.weights(name)
+        return self._matrices_of(name, self.weights(name))
+
+    def _matrices_of(self, name: str, weights: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+        A, B = weights
         return A, None, B
 
     def weights(self, name: str) -> list[Tensor]:
         """The weights of an adapter's modules."""
         return [tensor_of(factor, "weight") for factor in self.factors(name)]
 
+    def _plain_weights(self, name: str, base: bool = True) -> list[Tensor] | None:
+        """The same, if at a look nothing is in the way of fusing the modules that hold them, nor the base layer."""
+        return branches.plain_weights(self, name, self.factor_names, self.factor_types, base)
+
     def factors(self, name: str) -> tuple[nn.Module, ...]:
         """The modules that hold the matrices of an adapter: hooks on them must run."""
-        modules = self._modules
-        return modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        mappings = [self._modules[mapping]._modules for mapping in self.factor_names]
+        return tuple([modules[name] for modules in mappings if name in modules])
 
     def _outer(self) -> dict[str, nn.Module]:
         """The module of every adapter that x is multiplied by first."""
@@ -75,36 +87,37 @@ class FusedLinear(Linear):
     def obstacle(self, name: str | None = None) -> str | None:
         """None if the base layer and an adapter, by default what is active, can be one operation, else why not."""
         base = self._modules["base_layer"]
-        factors = () if name is None else self.factors(name)
-        # NOTE: at one look, where nothing is in the way.
-        if not factors or not branches.plain((base, *factors), self.factor_types):
-            reason = branches.obstacle(base)
-            split = tensor_parallel.split_of(base) if reason else None
-            if reason and split is None:
-                return reason
-            if name is None:
-                return self._obstacle_to_active()
-            if split is not None:
-                if reason := tensor_parallel.obstacle(factors):
-                    return f"a matrix of adapter {name!r} cannot be fused: {reason}"
-            elif not branches.plain(factors, self.factor_types):
-                for factor in factors:
-                    reason = branches.obstacle_of(engines.inside(factor), self.factor_types)
-                    # A hook on FSDP1's wrapper would be given the weight, for which alone it is called.
-                    reason = reason or branches.altered(factor)
-                    if reason:
-                        return f"a matrix of adapter {name!r} cannot be fused: {reason}"
+        reason = branches.obstacle(base)
+        split = tensor_parallel.split_of(base) if reason else None
+        if reason and split is None:
+            return reason
+        if name is None:
+            return self._obstacle_to_active()
+        if split is not None:
+            reason = tensor_parallel.obstacle(self.factors(name))
+        elif self._plain_weights(name, base=False) is None:
+            # A hook on FSDP1's wrapper would be given the weight, for which alone it is called.
+            kinds, factors = self.factor_types, self.factors(name)
+            found = (branches.obstacle_of(engines.inside(f), kinds) or branches.altered(f) for f in factors)
+            reason = next(filter(None, found), None)
+        if reason:
+            return f"a matrix of adapter {name!r} cannot be fused: {reason}"
+        return self._obstacle_to_branch(name)
+
+    def _obstacle_to_branch(self, name: str) -> str | None:
+        """The same of what an adapter has beside its matrices."""
         dropout = self._modules["lora_dropout"]._modules[name]
         if dropout.training and type(dropout) is not nn.Identity:
             foreign = None if type(dropout) is nn.Dropout else f"its type is {type(dropout).__qualname__}"
-            reason = foreign or branches.dropout_obstacle(base)
+            reason = foreign or branches.dropout_obstacle(self._modules["base_layer"])
             if reason:
                 return f"adapter {name!r} has dropout: {reason}"
         if self.lora_bias.get(name):
             return f"adapter {name!r} has a bias"
-        if isinstance(self.scaling[name], Tensor):
+        scaling = self.scaling[name]
+        if isinstance(scaling, Tensor):
             return f"the scaling of adapter {name!r} is a tensor"
-        if not self.scaling[name]:
+        if not scaling:
             return f"adapter {name!r} weighs nothing, and the base layer's own bits are kept"
         return None
 
@@ -252,9 +265,16 @@ class FusedLinear(Linear):
         """What a term adds, if the base layer can take it in."""
         if type(x) not in PLAIN and tensor_parallel.split_of(self._modules["base_layer"]) is None:
             return None
-        if x.is_nested or self._obstacle_to(term):
+        if x.is_nested:
             return None
-        branch = self._branch(term)
+        # NOTE: the usual adapter at one look, a third of what the answers to every question by itself take.
+        plain = term.initial is None and self._plain_weights(term.name)
+        if plain:
+            branch = None if self._obstacle_to_branch(term.name) else self._branch_of(term.name, plain)
+        else:
+            branch = None if self._obstacle_to(term) else self._branch(term)
+        if branch is None:
+            return None
         # Where casting is switched off, the branch takes x as it is.
         return branch if self.cast_input_dtype_enabled or x.dtype == branch[0].dtype else None
 

@@ -51,7 +51,7 @@ class HasFactors:
     weight is a persistent buffer. To PEFT, which asks for lora_A and lora_B, these are v and V.
     """
 
-    adapter_layer_names = ("lora_v", "lora_u", "lora_E", "lora_U", "lora_V")
+    adapter_layer_names = factor_names = ("lora_v", "lora_u", "lora_E", "lora_U", "lora_V")
     factor_types = (nn.Linear, Diagonal)
     other_param_names = ("r", "k", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
 
@@ -139,8 +139,8 @@ class LoRA2Linear(HasFactors, FusedLinear):
 
     # Forward
 
-    def branch(self, name: str) -> Lora2Branch:
-        v, u, E, U, V = self.weights(name)
+    def _branch_of(self, name: str, weights: list[Tensor]) -> Lora2Branch:
+        v, u, E, U, V = weights
         k = u.shape[1]
         if v.shape[0] != k:
             # Padded for compiled hot swaps, v and V alone have grown.

@@ -112,6 +112,7 @@ class NLoraLinear(HasCore, FusedLinear):
     """
 
     adapter_layer_names = (*FusedLinear.adapter_layer_names, "lora_N")
+    factor_names = ("lora_A", "lora_N", "lora_B")
     other_param_names = (*FusedLinear.other_param_names, "lora_A0", "lora_N0", "lora_B0", "initial_scaling")
 
     @classmethod
@@ -190,21 +191,15 @@ class NLoraLinear(HasCore, FusedLinear):
 
     # Forward
 
-    def matrices(self, name: str) -> tuple[Tensor, Tensor | None, Tensor]:
-        A, *core, B = self.weights(name)
-        if not core:
-            return A, None, B
-        N = core[0]
+    def _matrices_of(self, name: str, weights: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+        if len(weights) == 2:
+            return super()._matrices_of(name, weights)
+        A, N, B = weights
         if self._core_moves(name):
             N = N - self.lora_N0[name].weight
         # Padded for compiled hot swaps, A and B alone have grown.
         r = N.shape[0]
         return (A, N, B) if A.shape[0] == r else (A[:r], N, B[:, :r])
-
-    def factors(self, name: str) -> tuple[nn.Module, ...]:
-        A, B = super().factors(name)
-        N = self._modules["lora_N"]._modules.get(name)
-        return (A, B) if N is None else (A, N, B)
 
     def initial(self, name: str, scaling: float) -> Branch:
         """The initial product of an adapter, which is left out of its effect, as a branch of its own."""

@@ -36,17 +36,42 @@ CHANGES = {
 def test_what_stands_in_the_way_is_seen_at_a_look(change):
     linear, changed = nn.Linear(4, 4), nn.Linear(4, 4)
     CHANGES[change](changed)
-    assert branch.obstacle_of(changed) is not None
-    assert branch.plain((linear, copy.deepcopy(linear)))
-    assert not branch.plain((changed,)) and not branch.plain((linear, changed))
+    assert branch.obstacle_of(changed) is not None and branch.obstacle(changed) is not None
+    assert not native._C.is_plain(changed, (nn.Linear,)) and native._C.is_plain(linear, (nn.Linear,))
+    assert looked_at(linear, copy.deepcopy(linear)) is not None
+    assert looked_at(linear, copy.deepcopy(linear), changed) is None
+    assert looked_at(changed, linear) is None and looked_at(changed, linear, asked=False)[0] is linear.weight
+
+
+def looked_at(base, *matrices, types=(nn.Linear,), asked=True) -> list[torch.Tensor] | None:
+    """`plain_weights` of a layer with a base and the matrices of an adapter, which one of its mappings lacks."""
+    layer = nn.Module()
+    layer.base_layer, layer.empty = base, nn.ModuleDict({"other": nn.Identity()})
+    for i, matrix in enumerate(matrices):
+        setattr(layer, f"m{i}", nn.ModuleDict({"name": matrix}))
+    names = "empty", *[f"m{i}" for i in range(len(matrices))]
+    return branch.plain_weights(layer, "name", names, types, asked)
 
 
 @pytest.mark.skipif(native._C is None, reason="the package was built without C++ kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_plain_layers_of_every_dtype_need_no_second_look(dtype):
     linear = nn.Linear(4, 4, dtype=dtype)
-    assert branch.plain((linear, nn.Linear(3, 1, dtype=dtype))) and branch.obstacle(linear) is None
-    assert not branch.plain((nn.Identity(),)) and branch.plain((nn.Linear(2, 2),), (nn.Identity, nn.Linear))
+    first, second = nn.Linear(3, 1, dtype=dtype), nn.Linear(1, 2)
+    found = looked_at(linear, first, second)
+    assert branch.obstacle(linear) is None and found[0] is first.weight and found[1] is second.weight
+    other = type("Other", (nn.Linear,), {})
+    assert looked_at(linear, other(2, 2)) is None and looked_at(linear, other(2, 2), types=(nn.Linear, other))
+
+
+@pytest.mark.skipif(native._C is None, reason="the package was built without C++ kernels")
+def test_nothing_is_plain_beside_a_hook_on_all_modules():
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert looked_at(nn.Linear(2, 2), nn.Linear(2, 2)) is None
+    finally:
+        handle.remove()
+    assert looked_at(nn.Linear(2, 2), nn.Linear(2, 2))
 
 
 # Several branches as one

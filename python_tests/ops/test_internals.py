@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import textwrap
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import nlora_kernels as nk
 from nlora_kernels import internals
 from python_tests import ROOT
 
-PRIVATE = {"_C", "_dynamo_marked_constant", "_current_level"}
+PRIVATE = {"_C", "_dynamo_marked_constant", "_current_level", "_backward_cls"}
 
 
 class Mode(TorchDispatchMode):
@@ -143,6 +144,39 @@ def test_the_plain_apply_leaves_out_what_torch_func_needs_and_no_more():
     x = torch.ones(3, requires_grad=True)
     internals.plain_apply(Double)(x).sum().backward()
     assert x.grad.tolist() == [2, 2, 2]
+
+
+def test_the_plain_backward_leaves_out_what_other_kinds_of_functions_need_and_no_more():
+    """BackwardCFunction.apply is this: where there is no vjp and no list of gradients, a call of backward."""
+    own = torch.autograd.function.BackwardCFunction
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(own.apply))).body
+    assert [ast.unparse(statement) for statement in function.body[1:]] == [
+        "user_fn = self._get_user_fn()",
+        "fwd_cls = self._forward_cls",
+        "if getattr(fwd_cls, 'boxed_grads_call', False):\n    args = (list(args),)",
+        "return user_fn(self, *args)",
+    ]
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(own._get_user_fn))).body
+    assert ast.unparse(function.body[-1]) == "return vjp_fn if vjp_fn is not Function.vjp else backward_fn"
+    stacks = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            stacks.append([frame.function for frame in inspect.stack()])
+            return 2 * dy
+
+    x = torch.ones(3, requires_grad=True)
+    for plain in (False, True):
+        if plain:
+            internals.plain_backward(Double)
+        Double.apply(x).sum().backward()
+    assert x.grad.tolist() == [4, 4, 4]
+    assert [stack.index("_engine_run_backward") for stack in stacks] == [2, 1]
 
 
 def test_a_marked_function_is_a_constant_of_compiled_code():

@@ -112,10 +112,14 @@ class Cpu(Lean):
             return grads._replace(x=dy @ _folded(call) if needs.x else None)
         whole = way == "whole"
         inside, threads = _inside(weight) if whole else None, torch.get_num_threads()
-        grads = Grads(*_C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, needs, scaling, threads, pieces))
-        if not whole and needs.x:
+        made = _C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, needs, scaling, threads, pieces)
+        # NOTE: as Grads(*made), for a third of the time.
+        grads = tuple.__new__(Grads, made)
+        if whole:
+            return grads
+        if needs.x:
             add_input_gradient(grads.x, dy, weight)
-        if not whole and needs.weight:
+        if needs.weight:
             grads = grads._replace(weight=dy.T @ x)
         return grads
 

@@ -101,14 +101,14 @@ def plan(dtype: torch.dtype, M: int, K: int, N: int, R: int, backward: bool = Fa
         # and a small adapter's effect, the difference to that layer, is as exact as in PEFT.
         threads()
         return _SMALL
-    return _plan(setting(dtype), M, K, N, R, backward)
+    return _plan(*_facts(dtype), M, K, N, R, backward)
 
 
-# NOTE: as many shapes as batches of every length bring.
+# NOTE: as many shapes as batches of every length bring. A key of one level takes half the time of one with a setting.
 @functools.lru_cache(maxsize=4096)
-def _plan(setting: Setting, M: int, K: int, N: int, R: int, backward: bool) -> Plan:
-    known = costs(setting)
-    return Plan(rule(known, M, K, N, R, backward, foldable=setting.dtype == torch.float32), known.pieces)
+def _plan(dtype, tier, threads, precision, M: int, K: int, N: int, R: int, backward: bool) -> Plan:
+    known = costs(Setting(dtype, tier, threads, precision))
+    return Plan(rule(known, M, K, N, R, backward, foldable=dtype == torch.float32), known.pieces)
 
 
 def experts_plan(dtype: torch.dtype, M: int, E: int, K: int, N: int, R: int, backward: bool = False) -> Plan:
@@ -169,9 +169,11 @@ def threads() -> int:
 
 def setting(dtype: torch.dtype) -> Setting:
     """What the costs of products of a dtype depend on, as it is now."""
-    precision = internals.fp32_precision() if dtype is torch.float32 else None
-    # NOTE: as Setting(...), for half the time.
-    return tuple.__new__(Setting, (dtype, _C.cpu_tier(), threads(), precision))
+    return Setting(*_facts(dtype))
+
+
+def _facts(dtype: torch.dtype) -> tuple[torch.dtype, str, int, str | None]:
+    return dtype, _C.cpu_tier(), threads(), internals.fp32_precision() if dtype is torch.float32 else None
 
 
 def allowed(setting: Setting) -> tuple[int, ...]:
