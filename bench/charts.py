@@ -6,6 +6,7 @@ right, where no line crosses them. Contenders: PEFT grey, ours blue, the frozen 
 
 import functools
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -203,10 +204,10 @@ def roofline(rows: Sequence[dict[str, Any]], roofs: Sequence[dict[str, Any]], la
     """GFLOP/s over FLOP per byte, under ceilings that the same run measured.
 
     They are what large products reach, by the library and by our kernels, and how fast matrices of several sizes are
-    read, by the library's product with a vector: a size that a cache holds is read faster than memory is.
+    read: a size that a cache holds is read faster than memory is.
     """
     levels = sorted((row["bytes"], row["shape"], row["gbytes_per_second"]) for row in roofs if row["impl"] == "read")
-    peaks = [row for row in roofs if row["impl"] in ("product", "kernels")]
+    peaks = sorted((row for row in roofs if row["impl"] in ("product", "kernels")), key=lambda row: row["gflops"])
     figure = new_figure(8.5, 5.4)
     axes = figure.subplots()
     lowest = min(1.0, *(row["flop_per_byte"] / 2 for row in rows))
@@ -216,7 +217,7 @@ def roofline(rows: Sequence[dict[str, Any]], roofs: Sequence[dict[str, Any]], la
     for (_, size, bandwidth), shade in zip(levels, shades, strict=True):
         line = [(lowest, lowest * bandwidth), (tallest / bandwidth, tallest)]
         axes.plot(*zip(*line, strict=True), color=shade, linewidth=1.2, label=f"{size} read, {bandwidth:.0f} GB/s")
-    for row in peaks:
+    for row, above in itertools.zip_longest(peaks, peaks[1:]):
         style = {"float32": "-", "bfloat16": "--"}.get(row["dtype"], ":")
         axes.plot(
             [lowest, highest],
@@ -229,7 +230,8 @@ def roofline(rows: Sequence[dict[str, Any]], roofs: Sequence[dict[str, Any]], la
         axes.annotate(
             f"{row['dtype']} product by {by}, {row['gflops']:.0f} GFLOP/s",
             (lowest, row["gflops"]),
-            xytext=(3, 2),
+            # Under its line where the next one would cross it.
+            xytext=(3, -9 if above and above["gflops"] < 1.25 * row["gflops"] else 2),
             textcoords="offset points",
             fontsize=7.5,
         )

@@ -5,6 +5,7 @@ import torch
 
 import nlora_kernels as nk
 from bench import rows
+from bench.timing import LEAST, seconds
 
 
 @pytest.mark.parametrize("impl", ["product", "kernels"], ids="smoke-{}".format)
@@ -31,21 +32,19 @@ def test_product(benchmark, request, impl, dtype):
 
 @pytest.mark.parametrize("mib", [1, 8, 64, 256], ids="smoke-{}".format)
 def test_read(benchmark, request, mib):
-    """How fast a matrix of a size is read, again and again: from the cache that holds it, or from memory."""
+    """How fast a matrix of a size is read, again and again: from the cache that holds it, or from memory.
+
+    By the faster of its product with a vector and its sum: not every library's product comes to what memory gives.
+    """
     matrix = torch.randn(mib * 256, 1024)
     vector = torch.randn(1024)
     exact = matrix[:8].double() @ vector.double()
     error = (torch.mv(matrix, vector)[:8] - exact).norm() / exact.norm()
     assert error <= 32 * torch.finfo(torch.float32).eps
+    ways = (lambda: torch.mv(matrix, vector), matrix.sum)
+    fastest = min(ways, key=lambda read: min(seconds(read) for _ in range(LEAST)))
     info = {"impl": "read", "op": "roof", "shape": f"{mib} MiB", "dtype": "float32", "bytes": matrix.nbytes}
-    rows.record(
-        benchmark,
-        lambda: torch.mv(matrix, vector),
-        {},
-        info | {"error": error.item()},
-        request,
-        bytes_moved=matrix.nbytes,
-    )
+    rows.record(benchmark, fastest, {}, info | {"error": error.item()}, request, bytes_moved=matrix.nbytes)
 
 
 def test_smoke_copy(benchmark, request):
