@@ -3,9 +3,7 @@
 import copy
 import json
 import math
-import os
 import pickle
-import socket
 import warnings
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from torch import nn
 
 import nlora_kernels as nk
+from python_tests.ranks import run
 from python_tests.tiny import llama, tokens
 
 pytest.importorskip("transformers")
@@ -306,10 +305,7 @@ def test_the_penalty_needs_lora2_layers(tmp_path):
         add_orthogonal_penalty(trainer)
 
 
-def _parallel(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def _parallel(rank, folder):
     results = []
     for resume in (None, f"{folder}/checkpoint-7"):
         trainer, callback = trainer_of("plain", folder, **PARALLEL, ddp_backend="gloo")
@@ -327,8 +323,7 @@ def _parallel(rank, port, folder):
                 t.grad = torch.randn_like(t)
         allocator.step()
     results.append(([layer.lora_mask for layer in model.layers], allocator.importance()))
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(results, folder / f"{rank}.pt")
 
 
 PARALLEL = {"save_strategy": "steps", "save_steps": 7, "per_device_train_batch_size": 4, "max_grad_norm": 0}
@@ -338,10 +333,7 @@ PARALLEL = {"save_strategy": "steps", "save_steps": 7, "per_device_train_batch_s
 def ranks(tmp_path_factory):
     """What two data-parallel processes came to: a whole run, a resumed one, and a disagreement."""
     folder = tmp_path_factory.mktemp("parallel")
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_parallel, (port, str(folder)), nprocs=2)
+    run(_parallel, 2, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
