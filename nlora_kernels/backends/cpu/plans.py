@@ -42,6 +42,8 @@ SPAN, AGREE, WITHIN, LIMIT, PATIENCE = 0.2, 4, 1.1, 1.0, 10.0
 # The library takes so much more for an expert, whose few rows all its threads share, than for a layer of as many rows;
 # of ours each thread has an expert of its own.
 SHARED = 1.25
+# A library that is faster by less at the measured size is not on large weights, which slow it more than our kernels.
+NEAR = 0.95
 # A product that takes so many seconds is far too slow: to know it better would change nothing.
 SLOW = 0.01
 # What tells one CPU from another of the same name: on x86, and on Arm, whose CPUs have none.
@@ -138,7 +140,7 @@ def rule(costs: Costs, M: int, K: int, N: int, R: int, backward: bool, foldable:
     apart = base + M * (K + N) * costs.apart
     ours = few.seconds(max(M, TILE) if backward else M, values) if M <= FEW else many.seconds(M, values)
     seconds = {
-        "whole": ours + many.multiply * adapter,
+        "whole": NEAR * (ours + many.multiply * adapter),
         "adapter": apart + few.call + many.multiply * adapter,
         # Two products more in forward, six in backward; a short side leaves part of a library's tiles empty.
         "library": apart + (6 if backward else 2) * library.call + library.multiply * adapter * (1 + 8 / R),
@@ -282,16 +284,15 @@ def _measured(setting: Setting, limit: float) -> Costs | None:
 
     # Of each line: hardly more than the call, reading a weight, and multiplying with it.
     x, weights = matrix(512, 512), {n: matrix(n, n) for n in (64, 512)}
-    sizes = {"library": (F.linear, 16, 128), "few": (_product, 4, FEW)}
+    sizes = {"library": (F.linear, 16, 512), "few": (_product, 4, FEW)}
     for pieces in allowed(setting):
-        sizes[pieces] = functools.partial(_product, pieces=pieces), 2 * FEW, 128
+        sizes[pieces] = functools.partial(_product, pieces=pieces), 2 * FEW, 512
     calls = {
         (name, M, n): functools.partial(product, x[:M, :n].contiguous(), weights[n])
         for name, (product, few, many) in sizes.items()
         for M, n in ((few, 64), (few, 512), (many, 512))
     }
     calls["apart", 512, 512] = functools.partial(_apart, x, weights[512])
-    calls["library", 512, 512] = functools.partial(F.linear, x, weights[512])
     times = {key: [] for key in calls}
     torch.set_num_threads(setting.threads)
     begun = time.monotonic()
