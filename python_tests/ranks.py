@@ -30,6 +30,8 @@ def run(work: Callable[..., Any], ranks: int, *args: Any) -> Any:
 def join(rank: int, ranks: int, folder: Any) -> None:
     """Makes this process a rank of the group that meets in a folder."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    # accelerate asks for an address, though the group is there already.
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     torch.set_num_threads(1)
     place = {"init_method": f"file://{folder}/rendezvous", "timeout": timedelta(minutes=5)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks, **place)
