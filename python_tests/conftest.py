@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nlora_kernels import backends
+from python_tests.tiers import TIERS, capped
 
 
 def folder(name: str) -> Path:
@@ -65,6 +66,15 @@ def builtin_costs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=TIERS)
+def tier(request):
+    """Caps the instruction set; skips where the CPU lacks it."""
+    with capped(request.param) as there:
+        if not there:
+            pytest.skip(f"this CPU has no {request.param}")
+        yield request.param
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from nlora_kernels.backends import TABLE, Call, native
 from nlora_kernels.backends.cpu import plans
 from nlora_kernels.backends.cpu.plans import Plan
 from python_tests import ROOT
+from python_tests.tiers import capped
 
 missing = nk.backends.available()["cpu"]
 if missing:
@@ -49,14 +50,6 @@ SHAPES = [
 
 def short(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
-
-
-@pytest.fixture(params=["portable", "neon", "avx2", "avx512", "amx"])
-def tier(request):
-    """Caps the instruction set; skips where the CPU lacks it."""
-    before = _C.cap_cpu_tier(request.param)
-    yield request.param if _C.cpu_tier() == request.param else pytest.skip(f"this CPU has no {request.param}")
-    _C.cap_cpu_tier(before)
 
 
 @pytest.fixture
@@ -165,11 +158,8 @@ def test_half_precision_is_read_and_rounded_as_torch_does(dtype):
 def product_by(tier, x, weight, pieces=3):
     """x·Wᵀ on an instruction set, as a layer whose adapter is zero."""
     A, B = torch.zeros(1, x.shape[1]), torch.zeros(weight.shape[0], 1)
-    before = _C.cap_cpu_tier(tier)
-    try:
+    with capped(tier):
         return CPU.forward(Call(x, weight, A, B), Plan("whole", pieces))[0]
-    finally:
-        _C.cap_cpu_tier(before)
 
 
 @pytest.fixture
@@ -223,10 +213,9 @@ def test_of_one_piece_what_bf16_cannot_hold_is_infinite_or_zero(value):
             left, right = (t.bfloat16().float() for t in (a, b))
             if value < 1:
                 left, right = (t.where(t.abs() >= torch.finfo(t.dtype).tiny, 0.0) for t in (left, right))
-            before = _C.cap_cpu_tier(tier)
-            # Without an adapter, in which infinity times zero would be NaN.
-            ((y, _),) = _C.cpu_forward_group(a, [b], *[[None]] * 4, [1.0], 2, 1)
-            _C.cap_cpu_tier(before)
+            with capped(tier):
+                # Without an adapter, in which infinity times zero would be NaN.
+                ((y, _),) = _C.cpu_forward_group(a, [b], *[[None]] * 4, [1.0], 2, 1)
             torch.testing.assert_close(y, left @ right.T, rtol=1e-4, atol=1e-5, equal_nan=True)
             if value == 1e-42:
                 assert not (y[6] if a is p.x else y[:, 6]).any()
@@ -273,10 +262,9 @@ def test_what_tiles_cannot_take_goes_to_the_other_kernels(value):
     # A product that is added in place is refused before anything is added.
     left, sums = x.T[:, :48].contiguous(), []
     for tier in ("amx", "avx512"):
-        before = _C.cap_cpu_tier(tier)
         sums.append(p.x.new_ones(40, 70))
-        assert _C.cpu_add_product(sums[-1], left, torch.ones(48, 70), 2)
-        _C.cap_cpu_tier(before)
+        with capped(tier):
+            assert _C.cpu_add_product(sums[-1], left, torch.ones(48, 70), 2)
     torch.testing.assert_close(*sums, rtol=0, atol=0, equal_nan=True)
     # Zeros are in range, whatever they are multiplied by.
     assert not product_by("amx", x * 0 if value < 1 else torch.zeros_like(x), p.weight).any()
@@ -300,12 +288,14 @@ def test_results_repeat_bitwise_under_any_number_of_threads(shape):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
-def test_a_forked_child_takes_the_same_plan_to_the_same_bits():
+def test_a_forked_child_takes_the_same_plan_to_the_same_bits(tier):
     # NOTE: in a process of its own: OpenMP's threads are running when it forks, and a child that hangs is ended.
     code = """
-import os, torch, nlora_kernels as nk
+import os, sys, torch, nlora_kernels as nk
 from nlora_kernels import _C, backends, testing
+from nlora_kernels.backends.cpu import plans as home
 cpu = backends.TABLE["cpu"]
+_C.cap_cpu_tier(sys.argv[1])
 problems = [
     testing.problem(*shape, dtype=dtype)
     for shape in ((2, 96, 96, 8), (64, 96, 96, 8), (300, 256, 256, 8), (64, 300, 260, 48), (700, 128, 128, 100))
@@ -313,8 +303,11 @@ problems = [
 ]
 torch.set_num_threads(2)
 nk.lora_linear(*(torch.randn(300, 300) for _ in range(4)))
+# The child has one thread and takes the plans of two, which on some CPUs are others than those of one.
 torch.set_num_threads(1)
+threads, home.threads = home.threads, lambda: 2
 expected = [testing.results(p, nk.lora_linear, backend="cpu") for p in problems]
+home.threads = threads
 torch.set_num_threads(2)
 
 def plans():
@@ -332,7 +325,7 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and not _C.forked()
 assert len({plan.way for plan in chosen}) > 1, chosen
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, tier], check=True, timeout=120)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")

@@ -14,9 +14,9 @@ import torch
 import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import native
+from python_tests.tiers import TIERS, capped
 
 METHODS = ("lora", "nlora", "inttune", "lora2")
-TIERS = ("portable", "neon", "avx2", "avx512", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -68,18 +68,9 @@ def configuration(seed: int):
     return said, functools.partial(ours, scaling=scaling, **options), plain, base, tensors, p.dy, wrt
 
 
-@contextlib.contextmanager
-def capped(tier: str):
-    before = native._C.cap_cpu_tier(tier)
-    try:
-        yield
-    finally:
-        native._C.cap_cpu_tier(before)
-
-
 def runs(tier: str) -> bool:
-    with capped(tier):
-        return native._C.cpu_tier() == tier
+    with capped(tier) as there:
+        return there
 
 
 def ways() -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """Weights in few bits as operands: decoded as their libraries do, within the error budget, no dense copy of any."""
 
-import contextlib
 import copy
 import functools
 import subprocess
@@ -19,8 +18,8 @@ from nlora_kernels.backends.cpu import plans
 from nlora_kernels.backends.quantised import Coded, Opaque, Unreadable
 from nlora_kernels.layers import branch as branches
 from nlora_kernels.ops.api import frozen_linear
+from python_tests.tiers import TIERS, capped
 
-TIERS = ("portable", "avx2", "avx512", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,26 +75,6 @@ FORMATS = {
     "torchao_int4": (int4_of_torchao, 1, 32),
     "torchao_nf4": (nf4_of_torchao, 32, 64),
 }
-
-
-@contextlib.contextmanager
-def capped(tier):
-    if native._C is None:
-        yield tier == "portable"
-        return
-    before = native._C.cap_cpu_tier(tier)
-    try:
-        yield native._C.cpu_tier() == tier
-    finally:
-        native._C.cap_cpu_tier(before)
-
-
-@pytest.fixture(params=TIERS)
-def tier(request):
-    with capped(request.param) as there:
-        if not there:
-            pytest.skip(f"this CPU has no {request.param}")
-        yield request.param
 
 
 def exactly(weight, shape) -> torch.Tensor:
