@@ -208,10 +208,10 @@ def conditions() -> dict[str, Any]:
     """What the numbers of a run depend on beside its arguments."""
     import torch
 
-    from nlora_kernels.backends.cpu import plans
+    from nlora_kernels.backends.cpu import records
     from nlora_kernels.backends.native import _C
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else plans.processor()["model name"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else records.processor()["model name"]
     names = ("nlora_kernels", "torch", "transformers", "peft")
     versions = {name: importlib.import_module(name).__version__ for name in names}
     versions["python"] = platform.python_version()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import __version__, backends, ops, testing
 from ..backends import Call, native, verified
-from ..backends.cpu import plans
+from ..backends.cpu import plans, records
 from ..backends.triton.tuning import tables
 from ..layers import branch as branches
 
@@ -211,7 +211,7 @@ def _build(problems: list[str]) -> dict[str, Any]:
 
 
 def _cpu(notes: list[str]) -> dict[str, Any]:
-    fields = plans.processor()
+    fields = records.processor()
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()

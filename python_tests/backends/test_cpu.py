@@ -14,6 +14,7 @@ import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import TABLE, Call, native
 from nlora_kernels.backends.cpu import plans
+from nlora_kernels.backends.cpu.costs import allowed
 from nlora_kernels.backends.cpu.plans import Plan
 from python_tests import ROOT
 from python_tests.tiers import capped
@@ -58,7 +59,7 @@ def plan(request, monkeypatch):
     given = request.param
 
     def plan(dtype, *sizes, **way):
-        return given if isinstance(given, Plan) else Plan(given, plans.allowed(plans.setting(dtype))[-1])
+        return given if isinstance(given, Plan) else Plan(given, allowed(plans.setting(dtype))[-1])
 
     monkeypatch.setattr(type(CPU), "plan", staticmethod(plan))
     return given
@@ -174,7 +175,7 @@ def precision(request):
 @pytest.mark.parametrize("precision", ["high", "medium"], indirect=True)
 @pytest.mark.parametrize("shape", SHAPES[5:], ids=short)
 def test_fp32_of_the_precision_that_is_asked_for_has_the_error_that_is_stated(shape):
-    p, fewest = testing.problem(*shape, strided=shape[0] % 2 == 1), plans.allowed(plans.setting(torch.float32))[-1]
+    p, fewest = testing.problem(*shape, strided=shape[0] % 2 == 1), allowed(plans.setting(torch.float32))[-1]
     testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p, fewest)
 
 
@@ -276,7 +277,7 @@ def test_what_tiles_cannot_take_goes_to_the_other_kernels(value):
 @pytest.mark.parametrize("shape", [(16, 96, 200, 8), (300, 96, 200, 8), (100, 64, 70, 40)], ids=short)
 def test_results_repeat_bitwise_under_any_number_of_threads(shape):
     p, before = testing.problem(*shape), torch.get_num_threads()
-    fewest = plans.allowed(plans.setting(torch.float32))[-1]
+    fewest = allowed(plans.setting(torch.float32))[-1]
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)

@@ -13,8 +13,9 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels import cli
-from nlora_kernels.backends.cpu import plans
-from nlora_kernels.backends.cpu.plans import Costs, Line, Plan, Setting
+from nlora_kernels.backends.cpu import measure, plans
+from nlora_kernels.backends.cpu.costs import DTYPES, Costs, Line, Setting, allowed, builtin
+from nlora_kernels.backends.cpu.plans import Plan
 from nlora_kernels.cli import doctor
 
 missing = nk.backends.available()["cpu"]
@@ -22,6 +23,8 @@ if missing:
     pytest.skip(missing, allow_module_level=True)
 
 SETTING = Setting(torch.float32, "avx2", 2)
+# As what may be chosen without measuring asks it what the CPU can.
+EXTENSION = "nlora_kernels.backends.cpu.costs._C"
 # As measured on an AMD EPYC (Zen 5) of two cores: the library of fp32 is slow there, that of bf16 is not.
 LIBRARY_FP32, LIBRARY_BF16 = Line(2e-6, 6e-11, 1.9e-11), Line(1.5e-5, 5e-11, 4e-12)
 OURS = {"few": Line(6e-6, 1e-11, 1.2e-11), "many": Line(8e-6, 1e-10, 8.5e-12)}
@@ -34,7 +37,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = []
 
-    def measured(setting, limit=plans.LIMIT):
+    def measured(setting, limit=measure.LIMIT):
         found.append(Costs(Line(1e-9 * (len(found) + 1), 0.0, 1e-11), *OURS.values(), written="2026-01-01"))
         return found[-1]
 
@@ -84,8 +87,11 @@ def test_many_rows_share_a_folded_weight_where_the_library_is_fastest():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_built_in_costs_leave_a_dtype_to_whoever_multiplies_it(monkeypatch, tier, dtype):
     in_hardware = tier in ("neon", "avx512", "amx")
-    monkeypatch.setattr(plans, "_C", types.SimpleNamespace(bfloat16=1, float32=0, cpu_multiplies=lambda dtype: True))
-    chosen = plans.rule(plans.builtin(Setting(dtype, tier, 2)), 1024, 1024, 1024, 8, False, False)
+    monkeypatch.setattr(
+        "nlora_kernels.backends.cpu.costs._C",
+        types.SimpleNamespace(bfloat16=1, float32=0, cpu_multiplies=lambda dtype: True),
+    )
+    chosen = plans.rule(builtin(Setting(dtype, tier, 2)), 1024, 1024, 1024, 8, False, False)
     if dtype == torch.bfloat16:
         assert (chosen == "whole") == (not in_hardware)
     else:
@@ -101,12 +107,12 @@ def test_no_mode_of_the_caller_sees_what_is_measured(monkeypatch):
         seen.append((threading.current_thread(), x.shape, torch.is_inference_mode_enabled()))
         return x @ weight.T
 
-    monkeypatch.setattr(plans, "_product", product)
-    monkeypatch.setattr(plans, "SPAN", 0)
-    monkeypatch.setattr(plans, "AGREE", 1)
+    monkeypatch.setattr(measure, "_product", product)
+    monkeypatch.setattr(measure, "SPAN", 0)
+    monkeypatch.setattr(measure, "AGREE", 1)
     state = torch.get_rng_state()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        costs = plans.measured(SETTING._replace(threads=torch.get_num_threads()))
+        costs = measure.measured(SETTING._replace(threads=torch.get_num_threads()))
     assert counter.get_total_flops() == 0 and torch.equal(state, torch.get_rng_state())
     assert seen and threading.current_thread() not in {thread for thread, _, _ in seen}
     assert not any(inference for _, _, inference in seen)
@@ -127,10 +133,14 @@ def test_no_mode_of_the_caller_sees_what_is_measured(monkeypatch):
 )
 def test_how_many_bf16_values_may_stand_for_one_of_fp32(monkeypatch, dtype, precision, avx512, amx):
     expected = {"portable": (3,), "neon": (3,), "avx2": (3,), "avx512": avx512, "amx": amx}
-    monkeypatch.setattr(plans, "_C", types.SimpleNamespace(bfloat16=1, cpu_multiplies=lambda dtype: True))
-    assert {tier: plans.allowed(Setting(dtype, tier, 2, precision)) for tier in expected} == expected
-    monkeypatch.setattr(plans, "_C", types.SimpleNamespace(bfloat16=1, cpu_multiplies=lambda dtype: False))
-    assert plans.allowed(Setting(dtype, "avx512", 2, precision)) == (3,)
+    monkeypatch.setattr(
+        "nlora_kernels.backends.cpu.costs._C", types.SimpleNamespace(bfloat16=1, cpu_multiplies=lambda dtype: True)
+    )
+    assert {tier: allowed(Setting(dtype, tier, 2, precision)) for tier in expected} == expected
+    monkeypatch.setattr(
+        "nlora_kernels.backends.cpu.costs._C", types.SimpleNamespace(bfloat16=1, cpu_multiplies=lambda dtype: False)
+    )
+    assert allowed(Setting(dtype, "avx512", 2, precision)) == (3,)
 
 
 def test_the_number_of_pieces_is_the_fastest_of_those_allowed(monkeypatch):
@@ -140,16 +150,16 @@ def test_the_number_of_pieces_is_the_fastest_of_those_allowed(monkeypatch):
         now[0] += len(x) * weight.numel() * takes[pieces]
 
     clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0], strftime=time.strftime)
-    monkeypatch.setattr(plans, "time", clock)
-    monkeypatch.setattr(plans, "_product", product)
-    monkeypatch.setattr(plans, "F", types.SimpleNamespace(linear=product))
-    monkeypatch.setattr(plans, "_preemptions", lambda: 0)
-    monkeypatch.setattr(plans, "allowed", lambda setting: (3, 1))
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "_product", product)
+    monkeypatch.setattr(measure, "F", types.SimpleNamespace(linear=product))
+    monkeypatch.setattr(measure, "_preemptions", lambda: 0)
+    monkeypatch.setattr(measure, "allowed", lambda setting: (3, 1))
     setting = SETTING._replace(dtype=torch.bfloat16, threads=torch.get_num_threads())
-    costs = plans.measured(setting)
+    costs = measure.measured(setting)
     assert costs.pieces == 1 and costs.many.multiply == pytest.approx(1e-11)
     takes[1] = 4e-11
-    costs = plans.measured(setting)
+    costs = measure.measured(setting)
     assert costs.pieces == 3 and costs.many.multiply == pytest.approx(2e-11)
 
 
@@ -164,25 +174,25 @@ def test_the_precision_of_fp32_is_part_of_a_setting():
 
 
 def test_times_count_only_when_several_agree():
-    assert not plans._settled([1e-3]) and not plans._settled([1e-3, 2e-3, 3e-3, 4e-3])
-    assert plans._settled([9e-3, 1e-3, 1.05e-3, 5e-3, 1.01e-3, 1.09e-3])
-    assert plans._settled([0.4, 0.2]) and not plans._settled([0.4, 1e-3])
+    assert not measure._settled([1e-3]) and not measure._settled([1e-3, 2e-3, 3e-3, 4e-3])
+    assert measure._settled([9e-3, 1e-3, 1.05e-3, 5e-3, 1.01e-3, 1.09e-3])
+    assert measure._settled([0.4, 0.2]) and not measure._settled([0.4, 1e-3])
 
 
 def test_a_time_counts_only_where_nothing_was_preempted(monkeypatch):
     switches = iter([3, 3, 3, 4])
-    monkeypatch.setattr(plans, "_preemptions", lambda: next(switches))
-    assert plans._undisturbed(lambda: None) < 1 and plans._undisturbed(lambda: None) is None
+    monkeypatch.setattr(measure, "_preemptions", lambda: next(switches))
+    assert measure._undisturbed(lambda: None) < 1 and measure._undisturbed(lambda: None) is None
 
 
-@pytest.mark.skipif(plans.resource is None, reason="needs a Unix")
+@pytest.mark.skipif(measure.resource is None, reason="needs a Unix")
 def test_preemptions_are_counted():
     """Two busy processes on one processor take turns."""
     code = (
-        "import os, time; from nlora_kernels.backends.cpu import plans;"
-        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); before = plans._preemptions(); child = os.fork();"
+        "import os, time; from nlora_kernels.backends.cpu import measure;"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); before = measure._preemptions(); child = os.fork();"
         "end = time.monotonic() + 0.5\nwhile time.monotonic() < end: pass\n"
-        "if child: os.waitpid(child, 0); assert plans._preemptions() > before"
+        "if child: os.waitpid(child, 0); assert measure._preemptions() > before"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -200,7 +210,7 @@ def test_a_record_holds_until_it_is_renewed(folder, capsys):
     setting = plans.setting(torch.float32)
     before = plans.costs(setting)
     assert cli.main(["tune"]) == 0
-    assert capsys.readouterr().out.count("wrote ") == len(plans.DTYPES)
+    assert capsys.readouterr().out.count("wrote ") == len(DTYPES)
     assert plans.costs(setting) != before
     products = doctor.report()["cpu"]["products"]["float32"]
     assert products == {"library": 200.0, "kernels": 235.3, "measured": "2026-01-01"}
@@ -229,14 +239,14 @@ def test_what_is_no_record_is_replaced(folder, spoilt):
 
 
 def test_without_a_folder_or_a_quiet_machine_the_built_in_costs_hold(folder, monkeypatch):
-    builtin = plans.builtin(SETTING)
+    expected = builtin(SETTING)
     folder.parent.mkdir()
     folder.touch()
-    assert plans.costs(SETTING) == builtin
+    assert plans.costs(SETTING) == expected
     folder.unlink()
     plans.forget()
     monkeypatch.setattr(plans, "measured", lambda setting: None)
-    assert plans.costs(SETTING) == builtin and not list(folder.glob("*.json"))
+    assert plans.costs(SETTING) == expected and not list(folder.glob("*.json"))
     assert doctor.report()["cpu"]["products"]["float32"]["measured"] is None
     assert cli.main(["tune"]) == 1
 
@@ -245,7 +255,7 @@ def test_processes_that_start_at_once_agree(tmp_path):
     code = """
 import os, sys, time
 from nlora_kernels.backends.cpu import plans
-from nlora_kernels.backends.cpu.plans import Costs, Line, Setting
+from nlora_kernels.backends.cpu.costs import Costs, Line, Setting
 import torch
 def measured(setting):
     time.sleep(0.2)
@@ -269,7 +279,7 @@ def test_a_child_of_fork_has_its_parents_costs_and_measures_nothing(tmp_path):
     code = """
 import os, torch
 from nlora_kernels.backends.cpu import plans
-from nlora_kernels.backends.cpu.plans import Costs, Line
+from nlora_kernels.backends.cpu.costs import Costs, Line
 parent = os.getpid()
 def measured(setting):
     assert os.getpid() == parent

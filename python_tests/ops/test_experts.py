@@ -11,6 +11,7 @@ import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import TABLE
 from nlora_kernels.backends.cpu import plans
+from nlora_kernels.backends.cpu.costs import allowed
 from python_tests.ops.test_budget import hold, ways
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
@@ -30,7 +31,7 @@ def kernels(monkeypatch):
     """Of the CPU at every size."""
 
     def plan(dtype, *sizes, **way):
-        return plans.Plan("whole", plans.allowed(plans.setting(dtype))[-1])
+        return plans.Plan("whole", allowed(plans.setting(dtype))[-1])
 
     monkeypatch.setattr(type(TABLE["cpu"]), "experts_plan", staticmethod(plan))
 

@@ -15,6 +15,7 @@ import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import TABLE, native, quantised
 from nlora_kernels.backends.cpu import plans
+from nlora_kernels.backends.cpu.costs import allowed
 from nlora_kernels.backends.quantised import Coded, Opaque, Unreadable
 from nlora_kernels.layers import branch as branches
 from nlora_kernels.ops.api import frozen_linear
@@ -186,7 +187,7 @@ def test_results_keep_the_budget_of_the_decoded_weight(monkeypatch, shape, dtype
         if way:
 
             def plan(dtype, *sizes, way=way):
-                return plans.Plan(way, plans.allowed(plans.setting(dtype))[-1])
+                return plans.Plan(way, allowed(plans.setting(dtype))[-1])
 
             monkeypatch.setattr(type(TABLE["cpu"]), "decoding_plan", staticmethod(plan))
         with capped(tier):

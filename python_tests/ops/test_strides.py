@@ -5,7 +5,8 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels.backends import TABLE, native
-from nlora_kernels.backends.cpu.plans import Plan, allowed, setting
+from nlora_kernels.backends.cpu.costs import allowed
+from nlora_kernels.backends.cpu.plans import Plan, setting
 from python_tests.ops.test_budget import DTYPES
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="needs the C++ kernels")

@@ -25,6 +25,7 @@ from ..lean import Lean, add_input_gradient, add_output
 from ..native import _C
 from ..quantised import Coded, Quantised
 from . import lora2, plans
+from .costs import DTYPES
 from .plans import Plan
 
 PLANS = {
@@ -55,10 +56,10 @@ class Cpu(Lean):
         # NOTE: the usual call first, and no loop over its tensors: at a few tokens a layer costs as little as this.
         if (
             weight.is_cpu
-            and weight.dtype in plans.DTYPES
-            and lora_A.dtype in plans.DTYPES
-            and lora_B.dtype in plans.DTYPES
-            and (lora_N is None or lora_N.dtype in plans.DTYPES)
+            and weight.dtype in DTYPES
+            and lora_A.dtype in DTYPES
+            and lora_B.dtype in DTYPES
+            and (lora_N is None or lora_N.dtype in DTYPES)
             and not dropout
         ):
             return None
@@ -67,7 +68,7 @@ class Cpu(Lean):
         if weight.device.type != "cpu":
             return f"tensors must be on the CPU, got {weight.device}"
         for name, t in {"x": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
-            if t is not None and t.dtype not in plans.DTYPES:
+            if t is not None and t.dtype not in DTYPES:
                 return f"{name} must be float32, bfloat16 or float16, got {short(t.dtype)}"
         return None
 
@@ -128,7 +129,7 @@ class Cpu(Lean):
 
     def unsupported_group(self, calls: Sequence[Call]) -> str | None:
         weight = calls[0].weight
-        if not weight.is_cpu or weight.dtype not in plans.DTYPES:
+        if not weight.is_cpu or weight.dtype not in DTYPES:
             return f"x must be float32, bfloat16 or float16 on the CPU, got {short(weight.dtype)} on {weight.device}"
         return super().unsupported_group(calls)
 
@@ -223,12 +224,12 @@ class Cpu(Lean):
         return grads
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
-        if lora_u.dtype not in plans.DTYPES:
+        if lora_u.dtype not in DTYPES:
             return super().lora2_core(lora_u, lora_E, lora_U, mask)
         return _C.cpu_lora2_core((lora_u, lora_E, lora_U, mask))
 
     def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
-        if lora_u.dtype not in plans.DTYPES:
+        if lora_u.dtype not in DTYPES:
             return super().lora2_core_backward(d_core, lora_u, lora_E, lora_U, mask)
         return _C.cpu_lora2_core_backward(d_core, (lora_u, lora_E, lora_U, mask))
 
