@@ -244,6 +244,32 @@ def has_dense(linear: nn.Module, weight: Tensor) -> bool:
     return is_dense(weight) and (kind is nn.Linear or not quantised.is_layer(kind))
 
 
+def made_of(linear: nn.Module) -> str | None:
+    """None if a layer keeps its weight, else of what it makes it in every forward, where a change in place is lost.
+
+    As torch.nn.utils does: by parametrizations, weight_norm, spectral_norm and pruning.
+    """
+    if "weight" in linear._parameters:
+        return None
+    if "weight" in linear._modules.get("parametrizations", ()):
+        return "parametrizations.weight"
+    return " and ".join(name for name in linear._parameters if name.startswith("weight_")) or None
+
+
+def can_be_added_to(linear: nn.Module, weight: Tensor) -> bool:
+    """Whether a layer's weight is a plain floating tensor that it keeps."""
+    return is_dense(weight) and made_of(linear) is None
+
+
+def check_kept(linear: nn.Module) -> None:
+    """ValueError if a layer makes its weight anew in every forward."""
+    if parts := made_of(linear):
+        raise ValueError(
+            f"merge needs a base weight that its layer keeps, got one made of {parts} in every forward: undo that, "
+            "as remove_weight_norm of torch.nn.utils and the like do"
+        )
+
+
 def is_conv1d(linear: nn.Module) -> bool:
     """Whether it is the linear layer of GPT-2, which keeps W as (in, out)."""
     # By name, because transformers is not imported for the sake of a question.

@@ -91,7 +91,8 @@ class _AdapterLinear(nn.Module):
         The product is made first, in memory of W's size, and added at once: an interrupt leaves weight and `merged` as
         they were or both changed.
 
-        Raises TypeError for a quantised weight, which the layers of `nlora_kernels.peft` quantise again.
+        Raises TypeError for a quantised weight, which the layers of `nlora_kernels.peft` quantise again, and ValueError
+        for one that the layer makes anew in every forward.
         """
         if not self.merged:
             self._shift(Tensor.add_, merged=True)
@@ -103,6 +104,7 @@ class _AdapterLinear(nn.Module):
             self._shift(Tensor.sub_, merged=False)
 
     def _shift(self, change: Callable[[Tensor, Tensor], Tensor], merged: bool) -> None:
+        branches.check_kept(self.base)
         if not branches.is_dense(self.base.weight):
             kind = type(self.base.weight).__qualname__
             raise TypeError(
@@ -159,8 +161,9 @@ class NLoraLinear(_AdapterLinear):
         if outer:
             self.register_buffer("lora_A0", lora_A.detach().clone())
             self.register_buffer("lora_B0", lora_B.detach().clone())
-            # A quantised weight stays as it is, and all of the product is an excess.
-            self.initial_scaling = self.scaling if branches.is_dense(base.weight) else 0.0
+            # A weight that is quantised, or made anew in every forward, stays as it is, and all of the product is an
+            # excess.
+            self.initial_scaling = self.scaling if branches.can_be_added_to(base, base.weight) else 0.0
             if self.initial_scaling:
                 subtract_(base.weight, self.lora_A0, self.lora_N0, self.lora_B0, self.scaling)
 
@@ -236,7 +239,7 @@ class NLoraLinear(_AdapterLinear):
     def _exchange(self, kept: tuple[Tensor, ...], loaded: list[Tensor]) -> None:
         if all(torch.equal(new.to(old), old) for new, old in zip(loaded, kept, strict=True)):
             return
-        if not branches.is_dense(self.base.weight):
+        if not branches.can_be_added_to(self.base, self.base.weight):
             # Nothing is out of it, and the matrices are loaded as they come.
             return
         weight = self.base.weight

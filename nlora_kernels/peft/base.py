@@ -78,8 +78,10 @@ def adding(
         torchao: what makes the configuration by which torchao quantised W.
 
     Raises:
-        ValueError: W is not there, or neither dense nor of a kind that can be quantised again.
+        ValueError: W is not there, or made anew in every forward, or neither dense nor of a kind that can be quantised
+            again.
     """
+    branches.check_kept(base)
     weight = tensor_parallel.resident(base)
     if weight.is_meta:
         raise ValueError("the base weight must be loaded, got one on the meta device, where offloading leaves it")

@@ -313,8 +313,9 @@ class NLoraLinear(HasCore, FusedLinear):
         """The adapter whose initial product can be taken out of the base weight now."""
         if self.subtracted is not None or not self.lora_A0 or self.merged != merged:
             return None
-        weight = tensor_parallel.resident(self.get_base_layer())
-        if not branches.is_dense(weight) or weight.is_meta:
+        base = self.get_base_layer()
+        weight = tensor_parallel.resident(base)
+        if weight.is_meta or not branches.can_be_added_to(base, weight):
             return None
         return next((name for name in self.lora_A0 if self._are_there(self._kept(name))), None)
 
