@@ -336,13 +336,20 @@ class NLoraLinear(HasCore, FusedLinear):
         return super().train(mode)
 
     @torch.no_grad()
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         """Loading never recomputes the initial product: the one that comes is out of the base weight afterwards."""
+        base, assigned = self.get_base_layer(), local_metadata.get("assign_to_params_buffers", False)
         for name in self.lora_A0:
             keys = [f"{prefix}{kind}.{name}.weight" for kind in ("lora_A0", "lora_N0", "lora_B0")]
-            if not self.merged and all(key in state_dict for key in keys):
-                self._exchange(name, [state_dict[key] for key in keys], state_dict.get(f"{prefix}base_layer.weight"))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            if self.merged or not all(key in state_dict for key in keys):
+                continue
+            weight = state_dict.get(f"{prefix}base_layer.weight")
+            self._exchange(name, [state_dict[key] for key in keys], weight)
+            # With assign=True a layer on the meta device is given the tensors themselves, W without the product.
+            fits = weight is not None and weight.shape == base.weight.shape
+            if assigned and fits and base.weight.is_meta and branches.is_dense(base.weight):
+                self.subtracted = self.subtracted or name
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _exchange(self, name: str, loaded: list[Tensor], weight: Tensor | None) -> None:
         base, kept = self.get_base_layer(), self._kept(name)

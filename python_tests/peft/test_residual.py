@@ -153,6 +153,21 @@ def test_loading_another_product_into_a_module(with_base):
 FAILURES = "size mismatch|lacks|cannot be read|deserializing"
 
 
+@pytest.mark.parametrize("method", ["nlora_residual", "inttune_residual"])
+def test_a_whole_state_dict_that_a_model_on_the_meta_device_is_assigned_has_the_product_out_already(method):
+    base, x = nn.Sequential(nn.Linear(12, 10)), torch.randn(5, 12)
+    model, before = adapted(base, method, target_modules=["0"]), base(x)
+    state, expected = copy.deepcopy(model.state_dict()), model(x)
+    with torch.device("meta"):
+        loaded = peft.get_peft_model(nn.Sequential(nn.Linear(12, 10)), config(method, target_modules=["0"]))
+    loaded.load_state_dict(state, assign=True)
+    for mode in (True, False):
+        close(loaded.train(mode)(x), expected)
+    with loaded.disable_adapter():
+        close(loaded(x), before)
+    close(loaded.unload()(x), before)
+
+
 @pytest.mark.parametrize("damage", ["missing", "shape", "truncated"])
 def test_a_load_that_fails_changes_nothing(damage, tmp_path):
     adapted(llama(), "nlora_residual", select="uniform", select_seed=1).save_pretrained(tmp_path)
