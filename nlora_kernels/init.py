@@ -20,6 +20,8 @@ from .commit import commit
 METHODS = ("lora", "slora", "slora_gaussian", "nystrom")
 CORES = ("sample", "optimal", "pinv")
 SELECTIONS = ("leading", "uniform", "norm", "pivoted")
+# Of what `is_idle`, for a warning.
+IDLE = "the rows or columns of the weight that it is made of are zero: choose others, as select='norm' does, or 'slora'"
 
 # Rows of a 16-bit weight that are held in fp32 at a time: 8 MB at 4096 columns.
 _TILE_ROWS = 512
@@ -114,6 +116,11 @@ def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None =
     check_rank(r, min(weight.shape), "min(out, in)")
     _check_finite(weight)
     return _select(weight, r, how, generator)
+
+
+def is_idle(A: Tensor, N: Tensor, B: Tensor) -> bool:
+    """Whether no gradient reaches any of the matrices of an adapter: N is zero, and so is A or B."""
+    return all(t.numel() and not t.is_meta for t in (A, N, B)) and not N.any() and not (A.any() and B.any())
 
 
 def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: float) -> Tensor:

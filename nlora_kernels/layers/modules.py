@@ -5,6 +5,7 @@ The linear layer may be a quantised one of bitsandbytes or torchao.
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import saved
 from ..commit import attributes, commit
-from ..init import METHODS, subtract_
+from ..init import IDLE, METHODS, is_idle, subtract_
 from ..init import adapter as initial_adapter
 from ..init import lora2 as initial_lora2
 from . import branch as branches
@@ -207,6 +208,8 @@ class NLoraLinear(_AdapterLinear):
         check_method(init, core, residual)
         weight = branches.readable_weight(linear)
         A, N, B = initial_adapter(weight, r, init, core=core, select=select, generator=generator)
+        if init == "nystrom" and is_idle(A, N, B):
+            warnings.warn(f"the adapter gets no gradient and cannot train, because {IDLE}", stacklevel=2)
         A, N, B = (None if t is None else t.to(dtype or adapter_dtype(weight)) for t in (A, N, B))
         return cls(linear, A, B, N, alpha=alpha, train=train, residual=residual, dropout=dropout)
 

@@ -97,6 +97,13 @@ class HasCore:
                 if name in matrix:
                     matrix[name].weight.copy_(tensor)
 
+    def is_idle(self, name: str) -> bool:
+        """Whether an adapter that is new, and not about to be loaded, has matrices that no gradient reaches."""
+        if name not in self.lora_N or _deferring.get():
+            return False
+        weights = [matrix[name].weight for matrix in (self.lora_A, self.lora_N, self.lora_B)]
+        return all(map(branches.is_dense, weights)) and init.is_idle(*weights)
+
 
 class NLoraLinear(HasCore, FusedLinear):
     """y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ,  s = alpha / r, per adapter

@@ -25,7 +25,7 @@ from peft.utils.warning import PeftWarning
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .. import patterns, saved
+from .. import init, patterns, saved
 from ..backends.quantised import INPUT_TOO, Unreadable
 from ..layers import branch as branches
 from ..layers import experts
@@ -37,7 +37,7 @@ from .experts import FusedExperts, NLoraExperts
 from .fuse import fuse_layers, unfuse_layers
 from .layer import FusedLinear
 from .lora2 import HasFactors, LoRA2Experts, LoRA2Linear
-from .nlora import NLoraLinear, subtract_initial
+from .nlora import HasCore, NLoraLinear, subtract_initial
 
 
 class _FusedModel(LoraModel):
@@ -57,7 +57,7 @@ class _FusedModel(LoraModel):
             raise
         finally:
             fuse_layers(model)
-        _advise(model, self.peft_config[adapter_name])
+        _advise(model, adapter_name, self.peft_config[adapter_name])
 
     def _make_room(self, model: nn.Module, config: LoraConfig) -> None:
         """What has to be done before PEFT walks through the modules, which must not get others meanwhile."""
@@ -358,7 +358,7 @@ def _warn_of_shards(tensors: dict[str, torch.Tensor], adapter_name: str) -> None
         )
 
 
-def _advise(model: nn.Module, config) -> None:
+def _advise(model: nn.Module, adapter_name: str, config) -> None:
     """One warning for what works but is not what the user came for."""
     # What its user chose, such as dropout, a layer runs unfused for without a word.
     bases = ((name, module.base_layer) for name, module in model.named_modules() if isinstance(module, FusedLinear))
@@ -381,6 +381,13 @@ def _advise(model: nn.Module, config) -> None:
         warnings.warn(
             f"{len(unfused)} adapter layers cannot be fused and run as base layer plus adapter, as in PEFT: {name}, "
             f"because {reason}",
+            stacklevel=2,
+        )
+    cores = ((name, module) for name, module in model.named_modules() if isinstance(module, HasCore))
+    idle = [name for name, module in cores if module.is_idle(adapter_name)]
+    if idle:
+        warnings.warn(
+            f"the adapter {adapter_name!r} of {_some(idle)} gets no gradient and cannot train, because {init.IDLE}",
             stacklevel=2,
         )
     patched = [name for name in branches.READ_ONLY_A_AND_B if name in sys.modules]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import nlora_kernels as nk
 from nlora_kernels.checkpoint import to_lora
 from nlora_kernels.peft import LoRA2Config, NLoraConfig
 from nlora_kernels.peft.layer import FusedLinear
@@ -102,3 +103,31 @@ def test_a_layer_without_a_weight_yet_is_named(config):
     with pytest.raises(ValueError, match="'1' cannot be adapted: its weight must be initialised, got a LazyLinear"):
         peft.get_peft_model(model, config)
     assert not any(isinstance(module, FusedLinear) for module in model.modules())
+
+
+def pruned(zero, **options):
+    base = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 8))
+    zero(base[1].weight.data).zero_()
+    return peft.get_peft_model(base, nlora(r=4, **options))
+
+
+@pytest.mark.parametrize("zero", [lambda w: w, lambda w: w[:4], lambda w: w[:, :4]], ids=["all", "rows", "columns"])
+@pytest.mark.parametrize("core", ["sample", "optimal"])
+@pytest.mark.parametrize("train", ["all", "core"])
+def test_an_adapter_made_of_zeros_which_can_never_train_is_said_with_its_name(train, core, zero):
+    with pytest.warns(UserWarning, match="'default' of 1 gets no gradient and cannot train"):
+        model = pruned(zero, train=train, core=core)
+    model(torch.randn(5, 16)).square().sum().backward()
+    layer = model.base_model.model[1]
+    assert not any(factor.weight.grad.any() for factor in layer.factors("default") if factor.weight.requires_grad)
+    with pytest.warns(UserWarning, match="gets no gradient"):
+        nk.NLoraLinear.from_linear(layer.base_layer, 4, train=train, core=core)
+
+
+@pytest.mark.parametrize("options", [{"select": "norm"}, {"init_lora_weights": "slora"}, {"init_lora_weights": True}])
+def test_what_trains_beside_zeros_is_not(options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = pruned(lambda w: w[:4], **options)
+    model(torch.randn(5, 16)).square().sum().backward()
+    assert any(factor.weight.grad.any() for factor in model.base_model.model[1].factors("default"))
