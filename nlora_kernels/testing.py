@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .backends.quantised import Coded
+from .backends.quantised.base import Nested
+
 TENSORS = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
 
 
@@ -68,6 +71,29 @@ def problem(
         bias=normal(1, N, 1, dtype)[0] if bias else None,
         dy=normal(M, N, 1, dtype, "transposed" if strided else ""),
     )
+
+
+def four_bits(N: int, K: int, dtype: torch.dtype, *, nested: bool, device: str | torch.device = "cpu") -> Coded:
+    """A weight (N, K) of random codes, two a byte, 64 to a scale, whose values are of the size of K^-1/2.
+
+    `nested`: the scales are codes themselves, 256 to a scale of theirs.
+    """
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(N + K)
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, generator=generator, device=device)
+
+    def codes(count: int) -> Tensor:
+        return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator, device=device)
+
+    blocks, inner = -(-N * K // 64), None
+    scales = normal(blocks).abs() / math.sqrt(K)
+    if nested:
+        offset = torch.full((), 1 / math.sqrt(K), device=device)
+        inner = Nested(normal(256), normal(-(-blocks // 256)).abs() / K, offset, 256)
+        scales = codes(blocks)
+    return Coded("nibbles", (N, K), dtype, codes(-(-N * K // 2)), normal(16), scales, 64, None, inner)
 
 
 def plain_linear(x, weight, lora_A, lora_B, lora_N=None, bias=None, *, scaling=1.0) -> Tensor:

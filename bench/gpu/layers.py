@@ -13,8 +13,6 @@ from bench.gpu import groups
 from bench.gpu.groups import Group
 from nlora_kernels import testing
 from nlora_kernels.backends import Dropout
-from nlora_kernels.backends.quantised import Coded
-from nlora_kernels.backends.quantised.base import Nested
 from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -53,6 +51,9 @@ GRAPHS = [(16, 4096, 4096, 64), (2048, 4096, 4096, 64)]
 # With a weight in four bits: where a product decodes it, ragged too, and where it is decoded as a whole.
 QUANTISED = [(16, 4096, 4096, 64), (64, 4096, 11008, 16), (33, 777, 333, 13), (512, 768, 768, 8)]
 QUANTISED_REHEARSED = [(7, 64, 32, 8), (5, 33, 17, 3)]
+# Of Nyström: out and in, and r; and r and k of the core of LoRA².
+INITIALISED, INITIALISED_REHEARSED = [((4096, 4096), 128), ((1000, 776), 13)], [((75, 50), 7)]
+CORES = [(8, 8), (100, 40)]
 TRITON_REHEARSED = [(0, 12, 8, 3), (7, 65, 31, 13)]
 
 
@@ -77,7 +78,7 @@ def cuda(machine) -> dict:
             found[f"nystrom {short(dtype)} {size(shape)} r{r}"] = functools.partial(
                 initialise, machine, "cuda", dtype, shape, r
             )
-    for r, k in ((8, 8), (100, 40)):
+    for r, k in CORES:
         found[f"core {r}x{k}"] = functools.partial(core, machine, "cuda", FP32, r, k)
     return found
 
@@ -109,12 +110,15 @@ def triton(machine) -> dict:
 def quantised(machine) -> dict:
     found = {}
     for dtype in machine.pick((BF16, FP32), (FP16,)):
-        for i, shape in enumerate(machine.pick(QUANTISED, QUANTISED_REHEARSED)):
-            # By turns, for every kind compiles kernels of its own.
-            nested = (i + (dtype is FP32)) % 2 == 0
+        for shape, nested in quantised_cases(dtype is FP32, machine.pick(QUANTISED, QUANTISED_REHEARSED)):
             name = f"{short(dtype)} {size(shape)}{' nested' * nested}"
             found[name] = functools.partial(coded, machine, dtype, shape, nested)
     return found
+
+
+def quantised_cases(wide: bool, shapes) -> list[tuple[tuple, bool]]:
+    """(shape, whether its scales are nested): by turns, for every kind compiles kernels of its own."""
+    return [(shape, (i + wide) % 2 == 0) for i, shape in enumerate(shapes)]
 
 
 def dropout(machine) -> dict:
@@ -129,13 +133,13 @@ def dropout(machine) -> dict:
 def training(machine) -> dict:
     found = {}
     dtypes = machine.pick((BF16, FP32), (FP16,))
-    shapes = machine.pick([((4096, 4096), 128), ((1000, 776), 13)], [((75, 50), 7)])
+    shapes = machine.pick(INITIALISED, INITIALISED_REHEARSED)
     for dtype in dtypes:
         for shape, r in shapes:
             found[f"nystrom {short(dtype)} {size(shape)} r{r}"] = functools.partial(
                 initialise, machine, "triton", dtype, shape, r
             )
-        for r, k in ((8, 8), (100, 40)):
+        for r, k in CORES:
             found[f"core {short(dtype)} {r}x{k}"] = functools.partial(core, machine, "triton", dtype, r, k)
     found["rank allocator"] = functools.partial(allocate, machine)
     for form in ("paper", "reference"):
@@ -219,20 +223,9 @@ def plain_lora2(x, weight, lora_u, lora_E, lora_U, lora_v, lora_V, scaling):
 
 def coded(machine, dtype, shape, nested) -> None:
     """A weight of random codes is decoded as by the formula, and its layer is that of the decoded weight."""
-    M, K, N, R = shape
+    _, K, N, _ = shape
     p = testing.problem(*shape, dtype=dtype, device=machine.name)
-    generator = torch.Generator(machine.name).manual_seed(K)
-
-    def bytes_(count):
-        return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator, device=machine.name)
-
-    blocks = -(-N * K // 64)
-    scales, inner = random(machine, blocks, dtype=FP32).abs() / K**0.5, None
-    if nested:
-        table, outer = random(machine, 256, dtype=FP32), random(machine, -(-blocks // 256), dtype=FP32).abs() / K
-        scales, inner = bytes_(blocks), Nested(table, outer, torch.full((), 1 / K**0.5, device=machine.name), 256)
-    codes, values = bytes_(-(-N * K // 2)), random(machine, 16, dtype=FP32)
-    weight = Coded("nibbles", (N, K), dtype, codes, values, scales, 64, None, inner)
+    weight = testing.four_bits(N, K, dtype, nested=nested, device=machine.name)
     p.weight = weight.composed()
     assert torch.equal(nk.backends.TABLE["triton"].decode(weight), p.weight)
     tensors = {name: t for name in testing.TENSORS if (t := getattr(p, name)) is not None}

@@ -92,7 +92,7 @@ def select(name: str | None, first: Tensor, call: Call | None = None, operation:
     `name`, or what is `preferred` where there is none, is taken as it is: ValueError if it is unknown, cannot run here
     or cannot take this call. Without a name: on a GPU the fastest that passed `verify` there, can take the call and is
     faster than "lean" at this `operation` ("forward", "backward", "experts", "lora2_core", "initialisation",
-    "lora2_training");
+    "lora2_training"; of weights in few bits "coded_forward", "coded_backward", "decode");
     else the first of the table that can take the call and is verified on hardware of the tensors' kind.
     """
     name = name or _preferred
@@ -141,19 +141,25 @@ def choose(
     """The backend of `select`, or the one that is given, and the call as it reads it.
 
     A weight in few bits stays so where the backend `reads_quantised`; else it is decoded as a whole, on other devices
-    than the CPU into memory that all layers share.
+    than the CPU into memory that all layers share. On a GPU kernels of ours do either where a backend is named, or
+    where they passed `verify` and were faster.
     """
     weight = call.weight
     chosen = backend if isinstance(backend, Backend) else select(backend, first, call, operation)
     if not isinstance(weight, Quantised):
         return chosen, call
-    # Kernels that decode are not among what `verify` proves: they are taken by name alone.
-    own = weight.is_cpu or backend or _preferred
-    if own and chosen.reads_quantised(weight, first.shape[0]):
+    own, rows = weight.is_cpu or backend or _preferred, first.shape[0]
+    if own and chosen.reads_quantised(weight, rows):
         return chosen, call
     if weight.is_cpu:
         return chosen, call._replace(weight=chosen.decode(weight))
     decoder = TABLE["triton"] if own and not TABLE["triton"].unavailable() else REFERENCE
+    if not own and first.device.type == "cuda":
+        # With a mask in the product is no case of `verify`.
+        for reader in () if call.dropout else _on_gpu(f"coded_{operation}", first, call):
+            if reader.reads_quantised(weight, rows) and not reader.unsupported(call):
+                return reader, call
+        decoder = next(iter(_on_gpu("decode", first, None)), REFERENCE)
     return chosen, call._replace(weight=decoder.decode(weight, shared_memory(weight)))
 
 

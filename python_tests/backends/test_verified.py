@@ -14,6 +14,7 @@ import torch
 
 from nlora_kernels import backends, cache
 from nlora_kernels.backends import TABLE, Call, Dropout, verified
+from nlora_kernels.backends.quantised import Coded
 from nlora_kernels.backends.triton.tuning import tables
 from python_tests import ROOT
 
@@ -390,3 +391,37 @@ def test_compiled_layers_take_the_record_for_a_constant(monkeypatch):
     x = torch.zeros(2, dtype=BF16)
     assert inside(x)[0] == -1 and not asked
     assert backends.drops_inside(torch.device("cuda", 0), BF16) and asked == [("dropout", 0, BF16, FP32, None, False)]
+
+
+def test_weights_in_few_bits_are_decoded_by_what_passed_and_is_faster(monkeypatch):
+    few, many = (16, 64, 48, 8), (2048, 64, 48, 8)
+    codes, scales = torch.empty(64 * 48 // 2, dtype=torch.uint8, device="meta"), torch.empty(48, device="meta")
+    weight = Coded("nibbles", (48, 64), BF16, codes, torch.empty(16, device="meta"), scales, 64)
+    decoded = []
+    for backend in (triton, backends.REFERENCE):
+        monkeypatch.setattr(backend, "decode", lambda weight, out, by=backend: decoded.append(by) or out)
+    monkeypatch.setattr(backends, "shared_memory", lambda weight: tensor(*weight.shape))
+
+    def choice(shape, operation="forward", dropout=None):
+        """Who computes, and who decoded before."""
+        M, K, N, R = shape
+        adapter = tensor(R, K, dtype=FP32), tensor(N, R, dtype=FP32)
+        decoded.clear()
+        chosen, call = backends.choose(
+            None, tensor(M, K), Call(tensor(M, K), weight, *adapter, dropout=dropout), operation
+        )
+        assert (call.weight is weight) == (not decoded)
+        return chosen, *decoded
+
+    reference = backends.REFERENCE
+    store([result("triton")], [time("triton", 0.5, few)])
+    assert choice(few) == (triton, reference), "what multiplies is not proved to decode"
+    coded = [time("triton", 0.5, few, "coded_forward"), time("triton", 1.5, few, "coded_backward")]
+    decode = time("triton", 0.1, (1, 64, 48, 1), "decode", adapter="bfloat16")
+    store([result("triton")], [*coded, decode, time("cuda", 0.9, many)])
+    assert choice(few) == (triton,)
+    assert choice(few, "backward") == (lean, triton)
+    assert choice(many) == (lean, triton), "more rows are decoded before"
+    assert choice(few, dropout=Dropout(0.5, None)) == (triton, triton)
+    store([result("triton", "failed")], [*coded, decode])
+    assert choice(few) == (lean, reference)

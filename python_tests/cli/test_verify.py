@@ -67,7 +67,7 @@ def test_an_honest_report_passes(honest):
     assert {t["operation"] for t in times} == {"forward", "backward", "lora2_core"}
     assert all(t["backend"] == "lean" and t["us"] > 0 and t["lean_us"] > 0 for t in times)
     methods = {line["case"].split()[1] for line in lines[1:] if line["case"].startswith("budget")}
-    assert methods == set(cases.METHODS) - {"dropout", "group"}
+    assert methods == set(cases.METHODS) - {"dropout", "group", "four_bits"}
 
 
 def test_every_method_shape_and_kind_is_asked_for():
@@ -78,8 +78,8 @@ def test_every_method_shape_and_kind_is_asked_for():
             budgets = [case for case in asked if case.kind == "budget"]
             assert len({case.shape for case in budgets}) >= 12
             able = {"dropout": TABLE[backend].drops_inside, "experts": cases.takes_experts(backend)}
-            able["group"] = cases.takes_groups(backend)
-            assert able["group"] and able["experts"] == (backend == "triton")
+            able |= {"group": cases.takes_groups(backend), "four_bits": cases.decodes(backend)}
+            assert able["group"] and able["experts"] == able["four_bits"] == (backend == "triton")
             assert {case.detail for case in budgets} == {m for m in cases.METHODS if able.get(m, True)}
             assert able["experts"] == any(case.detail == "experts" and case.kind == "time" for case in asked)
             assert {case.adapter for case in budgets} == {"float32", verified.short(dtype)}
@@ -104,6 +104,44 @@ def test_kernels_that_train_lora2_are_asked_for_where_there_are_some():
         assert len(asked) == (len(cases.REAL.trained) if backend == "triton" else 0)
         # As `lora2` looks for them in the record.
         assert all(c.kind == "time" and c.adapter == "float16" and max(c.shape[:2]) <= 32 for c in asked)
+
+
+def test_kernels_that_decode_four_bits_are_asked_for_as_they_are_chosen():
+    """In products of few rows, nested scales too, and as a whole, where there are more."""
+    from nlora_kernels.backends.triton.tuning import FEW_ROWS
+
+    asked = [c for c in cases.cases_of("triton", "bfloat16", cases.REAL) if c.detail in ("four_bits", "decode")]
+    few = [c for c in asked if c.detail == "four_bits" and c.shape[0] <= FEW_ROWS]
+    assert {c.kind for c in few} == {"budget", "repeats", "replay"} and len({c.shape[0] % 2 for c in few}) == 2
+    assert any(c.kind == "budget" and c.shape[0] > FEW_ROWS for c in asked)
+    timed = [c for c in cases.cases_of("triton", "bfloat16", cases.REAL) if c.detail.startswith("coded_")]
+    assert {(c.detail, c.adapter) for c in timed} == {
+        (f"coded_{op}", adapter) for op in ("forward", "backward") for adapter in ("float32", "bfloat16")
+    }
+    assert all(c.shape[0] <= FEW_ROWS for c in timed) and "decode" in {c.detail for c in asked}
+
+
+def test_wrong_codes_are_found(monkeypatch):
+    """One value, in the product's budget and in the weight as a whole."""
+    right, sizes = TABLE["lean"].decode, cases.REHEARSED
+
+    def wrong(weight, out=None):
+        found = right(weight, out)
+        found[-1, -1] += 0.5
+        return found
+
+    # "lean" decodes as a whole what it is given, as a backend does that has a kernel for it.
+    monkeypatch.setattr(type(TABLE["lean"]), "reads_quantised", lambda *_: False)
+    shape = sizes.coded[0]
+    product = cases.Case("budget", "four_bits", shape, "float32")
+    whole = cases.Case("time", "decode", (1, *shape[1:3], 1), "float32")
+    expected = contextlib.nullcontext(), pytest.raises(ValueError, match="is off by")
+    for decode, found in zip((right, wrong), expected, strict=True):
+        monkeypatch.setattr(TABLE["lean"], "decode", decode)
+        for case in (product, whole):
+            figures = child.run(case, "lean", "float32", child.Host(), sizes, 0)
+            with found:
+                verify._judge_case(case, figures, sizes, {})
 
 
 def test_what_is_optional_is_what_the_backends_refuse():

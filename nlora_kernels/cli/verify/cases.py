@@ -10,7 +10,7 @@ import torch
 from ... import backends
 
 # What trains, by method. LoRA² has its own five; "dropout" is SLoRA with the mask inside the operation, "experts" on a
-# mixture of EXPERTS layers, and "group" on two layers that share x.
+# mixture of EXPERTS layers, "group" on two layers that share x, and "four_bits" with a weight of codes.
 METHODS = {
     "lora": ("x", "lora_A", "lora_B"),
     "slora": ("x", "weight", "lora_A", "lora_B", "lora_N", "bias"),
@@ -20,6 +20,7 @@ METHODS = {
     "dropout": ("x", "lora_A", "lora_B", "lora_N"),
     "experts": ("x", "lora_A", "lora_B", "lora_N"),
     "group": ("x", "lora_A", "lora_B", "lora_N"),
+    "four_bits": ("x", "lora_A", "lora_B", "lora_N"),
 }
 EXPERTS = 4
 # Results that the parent computes again.
@@ -30,7 +31,8 @@ class Sizes(NamedTuple):
     """What is run on: a GPU, or on the CPU in rehearsal.
 
     checked: shapes of the error budget. repeated, replayed: of bitwise repeats and of CUDA graphs. timed, dropped,
-    mixtures: of times, those with dropout and those of experts by themselves. initialised: in, out and r of Nyström
+    mixtures, coded: of times, those with dropout, those of experts and those with a weight in four bits, which has few
+    rows and is decoded in the product, by themselves. initialised: in, out and r of Nyström
     initialisation. cores: r and k of the core of LoRA². trained: r, k, layers and features of a model that trains
     LoRA². runs: repeats of a shape. rounds: of timing.
     """
@@ -41,6 +43,7 @@ class Sizes(NamedTuple):
     timed: tuple[tuple[int, int, int, int], ...]
     dropped: tuple[tuple[int, int, int, int], ...]
     mixtures: tuple[tuple[int, int, int, int], ...]
+    coded: tuple[tuple[int, int, int, int], ...]
     initialised: tuple[tuple[int, int, int], ...]
     cores: tuple[tuple[int, int], ...]
     trained: tuple[tuple[int, int, int, int], ...]
@@ -82,6 +85,7 @@ REAL = Sizes(
     ),
     dropped=((2048, 768, 768, 16), (2048, 4096, 4096, 16), (8192, 4096, 4096, 64)),
     mixtures=((64, 2048, 1536, 16), (2048, 2048, 1536, 16), (16384, 2048, 1536, 16)),
+    coded=((1, 4096, 4096, 16), (16, 4096, 11008, 64), (64, 4096, 4096, 64)),
     initialised=((768, 768, 8), (4096, 4096, 128), (4096, 11008, 64)),
     cores=((8, 8), (64, 32)),
     trained=((8, 8, 24, 768), (32, 16, 4, 4096)),
@@ -95,6 +99,7 @@ REHEARSED = Sizes(
     timed=((16, 64, 64, 8),),
     dropped=((16, 64, 64, 8),),
     mixtures=((16, 64, 64, 8),),
+    coded=((16, 64, 64, 8),),
     initialised=((40, 48, 8),),
     cores=((8, 8),),
     trained=((4, 3, 2, 24),),
@@ -138,6 +143,9 @@ RESULTS_OF = {
     "dropout": (),
     "experts": ("y", "dx", "dlora_A", "dlora_B", "dlora_N"),
     "initialisation": ("A", "N", "B", "weight"),
+    "coded_forward": ("y",),
+    "coded_backward": ("dx", "dlora_A", "dlora_B", "dlora_N"),
+    "decode": ("weight",),
     "lora2_core": ("core", "du", "dE", "dU"),
     "lora2_training": ("penalty", "dv", "du", "dV", "dU", "mean", "spread", "E"),
 }
@@ -152,9 +160,20 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
     adapters = list(dict.fromkeys(("float32", dtype)))
     found = [Case("witness", "nlora", WITNESS, adapter) for adapter in adapters]
     able = {"dropout": drops, "experts": takes_experts(backend), "group": takes_groups(backend)}
+    able["four_bits"] = decodes(backend)
     methods = [method for method in METHODS if able.get(method, True)]
     # Those whose launches are others than those of a layer.
     together = [method for method in ("experts", "group") if able[method]]
+    # With few rows.
+    coded = [Case("repeats", "four_bits", sizes.coded[-1], adapters[0])]
+    coded += [Case("replay", "four_bits", shape, adapters[0]) for shape in sizes.coded]
+    coded += [
+        Case("time", f"coded_{op}", shape, adapter)
+        for adapter in adapters
+        for shape in sizes.coded
+        for op in ("forward", "backward")
+    ]
+    coded += [Case("time", "decode", (1, K, N, 1), dtype) for K, N in dict.fromkeys(s[1:3] for s in sizes.coded)]
     for i, shape in enumerate(sizes.checked):
         optional = any(size % 8 for size in shape[1:]) or shape[3] > 256
         # Every method with either adapter, in turn over the shapes.
@@ -170,6 +189,8 @@ def cases_of(backend: str, dtype: str, sizes: Sizes) -> list[Case]:
         found += [Case("time", op, shape, adapter) for shape in sizes.timed for op in ("forward", "backward")]
     if drops:
         found += [Case("time", "dropout", shape, "float32") for shape in sizes.dropped]
+    if able["four_bits"]:
+        found += coded
     if backends.TABLE[backend].proved_for and able["experts"]:
         found += [Case("time", "experts", shape, adapter) for shape in sizes.mixtures for adapter in adapters]
     if backends.TABLE[backend].proved_for:
@@ -195,6 +216,11 @@ def takes_experts(backend: str) -> bool:
 def takes_groups(backend: str) -> bool:
     """Whether a backend has one for layers that share x."""
     return "forward_group" in vars(type(backends.TABLE[backend]))
+
+
+def decodes(backend: str) -> bool:
+    """Whether it has kernels of its own for weights in few bits, in a product and as a whole."""
+    return "reads_quantised" in vars(type(backends.TABLE[backend])) and bool(backends.TABLE[backend].proved_for)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ... import backends, init, ops, testing
 from ...backends import Call, Dropout, ExpertsCall, Needs, verified
+from ...backends.quantised import Coded
 from ...layers import LoRA2Linear
 from ...layers.branch import Branch
 from ...lora2 import RankAllocator, orthogonal_penalty
@@ -166,6 +167,8 @@ def layer_of(case: Case, backend: str, dtype: str, device: torch.device, seed: i
         return _mixture(tensors, p.dy, options)
     if method == "group":
         return _group(tensors, p.dy, options)
+    if method == "four_bits":
+        return _four_bits(tensors, p.dy, options)
     plain = testing.plain_linear
     if method == "dropout":
         drop = Dropout(P_DROPPED, torch.tensor(SEED, device=device))
@@ -230,6 +233,26 @@ def _group(tensors: dict[str, Tensor], dy: Tensor, options: dict) -> Layer:
         {"x": tensors["x"], **_rolled(tensors, 2)},
         METHODS["group"],
         torch.cat([dy, dy.roll(1, 0)], 1),
+        ours,
+        functools.partial(plain, scaling=options["scaling"]),
+        functools.partial(plain, scaling=0.0),
+    )
+
+
+def _four_bits(tensors: dict[str, Tensor], dy: Tensor, options: dict) -> Layer:
+    """A layer whose weight is codes, with nested scales where the rows are odd in number."""
+    (M, K), N, dtype = tensors["x"].shape, dy.shape[1], dy.dtype
+    codes = testing.four_bits(N, K, dtype, nested=M % 2 == 1, device=dy.device)
+    plain = testing.plain_linear
+
+    def ours(x, weight, lora_A, lora_B, lora_N):
+        # What the codes stand for is the others' weight.
+        return ops.lora_linear(x, codes, lora_A, lora_B, lora_N, **options)
+
+    return Layer(
+        tensors | {"weight": codes.composed()},
+        METHODS["four_bits"],
+        dy,
         ours,
         functools.partial(plain, scaling=options["scaling"]),
         functools.partial(plain, scaling=0.0),
@@ -306,12 +329,13 @@ def timed(case: Case, backend: str, dtype: str, machine: Gpu | Host, sizes: Size
     return _alternate(machine, ours, lean, sizes.rounds) | {"errors": _by_name(errors)}
 
 
-def _forward_calls(case, module, backend, dtype, machine):
-    p, weights = _large(case, dtype, machine)
+def _forward_calls(case, module, backend, dtype, machine, coded=False):
+    p, weights = _large(case, dtype, machine, coded)
     adapter = p.lora_A, p.lora_B, p.lora_N
 
     def calls(by):
-        return [lambda w=w: by.forward(Call(p.x, w, *adapter, scaling=SCALING)) for w in weights]
+        read = _reader(by, module, p.weight)
+        return [lambda w=w: by.forward(Call(p.x, read(w), *adapter, scaling=SCALING)) for w in weights]
 
     ours, lean = calls(module), calls(backends.TABLE["lean"])
     rows = _sampled(p.x)
@@ -320,13 +344,16 @@ def _forward_calls(case, module, backend, dtype, machine):
     return (ours, lean), _against(p.x.dtype, {"y": (ours[0]()[0][rows], lean[0]()[0][rows], exact)})
 
 
-def _backward_calls(case, module, backend, dtype, machine):
-    p, weights = _large(case, dtype, machine)
+def _backward_calls(case, module, backend, dtype, machine, coded=False):
+    p, weights = _large(case, dtype, machine, coded)
     adapter = p.lora_A, p.lora_B, p.lora_N
     _, T = backends.TABLE["lean"].forward(Call(p.x, p.weight, *adapter, scaling=SCALING))
 
     def calls(by):
-        return [lambda w=w: by.backward(Call(p.x, w, *adapter, scaling=SCALING), p.dy, T, ADAPTER) for w in weights]
+        read = _reader(by, module, p.weight)
+        return [
+            lambda w=w: by.backward(Call(p.x, read(w), *adapter, scaling=SCALING), p.dy, T, ADAPTER) for w in weights
+        ]
 
     ours, lean = calls(module), calls(backends.TABLE["lean"])
     rows = _sampled(p.x)
@@ -345,6 +372,23 @@ def _backward_calls(case, module, backend, dtype, machine):
         for name, true in exact.items()
     }
     return (ours, lean), _against(p.x.dtype, compared)
+
+
+def _reader(by, module, like: Tensor) -> Callable:
+    """What makes of a weight that which a backend gets: codes are decoded as a whole for another than `module`."""
+    memory = torch.empty_like(like)
+    return lambda w: w if by is module or isinstance(w, Tensor) else module.decode(w, memory)
+
+
+def _decode_calls(case, module, backend, dtype, machine):
+    """A weight in four bits as a whole, by the backend's kernel and by PyTorch's operations; the same bits."""
+    _, K, N, _ = case.shape
+    codes = testing.four_bits(N, K, dtype_of(dtype), nested=True, device=machine.device)
+    out = torch.empty(N, K, dtype=codes.dtype, device=machine.device)
+    differing = float((module.decode(codes, out.fill_(math.nan)) != codes.composed()).sum())
+    plain = backends.REFERENCE.decode
+    errors = {("weight", norm): (differing, 0.0) for norm in (math.inf, 2)}
+    return ([lambda: module.decode(codes, out)], [lambda: plain(codes, out)]), errors
 
 
 def _dropout_calls(case, module, backend, dtype, machine):
@@ -492,6 +536,9 @@ def _chosen(backend: str):
 CALLS = {
     "forward": _forward_calls,
     "backward": _backward_calls,
+    "coded_forward": functools.partial(_forward_calls, coded=True),
+    "coded_backward": functools.partial(_backward_calls, coded=True),
+    "decode": _decode_calls,
     "dropout": _dropout_calls,
     "experts": _experts_calls,
     "initialisation": _initialisation_calls,
@@ -501,12 +548,20 @@ CALLS = {
 KINDS = {"witness": witness, "budget": budget, "repeats": repeats, "replay": replay, "time": timed}
 
 
-def _large(case: Case, dtype: str, machine: Gpu | Host) -> tuple[testing.Problem, list[Tensor]]:
-    """A layer, and its weight as often as the cache cannot hold it: in a model other layers come between two calls."""
+def _large(
+    case: Case, dtype: str, machine: Gpu | Host, coded: bool = False
+) -> tuple[testing.Problem, list[Tensor | Coded]]:
+    """A layer, and its weight, or the codes of it, as often as the cache cannot hold it: in a model other layers come
+    between two calls."""
     of_x, of_adapter = dtype_of(dtype), dtype_of(case.adapter)
     p = testing.problem(*case.shape, dtype=of_x, adapter_dtype=of_adapter, bias=False, device=machine.device)
-    copies = min(64, 3 * machine.cache_bytes // p.weight.nbytes)
-    return p, [p.weight, *(p.weight.clone() for _ in range(copies))]
+    weight, stored = p.weight, p.weight
+    if coded:
+        _, K, N, _ = case.shape
+        weight = testing.four_bits(N, K, of_x, nested=True, device=machine.device)
+        p.weight, stored = weight.composed(), weight.codes
+    copies = min(64, 3 * machine.cache_bytes // stored.nbytes)
+    return p, [weight, *(copy.deepcopy(weight) for _ in range(copies))]
 
 
 def _sampled(x: Tensor) -> Tensor:
