@@ -9,6 +9,7 @@ can build, and a message on stderr for what it cannot; the package then installs
     python setup.py arm                     the tests of the CPU kernels, built for Arm, under QEMU
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -212,6 +213,12 @@ def cpu_sources(family: str | None = FAMILY) -> list[Path]:
     """The sources of the CPU kernels without those of other families."""
     others = tuple(suffix for name, tiers in TIER_FLAGS.items() if name != family for suffix in tiers)
     return sorted(path for path in ROOT.glob("csrc/cpu/*.cpp") if not path.stem.endswith(others))
+
+
+def sources_digest() -> str:
+    """Of all that native code is made from: a copy of the folder has other times."""
+    files = (file for file in sorted((ROOT / "csrc").rglob("*")) if file.is_file())
+    return hashlib.sha256(b"".join(file.read_bytes() for file in (*files, Path(__file__)))).hexdigest()
 
 
 def tier_flags(stem: str, family: str | None) -> list[str]:

@@ -230,15 +230,14 @@ def compared(machine, make: Callable, cell, names, count: int) -> tuple[dict, fl
             if not machine.answers():
                 raise
     graph = machine.by_turns({name: c.replay for name, c in found.items()})
+    clock = machine.clock()
     eager = machine.by_turns({name: c.step for name, c in found.items()}, rounds=10, warm_ms=0)
     base = statistics.median(graph["floor"]) / count
-    figures = {"base_us": round(1000 * base, 2)}
+    figures = {"base_us": round(1000 * base, 2), **clock}
     for name in names:
         if name in found:
-            ratio, low, high = median_ratio(graph[name], graph["floor"])
             figures[name] = {
-                "ratio": round(ratio, 4),
-                "p20_p80": [round(low, 4), round(high, 4)],
+                **spread("ratio", graph[name], graph["floor"]),
                 "us": round(1000 * statistics.median(graph[name]) / count, 2),
                 "eager_us": round(1000 * statistics.median(eager[name]), 1),
                 "peak_mib": round(found[name].peak / 2**20, 1),
@@ -248,6 +247,12 @@ def compared(machine, make: Callable, cell, names, count: int) -> tuple[dict, fl
     if problems:
         raise Wrong(problems, figures)
     return figures, base
+
+
+def spread(name: str, times: list[float], to: list[float]) -> dict:
+    """The median of the ratios of single rounds, and the 20th and 80th percentile."""
+    ratio, *percentiles = (round(value, 4) for value in median_ratio(times, to))
+    return {name: ratio, "p20_p80": percentiles}
 
 
 def engine(machine, M, K, N) -> dict:
@@ -271,7 +276,8 @@ def engine(machine, M, K, N) -> dict:
         "us": round(us["ours"], 2),
         "library_us": round(us["library"], 2),
         "tflops": round(2e-6 * M * N * K / us["ours"], 1),
-        "speed": round(median_ratio(times["library"], times["ours"])[0], 4),
+        **spread("speed", times["library"], times["ours"]),
+        **machine.clock(),
     }
 
 
@@ -332,5 +338,5 @@ def residual(machine, backend) -> dict:
 
     times = machine.by_turns({"ours": machine.capture(subtract)[0], "copy": machine.capture(copy)[0]})
     us = {name: 1000 * statistics.median(values) for name, values in times.items()}
-    share = median_ratio(times["copy"], times["ours"])[0]
-    return {"us": round(us["ours"], 1), "copy_us": round(us["copy"], 1), "of_copy_bandwidth": round(share, 3)}
+    share = spread("of_copy_bandwidth", times["copy"], times["ours"])
+    return {"us": round(us["ours"], 1), "copy_us": round(us["copy"], 1), **share}

@@ -1,6 +1,9 @@
-"""What the stages need built: used as it is where it was built before and loads, else built here.
+"""What the stages need built: used as it is where it was built before from these sources and loads, else built here.
 
-python -m bench.gpu.build extension|bounded|device|triton [--rehearse]
+    python -m bench.gpu.build extension|bounded|device|triton ... [--rehearse]
+
+The first two are for the Python that runs this, which needs neither torch nor a GPU for them: built by one of the
+version that a machine with a GPU has, they can be taken there with the tree (PREBUILT).
 """
 
 import argparse
@@ -18,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 BOUNDED = ROOT / "build" / "bounded"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+# What is taken along, with the extension in nlora_kernels.
+PREBUILT = "build/bounded", "build/extension.sources", "build/emulator/libdevice.so", "build/emulator/libdevice.sources"
 
 
 def extension(rehearse: bool, bounded: bool = False) -> None:
@@ -25,15 +30,18 @@ def extension(rehearse: bool, bounded: bool = False) -> None:
     if bounded and rehearse:
         # No rehearsal loads it.
         return
-    target = bounded_extension() if bounded else next((ROOT / "nlora_kernels").glob(f"_C*{SUFFIX}"), None)
-    if target and target.is_file() and loads(target, "cpu_forward" if rehearse else "cuda_forward"):
+    import setup
+
+    target = bounded_extension() if bounded else ROOT / "nlora_kernels" / f"_C{SUFFIX}"
+    built_from = BOUNDED / "sources" if bounded else ROOT / "build" / "extension.sources"
+    digest = setup.sources_digest()
+    known = rehearse or (built_from.is_file() and built_from.read_text() == digest)
+    if known and target.is_file() and loads(target, "cpu_forward" if rehearse else "cuda_forward"):
         print(f"{target.relative_to(ROOT)} is there and loads")
         return
     os.environ["NLORA_BUILD"] = "cpu" if rehearse else "cuda"
     # NOTE: setup() is not called, so that pyproject.toml is not read: an older setuptools refuses its licence.
     from setuptools import Distribution
-
-    import setup
 
     os.chdir(ROOT)
     command = setup.NinjaBuild(Distribution({"ext_modules": setup.extensions(), "packages": ["nlora_kernels"]}))
@@ -41,6 +49,9 @@ def extension(rehearse: bool, bounded: bool = False) -> None:
     command.build_lib = str(BOUNDED)
     command.ensure_finalized()
     command.run()
+    if not rehearse:
+        built_from.parent.mkdir(parents=True, exist_ok=True)
+        built_from.write_text(digest)
 
 
 def bounded_extension() -> Path:
@@ -98,6 +109,12 @@ class Call(NamedTuple):
     dropout: bool = False
     # What trains: all, or the core alone.
     inttune: bool = False
+    # With a weight of codes: "plain" or "nested".
+    coded: str = ""
+    # Columns of the layers that share x, the first of which has a bias.
+    outs: tuple[int, ...] = ()
+    # In place of a layer: "nystrom" for its weight, or "core" of LoRA² with r and k as M and K.
+    part: str = ""
     # Every tile in both numbers of launches in this orientation: those that `tune` measures.
     tiles: str = ""
 
@@ -106,7 +123,7 @@ def triton_calls(rehearse: bool) -> list[Call]:
     """The calls of the stages in their order."""
     bf16, fp16, fp32 = "bfloat16", "float16", "float32"
     if rehearse:
-        return [Call(fp16, fp16, (37, 72, 136, 16))]
+        return [Call(fp16, fp16, (37, 72, 136, 16)), Call(fp16, fp16, (7, 64, 32, 8), coded="nested")]
     from bench.cells import WITH_BIAS
     from bench.gpu import bench, layers, stress, tune
 
@@ -116,14 +133,28 @@ def triton_calls(rehearse: bool) -> list[Call]:
     found += [Call(bf16, fp32, layers.METHODS_SHAPE, core=core) for core in (False, True)]
     found += [Call(bf16, fp32, layers.METHODS_SHAPE, inttune=True), Call(bf16, bf16, layers.METHODS_SHAPE, bias=True)]
     found += [Call(d, fp32, s, bias=True, dropout=True) for d in (bf16, fp32) for s in layers.DROPPED[1:]]
+    found += [
+        Call(d, d, shape, bias=True, coded="nested" if nested else "plain")
+        for d in (bf16, fp32)
+        for shape, nested in layers.quantised_cases(d == fp32, layers.QUANTISED)
+    ]
+    found += [Call(d, d, (1, K, N, r), part="nystrom") for d in (bf16, fp32) for (N, K), r in layers.INITIALISED]
+    found += [Call(d, d, (r, k, 1, 1), part="core") for d in (bf16, fp32) for r, k in layers.CORES]
+    found.append(grouped(layers.GROUPS[0]))
     found += [Call(bf16, bf16, shape, bias=True) for shape in (*layers.GRAPHS, *stress.SHAPES[:2])]
     found += [Call(fp16, fp16, stress.SHAPES[2], bias=True)]
     for cell in bench.cells():
         biased, inttune = cell.model in WITH_BIAS, cell.method == "inttune"
         found.append(Call(cell.dtype, fp32, cell.size, bias=biased, inttune=inttune))
+    found += [grouped(cell.group, cell.method == "inttune") for cell in bench.GROUPS]
     for *shape, transposed in tune.SHAPES:
         found.append(Call(bf16, bf16, tuple(shape), tiles="y" if transposed else "dx"))
     return found
+
+
+def grouped(of, inttune: bool = False) -> Call:
+    """The call of a `groups.Group` whose layers have one rank."""
+    return Call("bfloat16", "float32", (of.M, of.K, 0, of.ranks[0]), bias=True, inttune=inttune, outs=of.outs)
 
 
 def _begin() -> None:
@@ -145,8 +176,10 @@ def make_call(call: Call) -> None:
 
     from nlora_kernels import backends
     from nlora_kernels.backends import Dropout, Needs
-    from nlora_kernels.backends.triton import device, extended, linear
+    from nlora_kernels.backends.triton import core as lora2
+    from nlora_kernels.backends.triton import device, extended, group, linear, nystrom, quantised
     from nlora_kernels.backends.triton.tuning import rule
+    from python_tests.triton import aot
 
     M, K, N, R = call.shape
     dtype, adapter_dtype = getattr(torch, call.dtype), getattr(torch, call.adapter_dtype)
@@ -160,6 +193,27 @@ def make_call(call: Call) -> None:
     A, B = meta(R, K, adapter_dtype), meta(N, R, adapter_dtype)
     core = meta(R, R, adapter_dtype) if call.core else None
     bias = meta(1, N, dtype)[0] if call.bias else None
+    needs = Needs(True, False, not call.inttune, not call.inttune, call.core, False)
+    if call.part == "core":
+        u, E, U, mask = meta(M, K, dtype), meta(1, M, dtype)[0], meta(K, M, dtype), meta(1, M, torch.bool)[0]
+        lora2.backward(lora2.forward(u, E, U, mask), u, E, U, mask)
+        return
+    if call.part == "nystrom":
+        index, fp32 = meta(1, R, torch.int64)[0], torch.float32
+        parts = nystrom.gather(weight, index, index)
+        nystrom.squared_norms(weight)
+        nystrom.subtract_products([weight], *([part] for part in parts), 0.5)
+        nystrom.solve_triangular(meta(R, R, fp32), meta(R, 300, fp32))
+        return
+    if call.outs:
+        biases = [meta(1, out, dtype)[0] if i == 0 else None for i, out in enumerate(call.outs)]
+        calls = [
+            backends.Call(x, meta(out, K, dtype), A, meta(out, R, adapter_dtype), core, bias)
+            for out, bias in zip(call.outs, biases, strict=True)
+        ]
+        ys, Ts = zip(*group.forward(calls), strict=True)
+        group.backward(calls, ys, Ts, [needs] * len(calls))
+        return
     if call.tiles:
         transposed = call.tiles == "y"
         operands = (x, *(t if transposed or t is core else t.T.contiguous() for t in (weight, A, core, B)))
@@ -168,9 +222,13 @@ def make_call(call: Call) -> None:
                 extended.product(*operands, None, 1.0, transposed=transposed, tile=tile, single=single)
         return
     dropout = Dropout(0.3, torch.empty((), dtype=torch.int64, device="meta")) if call.dropout else None
+    if call.coded:
+        plain, nested = aot.four_bits(K, N, dtype, functools.partial(torch.empty, device="meta"))
+        codes = nested if call.coded == "nested" else plain
+        quantised.decode(codes, weight)
+        weight = codes if quantised.decodes_within(codes, M) else weight
     layer = backends.Call(x, weight, A, B, core, bias, dropout=dropout)
     y, T = linear.forward(layer)
-    needs = Needs(True, False, not call.inttune, not call.inttune, call.core, False)
     linear.backward(layer, dy, T, needs)
 
 
@@ -183,7 +241,8 @@ BUILDS = {
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=BUILDS)
+    parser.add_argument("what", choices=BUILDS, nargs="+")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
-    BUILDS[options.what](options.rehearse)
+    for what in options.what:
+        BUILDS[what](options.rehearse)

@@ -59,6 +59,14 @@ class Gpu(Stage, child.Gpu):
     def forget(self) -> None:
         torch.cuda.empty_cache()
 
+    def clock(self) -> dict[str, int]:
+        """{"mhz": of the processors, as the work before left it}; nothing where the driver does not say."""
+        try:
+            return {"mhz": torch.cuda.clock_rate()}
+        except Exception:
+            # NOTE: by a package that may be missing, and a call that a virtual machine may refuse.
+            return {}
+
     def stream(self):
         return torch.cuda.Stream()
 
@@ -101,6 +109,9 @@ class Rehearsal(Stage, child.Host):
 
     def forget(self) -> None:
         pass
+
+    def clock(self) -> dict[str, int]:
+        return {}
 
     def stream(self):
         return None

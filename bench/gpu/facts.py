@@ -68,7 +68,7 @@ def product(machine, M, K, N) -> dict:
     replay, _ = machine.capture(lambda: [torch.mm(a, b.T, out=c) for a, b, c in zip(x, weight, y, strict=True)])
     times = machine.by_turns({"product": replay})["product"]
     microseconds = 1000 * statistics.median(times) / count
-    return {"us": round(microseconds, 2), "tflops": round(2e-6 * M * N * K / microseconds, 1)}
+    return {"us": round(microseconds, 2), "tflops": round(2e-6 * M * N * K / microseconds, 1), **machine.clock()}
 
 
 def launch_gap(machine) -> dict:

@@ -13,12 +13,14 @@ keeps what was done. This process never starts CUDA. Exit status: 0 if every sta
 
 import argparse
 import collections
+import functools
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +72,8 @@ BUILDS = {"device": 200, "bounded": 200, "extension": 200, "triton": 120}
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 LIBRARY, BOUNDED, EXTENSION, TRITON = ("device",), ("bounded",), ("extension",), ("triton",)
-# The order is that of what the later stages rest on.
+TIMED = EXTENSION + TRITON
+# What is most wanted first, behind what it rests on: a cut takes the end.
 STAGES = [
     Stage("facts", "facts:cells", 25),
     Stage("probes", "probes:probes", 20, needs=LIBRARY),
@@ -78,21 +81,21 @@ STAGES = [
     Stage("kernels", "probes:others", 30, needs=LIBRARY),
     Stage("cuda layers", "layers:cuda", 40, needs=BOUNDED),
     Stage("triton layers", "layers:triton", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
-    Stage("triton dropout", "layers:dropout", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
-    Stage("triton quantised", "layers:quantised", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
-    Stage("triton training", "layers:training", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
+    Stage("bench forward", "bench:forward", 40, needs=TIMED),
+    Stage("bench backward", "bench:backward", 50, needs=TIMED),
     Stage("graphs", "layers:graphs", 25, needs=BOUNDED, rehearsed_in=INTERPRETED),
+    Stage("triton quantised", "layers:quantised", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
+    Stage("triton dropout", "layers:dropout", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
+    Stage("triton training", "layers:training", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
+    Stage("bench initialisation", "bench:initialisation", 30, needs=TIMED),
+    Stage("train", "train:cells", 40, patience=40, needs=TIMED),
+    Stage("bench groups", "bench:groups_of_layers", 40, patience=40, needs=TIMED),
+    Stage("bench layers", "bench:layers", 40, needs=TIMED),
+    Stage("stress", "stress:cells", 40, 20, BOUNDED + TRITON, rehearsed_in=INTERPRETED),
+    Stage("tune", "tune:cells", 40, needs=TRITON),
+    Stage("bench compiled", "bench:compiled", 40, patience=40, needs=TIMED),
     Stage("memcheck", "layers:sanitized", 40, 40, EXTENSION, sanitizer="memcheck"),
     Stage("racecheck", "layers:sanitized", 40, 40, EXTENSION, sanitizer="racecheck"),
-    Stage("stress", "stress:cells", 40, 20, BOUNDED, rehearsed_in=INTERPRETED),
-    Stage("bench forward", "bench:forward", 40, needs=EXTENSION),
-    Stage("bench backward", "bench:backward", 40, needs=EXTENSION),
-    Stage("bench layers", "bench:layers", 40, needs=EXTENSION),
-    Stage("bench groups", "bench:groups_of_layers", 40, patience=40, needs=EXTENSION),
-    Stage("bench compiled", "bench:compiled", 40, patience=40, needs=EXTENSION),
-    Stage("bench initialisation", "bench:initialisation", 30, needs=EXTENSION),
-    Stage("tune", "tune:cells", 40),
-    Stage("train", "train:cells", 40, patience=40, needs=EXTENSION),
 ]
 # What a rehearsal adds: the runner itself is what they test.
 FAULTS = [
@@ -108,6 +111,8 @@ class Proof:
         self.out = options.out.resolve()
         self.out.mkdir(parents=True, exist_ok=True)
         self.cells = self.out / "cells.jsonl"
+        # NOTE: not beside the results, of which a machine may give back only a few files when it is cut off.
+        self.scratch = tempfile.TemporaryDirectory()
         done = [line for line in lines_of(self.cells) if line.get("status") == "ok"] if options.resume else []
         replace(self.cells, "".join(json.dumps(line) + "\n" for line in done))
         self.log = open(self.out / "proof.log", "ab" if options.resume else "wb")
@@ -207,9 +212,9 @@ class Proof:
         if stage and self.options.rehearse:
             environment |= stage.rehearsed_in
         elif stage and stage.sanitizer:
-            under = [sanitizer(), "--tool", stage.sanitizer, "--kernel-name", "kns=nlora", "--error-exitcode", "9"]
+            under = [*sanitizer(), "--tool", stage.sanitizer, "--error-exitcode", "9"]
         command = [*under, sys.executable, "-m", f"bench.gpu.{command[0]}", *command[1:]]
-        file = open(self.out / f"{name.replace(' ', '-')}.log", "w+b")
+        file = open(Path(self.scratch.name, f"{name.replace(' ', '-')}.log"), "w+b")
         return process.start(command, file, env=environment, cwd=ROOT, held=held)
 
     def stage(self, stage: Stage, child: process.Child) -> dict:
@@ -338,8 +343,13 @@ def passed(cells: dict) -> str:
     return f"{sum(cell['status'] == 'ok' for cell in cells.values())} of {len(cells)}"
 
 
-def sanitizer() -> str | None:
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+@functools.cache
+def sanitizer() -> list[str] | None:
+    """compute-sanitizer for kernels of ours alone, as its versions call the option; None where there is none."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    said = output([tool, "--help"]) if tool else ""
+    option = next((name for name in ("--kernel-name", "--kernel-regex") if name in said), None)
+    return tool and [tool, *((option, "kns=nlora") if option else ())]
 
 
 def output(command: list[str]) -> str:

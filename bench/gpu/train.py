@@ -66,6 +66,8 @@ def step(machine, method) -> dict:
     milliseconds = statistics.median(times)
     return {
         "ms": round(milliseconds, 1),
+        "ms_least_most": [round(min(times), 1), round(max(times), 1)],
+        **machine.clock(),
         "tokens_per_s": round(1000 * batch * length / milliseconds),
         "peak_gib": round(peak / 2**30, 2),
         "loss": [round(first, 4), round(last, 4)],

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import device, proof, stage
+from bench.gpu import build, device, layers, proof, stage
 from python_tests import ROOT
+from python_tests.cuda import emulator
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is for machines with CUDA, and needs their kernel")
 
@@ -109,6 +110,9 @@ def test_a_kill_leaves_a_record_that_can_be_read_and_gone_on_with(tmp_path, seed
     process.communicate()
     record = json.loads((tmp_path / "proof.json").read_text())
     assert record["rehearsal"] and set(record["stages"]) <= {"probes", "hang"}
+    # Logs of what ran are none of them: a machine may give back only a few files.
+    left = {"cells.jsonl", "proof.json", "proof.partial", "proof.log", "golden"}
+    assert {file.name for file in tmp_path.iterdir()} <= left
     for _ in range(100):
         if not left_of(tmp_path):
             break
@@ -174,6 +178,91 @@ assert built == ["nlora_kernels._C"], built
 """
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("known, built", [("these sources", False), ("other sources", True), (None, True)])
+def test_an_extension_of_other_sources_is_built_anew(tmp_path, known, built):
+    """What is taken to another machine has no times that say so."""
+    code = f"""
+import os
+from pathlib import Path
+import setup
+from bench.gpu import build
+build.ROOT, ran = Path({str(tmp_path)!r}), []
+target, stamp = build.ROOT / "nlora_kernels" / f"_C{{build.SUFFIX}}", build.ROOT / "build" / "extension.sources"
+for file, text in ((target, "code"), (stamp, {known!r})):
+    file.parent.mkdir()
+    if text:
+        file.write_text(text)
+setup.sources_digest, setup.extensions = lambda: "these sources", lambda: []
+setup.NinjaBuild.run = lambda self: ran.append(self.inplace)
+build.loads = lambda *_: True
+build.extension(rehearse=False)
+assert ran == [True] * {built}, ran
+assert stamp.read_text() == "these sources"
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_what_is_taken_along_is_all_that_is_built_before():
+    for build_ in (build.bounded_extension(), build.BOUNDED / "sources", emulator.BUILD / "libdevice.so"):
+        assert any((ROOT / path) in (build_, *build_.parents) for path in build.PREBUILT), build_
+
+
+LAUNCHED = {
+    "few rows of codes": (dict(shape=(7, 64, 32, 8), coded="nested"), {"dequantise", "extended_product"}),
+    "many rows of codes": (dict(shape=(512, 64, 32, 8), coded="plain"), {"dequantise", "extended_product"}),
+    "a group": (dict(shape=(70, 64, 0, 16), outs=(72, 136)), {"extended_group", "extended_sum"}),
+    "a core": (dict(shape=(8, 8, 1, 1), part="core"), {"core_forward", "core_backward"}),
+    "a weight": (
+        dict(shape=(1, 64, 32, 8), part="nystrom"),
+        {"gather_submatrices", "sum_squares", "subtract_product", "back_substitute"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_what_stages_launch_is_compiled_before(monkeypatch, name):
+    pytest.importorskip("triton")
+    from nlora_kernels.backends.triton import device, launch
+
+    arguments, expected = LAUNCHED[name]
+    launched = []
+    monkeypatch.setattr(launch, "run", lambda kernel, *_, **arguments: launched.append((kernel.__name__, arguments)))
+    monkeypatch.setattr(device, "target", lambda index: device.Device("", 90, 132, device.SHARED[90]))
+    launch.forget_plans()
+    try:
+        build.make_call(build.Call("float16", "float16", **arguments))
+    finally:
+        launch.forget_plans()
+    assert {kernel for kernel, _ in launched} >= expected
+    products = [given["weight"] for kernel, given in launched if kernel == "extended_product"]
+    assert all((type(weight) is tuple) == (name == "few rows of codes") for weight in products)
+
+
+def test_every_layer_of_codes_that_is_checked_is_compiled_before():
+    calls = set(build.triton_calls(False))
+    for dtype in ("bfloat16", "float32"):
+        for shape, nested in layers.quantised_cases(dtype == "float32", layers.QUANTISED):
+            assert build.Call(dtype, dtype, shape, bias=True, coded="nested" if nested else "plain") in calls
+
+
+@pytest.mark.parametrize("option", ["--kernel-name", "--kernel-regex"])
+def test_a_sanitizer_looks_at_kernels_of_ours_alone(monkeypatch, option):
+    monkeypatch.setattr(proof.shutil, "which", lambda *_, **__: "/bin/compute-sanitizer")
+    monkeypatch.setattr(proof, "output", lambda command: f"usage: {option} FILTER")
+    proof.sanitizer.cache_clear()
+    try:
+        assert proof.sanitizer() == ["/bin/compute-sanitizer", option, "kns=nlora"]
+    finally:
+        proof.sanitizer.cache_clear()
 
 
 def test_a_backend_whose_layers_hung_or_crashed_is_not_timed(tmp_path):

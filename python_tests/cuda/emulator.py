@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from python_tests import ROOT
-from setup import Step, ninja
+from setup import Step, ninja, sources_digest
 
 BUILD = ROOT / "build" / "emulator"
 CUDA = ROOT / "csrc" / "cuda"
@@ -77,10 +76,7 @@ def cubin(runner, arch="90a", bounded=False):
 @functools.cache
 def device():
     """The same entry points for a CUDA device: as they were built before from these sources, or built now."""
-    sources = (file for file in sorted((ROOT / "csrc").rglob("*")) if file.is_file())
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
-    # NOTE: by what they hold: a copy of the folder has other times.
-    library, built_from = BUILD / "libdevice.so", BUILD / "libdevice.sources"
+    library, built_from, digest = BUILD / "libdevice.so", BUILD / "libdevice.sources", sources_digest()
     if not (library.is_file() and built_from.is_file() and built_from.read_text() == digest):
         # A hang becomes an error.
         compile = [nvcc(), "-x", "cu", *target("90a"), *NVCC_FLAGS, "-DNLORA_BOUND_SPINS", "-Xcompiler", "-fPIC", "-c"]
