@@ -6,6 +6,8 @@ else
 PYTHON = .venv/bin/python
 READY = .venv/ready extension
 endif
+# What needs no extension of this checkout.
+ENVIRONMENT = $(filter .venv/%,$(READY))
 
 # Where gpu-proof puts its results, unless the environment says.
 OUT ?= gpu-results
@@ -53,7 +55,7 @@ zero: $(READY) build/zero/ready
 	build/zero/bin/python -m pytest python_tests/distributed/test_engines.py -k "zero or masks" $(FLAGS)
 
 PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-build/zero/ready: Makefile $(filter .venv/%,$(READY))
+build/zero/ready: Makefile $(ENVIRONMENT)
 	rm -rf build/zero && $(PYTHON) -m venv build/zero
 	$(PYTHON) $(PURELIB) > "$$(build/zero/bin/python $(PURELIB))/below.pth"
 	DS_BUILD_OPS=0 build/zero/bin/python -m pip install -q --no-deps --no-build-isolation $(DEEPSPEED)
@@ -75,24 +77,24 @@ papers: $(READY)
 smoke: $(READY)
 	$(PYTHON) -m pytest bench -k smoke
 
-lint: $(READY)
+lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(shell find csrc -name '*.[chi]*')
 
 # The site, into build/site: without a warning, and without anything from elsewhere.
-docs: $(READY)
+docs: $(ENVIRONMENT)
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict -q
 
 # Wheels for the Pythons named, environments of their own or with torch, and the sources: built, checked and run, into dist/.
-# FLAGS="--build cpu" leaves the CUDA kernels out.
+# FLAGS=--demo also installs each as users do and trains an adapter with it; "--build cpu" leaves the CUDA kernels out.
 PYTHONS ?= python3.11 python3.12 python3.13
-wheels: $(READY)
+wheels: $(ENVIRONMENT)
 	$(PYTHON) .ci/wheels.py $(PYTHONS) $(FLAGS)
 
 # The folder that the kernels hub takes, into build/hub: laid out, loaded by the package kernels and run.
-hub: $(READY)
+hub: $(ENVIRONMENT)
 	$(PYTHON) .ci/hub.py
 
 # Every Triton kernel for every device, dtype and rank; `make gates` compiles what the benchmark shapes need.
@@ -109,10 +111,10 @@ sanitize: $(READY)
 
 # Everything that a GPU can show, in one call of under ten minutes; the results go to $OUT. FLAGS="--only bench", --resume,
 # or --rehearse without a GPU. It builds what it needs by itself, under PYTHON=python3 as well.
-gpu-proof: $(filter .venv/%,$(READY))
+gpu-proof: $(ENVIRONMENT)
 	$(PYTHON) -m bench.gpu.proof --out $(OUT) $(FLAGS)
 
-extension: $(filter .venv/%,$(READY))
+extension: $(ENVIRONMENT)
 	$(PYTHON) setup.py -q build_ext --inplace
 
 # NOTE: torch is asked for by its version together with the packages that need it; left to them, pip picks another build.
