@@ -66,12 +66,12 @@ def spread(row: dict[str, Any], to: str = "floor") -> Spread:
     return Spread(row[f"ratio_to_{to}"], *row[f"ratio_to_{to}_p20_p80"])
 
 
-def dumbbells(title: str, axis: str, column: str, reference: str, lines: Sequence[Line], theme: Theme):
+def dumbbells(title: str, where: str, axis: str, column: str, reference: str, lines: Sequence[Line], theme: Theme):
     """A figure of `lines`: PEFT and ours as dots joined by a bar, `reference` at 1, `column` at the right."""
-    height = 0.235 * len(lines) + 1.15
+    height = 0.235 * len(lines) + 1.35
     figure = new_figure(7.6, height)
     figure.set_layout_engine("none")
-    bottom, top = 0.5 / height, 1 - 0.62 / height
+    bottom, top = 0.5 / height, 1 - 0.82 / height
     axes = figure.add_axes((0.34, bottom, 0.53, top - bottom))
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
@@ -94,7 +94,8 @@ def dumbbells(title: str, axis: str, column: str, reference: str, lines: Sequenc
         write(1.17, place, line.column, ha="right", weight="bold", color=theme.loss if line.loss else theme.text)
     write(1.17, -1.0, column, va="bottom", ha="right", color=theme.text, fontsize=8)
     figure.text(0.012, 1 - 0.1 / height, title, color=theme.text, fontsize=10, weight="bold", va="top")
-    legend(figure, 1 - 0.4 / height, theme, colours, reference)
+    figure.text(0.012, 1 - 0.31 / height, where, color=theme.text, fontsize=8.5, va="top")
+    legend(figure, 1 - 0.6 / height, theme, colours, reference)
     axes.set_yticks([])
     axes.set_xlabel(axis, color=theme.text, fontsize=8.5)
     axes.tick_params(colors=theme.text, labelsize=8, length=0)

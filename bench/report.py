@@ -145,8 +145,7 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
         }
         found |= {path: text for picture in pictures.values() for path, text in picture.items()}
         shown = [_embedded(f"charts/{stem}-{name}", _pictures(results)[name][0]) for name in pictures]
-        heading = f"## {results.provenance.get('device')}, kernels for {results.provenance.get('kernels_use')}"
-        tables.append("\n\n".join([heading, *shown, markdown(results)]))
+        tables.append("\n\n".join([f"## {_where(results)}", *shown, markdown(results)]))
     found[root / "docs" / "results.md"] = insert(
         (root / "docs" / "results.md").read_text(), "\n".join(tables), "results"
     )
@@ -157,11 +156,13 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
 
 
 def _pictures(results: Results) -> dict[str, tuple]:
-    """{name: (title, axis, heading of the column, lines)} of those that results have rows for."""
+    """{name: (title, where, axis, heading of the column, reference, lines)} of those that results have rows for."""
+    where = f"{_where(results)}, {results.provenance.get('threads')} threads"
     spread = "median; thin lines: 20th to 80th percentile"
     possible = {
         "layers": (
             "One layer, forward and backward: NLoRA against PEFT's LoRA",
+            where,
             f"time / time of the frozen layer alone ({spread})",
             "speed-up",
             "the frozen layer alone",
@@ -169,6 +170,7 @@ def _pictures(results: Results) -> dict[str, tuple]:
         ),
         "steps": (
             "A whole training step against PEFT's LoRA",
+            where,
             f"time / forward and backward of the frozen model ({spread})",
             "speed-up",
             "the frozen model",
@@ -176,6 +178,7 @@ def _pictures(results: Results) -> dict[str, tuple]:
         ),
         "memory": (
             "What autograd keeps for backward of a training step, against PEFT's LoRA",
+            where,
             "bytes / bytes kept of the frozen model",
             "kept",
             "the frozen model",
@@ -183,6 +186,10 @@ def _pictures(results: Results) -> dict[str, tuple]:
         ),
     }
     return {name: picture for name, picture in possible.items() if picture[-1]}
+
+
+def _where(results: Results) -> str:
+    return f"{results.provenance.get('device')}, kernels for {results.provenance.get('kernels_use')}"
 
 
 def _picture(folder: Path, name: str, *picture) -> dict[Path, str]:
@@ -342,7 +349,7 @@ def _layer_table(rows: list[dict[str, Any]]) -> str:
         chosen = _chosen(cell) or {}
         gain = chosen.get("speedup_vs_peft")
         lines.append([*what, floor, f"{row['flop_bound']:.2f}", *ratios, f"{gain:.2f}" if gain else ""])
-    header = ["layer", "r", "dtype", "method", "pass", "floor, ms", "bound", *(LABELS[n] for n in impls), "vs PEFT"]
+    header = ["layer", "r", "dtype", "method", "pass", "frozen, ms", "bound", *(LABELS[n] for n in impls), "vs PEFT"]
     return _table(header, lines)
 
 

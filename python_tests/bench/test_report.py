@@ -186,7 +186,7 @@ def test_a_picture_holds_every_figure_and_says_where_ours_is_slower():
     small = {name: spread.value for name, spread in lines[1].values.items()}
     assert small == {charts.PEFT: 1.5, charts.OURS: 1.75}
     for theme in charts.THEMES.values():
-        picture = charts.svg(charts.dumbbells("title", "axis", "speed-up", "floor", lines, theme))
+        picture = charts.svg(charts.dumbbells("title", "where", "axis", "speed-up", "floor", lines, theme))
         assert {"title", "axis", "speed-up", "floor", "0.86 ×", "1.27 ×", "PEFT"} <= set(shown(picture))
         # The one that is slower has a colour of its own.
         assert picture.count(theme.loss) == 1 and picture.count(theme.ours) >= 2
