@@ -52,7 +52,7 @@ gates: $(READY)
 # pytest-benchmark takes from another package. FLAGS=--engines adds every method under every engine.
 DEEPSPEED = deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 py-cpuinfo==9.0.0
 zero: $(READY) build/zero/ready
-	build/zero/bin/python -m pytest python_tests/distributed/test_engines.py -k "zero or masks" $(FLAGS)
+	build/zero/bin/python -m pytest $(addprefix python_tests/distributed/test_,engines.py traffic.py) -k "zero or masks" $(FLAGS)
 
 PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 build/zero/ready: Makefile $(ENVIRONMENT)

@@ -80,13 +80,13 @@ def fsdp2(model: nn.Module, replicas: int = 1, **options) -> Prepared:
     return _with_optimizer(model, model)
 
 
-def zero(model: nn.Module, stage: int, **options) -> Prepared:
+def zero(model: nn.Module, stage: int, sharding: dict[str, int] | None = None, **options) -> Prepared:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     # Where a compiler is it would build an all-reduce of its own first; gloo has one.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    sharding = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    sharding = {"stage": stage, "stage3_param_persistence_threshold": 0} | (sharding or {})
     settings = {"train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(), "zero_optimization": sharding}
     # Untold, it clips gradients to a norm of 1, as no other engine does.
     settings |= {"gradient_clipping": 0.0}

@@ -1,6 +1,9 @@
 """The bytes that examples/recipes/traffic.py has of a step are those that the collectives of a step are given."""
 
 import collections
+import functools
+import importlib.util
+import itertools
 import sys
 
 import peft
@@ -10,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nlora_kernels.lora2 import RankAllocator, orthogonal_penalty
 from python_tests import ROOT
@@ -23,8 +27,9 @@ from recipes import traffic  # noqa: E402
 
 pytestmark = needs_gloo
 
-# {operator: (collective, which of its arguments is the whole tensor)}
+# {operator: (collective, which of its arguments is the whole tensor, in lists of parts it may be)}
 KINDS = {
+    "allgather_": ("all_gather", 0),
     "_allgather_base_": ("all_gather", 0),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
     "allreduce_": ("all_reduce", 0),
@@ -49,8 +54,7 @@ class Counted(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
             # A collective that is not known here must not pass for none.
             kind, place = KINDS[name]
-            whole = args[place] if isinstance(args[place], list) else [args[place]]
-            self.bytes[kind] += sum(t.numel() * t.element_size() for t in whole)
+            self.bytes[kind] += sum(t.numel() * t.element_size() for t in tree_leaves(args[place]))
         return func(*args, **(kwargs or {}))
 
 
@@ -65,37 +69,55 @@ def blocks(model):
     return model.base_model.model.model.layers
 
 
+# How ZeRO-3 holds parameters: let go after forward, as it would those of a large model, or the small ones never.
+RELEASED = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+PERSISTENT = 1000
+STAGES = {
+    "zero3_released": functools.partial(engines.zero, stage=3, sharding=RELEASED),
+    "zero3_persistent": functools.partial(
+        engines.zero, stage=3, sharding=RELEASED | {"stage3_param_persistence_threshold": PERSISTENT}
+    ),
+}
+
+
 def modelled(engine: str, method: str, ranks: int) -> dict[str, int]:
     model = engines.build(method)
+    pruning = method.endswith("_pruned")
     if engine == "ddp":
         return traffic.ddp(model)
+    if engine.startswith("fsdp1"):
+        return traffic.fsdp1(model, blocks(model), ranks, original=engine == "fsdp1", pruning=pruning)
+    if engine.startswith("zero"):
+        options = {"persistent": PERSISTENT if engine == "zero3_persistent" else 0, "released": engine in STAGES}
+        first = model.base_model.model.model.embed_tokens, blocks(model)[0].input_layernorm
+        return traffic.zero(model, int(engine[4]), ranks, **options, first=first, pruning=pruning)
     replicas = 2 if engine == "hsdp" else 1
-    reshard = engine != "fsdp2_kept"
-    pruned = [traffic.pruning(model, replicas, reshard=reshard)] if method.endswith("_pruned") else []
-    return total(traffic.fsdp2(model, blocks(model), ranks // replicas, replicas=replicas, reshard=reshard), *pruned)
+    options = {"replicas": replicas, "reshard": engine != "fsdp2_kept"}
+    return traffic.fsdp2(model, blocks(model), ranks // replicas, **options, pruning=pruning)
 
 
 def counted(prepared, model, rows, allocator=None) -> dict[str, int]:
     """Of the last of three steps."""
     for _ in range(3):
-        # DDP finds its buckets in the first step and tells the ranks of them in the second.
+        # DDP finds its buckets in the first step and tells the ranks in the second, as ZeRO-3 does of modules.
         with Counted() as found:
             loss = prepared.model(input_ids=rows, labels=rows).loss
             prepared.backward(loss + orthogonal_penalty(model) if allocator else loss)
             optimizer = prepared.step()
             if allocator:
                 allocator.step()
-            optimizer.zero_grad()
+            if optimizer is not None:
+                optimizer.zero_grad()
     return dict(found.bytes)
 
 
 def count(rank, cells):
     ranks = dist.get_world_size()
-    rows = tokens(batch=engines.ROWS).chunk(ranks)[rank]
+    rows = tokens(batch=ranks).chunk(ranks)[rank]
     found = {}
     for engine, method in cells:
         model = engines.build(method)
-        prepared = engines.ENGINES[engine](model)
+        prepared = (engines.ENGINES | STAGES)[engine](model)
         pruned = method.endswith("_pruned") and engine != "ddp"
         found[engine, method] = counted(prepared, model, rows, RankAllocator(model, **SCHEDULE) if pruned else None)
     return found
@@ -103,14 +125,23 @@ def count(rank, cells):
 
 # No step masks, and all of them score.
 SCHEDULE = {"target_rank": 1, "total_steps": 9, "t_init": 4, "t_final": 1, "delta_t": 1}
-CELLS = [(engine, method) for engine in ("ddp", "fsdp2", "fsdp2_kept") for method in ("nlora_residual", "lora2_pruned")]
+METHODS = ("nlora_residual", "lora2_pruned")
+CELLS = {
+    "torch": [*itertools.product(("ddp", "fsdp1", "fsdp2", "fsdp2_kept"), METHODS), ("fsdp1_flat", "lora2_pruned")],
+    # What trains of the other methods six parts divide evenly, and eight.
+    "zero": [*itertools.product(("zero1", "zero2", "zero3", *STAGES), METHODS), ("zero2", "inttune")],
+}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_bytes_of_a_step_are_those_that_are_counted(ranks, request):
-    if ranks == 4 and not request.config.getoption("--engines"):
+# Three ranks divide hardly anything evenly: with them what is filled up is counted.
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("kind", CELLS)
+def test_the_bytes_of_a_step_are_those_that_are_counted(kind, ranks, request):
+    if kind == "zero" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed (make zero)")
+    if ranks != 3 and not request.config.getoption("--engines"):
         pytest.skip("needs --engines")
-    cells = CELLS + ([("hsdp", "lora2_pruned")] if ranks == 4 else [])
+    cells = CELLS[kind] + ([("hsdp", "lora2_pruned")] if kind == "torch" and ranks == 4 else [])
     for (engine, method), found in run(count, ranks, cells).items():
         assert found == modelled(engine, method, ranks), (engine, method)
 
