@@ -11,6 +11,7 @@ They keep a shard of a parameter on every rank and have it whole, gathered, whil
 import sys
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from ..backends.base import PLAIN
@@ -73,12 +74,20 @@ def gathered(unit: nn.Module, name: str) -> Tensor:
         del module.forward
 
 
+def is_dtensor(t: Tensor) -> bool:
+    """Whether it lies on the ranks of a mesh, as FSDP2's and tensor parallelism's do."""
+    # NOTE: asking a plain tensor for an attribute that it lacks is slow, and most are asked where no engine is loaded.
+    return type(t) not in PLAIN and hasattr(t, "device_mesh")
+
+
+def shape(t: Tensor) -> torch.Size:
+    """The shape of a parameter, whether ZeRO-3 has it whole now or not."""
+    return getattr(t, "ds_shape", t.shape) if "deepspeed" in sys.modules else t.shape
+
+
 def is_at_rest(weight: Tensor) -> bool:
     """Whether it is a shard now, of FSDP2 or ZeRO-3."""
-    # NOTE: asking a plain tensor for an attribute that it lacks is slow, and most are asked where no engine is loaded.
-    if type(weight) not in PLAIN:
-        return hasattr(weight, "device_mesh")
-    return "deepspeed" in sys.modules and getattr(weight, "ds_shape", weight.shape) != weight.shape
+    return is_dtensor(weight) or shape(weight) != weight.shape
 
 
 def within_gathering(model: nn.Module) -> set[nn.Module]:

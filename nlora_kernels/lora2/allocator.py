@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import engines
 from . import flat, shards, zero
 from .kernels import kernels
 from .layers import Layer, layers
@@ -116,7 +117,7 @@ class RankAllocator:
         self.t = 0
         self.skipped = 0
         self._sizes = [size for layer in found for size in (layer.r, layer.k)]
-        like, size = found[0].lora_E, sum(zero.shape(t).numel() for t in (*self._scored, *self._columns))
+        like, size = found[0].lora_E, sum(engines.shape(t).numel() for t in (*self._scored, *self._columns))
         self.exp_avg = torch.zeros(size, dtype=torch.promote_types(torch.float32, like.dtype), device=like.device)
         self.exp_unc = torch.zeros_like(self.exp_avg)
         self._kept = torch.ones(sum(ranks), dtype=torch.bool, device=like.device)
@@ -164,6 +165,8 @@ class RankAllocator:
         tensors = [*self._scored, *self._columns]
         if not scoring:
             grads = [None for _ in tensors]
+            if self._gradients is not None:
+                self._gradients.drop()
         else:
             grads = flat.gradients(tensors) if self._gradients is None else self._gradients.take()
         if scoring and all(grad is None for grad in grads):
@@ -221,6 +224,8 @@ class RankAllocator:
         for name in ("exp_avg", "exp_unc", "kept"):
             if state[name].shape != own[name].shape:
                 raise ValueError(f"{name} must have shape {tuple(own[name].shape)}, got {tuple(state[name].shape)}")
+        if self._gradients is not None:
+            self._gradients.drop()
         self.t, self.skipped = state["t"], state["skipped"]
         self.exp_avg = state["exp_avg"].to(self.exp_avg, copy=True)
         self.exp_unc = state["exp_unc"].to(self.exp_unc, copy=True)
@@ -316,8 +321,8 @@ class RankAllocator:
         rows = ((self.exp_avg * self.exp_unc)[self._where] * self._share).sum(1)
         if not self.full:
             return rows
-        start = sum(zero.shape(t).numel() for t in self._scored)
-        sizes = [zero.shape(t).numel() for t in self._columns]
+        start = sum(engines.shape(t).numel() for t in self._scored)
+        sizes = [engines.shape(t).numel() for t in self._columns]
         products = (self.exp_avg[start:] * self.exp_unc[start:]).split(sizes)
         pairs = zip(self.layers, products[::2], products[1::2], strict=True)
         sums = [v.view(la.count, -1).sum(1) + V.view(-1, la.count).sum(0) for la, v, V in pairs]

@@ -5,7 +5,6 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..layers import engines
-from . import zero
 from .flat import Flattened
 
 _TENSORS = ("lora_E", "lora_u", "lora_U", "lora_v", "lora_V", "lora_mask")
@@ -38,11 +37,11 @@ class Layer(NamedTuple):
 
     @property
     def r(self) -> int:
-        return zero.shape(self.lora_u)[0]
+        return engines.shape(self.lora_u)[0]
 
     @property
     def k(self) -> int:
-        return zero.shape(self.lora_u)[1]
+        return engines.shape(self.lora_u)[1]
 
     @property
     def count(self) -> int:

@@ -5,25 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends.base import PLAIN
 from ..internals import plain_apply
+from ..layers import engines
 from . import flat, zero
 
 
 def is_apart(t: Tensor) -> bool:
     """Whether an engine holds more than one copy or less than one of it on a rank, so that it is written by `write`."""
-    return is_shard(t) or zero.owns(t) or isinstance(t, flat.Flattened)
+    return engines.is_dtensor(t) or zero.owns(t) or isinstance(t, flat.Flattened)
 
 
 def is_whole(t: Tensor) -> bool:
     """Whether a rank has all of it at rest."""
-    return not (is_shard(t) or isinstance(t, flat.Flattened) or zero.shape(t) != t.shape)
-
-
-def is_shard(t: Tensor) -> bool:
-    """Whether it is a DTensor."""
-    # Asking a plain tensor for an attribute that it lacks costs more than the rest of a step does for it.
-    return type(t) not in PLAIN and hasattr(t, "device_mesh")
+    return not (isinstance(t, flat.Flattened) or engines.is_at_rest(t))
 
 
 def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -35,7 +29,7 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     them.
     """
     tensors = flat.gathered(zero.gathered(tensors))
-    places = [place for place, t in enumerate(tensors) if is_shard(t)]
+    places = [place for place, t in enumerate(tensors) if engines.is_dtensor(t)]
     if not places:
         return list(tensors)
     whole = list(tensors)
@@ -48,7 +42,7 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
 def write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Puts what `gathered` gave, changed in place since and the same on all ranks, into the shards it came from."""
     for t, value in zip(tensors, values, strict=True):
-        if is_shard(t):
+        if engines.is_dtensor(t):
             t.to_local().copy_(value[slices(t)])
         elif isinstance(t, flat.Flattened):
             t.values.copy_(value.reshape(-1)[t.range])

@@ -7,15 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..layers.engines import shape
+
 
 def owns(t: Tensor) -> bool:
     """Whether an engine of DeepSpeed trains this parameter, under whatever stage of ZeRO."""
     return "deepspeed" in sys.modules and (hasattr(t, "ds_id") or hasattr(t, "_hp_mapping"))
-
-
-def shape(t: Tensor) -> torch.Size:
-    """The shape of a parameter, whether ZeRO-3 has it whole now or not."""
-    return getattr(t, "ds_shape", t.shape) if "deepspeed" in sys.modules else t.shape
 
 
 def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -73,6 +70,7 @@ class Gradients:
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.tensors = tensors
+        # By their places among the tensors.
         self._sums: dict[int, Tensor] = {}
         for place, t in enumerate(tensors):
             t.register_hook(partial(self._add, place))
@@ -90,6 +88,10 @@ class Gradients:
         flat /= torch.distributed.get_world_size(group)
         found = flat.split([part.numel() for part in parts])
         return [mean.view(part.shape) for mean, part in zip(found, parts, strict=True)]
+
+    def drop(self) -> None:
+        """Forgets them."""
+        self._sums = {}
 
     def _add(self, place: int, grad: Tensor) -> None:
         # A copy: what is passed on is DeepSpeed's to reuse.

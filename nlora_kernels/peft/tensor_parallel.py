@@ -70,7 +70,7 @@ def split_of(base: nn.Module) -> Split | None:
     if type(base) is not nn.Linear:
         return None
     weight = tensor_of(base, "weight")
-    if type(weight) in PLAIN or not hasattr(weight, "device_mesh"):
+    if not engines.is_dtensor(weight):
         return None
     mesh, names = weight.device_mesh, weight.device_mesh.mesh_dim_names
     # FSDP2 too has weights as DTensors; those around a product are its shards only while nobody calls the layer.

@@ -150,6 +150,25 @@ def test_refused_allocator_puts_no_hook_on_a_parameter(monkeypatch):
     assert any(parameter._backward_hooks for parameter in model.parameters())
 
 
+def test_gradients_of_steps_that_score_nothing_are_not_kept(monkeypatch):
+    monkeypatch.setattr(zero, "owns", lambda t: True)
+    model = engines.build("lora2")
+    allocator = RankAllocator(model, **engines.schedule(8))
+    start, rows = allocator.state_dict(), tokens(batch=1)
+
+    def backward():
+        model(input_ids=rows, labels=rows).loss.backward()
+
+    allocator.t = allocator.total_steps - allocator.t_final
+    backward()
+    allocator.step()
+    assert not allocator._gradients._sums
+    backward()
+    assert allocator._gradients._sums
+    allocator.load_state_dict(start)
+    assert not allocator._gradients._sums
+
+
 def test_value_written_keeps_the_bits_it_has_no_room_for():
     master = torch.tensor([1 + 2**-20, -3 - 2**-15, 2**-30, 5.0])
     kept = torch.tensor([1.0, 0.0, 1.0, 1.0])
