@@ -177,7 +177,7 @@ def make_call(call: Call) -> None:
     from nlora_kernels import backends
     from nlora_kernels.backends import Dropout, Needs
     from nlora_kernels.backends.triton import core as lora2
-    from nlora_kernels.backends.triton import device, extended, group, linear, nystrom, quantised
+    from nlora_kernels.backends.triton import device, extended, linear, nystrom, quantised
     from nlora_kernels.backends.triton.tuning import rule
     from python_tests.triton import aot
 
@@ -206,13 +206,14 @@ def make_call(call: Call) -> None:
         nystrom.solve_triangular(meta(R, R, fp32), meta(R, 300, fp32))
         return
     if call.outs:
+        triton = backends.TABLE["triton"]
         biases = [meta(1, out, dtype)[0] if i == 0 else None for i, out in enumerate(call.outs)]
         calls = [
             backends.Call(x, meta(out, K, dtype), A, meta(out, R, adapter_dtype), core, bias)
             for out, bias in zip(call.outs, biases, strict=True)
         ]
-        ys, Ts = zip(*group.forward(calls), strict=True)
-        group.backward(calls, ys, Ts, [needs] * len(calls))
+        ys, Ts = zip(*triton.forward_group(calls), strict=True)
+        triton.backward_group(calls, ys, Ts, [needs] * len(calls))
         return
     if call.tiles:
         transposed = call.tiles == "y"

@@ -93,6 +93,17 @@ def test_what_is_not_taken_together_is_computed_apart(monkeypatch):
     check(tensors, dy, 2, [0.7, -0.5])
 
 
+@pytest.mark.parametrize("capability, together", [(80, 1), (90, 0)])
+def test_layers_are_computed_apart_where_triton_cannot_launch_descriptors_of_several(
+    small_tiles, monkeypatch, capability, together
+):
+    small_tiles(capability=capability)
+    monkeypatch.setattr(launch, "nests_descriptors", lambda: False)
+    names = launched(monkeypatch)
+    check(*problem((16, 48), M=40, K=32, dtype=torch.float16), 2, [0.7, 0.7])
+    assert names.count("extended_group") == names.count("extended_sum") == together
+
+
 def test_x_is_read_once_for_all_ranks(monkeypatch):
     tensors, dy = problem((16, 8, 8), ranks=(4, 4, 8))
     names = launched(monkeypatch)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import weakref
 from types import SimpleNamespace
@@ -323,6 +324,50 @@ def test_a_call_launches_kernels_of_ours_alone():
     launches = [count for (_, what), count in counts.items() if what.endswith(", launches")]
     others = [count for (_, what), count in counts.items() if what.endswith(", other operations")]
     assert len(launches) == len(others) == 6 and min(launches) >= 2 and max(launches) <= 12 and not any(others)
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="the stub of the driver needs a C compiler")
+def test_tritons_own_launcher_takes_operands_of_several_tensors():
+    """Layers that share x, codes, and experts, on the launcher itself with a stub for the driver."""
+    code = """
+    import functools, tempfile
+    from pathlib import Path
+    from bench.gpu import host
+    with tempfile.TemporaryDirectory() as folder:
+        host.install(Path(folder))
+        import ctypes, torch
+        from nlora_kernels.backends import TABLE, Call, ExpertsCall
+        from python_tests.triton import aot
+        launches, triton = ctypes.c_int.in_dll(host.Stub, "launches"), TABLE["triton"]
+        meta = functools.partial(torch.empty, device="meta")
+        bf16 = functools.partial(meta, dtype=torch.bfloat16)
+        layer = Call(bf16(64, 256), bf16(128, 256), bf16(16, 256), bf16(128, 16), bf16(16, 16), None, 0.5)
+        stacks = (bf16(2, *t.shape) for t in layer[1:5])
+        experts = ExpertsCall(layer.x, meta(2, dtype=torch.int32), *stacks)
+        codes = aot.four_bits(256, 128, torch.bfloat16, meta)[1]
+        calls = {
+            "group": lambda: triton.forward_group([layer, layer._replace(bias=bf16(128))]),
+            "codes": lambda: triton.forward(layer._replace(weight=codes)),
+            "experts": lambda: triton.forward_experts(experts),
+        }
+        for name, call in calls.items():
+            # Made again from the first.
+            counts = []
+            for _ in range(2):
+                before = launches.value
+                call()
+                counts.append(launches.value - before)
+            assert counts[0] == counts[1] > 0, (name, counts)
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 class OnGpu:

@@ -20,7 +20,8 @@ from .tiles import Matrix, multiply, store_tile
 
 
 def takes(calls: Sequence[Call]) -> bool:
-    """Whether calls are computed together: of one scaling, without dropout, and with ranks that fit into one tile."""
+    """Whether calls are computed together: of one scaling, without dropout, with ranks that fit into one tile, and by
+    descriptors where Triton launches that."""
     adapted = [call for call in calls if call.lora_A is not None]
     ranks = sum(call.lora_A.shape[0] for call in adapted)
     return (
@@ -29,6 +30,7 @@ def takes(calls: Sequence[Call]) -> bool:
         and len({call.scaling for call in adapted}) == 1
         and not any(call.dropout for call in calls)
         and all(call.weight.numel() for call in calls)
+        and (launch.nests_descriptors() or device.target(calls[0].weight.get_device()).capability < 90)
     )
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.backends import driver as backend_driver
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -254,6 +255,16 @@ def described(operand: Layout, dtype: torch.dtype, on: device.Device) -> bool:
     It must be of the dtype of the product: what is cast passes through registers.
     """
     return on.capability >= 90 and operand.dtype == dtype and aligned(operand)
+
+
+@functools.cache
+def nests_descriptors() -> bool:
+    """Whether Triton launches a kernel that takes several tensors as one argument with descriptors of them.
+
+    The launcher of 3.6 looks for descriptors among the arguments alone; those that look inside of them have this
+    function for it.
+    """
+    return device.interpreted() or hasattr(backend_driver, "expand_signature")
 
 
 def described_blocks(layouts: dict, blocks: dict, dtype: torch.dtype, on: device.Device) -> dict:
