@@ -19,7 +19,7 @@ from pathlib import Path
 
 from recipes import glue, runs
 from recipes.arguments import add_optimisation, import_all, parse, real, whole
-from recipes.methods import METHODS, adapter_config, add_methods, check_methods
+from recipes.methods import LORA2, METHODS, adapter_config, add_methods, check_methods
 from recipes.sources import check_model, default_classifier
 
 # Layers whose output is no representation of a token.
@@ -147,7 +147,7 @@ def run(method: str, args, task: glue.Task, train: list[dict], heldout: dict[str
     trained, kept = count_parameters(model)
     entry = {"method": method, "lr": lr, "settings": runs.settings_of(args), "trained": trained, "kept": kept}
     entry |= {"metrics": metrics, **done.measures}
-    if method == "lora2" and args.target_rank:
+    if METHODS[method].config == LORA2 and args.target_rank:
         entry["agrees"] = compressed_agrees(
             model.eval(), folder, args, task, collate(heldout[next(iter(heldout))][:16])
         )

@@ -20,6 +20,8 @@ from .commit import commit
 METHODS = ("lora", "slora", "slora_gaussian", "nystrom")
 CORES = ("sample", "optimal", "pinv")
 SELECTIONS = ("leading", "uniform", "norm", "pivoted")
+# Of LoRA².
+VECTORS = ("gaussian", "orthogonal")
 # Of what `is_idle`, for a warning.
 IDLE = "the rows or columns of the weight that it is made of are zero: choose others, as select='norm' does, or 'slora'"
 
@@ -213,20 +215,26 @@ def adapter(
 
 
 def lora2(
-    weight: Tensor, r: int, k: int, *, generator: torch.Generator | None = None
+    weight: Tensor, r: int, k: int, vectors: str = "gaussian", *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """v (k, in), u (r, k), E (r), U (k, r), V (out, k): N(0, 0.02²) but for E = 0   (LoRA², arXiv 2408.06854)
+
+    With vectors="orthogonal" v, u, U and V are Q of such matrices, of orthonormal rows or columns, whichever are fewer:
+    the penalty of every pair then begins at 0 where it can be 0, and E alone has to grow for the update to.
 
     In the weight's dtype and on its device. Raises ValueError and TypeError as `nystrom` does; r and k have no upper
     limit.
     """
+    check_choice("vectors", vectors, VECTORS)
     weight = _check_weight(weight)
     check_rank(r)
     check_rank(k, name="k")
     out_features, in_features = weight.shape
-    v, u, U, V = (
-        _normal(shape, 0.02, weight, generator) for shape in ((k, in_features), (r, k), (k, r), (out_features, k))
-    )
+    shapes = ((k, in_features), (r, k), (k, r), (out_features, k))
+    if vectors == "orthogonal":
+        v, u, U, V = (_orthonormal(shape, weight, generator) for shape in shapes)
+    else:
+        v, u, U, V = (_normal(shape, 0.02, weight, generator) for shape in shapes)
     return v, u, _zeros((r,), weight), U, V
 
 
@@ -338,6 +346,10 @@ def _uniform(shape, bound, like: Tensor, generator) -> Tensor:
 
 def _normal(shape, std, like: Tensor, generator) -> Tensor:
     return _sample(shape, like, generator, lambda t: t.normal_(0, std, generator=generator))
+
+
+def _orthonormal(shape, like: Tensor, generator) -> Tensor:
+    return _sample(shape, like, generator, lambda t: torch.nn.init.orthogonal_(t, generator=generator))
 
 
 def _zeros(shape, like: Tensor | Quantised) -> Tensor:

@@ -109,10 +109,12 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
         group = torch.distributed.group.WORLD if _is_distributed() else None
         allocator = RankAllocator(model, **numbers, group=group)
         # Under Adam no step is longer than its rate.
-        if (way := args.learning_rate * state.max_steps) < _LEAST_WAY:
+        way, begins_small = args.learning_rate * state.max_steps, getattr(config, "init_lora_weights", True) is True
+        if begins_small and way < _LEAST_WAY:
             warnings.warn(
                 f"LoRA² hardly moves at learning_rate {args.learning_rate:g} in {state.max_steps} steps: their product "
-                f"should be at least {_LEAST_WAY:g}, got {way:.2g}; rates of 3e-3 to 3e-2 are usual",
+                f"should be at least {_LEAST_WAY:g}, got {way:.2g}; rates of 3e-3 to 3e-2 are usual, and "
+                "init_lora_weights='orthogonal' begins with larger vectors",
                 stacklevel=2,
             )
         if state.global_step:

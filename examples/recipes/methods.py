@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from .arguments import real, whole
 
 NLORA = "nlora_kernels.peft.NLoraConfig"
+LORA2 = "nlora_kernels.peft.LoRA2Config"
 NYSTROM = {"init_lora_weights": "nystrom"}
 # The rows of table 3 of the LoRA² paper.
 TERMS = {"uv": ("uv",), "UV": ("UV",), "uv&UV": ("uv", "UV"), "PQ": ("PQ",), "all": ("uv", "UV", "PQ")}
@@ -18,6 +19,7 @@ class Method(NamedTuple):
     own: dict[str, Any]  # its own arguments
     lr: float  # suits a language model of 135M parameters at rank 8 and 80 steps
     glue_lr: float  # suits a classifier of 6 layers at rank 8 and 300 steps
+    scaling: int = 1  # alpha / rank, where no --alpha is given
 
 
 METHODS = {
@@ -32,12 +34,15 @@ METHODS = {
     "slora_gaussian": Method(NLORA, {"init_lora_weights": "slora_gaussian"}, 3e-3, 3e-3),
     "nlora": Method(NLORA, NYSTROM, 3e-3, 3e-3),
     "inttune": Method(NLORA, {**NYSTROM, "train": "core"}, 1e-2, 3e-2),
-    "lora2": Method("nlora_kernels.peft.LoRA2Config", {}, 3e-2, 1e-2),
+    "lora2": Method(LORA2, {}, 3e-2, 3e-3),
+    # Under Adam its scaling is how many times the rate of the vectors E learns at; by this one the update of the first
+    # step is about as large as LoRA's.
+    "lora2_orthogonal": Method(LORA2, {"init_lora_weights": "orthogonal"}, 2e-3, 2e-3, scaling=8),
 }
 # Its matrices are taken out of the base weights, which unloading and export leave so.
 REWRITES_BASE = ("pissa",)
 # Of language models here: those that are saved as adapters and take the model back to what it was.
-ADAPTERS = ("lora", "pissa", "slora", "slora_gaussian", "nlora", "inttune", "lora2")
+ADAPTERS = ("lora", "pissa", "slora", "slora_gaussian", "nlora", "inttune", "lora2", "lora2_orthogonal")
 
 
 def add_methods(parser: argparse.ArgumentParser, names, default: str, penalty: float | None = None) -> None:
@@ -45,7 +50,8 @@ def add_methods(parser: argparse.ArgumentParser, names, default: str, penalty: f
     add = parser.add_argument
     add("--method", nargs="+", choices=names, default=[default], help=f"one or several (default {default})")
     add("--rank", type=whole(1), default=8)
-    add("--alpha", type=real(0), help="the adapter is scaled by alpha/rank (default: the rank, as in the papers)")
+    scaled = "the adapter is scaled by alpha/rank (default: the rank, as in the papers; lora2_orthogonal: 8 times that)"
+    add("--alpha", type=real(0), help=scaled)
     add("--dropout", type=real(0, 1, and_low=True), default=0.0, help="before an adapter")
     add("--core", choices=["sample", "optimal", "pinv"], default="sample", help="of nlora and inttune")
     add("--select", choices=["leading", "uniform", "norm", "pivoted"], default="leading", help="of nlora and inttune")
@@ -74,11 +80,11 @@ def adapter_config(method: str, args, **common):
     """The configuration of an adapter for PEFT; `common` is what a task gives it."""
     module, _, name = METHODS[method].config.rpartition(".")
     config, own = getattr(importlib.import_module(module), name), dict(METHODS[method].own)
-    if method == "lora2":
+    if METHODS[method].config == LORA2:
         own["k"] = args.k
     if own.get("init_lora_weights") == "nystrom":
         own |= {"residual": args.residual, "core": args.core, "select": args.select}
-    alpha = args.alpha or args.rank
+    alpha = args.alpha or METHODS[method].scaling * args.rank
     if method == "adalora":
         schedule = prune_schedule(args)
         ends = {"tinit": schedule["t_init"], "tfinal": schedule["t_final"], "deltaT": schedule["delta_t"]}
@@ -95,7 +101,7 @@ def prune_schedule(args) -> dict[str, int]:
 
 def prepare_trainer(trainer, method: str, args) -> None:
     """Adds what a method does beside the loss: pruning, the penalty, the proximal step."""
-    if method == "lora2":
+    if METHODS[method].config == LORA2:
         from nlora_kernels.trainer import RankAllocatorCallback, add_orthogonal_penalty
 
         if args.target_rank:

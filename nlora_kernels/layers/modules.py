@@ -286,6 +286,7 @@ class LoRA2Linear(_AdapterLinear):
         *,
         alpha: float | None = None,
         dropout: float = 0.0,
+        vectors: str = "gaussian",
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LoRA2Linear":
@@ -296,13 +297,14 @@ class LoRA2Linear(_AdapterLinear):
             k: rank of the outer pair.
             alpha: s·r, default r.
             dropout: as for `NLoraLinear.from_linear`, and so are generator and dtype.
+            vectors: "gaussian" or "orthogonal", see `nk.init.lora2`.
 
         Raises TypeError and ValueError as `NLoraLinear.from_linear` does.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         weight = branches.readable_weight(linear)
-        tensors = initial_lora2(weight, r, k, generator=generator)
+        tensors = initial_lora2(weight, r, k, vectors, generator=generator)
         return cls(linear, *(t.to(dtype or adapter_dtype(weight)) for t in tensors), alpha=alpha, dropout=dropout)
 
     def branch(self) -> Lora2Branch:

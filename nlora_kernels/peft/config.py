@@ -142,7 +142,8 @@ class LoRA2Config(_Checked, LoraConfig):
 
     Args:
         k: rank of the outer pair lora_v, lora_V.
-        init_lora_weights: True, or False for all five matrices from N(0, 1), with which step 0 moves the function.
+        init_lora_weights: True (the published code's), "orthogonal" (see `nlora_kernels.init.lora2`), or False for all
+            five matrices from N(0, 1), with which step 0 moves the function.
         target_rank: of `nlora_kernels.lora2.RankAllocator`, as are total_steps, t_init, t_final, delta_t, beta1 and
             beta2; without it the ranks stay.
 
@@ -164,8 +165,9 @@ class LoRA2Config(_Checked, LoraConfig):
         super().__post_init__()
         self.peft_type = LORA2
         init.check_rank(self.k, name="k")
-        if not isinstance(self.init_lora_weights, bool):
-            raise ValueError(f"init_lora_weights must be True or False for LoRA², got {self.init_lora_weights!r}")
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "orthogonal":
+            known = "True, False or 'orthogonal'"
+            raise ValueError(f"init_lora_weights must be {known} for LoRA², got {self.init_lora_weights!r}")
         if other := variant(self):
             raise ValueError(f"{other} is not supported with {method(self)}")
 

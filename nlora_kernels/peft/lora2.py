@@ -84,7 +84,8 @@ class HasFactors:
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         # Only shape, dtype and device of the weight count.
         like = torch.empty(()).expand(self.out_features, self.in_features)
-        tensors = self._packed([init.lora2(like, r, config.k) for _ in range(self._count)])
+        vectors = "orthogonal" if config.init_lora_weights == "orthogonal" else "gaussian"
+        tensors = self._packed([init.lora2(like, r, config.k, vectors) for _ in range(self._count)])
         for name, tensor in zip(self.adapter_layer_names, tensors, strict=True):
             tensor = tensor if config.init_lora_weights else torch.randn(tensor.shape)
             getattr(self, name)[adapter_name] = Diagonal(tensor) if name == "lora_E" else _linear(tensor)

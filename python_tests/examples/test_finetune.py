@@ -24,7 +24,7 @@ from recipes import arguments, sources, text  # noqa: E402
 
 from .models import byte_llama, byte_tokenizer  # noqa: E402
 
-METHODS = ["lora", "pissa", "slora", "slora_gaussian", "nlora", "inttune", "lora2"]
+METHODS = ["lora", "pissa", "slora", "slora_gaussian", "nlora", "inttune", "lora2", "lora2_orthogonal"]
 
 
 @pytest.fixture(scope="module")

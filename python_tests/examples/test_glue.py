@@ -21,7 +21,7 @@ sklearn = pytest.importorskip("sklearn")
 sys.path.insert(0, str(ROOT / "examples"))
 import glue as example  # noqa: E402
 from recipes import glue, runs, sora  # noqa: E402
-from recipes.methods import METHODS, TERMS  # noqa: E402
+from recipes.methods import METHODS, TERMS, adapter_config  # noqa: E402
 
 import nlora_kernels as nk  # noqa: E402
 
@@ -128,12 +128,23 @@ def test_every_method_trains_what_it_should(model, tmp_path):
     assert trained["lora"] == trained["peft-lora"] == trained["pissa"] == lora
     assert trained["slora"] == trained["slora_gaussian"] == trained["nlora"] == lora + 12 * 16
     assert trained["inttune"] == 12 * 16 and trained["sora"] == lora + 12 * 4
-    assert trained["lora2"] == sum(2 * (i + o) + 2 * 4 * 2 + 4 for i, o in linears)
+    assert trained["lora2_orthogonal"] == trained["lora2"] == sum(2 * (i + o) + 2 * 4 * 2 + 4 for i, o in linears)
     assert trained["adalora"] == sum(6 * (i + o) + 6 for i, o in linears) + 12 * 0
     assert trained["bitfit"] < trained["full"]
     for method in methods:
         kept = "adapter_model.safetensors" if METHODS[method].config else "trained.pt"
         assert (tmp_path / "out" / method / kept).is_file()
+
+
+def test_alpha_is_the_methods_own_unless_given():
+    def scaling(method, *options):
+        args = example.parse_args(["--data", "data", "--rank", "4", "--method", method, *options])
+        config = adapter_config(method, args, target_modules=["query"])
+        return config.lora_alpha / config.r
+
+    found = {method: scaling(method) for method in METHODS if METHODS[method].config and method != "adalora"}
+    assert found.pop("lora2_orthogonal") == 8 and set(found.values()) == {1}
+    assert scaling("lora2_orthogonal", "--alpha", "4") == scaling("lora2", "--alpha", "4") == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+import nlora_kernels as nk
 from nlora_kernels import init, testing
 
 
@@ -196,6 +198,20 @@ def test_lora2_matrices():
         assert t.float().std().item() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize("r, k", [(8, 8), (8, 1), (8, 3)])
+def test_orthogonal_vectors_of_lora2(r, k):
+    W = normal(30, 40, dtype=torch.float64)
+    v, u, E, U, V = init.lora2(W, r, k, "orthogonal", generator=torch.Generator().manual_seed(1))
+    again = init.lora2(W, r, k, "orthogonal", generator=torch.Generator().manual_seed(1))
+    assert [t.shape for t in (v, u, E, U, V)] == [(k, 40), (r, k), (r,), (k, r), (30, k)]
+    assert not E.any() and all(map(torch.equal, (v, u, E, U, V), again))
+    for gram in (v @ v.T, u.T @ u, U @ U.T, V.T @ V):
+        torch.testing.assert_close(gram, torch.eye(k, dtype=torch.float64), atol=1e-6, rtol=0)
+    # Where k < r the products P and Q have more vectors than dimensions.
+    layer = nk.LoRA2Linear.from_linear(nn.Linear(40, 30), r, k, vectors="orthogonal")
+    assert nk.lora2.orthogonal_penalty(layer, "paper").item() == pytest.approx(2 * (r - k), abs=1e-5)
+
+
 @pytest.mark.parametrize("select", init.SELECTIONS)
 @pytest.mark.parametrize("core", init.CORES)
 def test_shapes_on_the_meta_device(core, select):
@@ -243,6 +259,8 @@ def test_bad_calls_of_the_others():
     W = normal(8, 6)
     with pytest.raises(ValueError, match="method must be one of lora, .*, got 'pissa'"):
         init.adapter(W, 2, "pissa")
+    with pytest.raises(ValueError, match="vectors must be one of gaussian, orthogonal, got 'unit'"):
+        init.lora2(W, 4, 1, "unit")
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         init.lora2(W, 4, 0)
     before = W.clone()

@@ -277,10 +277,12 @@ def test_a_learning_rate_that_moves_nothing_is_warned_of(tmp_path):
     trainer, _ = trainer_of("plain", tmp_path, learning_rate=1e-3)
     with pytest.warns(UserWarning, match=r"hardly moves at learning_rate 0.001 in 14 steps: .* got 0.014"):
         trainer.train()
-    trainer, _ = trainer_of("plain", tmp_path, learning_rate=1e-2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="LoRA² hardly moves")
-        trainer.train()
+    orthogonal = peft_model(init_lora_weights="orthogonal")
+    for kind, options in (("plain", {"learning_rate": 1e-2}), ("peft", {"learning_rate": 1e-3, "model": orthogonal})):
+        trainer, _ = trainer_of(kind, tmp_path, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="LoRA² hardly moves")
+            trainer.train()
 
 
 def test_the_penalty_has_the_weight_of_its_form(tmp_path):

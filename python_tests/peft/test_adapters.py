@@ -71,6 +71,22 @@ def test_default_is_nystrom_bitwise(base):
         assert torch.equal(layer.lora_B["default"].weight, W[:, :4])
 
 
+def test_lora2_of_orthogonal_vectors(base, tmp_path):
+    ids = tokens()
+    options = {"r": 6, "k": 2, "target_modules": "all-linear", "init_lora_weights": "orthogonal"}
+    before = base(ids).logits
+    model = peft.get_peft_model(base, LoRA2Config(**options))
+    layers = [m for m in model.modules() if hasattr(m, "lora_u")]
+    assert layers and torch.equal(model(ids).logits, before)
+    for layer in layers:
+        v, u, E, U, V = (held.weight for held in layer.factors("default"))
+        assert not E.any()
+        for gram in (v @ v.T, u.T @ u, U @ U.T, V.T @ V):
+            torch.testing.assert_close(gram, torch.eye(2), atol=1e-6, rtol=0)
+    model.save_pretrained(tmp_path)
+    assert LoRA2Config.from_pretrained(tmp_path).init_lora_weights == "orthogonal"
+
+
 def test_step_zero(base, method):
     ids = tokens()
     with torch.no_grad():

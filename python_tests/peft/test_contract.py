@@ -393,6 +393,12 @@ def test_bad_configuration(options, error, message):
         NLoraConfig(**options)
 
 
+@pytest.mark.parametrize("value", ["gaussian", "nystrom"])
+def test_initialisations_that_lora2_has_not(value):
+    with pytest.raises(ValueError, match=f"must be True, False or 'orthogonal' for LoRA², got '{value}'"):
+        LoRA2Config(init_lora_weights=value)
+
+
 BAD_INJECTIONS = {
     "rank_too_large": (
         lambda m: config("nlora", r=40, target_modules=["q_proj"]),
