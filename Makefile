@@ -12,30 +12,44 @@ ENVIRONMENT = $(filter .venv/%,$(READY))
 # Where gpu-proof puts its results, unless the environment says.
 OUT ?= gpu-results
 
-.PHONY: demo study test gates zero bench papers smoke lint docs wheels hub aot budget sanitize gpu-proof extension constraints newest clean
+# By worth for the time they take.
+STUDIES = $(addprefix study-,stories260k minilm-sst2 minimind minilm-rte minilm-mrpc smollm2)
+
+.PHONY: demo study study-data $(STUDIES)
+.PHONY: test gates zero bench papers smoke lint docs wheels hub aot budget sanitize gpu-proof extension constraints newest clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare", "--load nf4" and the like.
 demo: $(READY)
 	$(PYTHON) examples/finetune.py $(FLAGS)
 
-# The comparison of the methods at the sizes of one machine: hours, and the same command goes on where it was stopped. DATA is a
-# folder with glue/, lm/, gsm8k/ and models/; finished cells are run again at the end, to the same numbers. FLAGS="--seeds 0".
-QUALITY = bench/results/quality
-LANGUAGE = lora pissa slora slora_gaussian nlora inttune lora2
-# Of each method's own rate: of the first three, all methods but LoRA² were best at the largest on stories260K.
-RATES = --factors 0.3 1 3 10 --search-seeds 1
-study: $(READY)
+# The comparison of the methods at the sizes of one machine: hours (docs/quality.md has how many), and the same command goes on
+# where it was stopped. DATA is a folder with glue/, lm/, gsm8k/ and models/; a finished cell is run again at the end, to the same
+# numbers. `make study-minilm-rte` is one of them, FLAGS="--jobs 2" runs two cells at once.
+study: $(STUDIES)
+# One thread a cell, so that it is the same cell however many run at once.
+COMPARE = OMP_NUM_THREADS=1 $(PYTHON) examples/compare.py bench/results/quality-$(@:study-%=%).json --search-seeds 1 --check 1 $(FLAGS)
+LANGUAGE = --script finetune --methods lora pissa slora slora_gaussian nlora inttune lora2 lora2_orthogonal
+CLASSIFIER = --methods full bitfit lora pissa adalora sora slora slora_gaussian nlora inttune lora2 lora2_orthogonal
+# Of each method's own rate. Of the first three all methods but LoRA² were best at the largest on stories260K.
+RATES = --factors 0.3 1 3 10
+
+study-stories260k: $(READY) study-data
+	$(COMPARE) $(LANGUAGE) $(RATES) -- --model $(DATA)/models/stories260K --data $(DATA)/lm/tinyshakespeare.txt \
+		--steps 100 --max-length 256
+study-minilm-sst2: $(READY) study-data
+	$(COMPARE) $(CLASSIFIER) $(RATES) -- --task sst2 --data $(DATA)/glue --target-rank 4 --max-length 64 --group-by-length
+# Pairs are four times as long as those sentences: half the steps, which is more than an epoch here, and three rates.
+study-minilm-mrpc study-minilm-rte: $(READY) study-data
+	$(COMPARE) $(CLASSIFIER) --factors 0.3 1 3 -- --task $(@:study-minilm-%=%) --data $(DATA)/glue --target-rank 4 \
+		--max-length 64 --group-by-length --steps 150
+study-minimind: $(READY) study-data
+	$(COMPARE) $(LANGUAGE) $(RATES) -- --model $(DATA)/models/minimind2-small-26m --data $(DATA)/gsm8k/train.jsonl \
+		--columns question answer --steps 60
+study-smollm2: $(READY)
+	$(COMPARE) --script finetune --factors 0.3 1 3
+
+study-data:
 	@test -d "$(DATA)/glue" || { echo "study: DATA must be a folder with glue/, lm/, gsm8k/ and models/, got '$(DATA)'"; exit 2; }
-	$(PYTHON) examples/compare.py $(QUALITY)-stories260k.json --script finetune --methods $(LANGUAGE) $(RATES) --check 1 $(FLAGS) -- \
-		--model $(DATA)/models/stories260K --data $(DATA)/lm/tinyshakespeare.txt --steps 100 --max-length 256
-	$(PYTHON) examples/compare.py $(QUALITY)-minimind.json --script finetune --methods $(LANGUAGE) $(RATES) --check 1 $(FLAGS) -- \
-		--model $(DATA)/models/minimind2-small-26m --data $(DATA)/gsm8k/train.jsonl --columns question answer --steps 60
-	for task in sst2 mrpc rte; do \
-		$(PYTHON) examples/compare.py $(QUALITY)-minilm-$$task.json $(RATES) --check 1 $(FLAGS) \
-			--methods full bitfit lora pissa adalora sora slora slora_gaussian nlora inttune lora2 -- \
-			--task $$task --data $(DATA)/glue --target-rank 4 --max-length 64 --group-by-length || exit; \
-	done
-	$(PYTHON) examples/compare.py $(QUALITY)-smollm2.json --script finetune $(RATES) --check 1 $(FLAGS)
 
 # The package on this machine. FLAGS="--real-data DIR" adds the tests that want real models and data, --kills 100 more
 # writers of adapters that are killed.
