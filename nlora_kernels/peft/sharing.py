@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import internals
 from ..layers.branch import Branch, Lora2Branch
 from ..ops import lora_group_linear
 from ..ops.group import Projection
@@ -111,6 +112,9 @@ class Group:
         return now is not None and now.facts() == self.parts[index][1]
 
     def _start(self, index: int, x: Tensor) -> Tensor | None:
+        # There nothing is gained by it, and wrapped tensors have no address to be known by.
+        if internals.composing():
+            return None
         counts = torch.compiler.is_compiling() or not x.is_inference()
         # To compare values would wait for any other device.
         if not counts and not x.is_cpu:

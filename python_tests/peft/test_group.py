@@ -1,6 +1,7 @@
 """Models whose layers that share x are computed as one operation: the same model, whatever is done to it."""
 
 import copy
+import functools
 import gc
 import pickle
 import warnings
@@ -475,6 +476,30 @@ def test_compiled_whole(method, calls):
     torch.testing.assert_close(output, alone, rtol=1e-4, atol=1e-5)
     output.square().sum().backward()
     assert all(p.grad is not None for p in parameters) and expected and calls
+
+
+@pytest.mark.parametrize("method", ["lora", "nlora", "nlora_residual", "lora2"])
+def test_gradients_of_single_samples_and_tangents_by_torch_func(method):
+    model, inputs = adapted(llama(layers=1), method), example("llama")
+    # PyTorch's fused attention has no forward mode.
+    model.base_model.model.set_attn_implementation("eager")
+    alone = copy.deepcopy(model)
+    nkp.group(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+
+    def loss(model, parameters, ids):
+        # transformers looks at the values of a mask.
+        mask = torch.ones(ids.shape[-1], ids.shape[-1]).tril().log()[None, None]
+        made = torch.func.functional_call(model, parameters, (ids[None],), {"attention_mask": mask})
+        return made.logits.square().mean()
+
+    def found(model):
+        of = functools.partial(loss, model)
+        tangents = {name: torch.ones_like(p) for name, p in parameters.items()}
+        _, along = torch.func.jvp(lambda p: of(p, inputs["input_ids"][0]), (parameters,), (tangents,))
+        return *torch.func.vmap(torch.func.grad(of), (None, 0))(parameters, inputs["input_ids"]).values(), along
+
+    same(found(model), found(alone))
 
 
 def test_copies_and_pickles_are_grouped_by_themselves(calls):
