@@ -40,9 +40,9 @@ LINES = 12
 # Seconds that are kept for the record at the end, and that a stage must have left to begin.
 RESERVE, LEAST = 5, 8
 # Seconds of the check that follows a stage, and how often a device that does not answer is asked again.
-ALIVE, ATTEMPTS = 20, 2
-# Seconds until the first cell begins: of imports, and of the start of CUDA.
-STARTUP = 30
+ALIVE, ATTEMPTS = 40, 2
+# Seconds until the first cell begins: of imports, from a disk that nothing was read of, and of the start of CUDA.
+STARTUP = 60
 # Seconds of the whole, for a machine may be lent for ten minutes.
 LIMIT = 560
 # How much longer a rehearsal, a build, a stage and a cell of it may take, where the CPU has other work.
@@ -75,7 +75,7 @@ LIBRARY, BOUNDED, EXTENSION, TRITON = ("device",), ("bounded",), ("extension",),
 TIMED = EXTENSION + TRITON
 # What is most wanted first, behind what it rests on: a cut takes the end.
 STAGES = [
-    Stage("facts", "facts:cells", 25),
+    Stage("facts", "facts:cells", STARTUP),
     Stage("probes", "probes:probes", 20, needs=LIBRARY),
     Stage("gemm", "probes:gemm", 40, needs=LIBRARY),
     Stage("kernels", "probes:others", 30, needs=LIBRARY),
@@ -151,7 +151,7 @@ class Proof:
                 result = {"status": SKIPPED, "why": "the device no longer answers"}
             elif missing := self.missing(stage):
                 result = {"status": SKIPPED, "why": missing}
-            elif self.left() < LEAST + ALIVE / 2:
+            elif self.left() < LEAST + ALIVE / 4:
                 result = {"status": SKIPPED, "why": "no time was left"}
             else:
                 child = following.pop(stage.name, None) or self.start(stage.name, self.command(stage), stage)
@@ -220,7 +220,7 @@ class Proof:
     def stage(self, stage: Stage, child: process.Child) -> dict:
         """Runs a stage to its end, again and again behind a cell that hung or crashed while its time lasts."""
         begun = time.monotonic()
-        end = begun + min(self.slack * stage.seconds, self.left() - ALIVE / 4)
+        end = begun + min(self.slack * stage.seconds, self.left() - ALIVE / 8)
         worst, said = "ok", []
         for _ in range(1 + RESTARTS):
             before = self.cells.stat().st_size

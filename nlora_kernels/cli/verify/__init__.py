@@ -33,7 +33,7 @@ HELP = "prove the fused kernels on this GPU and have them chosen where they are 
 # Seconds: of everything; of one backend and dtype; of asking what the machine is; and too few to begin anything with.
 LIMIT, PATIENCE, GREETING, TOO_FEW = 115.0, 40.0, 30.0, 3.0
 # The same where nothing waits for a GPU: interpreted kernels are slow on a busy machine.
-LIMIT_OF_REHEARSAL, PATIENCE_IN_REHEARSAL, HANGS = 600.0, 240.0, 10.0
+LIMIT_OF_REHEARSAL, PATIENCE_IN_REHEARSAL, HANGS = 800.0, 400.0, 10.0
 # Backends whose kernels are compiled when they are first launched, and how many processes do so beforehand.
 COMPILED_AT_USE, COMPILERS = ("triton",), 8
 # What stands in for GPU kernels in rehearsal, what goes wrong with it, and how it must end.
