@@ -244,16 +244,16 @@ def has_dense(linear: nn.Module, weight: Tensor) -> bool:
     return is_dense(weight) and (kind is nn.Linear or not quantised.is_layer(kind))
 
 
-def made_of(linear: nn.Module) -> str | None:
-    """None if a layer keeps its weight, else of what it makes it in every forward, where a change in place is lost.
+def made_of(module: nn.Module, name: str = "weight") -> str | None:
+    """None if a module keeps a parameter, else of what it makes it in every forward, where a change in place is lost.
 
     As torch.nn.utils does: by parametrizations, weight_norm, spectral_norm and pruning.
     """
-    if "weight" in linear._parameters:
+    if name in module._parameters:
         return None
-    if "weight" in linear._modules.get("parametrizations", ()):
-        return "parametrizations.weight"
-    return " and ".join(name for name in linear._parameters if name.startswith("weight_")) or None
+    if name in module._modules.get("parametrizations", ()):
+        return f"parametrizations.{name}"
+    return " and ".join(part for part in module._parameters if part.startswith(f"{name}_")) or None
 
 
 def can_be_added_to(linear: nn.Module, weight: Tensor) -> bool:
@@ -261,11 +261,11 @@ def can_be_added_to(linear: nn.Module, weight: Tensor) -> bool:
     return is_dense(weight) and made_of(linear) is None
 
 
-def check_kept(linear: nn.Module) -> None:
-    """ValueError if a layer makes its weight anew in every forward."""
-    if parts := made_of(linear):
+def check_kept(module: nn.Module, name: str = "weight") -> None:
+    """ValueError if a module makes a parameter anew in every forward."""
+    if parts := made_of(module, name):
         raise ValueError(
-            f"merge needs a base weight that its layer keeps, got one made of {parts} in every forward: undo that, "
+            f"merge needs a base {name} that its layer keeps, got one made of {parts} in every forward: undo that, "
             "as remove_weight_norm of torch.nn.utils and the like do"
         )
 

@@ -119,8 +119,9 @@ class FusedExperts(ParamWrapper):
         What is added is made first; then parameter and `merged_adapters` change in one step.
 
         Raises:
-            ValueError: with safe_merge the sum is not finite.
+            ValueError: the parameter is made anew in every forward, or with safe_merge the sum is not finite.
         """
+        branches.check_kept(self.get_base_layer(), self.parameter_name)
         if not branches.is_dense(self.get_param()):
             super().merge(safe_merge, adapter_names)
             return
@@ -138,6 +139,7 @@ class FusedExperts(ParamWrapper):
             super().unmerge()
             return
         while self.merged_adapters:
+            branches.check_kept(self.get_base_layer(), self.parameter_name)
             name = self.merged_adapters[-1]
             # An adapter that was deleted since stays in the parameter, as in PEFT.
             if name in self.lora_A:

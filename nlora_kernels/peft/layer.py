@@ -359,6 +359,7 @@ class FusedLinear(Linear):
         if self.lora_bias[name]:
             if base.bias is None:
                 raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+            branches.check_kept(base, "bias")
             bias = self.lora_B[name].bias * self.scaling[name]
             if check is not None:
                 check(base.bias + bias)

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import nlora_kernels as nk
-from nlora_kernels.peft import fuse
-from python_tests.peft.adapters import METHODS, close, config
-from python_tests.tiny import perturb
+from nlora_kernels.peft import NLoraConfig, fuse
+from python_tests.peft.adapters import METHODS, close, config, logits
+from python_tests.tiny import mixtral, perturb
 
 
 class Doubled(nn.Module):
@@ -101,3 +101,35 @@ def test_of_a_module(options, made):
     undo(layer.base)
     layer.merge()
     close(layer(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "nlora", "lora2"])
+def test_of_experts(method):
+    model = peft.get_peft_model(mixtral(), config(method, target_modules=None, target_parameters=["experts.down_proj"]))
+    perturb(model)
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    parametrize.register_parametrization(experts.get_base_layer(), "down_proj", Doubled())
+    expected = logits(model)
+    with pytest.raises(ValueError, match="base down_proj that its layer keeps, got one made of parametrizations.down"):
+        model.merge_adapter()
+    assert not experts.merged
+    parametrize.remove_parametrizations(experts.get_base_layer(), "down_proj")
+    close(logits(model), expected)
+    close(logits(model.merge_and_unload()), expected)
+
+
+def test_of_a_bias():
+    base = nn.Sequential(linear())
+    model = peft.get_peft_model(
+        base, NLoraConfig(r=2, target_modules=["0"], init_lora_weights=False, lora_bias=True)
+    ).eval()
+    layer = model.base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].bias)
+    prune.l1_unstructured(layer.base_layer, "bias", 0.3)
+    with pytest.raises(ValueError, match="base bias that its layer keeps, got one made of bias_orig"):
+        model.merge_adapter()
+    assert not layer.merged
+    x = torch.randn(5, 12)
+    prune.remove(layer.base_layer, "bias")
+    expected = model(x)
+    close(model.merge_and_unload()(x), expected)
