@@ -136,10 +136,12 @@ class Proof:
         return self.options.limit - RESERVE - (time.monotonic() - self.begun)
 
     def run(self, stages: list[Stage]) -> int:
-        for name in dict.fromkeys(need for stage in stages for need in stage.needs):
+        done = self.record["stages"]
+        pending = [stage for stage in stages if done.get(stage.name, {}).get("status") != stage.ends]
+        for name in dict.fromkeys(need for stage in pending for need in stage.needs):
             self.builds[name] = self.start(f"build-{name}", ["build", name, *self.rehearse()], held=False)
         self.write()
-        pending, alive, following = list(stages), True, {}
+        alive, following = True, {}
         while pending:
             for name, child in self.builds.items():
                 if isinstance(child, process.Child) and process.ended(child):

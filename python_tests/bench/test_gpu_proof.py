@@ -128,6 +128,21 @@ def test_a_kill_leaves_a_record_that_can_be_read_and_gone_on_with(tmp_path, seed
     assert all(cell["status"] == "ok" for cell in record["stages"]["probes"]["cells"].values())
 
 
+def test_a_stage_that_has_passed_is_not_begun_again(tmp_path, monkeypatch):
+    stages = proof.STAGES + proof.FAULTS
+    passed = {stage.name: {"status": stage.ends, "cells": {}} for stage in stages}
+    begun = []
+    monkeypatch.setattr(proof.Proof, "start", lambda self, name, *_, **__: begun.append(name) or 1 / 0)
+    options = proof.arguments(["--rehearse", "--resume", "--out", str(tmp_path)])
+    (tmp_path / "proof.json").write_text(json.dumps({"stages": passed}))
+    assert proof.Proof(options).run(stages) == 0 and not begun
+    passed["gemm"]["status"] = "failed"
+    (tmp_path / "proof.json").write_text(json.dumps({"stages": passed}))
+    with pytest.raises(ZeroDivisionError):
+        proof.Proof(options).run(stages)
+    assert begun == ["build-device"]
+
+
 def test_an_interrupt_takes_the_stages_with_it(tmp_path):
     process = start(tmp_path, "--only", "hang")
     while not (tmp_path / "cells.jsonl").is_file() or "spins" not in (tmp_path / "cells.jsonl").read_text():
