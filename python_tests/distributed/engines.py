@@ -37,9 +37,9 @@ class Prepared(NamedTuple):
     step: Callable[[], Any]
 
 
-def build(method: str) -> nn.Module:
+def build(method: str, **options) -> nn.Module:
     torch.manual_seed(0)
-    model = peft.get_peft_model(llama(), config(method.removesuffix("_pruned"))).train()
+    model = peft.get_peft_model(llama(), config(method.removesuffix("_pruned"), **options)).train()
     if method.startswith("lora2"):
         # From where it starts it hardly moves in so few steps, and no loss would tell right from wrong.
         perturb(model, 0.3)

@@ -9,6 +9,7 @@ import sys
 import peft
 import pytest
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -80,8 +81,13 @@ STAGES = {
 }
 
 
+def build(method: str) -> nn.Module:
+    # Of a rank that leaves something to fill up: the last shards, and FSDP1's addresses.
+    return engines.build(method, r=3)
+
+
 def modelled(engine: str, method: str, ranks: int) -> dict[str, int]:
-    model = engines.build(method)
+    model = build(method)
     pruning = method.endswith("_pruned")
     if engine == "ddp":
         return traffic.ddp(model)
@@ -116,7 +122,7 @@ def count(rank, cells):
     rows = tokens(batch=ranks).chunk(ranks)[rank]
     found = {}
     for engine, method in cells:
-        model = engines.build(method)
+        model = build(method)
         prepared = (engines.ENGINES | STAGES)[engine](model)
         pruned = method.endswith("_pruned") and engine != "ddp"
         found[engine, method] = counted(prepared, model, rows, RankAllocator(model, **SCHEDULE) if pruned else None)
@@ -127,9 +133,8 @@ def count(rank, cells):
 SCHEDULE = {"target_rank": 1, "total_steps": 9, "t_init": 4, "t_final": 1, "delta_t": 1}
 METHODS = ("nlora_residual", "lora2_pruned")
 CELLS = {
-    "torch": [*itertools.product(("ddp", "fsdp1", "fsdp2", "fsdp2_kept"), METHODS), ("fsdp1_flat", "lora2_pruned")],
-    # What trains of the other methods six parts divide evenly, and eight.
-    "zero": [*itertools.product(("zero1", "zero2", "zero3", *STAGES), METHODS), ("zero2", "inttune")],
+    "torch": [*itertools.product(("ddp", "fsdp1", "fsdp2", "fsdp2_kept"), METHODS), ("fsdp1_flat", "nlora_residual")],
+    "zero": list(itertools.product(("zero1", "zero2", "zero3", *STAGES), METHODS)),
 }
 
 
