@@ -6,7 +6,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--seconds",
         type=float,
-        help="for one row, shared with what it is compared with; default 1, or 0.2 in smoke and with --quick",
+        help="for one row, shared with what it is compared with; default 0.5, or 0.2 in smoke and with --quick",
     )
     left_out = "leave out what takes long to prepare: whole models, the largest layers, compiling"
     parser.addoption("--quick", action="store_true", help=left_out)

@@ -71,7 +71,8 @@ def layer(name: str, cell: Cell, fresh: bool = False) -> Layer:
     if name in PEFT:
         tensors = _lora_tensors(tensors, name == "peft_base_dtype")
         wrt = ["x", "lora_A", "lora_B"]
-        return Layer(_peft(tensors, scaling, name), tensors, wrt, _budget(name, cell))
+        kind = "peft_base_dtype" if name == "peft_base_dtype" else "peft"
+        return Layer(_peft(tensors, scaling, name), tensors, wrt, _budget(kind, cell))
     if name == "eager3":
         function = functools.partial(_plain(cell.method), scaling=scaling)
     else:
@@ -129,7 +130,8 @@ def flop_bound(cell: Cell) -> float:
     return flops(cell) / flops(cell, adapter=False)
 
 
-@functools.lru_cache(4)
+# As many as all rows of a cell need, that of the fp32 floor included: each is a layer in fp64.
+@functools.lru_cache(5)
 def _budget(kind: str, cell: Cell) -> testing.Budget:
     tensors, dy, scaling = tensors_of(cell)
     if kind == "floor":

@@ -13,7 +13,7 @@ def seconds_of(request) -> float:
     """How long a row may take."""
     options = request.config
     short = options.getoption("--quick") or "smoke" in request.node.name
-    return options.getoption("--seconds") or (0.2 if short else 1.0)
+    return options.getoption("--seconds") or (0.2 if short else 0.5)
 
 
 # Multiply-adds of a layer from which on it takes seconds to check one.

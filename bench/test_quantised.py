@@ -55,8 +55,14 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M", [16, 128, 512, rows.long(2048, when=True)])
-@pytest.mark.parametrize("kind", [nf4, int8], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("kind", "M"),
+    [
+        rows.long(kind, M, when=M > 512, id=f"{kind.__name__}-{M}")
+        for kind, sizes in {nf4: (16, 128, 512, 2048), int8: (16, 128, 512)}.items()
+        for M in sizes
+    ],
+)
 def test_step(benchmark, request, kind, M, dtype):
     torch.manual_seed(0)
     weight = (torch.randn(SIZE, SIZE) / SIZE**0.5).to(DTYPES[dtype])
@@ -67,8 +73,9 @@ def test_step(benchmark, request, kind, M, dtype):
     layer = ours.base_model.model[0]
     assert layer.obstacle("default") is None
     W = base_weights.read(layer.base_layer)
-    exact = x.detach().double() @ (W.double() + layer.get_delta_weight("default").double()).T
-    error = ((ours(x).double() - exact).norm() / exact.norm()).item()
+    # Some of the rows: in fp64 all of them would take longer than they are timed.
+    exact = x.detach()[:32].double() @ (W.double() + layer.get_delta_weight("default").double()).T
+    error = ((ours(x)[:32].double() - exact).norm() / exact.norm()).item()
     assert error <= SIZE**0.5 * torch.finfo(x.dtype).eps
     stock = adapted(copy.deepcopy(layer.base_layer), peft.LoraConfig(**options), kind)
     fused = adapted(dense(weight), NLoraConfig(init_lora_weights="slora", **options), dense)
@@ -105,8 +112,18 @@ def held_by(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), *found]
 
 
-@pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "lora2"])
-@pytest.mark.parametrize("case", [FourBits(*steps.CASES[0]), rows.long(FourBits(*steps.CASES[1]), when=True)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        rows.long(case, method, when=not case.smoke, id=f"{case}-{method}")
+        for case, methods in {
+            FourBits(*steps.CASES[0]): ("lora", "nlora", "inttune", "lora2"),
+            # What trains decides the time and what is kept.
+            FourBits(*steps.CASES[1]): ("nlora", "inttune"),
+        }.items()
+        for method in methods
+    ],
+)
 def test_model(benchmark, request, case, method):
     training, error = steps.checked.__wrapped__(case, method)
     # The dense one is checked where it is a row itself.
