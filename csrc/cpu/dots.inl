@@ -52,6 +52,10 @@ struct Step<BFloat16, BFloat16> {
 };
 #endif
 
+// So many bytes ahead of what is read rows are fetched, where a few columns are all that they meet: multiplying leaves the
+// CPU less room to run ahead by itself, and its prefetchers do not keep up with several rows at a time.
+constexpr int64_t kDotsAhead = 2048;
+
 template <int ROWS, int COLS, class T, class C>
 INLINE void dot_tile(const Dots& d, int64_t row, int64_t col) {
   using S = Step<T, C>;
@@ -59,8 +63,16 @@ INLINE void dot_tile(const Dots& d, int64_t row, int64_t col) {
   Vec sum[ROWS][COLS] = {};
   const T* rows = static_cast<const T*>(d.rows) + row * d.row;
   const C* cols = static_cast<const C*>(d.cols) + col * d.col;
+  const bool fetch = COLS > 1 && d.n <= kDotCols;
   int64_t k = 0;
   for (; k + S::kSize <= d.k; k += S::kSize) {
+    if (fetch) {
+      constexpr int64_t kAhead = kDotsAhead / sizeof(T);
+      // Past their end, the rows of the next tile.
+      const T* ahead = rows + k + kAhead + (k + kAhead < d.k ? 0 : ROWS * d.row - d.k);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) __builtin_prefetch(ahead + i * d.row);
+    }
     Operand left[ROWS];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) left[i] = S::read(rows + i * d.row + k);
