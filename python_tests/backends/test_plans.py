@@ -93,7 +93,8 @@ def test_built_in_costs_leave_a_dtype_to_whoever_multiplies_it(monkeypatch, tier
     )
     chosen = plans.rule(builtin(Setting(dtype, tier, 2)), 1024, 1024, 1024, 8, False, False)
     if dtype == torch.bfloat16:
-        assert (chosen == "whole") == (not in_hardware)
+        # Pairs are as fast as the library, and the adapter among them costs next to nothing.
+        assert (chosen == "whole") == (not in_hardware or tier == "avx512")
     else:
         assert (chosen == "whole") == (tier != "portable")
 
