@@ -7,6 +7,8 @@ version that a machine with a GPU has, they can be taken there with the tree (PR
 """
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import os
 import subprocess
@@ -167,8 +169,21 @@ def compile_call(call: Call) -> int:
     """Compiles the kernels of a call for sm_90 without a device; returns how many."""
     from python_tests.triton import aot
 
-    aot.LAYERS, aot.EDGES, aot.call = [(1, 1)], [], lambda *_: make_call(call)
+    aot.LAYERS, aot.EDGES, aot.call, aot.inspect = [(1, 1)], [], lambda *_: make_call(call), launcher
     return len(aot.compile_case(90, "bf16", [1], [1]))
+
+
+def launcher(device, kernel: str, warps: int, stages: int, arguments: dict, binary) -> str:
+    """Has Triton make the launcher of a kernel, which 3.6 compiles for every signature; the kernel's name.
+
+    It is linked to the driver: without one there is nothing to launch either.
+    """
+    from triton.backends.nvidia import driver
+
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        driver.CudaLauncher(binary.src, binary.metadata)
+    return kernel
 
 
 def make_call(call: Call) -> None:
