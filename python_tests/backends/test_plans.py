@@ -76,6 +76,14 @@ def test_an_adapter_apart_costs_what_passing_over_x_and_y_does():
         assert plans.rule(near, 512, 4096, 4096, 8, backward, False) == "whole"
 
 
+def test_dx_is_ours_where_the_library_is_slow_at_reading_across_rows():
+    costs = Costs(Line(1.5e-5, 1e-10, 4e-12), Line(6e-6, 1e-10, 4e-12), OURS["many"])
+    assert plans.rule(costs, 1, 4096, 4096, 8, True, False) == "adapter"
+    slow = costs._replace(across=1e-10)
+    assert plans.rule(slow, 1, 4096, 4096, 8, True, False) == "whole"
+    assert plans.rule(slow, 1, 4096, 4096, 8, False, False) == plans.rule(costs, 1, 4096, 4096, 8, False, False)
+
+
 def test_many_rows_share_a_folded_weight_where_the_library_is_fastest():
     costs = Costs(LIBRARY_FP32, OURS["few"], Line(8e-6, 1e-10, 1e-10))
     assert plans.rule(costs, 8192, 768, 768, 128, False, True) == "folded"

@@ -30,13 +30,15 @@ class Line(NamedTuple):
 class Costs(NamedTuple):
     """Those of the library and, for up to FEW rows and for more, of the plan "whole" with `pieces`, the number of bf16
     values for one of fp32 that takes least of those that are precise enough; the seconds that a value of x or y takes
-    more where the adapter's product is apart; when they were measured."""
+    more where the adapter's product is apart, and a value of weight for dx, where the library reads it across its rows;
+    when they were measured."""
 
     library: Line
     few: Line
     many: Line
     pieces: int = 3
     apart: float = 0.0
+    across: float = 0.0
     written: str | None = None
 
 

@@ -67,6 +67,10 @@ def _measured(setting: Setting, limit: float) -> Costs | None:
         for M, n in ((few, 64), (few, 512), (many, 512))
     }
     calls["apart", 512, 512] = functools.partial(_apart, x, weights[512])
+    # Of one row, with a weight that leaves the nearer caches: y and dx.
+    row, far = (torch.ones(rows, 2048, dtype=setting.dtype, device="cpu") for rows in (1, 2048))
+    calls["library", 1, 2048] = functools.partial(F.linear, row, far)
+    calls["across", 1, 2048] = functools.partial(torch.mm, row, far)
     times = {key: [] for key in calls}
     torch.set_num_threads(setting.threads)
     begun = time.monotonic()
@@ -89,7 +93,8 @@ def _measured(setting: Setting, limit: float) -> Costs | None:
     pieces = min(allowed(setting), key=lambda pieces: lines[pieces].seconds(128, 512 * 512))
     more = min(times["apart", 512, 512]) - min(times["library", 512, 512]) - lines["few"].call
     apart = max(0.0, more / (512 * (512 + 512)))
-    return Costs(lines["library"], lines["few"], lines[pieces], pieces, apart, time.strftime("%Y-%m-%d"))
+    across = max(0.0, min(times["across", 1, 2048]) - min(times["library", 1, 2048])) / far.numel()
+    return Costs(lines["library"], lines["few"], lines[pieces], pieces, apart, across, time.strftime("%Y-%m-%d"))
 
 
 def _undisturbed(call: Callable[[], object]) -> float | None:

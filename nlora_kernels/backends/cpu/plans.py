@@ -57,12 +57,13 @@ def _plan(dtype, tier, threads, precision, M: int, K: int, N: int, R: int, backw
 
 def experts_plan(dtype: torch.dtype, M: int, E: int, K: int, N: int, R: int, backward: bool = False) -> Plan:
     """How E experts that share M rows are computed: "whole" where that is how one of M / E rows is, else "library"."""
-    library, few, many, pieces = costs(setting(dtype))[:4]
+    known = costs(setting(dtype))
     # One call of ours is for all of them.
-    few, many = (line._replace(call=line.call / E) for line in (few, many))
-    library = Line(*(SHARED * each for each in library))
-    way = rule(Costs(library, few, many), max(1, M // E), K, N, R, backward, foldable=False)
-    return Plan(way if way == "whole" else "library", pieces)
+    few, many = (line._replace(call=line.call / E) for line in (known.few, known.many))
+    library = Line(*(SHARED * each for each in known.library))
+    known = known._replace(library=library, few=few, many=many, apart=0.0)
+    way = rule(known, max(1, M // E), K, N, R, backward, foldable=False)
+    return Plan(way if way == "whole" else "library", known.pieces)
 
 
 def decoding_plan(dtype: torch.dtype, M: int, K: int, N: int) -> Plan:
@@ -78,7 +79,7 @@ def rule(costs: Costs, M: int, K: int, N: int, R: int, backward: bool, foldable:
     """The plan that takes least: its product with weight, the adapter's multiply-adds at its rate, and its calls."""
     library, few, many = costs[:3]
     values, adapter = K * N, (1 + backward) * M * R * (K + N)
-    base = library.seconds(M, values)
+    base = library.seconds(M, values) + (values * costs.across if backward else 0)
     apart = base + M * (K + N) * costs.apart
     ours = few.seconds(max(M, TILE) if backward else M, values) if M <= FEW else many.seconds(M, values)
     seconds = {

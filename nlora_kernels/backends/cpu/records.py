@@ -19,6 +19,8 @@ from .costs import Costs, Line, Setting
 
 # What tells one CPU from another of the same name: on x86, and on Arm, whose CPUs have none.
 MODEL = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "CPU revision")
+# What costs have beside their lines: seconds of a value.
+MORE = ("apart", "across")
 
 
 def processor() -> dict[str, str]:
@@ -55,11 +57,12 @@ def read(file: Path, identity: dict[str, Any]) -> Costs | None:
     try:
         stored = json.loads(file.read_text())
         lines = {name: Line(*(float(stored[name][part]) for part in Line._fields)) for name in Costs._fields[:3]}
-        apart = float(stored["apart"])
-        finite = all(math.isfinite(value) and value >= 0 for line in (*lines.values(), (apart,)) for value in line)
+        more = {name: float(stored[name]) for name in MORE}
+        numbers = (value for part in (*lines.values(), more.values()) for value in part)
+        finite = all(math.isfinite(value) and value >= 0 for value in numbers)
         pieces = stored["pieces"]
         if stored["identity"] == identity and finite and type(pieces) is int and pieces in (1, 2, 3):
-            return Costs(**lines, pieces=pieces, apart=apart, written=str(stored["written"]))
+            return Costs(**lines, **more, pieces=pieces, written=str(stored["written"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
     return None
@@ -70,7 +73,7 @@ def write(setting: Setting, costs: Costs) -> Path:
     of = identity(setting)
     file = file_of(of)
     stored = {name: getattr(costs, name)._asdict() for name in Costs._fields[:3]}
-    stored |= {"identity": of, "written": costs.written, "pieces": costs.pieces, "apart": costs.apart}
+    stored |= {name: getattr(costs, name) for name in (*MORE, "pieces", "written")} | {"identity": of}
     cache.write(file, json.dumps(stored, indent=1) + "\n")
     return file
 
