@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # How the files of studies, which examples/compare.py writes, begin in bench/results.
 STUDY = "quality-"
 METHODS = {"nlora": "NLoRA", "inttune": "IntTune", "lora2": "LoRA²", "lora": "LoRA"}
+PASSES = ("forward", "backward", "both")
 OPS = {"forward": "forward", "backward": "backward", "both": "forward and backward", "step": "training step"}
 
 
@@ -48,6 +49,15 @@ class Results:
     def of(self, *ops: str) -> list[dict[str, Any]]:
         """The rows of these ops; what follows a comma in a row's op says more of it."""
         return [row for row in self.rows if row["op"].partition(",")[0] in ops]
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Those of single layers with dense weights, which have a bound."""
+        return [row for row in self.of(*PASSES) if "flop_bound" in row]
+
+    def other_layers(self) -> list[dict[str, Any]]:
+        """Those of other layers, named by all that tells them apart."""
+        rows = [row for row in self.of(*PASSES) if "flop_bound" not in row]
+        return [row | {"op": ", ".join(row[n] for n in ("method", "base", "dtype", "op") if n in row)} for row in rows]
 
 
 def load(path: str | Path) -> Results:
@@ -98,7 +108,7 @@ def markdown(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items() if version)
     device = f"{about.get('device')}, {about.get('threads')} threads, kernels for {about.get('kernels_use')}"
     parts = [f"{device}; {versions}; {about.get('date')}, commit {about.get('commit')}."]
-    if layers := results.of("forward", "backward", "both"):
+    if layers := results.layers():
         parts += [
             "Time of one layer as a ratio to the frozen layer alone, median of interleaved rounds (20th to 80th "
             "percentile). The bound counts multiplications. The last column is the speed of the backend that is chosen "
@@ -111,8 +121,13 @@ def markdown(results: Results) -> str:
             "model; peak is what tensors hold above model and optimizer, saved is what autograd keeps for backward.",
             _step_table(steps),
         ]
-    for title, ops in {"Initialisation.": ("init",), "LoRA² training.": ("allocator", "penalty")}.items():
-        if rows := results.of(*ops):
+    others = {
+        "Experts, weights in few bits, layers that share x, and the smallest layer.": results.other_layers(),
+        "Initialisation.": results.of("init"),
+        "LoRA² training.": results.of("allocator", "penalty"),
+    }
+    for title, rows in others.items():
+        if rows:
             parts += [title, _gain_table(rows)]
     if papers := results.of("paper"):
         parts += [
@@ -217,7 +232,7 @@ def plot(path: str | Path, out: str | Path | None = None) -> None:
     written = [stem.with_suffix(".md")]
     written[0].write_text(report)
     with text_without_matplotlib():
-        for (method, op), rows in _groups(results.of("forward", "backward", "both")).items():
+        for (method, op), rows in _groups(results.layers()).items():
             file = stem.with_name(f"{stem.name}-{method}-{op}.png")
             draw_bars(rows, file)
             written.append(file)
@@ -239,13 +254,13 @@ def draw_bars(rows: list[dict[str, Any]], path: str | Path) -> None:
 
 def draw_roofline(results: Results, path: str | Path) -> None:
     """GFLOP/s over FLOP per byte for every row of one layer, under the ceilings that the same run measured."""
-    rows = [row for row in results.of("forward", "backward", "both") if "flop_per_byte" in row]
+    rows = [row for row in results.layers() if "flop_per_byte" in row]
     charts.roofline(rows, results.of("roof"), LABELS).savefig(path)
 
 
 def layer_lines(results: Results) -> list[charts.Line]:
     """NLoRA, forward and backward: a line for each layer that PEFT and ours were timed on, under its model's name."""
-    rows = [row for row in results.of("both") if row["op"] == "both" and row["method"] == "nlora"]
+    rows = [row for row in results.layers() if row["op"] == "both" and row["method"] == "nlora"]
     lines, model = [], None
     for cell in _cells([row for row in rows if "ratio_to_floor" in row]).values():
         ours = _chosen(cell)
@@ -265,7 +280,7 @@ def step_lines(results: Results) -> list[charts.Line]:
     for (shape, r), (floor, peft, ours) in _steps(results).items():
         if floor and peft:
             lines.append(charts.Line(f"{shape}, r = {r}"))
-            lines += [_compared(METHODS[row["method"]], peft, row) for row in ours]
+            lines += [_compared(_method(row), peft, row) for row in ours]
     return lines
 
 
@@ -279,8 +294,14 @@ def memory_lines(results: Results) -> list[charts.Line]:
                 kept = [charts.Spread(*[each["saved_bytes"] / floor["saved_bytes"]] * 3) for each in (peft, row)]
                 values = dict(zip((charts.PEFT, charts.OURS), kept, strict=True))
                 column = f"{row['saved_bytes'] / 2**20:.1f} MiB"
-                lines.append(charts.Line(METHODS[row["method"]], values, column))
+                lines.append(charts.Line(_method(row), values, column))
     return lines
+
+
+def _method(row: dict[str, Any]) -> str:
+    """The method's name; behind a comma, whether layers that share x are one operation."""
+    name, comma, way = row["method"].partition(",")
+    return METHODS.get(name, "none") + comma + way
 
 
 def _steps(results: Results) -> dict[tuple, tuple]:
@@ -360,7 +381,7 @@ def _step_table(rows: list[dict[str, Any]]) -> str:
         figures = [f"{row['ms']:.0f}", ratio, f"{gain:.2f}" if gain else ""]
         memory = [f"{row[name] / 2**20:.1f}" if name in row else "" for name in ("peak_bytes", "saved_bytes")]
         label = LABELS.get(row["impl"], row["impl"])
-        lines.append([row["shape"], str(row["r"]), METHODS.get(row["method"], "none"), label, *figures, *memory])
+        lines.append([row["shape"], str(row["r"]), _method(row), label, *figures, *memory])
     header = ["model", "r", "method", "implementation", "ms", "to frozen", "vs PEFT", "peak, MiB", "saved, MiB"]
     return _table(header, lines)
 

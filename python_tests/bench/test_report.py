@@ -52,6 +52,24 @@ ROWS = [
     {"impl": "cpu", "op": "penalty, paper", "shape": "Model x7", "r": 8, "ms": 4.0, "ratio_to_eager": 0.25},
     row("cpu", 1.31, 1.1, shape="Model, 4 tokens", method="lora2", op="step")
     | {"peak_bytes": 3 << 20, "saved_bytes": 1},
+    *(
+        row(*which, shape="Model, 4 tokens", op="step") | {"saved_bytes": 2}
+        for which in [("floor", 1.0, 1.2), ("peft", 1.3, 1)]
+    ),
+    row("cpu", 1.37, 1.1, shape="Model, 4 tokens", method="nlora, grouped", op="step") | {"saved_bytes": 1},
+    # Layers of other kinds, which say less.
+    {"impl": "cpu", "op": "both", "method": "lora", "shape": "mixture", "r": 8, "ms": 6.0, "ratio_to_peft": 0.21},
+    {
+        "impl": "cpu",
+        "op": "both",
+        "method": "slora",
+        "base": "nf4",
+        "dtype": "bfloat16",
+        "shape": "64x64",
+        "r": 8,
+        "ms": 7.0,
+    }
+    | {"ratio_to_peft": 0.41},
     {"impl": "inttune", "op": "paper, training", "table": "Paper, table 1", "shape": "Model", "r": 8, "ms": 5.0}
     | {"ratio_to_peft": 0.9, "ratio_to_peft_p20_p80": [0.8, 1.0], "ratio_to_lora": 1.1}
     | {"ratio_to_lora_p20_p80": [1.0, 1.2], "paper_ratio": 0.85, "paper_against": "peft"}
@@ -91,6 +109,9 @@ def test_the_tables_hold_every_row_and_where_it_comes_from(run):
     assert large[1] == "64" and large[5] == "" and large[-1] == "1.27"
     assert core[2:4] == ["bfloat16", "IntTune"]
     assert ["Model, 4 tokens", "8", "LoRA²", "cpu", "3", "1.31 (1.30–1.33)", "1.10", "3.0", "0.0"] in lines
+    assert ["Model, 4 tokens", "8", "NLoRA, grouped", "cpu", "3", "1.37 (1.36–1.39)", "1.10", "", "0.0"] in lines
+    assert ["lora, both", "mixture", "8", "cpu", "6", "4.76"] in lines
+    assert ["slora, nf4, bfloat16, both", "64x64", "8", "cpu", "7", "2.44"] in lines
     assert ["init", "Model block", "8", "nlora residual", "3", "50"] in lines
     assert ["penalty, paper", "Model x7", "8", "cpu", "4", "4"] in lines
     table = ["Paper, table 1", "training", "Model", "8", "inttune", "5 ms"]
@@ -149,7 +170,7 @@ def test_results_are_kept_per_device_and_merged(run, tmp_path):
     later = report.Results(results.provenance | {"date": "2031-01-01"}, [row("cpu", 1.5, 1.01)])
     merged = report.load(report.save(later, tmp_path / "results"))
     assert len(merged.rows) == len(ROWS) and merged.provenance["date"] == "2031-01-01"
-    assert [r["ratio_to_floor"] for r in merged.rows if (r["impl"], r.get("r"), r["op"]) == ("cpu", 8, "both")] == [
+    assert [r["ratio_to_floor"] for r in merged.layers() if (r["impl"], r["r"], r["op"]) == ("cpu", 8, "both")] == [
         1.5,
         1.2,
     ]
@@ -190,6 +211,11 @@ def test_a_picture_holds_every_figure_and_says_where_ours_is_slower():
         assert {"title", "axis", "speed-up", "floor", "0.86 ×", "1.27 ×", "PEFT"} <= set(shown(picture))
         # The one that is slower has a colour of its own.
         assert picture.count(theme.loss) == 1 and picture.count(theme.ours) >= 2
+
+
+def test_pictures_of_steps_name_layers_that_share_x():
+    for lines in (report.step_lines(report.Results({}, ROWS)), report.memory_lines(report.Results({}, ROWS))):
+        assert [line.label for line in lines] == ["Model, 4 tokens, r = 8", "LoRA²", "NLoRA, grouped"]
 
 
 def test_studies_are_shown_where_there_are_any(tmp_path):
