@@ -18,6 +18,7 @@ from .. import init
 from ..backends.quantised import Quantised
 from ..commit import attributes, commit
 from ..layers import branch as branches
+from ..layers import engines
 from ..layers.branch import Branch, Lora2Branch, local
 from ..layers.modules import check_alpha
 from ..lora2 import shards
@@ -449,9 +450,9 @@ def _same(loaded: Tensor, kept: Tensor) -> bool:
 
 def _part_like(t: Tensor, held: Tensor) -> Tensor:
     """What a rank has of a tensor where it has what it has of the one that is held."""
-    if not hasattr(held, "device_mesh"):
-        return t.full_tensor() if hasattr(t, "full_tensor") else t
-    if hasattr(t, "device_mesh"):
+    if not engines.is_dtensor(held):
+        return t.full_tensor() if engines.is_dtensor(t) else t
+    if engines.is_dtensor(t):
         return local(t.redistribute(placements=held.placements))
     return t[shards.slices(held)]
 
