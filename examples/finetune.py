@@ -237,8 +237,8 @@ def run(method: str, model, tokenizer, task: Task, base_loss: float, args, group
         shutil.rmtree(last)
 
     last = heldout_loss(adapted, task.heldout, "end")
-    # A loss that is not a number has not fallen either.
-    improved = last < base_loss
+    # A loss that is not a number has not fallen either, and there is no adapter to load again.
+    improved, diverged = last < base_loss, not math.isfinite(last)
     print(f"held-out loss at the end {last:.4f}, {'' if improved else 'NOT '}below the base model's {base_loss:.4f}")
     print(f"after:  {sample(adapted, tokenizer, task.prompt)}")
     scores = benchmark_scores(adapted, tokenizer, task, args, folder if group.first else None)
@@ -251,7 +251,7 @@ def run(method: str, model, tokenizer, task: Task, base_loss: float, args, group
     elif group.first:
         # In parts it stays as it is.
         model, _ = load_model(args)
-    agrees = not group.first or agree(method, model, folder, batch, expected, plain, base, args)
+    agrees = diverged or not group.first or agree(method, model, folder, batch, expected, plain, base, args)
     group.wait()
     minutes = (time.perf_counter() - start) / 60
     entry = {"method": method, "lr": lr, "settings": runs.settings_of(args), "trained": trainable}

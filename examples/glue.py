@@ -120,6 +120,7 @@ def load_classifier(args, task: glue.Task):
 
 def run(method: str, args, task: glue.Task, train: list[dict], heldout: dict[str, list[dict]], tokenizer) -> dict:
     """Trains and measures one method."""
+    import numpy as np
     import torch
     import transformers
 
@@ -132,9 +133,10 @@ def run(method: str, args, task: glue.Task, train: list[dict], heldout: dict[str
     done = runs.train(model, method, lr, args, train_dataset=train, data_collator=collate, **settings)
     if done.step < done.steps:
         raise SystemExit(runs.INTERRUPTED)
-    metrics = {}
+    metrics, diverged = {}, False
     for suffix, rows in heldout.items():
         found = done.trainer.predict(rows)
+        diverged |= not np.isfinite(found.predictions).all()
         metrics |= glue.score(task, found.predictions, found.label_ids, suffix)
     folder = args.output / method
     if METHODS[method].config:
@@ -147,7 +149,7 @@ def run(method: str, args, task: glue.Task, train: list[dict], heldout: dict[str
     trained, kept = count_parameters(model)
     entry = {"method": method, "lr": lr, "settings": runs.settings_of(args), "trained": trained, "kept": kept}
     entry |= {"metrics": metrics, **done.measures}
-    if METHODS[method].config == LORA2 and args.target_rank:
+    if METHODS[method].config == LORA2 and args.target_rank and not diverged:
         entry["agrees"] = compressed_agrees(
             model.eval(), folder, args, task, collate(heldout[next(iter(heldout))][:16])
         )

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -152,6 +153,14 @@ def test_exit_status_when_the_loss_does_not_fall(run, capsys):
     assert run("--method", "lora", "--lr", "1e-30") == 1
     out = capsys.readouterr().out
     assert "NOT below the base" in out and "reloaded adapter agrees" in out
+
+
+def test_a_run_that_diverges_is_a_result(run, tmp_path):
+    """Its adapter has nothing that an export could agree with, and a study goes on without it."""
+    result = tmp_path / "result.json"
+    assert run("--method", "lora2", "lora", "--lr", "1e12", "--result", str(result)) == 1
+    losses = [entry["metrics"]["loss"] for entry in json.loads(result.read_text())]
+    assert len(losses) == 2 and not any(map(math.isfinite, losses))
 
 
 def test_exit_status_when_the_adapter_comes_back_changed(run, monkeypatch, capsys):

@@ -160,6 +160,13 @@ def test_lora2_prunes_and_exports(options, model, tmp_path, capsys):
     assert entry["kept"] == entry["trained"] - 24 * (1 + 2 * 2)
 
 
+def test_a_run_that_diverges_is_a_result(model, tmp_path):
+    data = write(tmp_path / "data", "sst2")
+    argv = ["--task", "sst2", "--data", data, "--model", model, "--method", "lora2", "--target-rank", "2"]
+    [entry] = run(*argv, *SHORT, "--lr", "1e12", "--k", "2", tmp_path=tmp_path)
+    assert "agrees" not in entry
+
+
 def test_target_sets(model, tmp_path):
     data = write(tmp_path / "data", "sst2")
     argv = ["--task", "sst2", "--data", data, "--model", model, *SHORT]
