@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bench import timing
-from nlora_kernels.cli.verify import child
+from nlora_kernels.cli.verify import machine
 
 ROUNDS, WARM_MS = 30, 300
 
@@ -31,7 +31,7 @@ class Stage:
         return timing.by_turns(functions, lambda function: self.milliseconds([function]), rounds, warm_ms)
 
 
-class Gpu(Stage, child.Gpu):
+class Gpu(Stage, machine.Gpu):
     """The first CUDA device."""
 
     rehearsal = False
@@ -84,7 +84,7 @@ class Gpu(Stage, child.Gpu):
         return torch.cuda.max_memory_allocated() - before
 
 
-class Rehearsal(Stage, child.Host):
+class Rehearsal(Stage, machine.Host):
     """A CPU in its place: what is captured is run again, and times mean nothing."""
 
     rehearsal = True

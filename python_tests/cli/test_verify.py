@@ -20,7 +20,7 @@ import torch
 from nlora_kernels import backends, cache, cli, process
 from nlora_kernels.backends import REFERENCE, TABLE, verified
 from nlora_kernels.cli import verify
-from nlora_kernels.cli.verify import cases, child
+from nlora_kernels.cli.verify import cases, child, machine, protocol, timing
 from python_tests import ROOT
 
 IDENTITY = {"gpu": "NVIDIA Fake", "capability": "9.0", "driver": "1.0", "torch": "2", "triton": "3"}
@@ -50,7 +50,7 @@ def honest():
 def judged(task, lines, **identity):
     asked = cases.cases_of(task["backend"], task["dtype"], cases.REHEARSED)
     trial = verify.Trial(task, process.Ended("ok", 1000.0, 0, []), lines)
-    return verify.judge(trial, asked, cases.REHEARSED, child.Host().identity() | identity)
+    return verify.judge(trial, asked, cases.REHEARSED, machine.Host().identity() | identity)
 
 
 def changed(lines, kind, change):
@@ -139,7 +139,7 @@ def test_wrong_codes_are_found(monkeypatch):
     for decode, found in zip((right, wrong), expected, strict=True):
         monkeypatch.setattr(TABLE["lean"], "decode", decode)
         for case in (product, whole):
-            figures = child.run(case, "lean", "float32", child.Host(), sizes, 0)
+            figures = child.run(case, "lean", "float32", machine.Host(), sizes, 0)
             with found:
                 verify._judge_case(case, figures, sizes, {})
 
@@ -261,7 +261,7 @@ def test_kernels_that_are_wrong_are_found_twice(monkeypatch, operation, result, 
     asked = cases.cases_of("reference", "float32", sizes)
     for kind in ("witness", "budget", "time"):
         case = next(c for c in asked if c.kind == kind and c.detail in ("nlora", operation))
-        figures = child.run(case, "reference", "float32", child.Host(), sizes, verify.seed_of(task))
+        figures = child.run(case, "reference", "float32", machine.Host(), sizes, protocol.seed_of(task))
         with pytest.raises(ValueError, match="is off by|a finite number"):
             verify._judge_case(case, json.loads(json.dumps(figures)), sizes, task)
 
@@ -281,7 +281,7 @@ def test_kernels_that_do_not_repeat_are_found(monkeypatch):
     sizes = cases.REHEARSED._replace(runs=6)
     for kind in ("repeats", "replay"):
         case = next(case for case in cases.cases_of("lean", "float32", sizes) if case.kind == kind)
-        figures = child.run(case, "lean", "float32", child.Host(), sizes, 0)
+        figures = child.run(case, "lean", "float32", machine.Host(), sizes, 0)
         assert figures["differing"] > 0
         with pytest.raises(ValueError, match="elements differ"):
             verify._judge_case(case, figures, sizes, {})
@@ -308,7 +308,7 @@ class Stream:
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    """`child.Gpu` over the CPU: torch.cuda records what it is asked. A replayed graph does nothing."""
+    """`machine.Gpu` over the CPU: torch.cuda records what it is asked. A replayed graph does nothing."""
     asked = []
 
     @contextlib.contextmanager
@@ -338,7 +338,7 @@ def stubbed(monkeypatch):
     right = torch.device
     with monkeypatch.context() as inside:
         inside.setattr(torch, "device", lambda kind, index: right("cpu"))
-        gpu = child.Gpu(0)
+        gpu = machine.Gpu(0)
     monkeypatch.setattr(child, "Gpu", lambda index: gpu)
     monkeypatch.setattr(child, "REAL", cases.REHEARSED)
     return asked
@@ -355,13 +355,13 @@ def test_the_cases_of_a_gpu_run_beside_load_and_in_graphs(stubbed):
         if case.kind == "repeats":
             assert stubbed.count("Stream") == cases.REHEARSED.runs and figures["differing"] == 0
         if case.kind == "replay":
-            assert stubbed.count("CUDAGraph") == 1 and stubbed.count("replay") == child.REPLAYS
+            assert stubbed.count("CUDAGraph") == 1 and stubbed.count("replay") == cases.REPLAYS
             # A graph that does not run leaves the old results.
             assert figures["differing"] > 0
     assert set(ran) == {"witness", "budget", "repeats", "replay", "time"}
     # The weight lies in memory more often than the cache can hold it.
     timed = next(case for case in cases.cases_of("lean", "float32", cases.REHEARSED) if case.kind == "time")
-    p, weights = child._large(timed, "float32", gpu)
+    p, weights = timing._large(timed, "float32", gpu)
     assert sum(weight.nbytes for weight in weights) > 3 * gpu.cache_bytes
     assert len({weight.data_ptr() for weight in weights}) == len(weights)
 
@@ -387,7 +387,7 @@ def test_what_does_not_fit_is_not_timed_and_nothing_else(monkeypatch):
     for kind in ("time", "budget"):
         case = next(case for case in cases.cases_of("lean", "float32", cases.REHEARSED) if case.kind == kind)
         monkeypatch.setitem(child.KINDS, kind, full)
-        figures = child.run(case, "lean", "float32", child.Host(), cases.REHEARSED, 0)
+        figures = child.run(case, "lean", "float32", machine.Host(), cases.REHEARSED, 0)
         assert figures == {"refused": "memory: tried to allocate 2 GiB"}
 
 

@@ -6,14 +6,14 @@ import pytest
 
 from nlora_kernels.backends import cuda
 from nlora_kernels.cli import verify
-from nlora_kernels.cli.verify import cases, child
+from nlora_kernels.cli.verify import cases, child, machine, protocol
 from python_tests.cuda import emulated
 
 TASK = {"nonce": "0123abcd" * 4, "backend": "cuda"}
 
 
 def run(case, dtype):
-    figures = child.run(case, "cuda", dtype, child.Host(), cases.REHEARSED, verify.seed_of(TASK))
+    figures = child.run(case, "cuda", dtype, machine.Host(), cases.REHEARSED, protocol.seed_of(TASK))
     return json.loads(json.dumps(figures))
 
 

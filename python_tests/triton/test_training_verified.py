@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from nlora_kernels.backends import TABLE
-from nlora_kernels.cli.verify import cases, child
+from nlora_kernels.cli.verify import cases, machine, timing
 
 if reason := TABLE["triton"].unavailable():
     pytest.skip(f"{reason}; TRITON_INTERPRET=1 pytest {__file__} runs these tests", allow_module_level=True)
@@ -34,8 +34,8 @@ def test_verify_judges_training(monkeypatch, kernel, wrong, result):
         module = allocator if hasattr(allocator, kernel) else penalty
         monkeypatch.setattr(module, kernel, functools.partial(wrong, getattr(module, kernel)))
     case = next(c for c in cases.cases_of("triton", "float32", cases.REHEARSED) if c.detail == "lora2_training")
-    machine = child.Host() if device.interpreted() else child.Gpu(0)
-    _, errors = child.CALLS[case.detail](case, TABLE["triton"], "triton", "float32", machine)
+    on = machine.Host() if device.interpreted() else machine.Gpu(0)
+    _, errors = timing.CALLS[case.detail](case, TABLE["triton"], "float32", on)
     assert {name for name, _ in errors} == case.results
     off = {name for (name, _), (error, bound) in errors.items() if not error <= bound}
     assert off == set() if result is None else result in off

@@ -25,8 +25,9 @@ import torch
 
 from ... import backends, cache, process
 from ...backends import verified
-from . import child
-from .cases import REAL, REHEARSED, Case, Sizes, cases_of
+from . import child, protocol
+from .cases import REAL, REHEARSED, REPLAYS, Case, Sizes, cases_of
+from .layers import layer_of
 
 HELP = "prove the fused kernels on this GPU and have them chosen where they are faster; exit status 1 if one fails"
 
@@ -223,7 +224,7 @@ class _Run:
         with tempfile.TemporaryFile() as output:
             started = process.start(command(task, report), output, env=environment)
             ended = process.wait(started, lambda: min(started.begun + patience, self.deadline))
-        return Trial(task, ended, _lines(report))
+        return Trial(task, ended, protocol.lines_of(report))
 
 
 def command(task: dict[str, Any], report: Path) -> list[str]:
@@ -277,12 +278,12 @@ def judge(trial: Trial, asked: list[Case], sizes: Sizes, identity: dict[str, Any
 def _judge_case(case: Case, figures: dict[str, Any], sizes: Sizes, task: dict[str, Any]) -> None:
     """ValueError unless the figures of a case are as they must be."""
     if case.kind == "witness":
-        layer = child.layer_of(case, task["backend"], task["dtype"], torch.device("cpu"), seed_of(task))
+        layer = layer_of(case, task["backend"], task["dtype"], torch.device("cpu"), protocol.seed_of(task))
         outputs = figures["outputs"]
         if outputs.keys() != case.results:
             raise ValueError(f"it gives {sorted(outputs) or 'no results'}, not {sorted(case.results)}")
         try:
-            layer.budget().check({name: child.decoded(stored) for name, stored in outputs.items()})
+            layer.budget().check({name: protocol.decoded(stored) for name, stored in outputs.items()})
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"computed again, {error}") from error
     elif case.kind in ("budget", "time"):
@@ -297,31 +298,15 @@ def _judge_case(case: Case, figures: dict[str, Any], sizes: Sizes, task: dict[st
                     raise ValueError(f"{name} is off by {error:.3g}, the budget is {bound:.3g}")
     else:
         runs, differing = (_number(figures[key]) for key in ("runs", "differing"))
-        expected = sizes.runs if case.kind == "repeats" else child.REPLAYS
+        expected = sizes.runs if case.kind == "repeats" else REPLAYS
         if runs != expected or differing:
             raise ValueError(f"{differing:.0f} elements differ in {runs:.0f} runs of {expected}")
-
-
-def seed_of(task: dict[str, Any]) -> int:
-    """Of the data of the witnesses: unknown before the task is given."""
-    return int(task["nonce"][:8], 16)
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value < math.inf:
         raise ValueError(f"a figure must be a finite number of at least 0, got {value!r}")
     return value
-
-
-def _lines(report: Path) -> list[Any]:
-    """What a child reported, as far as it can be read: one that was killed may have stopped within a line."""
-    found = []
-    try:
-        for line in report.read_text(errors="replace").splitlines():
-            found.append(json.loads(line))
-    except (OSError, ValueError):
-        pass
-    return found
 
 
 def _how(ended: process.Ended) -> str:

@@ -23,6 +23,8 @@ METHODS = {
     "four_bits": ("x", "lora_A", "lora_B", "lora_N"),
 }
 EXPERTS = 4
+# Of a captured graph.
+REPLAYS = 3
 # Results that the parent computes again.
 WITNESS = 37, 96, 80, 16
 
