@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from bench import runs
 from nlora_kernels.plotting import new_figure
 
 PEFT, OURS = "PEFT", "nlora_kernels"
@@ -100,7 +101,7 @@ def dumbbells(title: str, where: str, axis: str, column: str, reference: str, li
     axes.set_xlabel(axis, color=theme.text, fontsize=8.5)
     axes.tick_params(colors=theme.text, labelsize=8, length=0)
     # Beside the lines and not the headings, whose words they would cross.
-    for first, last in runs([bool(line.values) for line in lines]):
+    for first, last in stretches([bool(line.values) for line in lines]):
         ticks = [tick for tick in axes.get_xticks() if lowest - margin <= tick <= highest + margin]
         axes.vlines(ticks, first - 0.5, last + 0.5, color=theme.faint, linewidth=0.6, zorder=0)
         axes.vlines([1], first - 0.5, last + 0.5, color=theme.text, linewidth=1, zorder=0)
@@ -109,7 +110,7 @@ def dumbbells(title: str, where: str, axis: str, column: str, reference: str, li
     return figure
 
 
-def runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
+def stretches(flags: Sequence[bool]) -> list[tuple[int, int]]:
     """First and last index of every run of true ones."""
     starts = [at for at, flag in enumerate(flags) if flag and not (at and flags[at - 1])]
     ends = [at for at, flag in enumerate(flags) if flag and not (at + 1 < len(flags) and flags[at + 1])]
@@ -171,7 +172,7 @@ def bars(cells: Sequence[dict[str, dict[str, Any]]], labels: Sequence[str], impl
             axes.barh(top + place, min(ratio, limit), 0.92, color=COLOURS[name])
             if high < limit:
                 axes.plot([low, high], [top + place] * 2, color="black", linewidth=0.8)
-            slower = name in ("cuda", "triton", "cpu", "lean") and row.get("speedup_vs_peft", 1) < 1
+            slower = name in runs.OURS and row.get("speedup_vs_peft", 1) < 1
             said = f"{ratio:.2f}" + (" slower than PEFT" if slower else "")
             axes.text(
                 1.01,

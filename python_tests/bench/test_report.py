@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench import charts, report
+from bench import charts, pictures, report, runs, tables
 from nlora_kernels import cli
 from python_tests import ROOT
 
@@ -97,7 +97,7 @@ def cells(line):
 
 
 def test_the_tables_hold_every_row_and_where_it_comes_from(run):
-    text = report.markdown(report.load(run))
+    text = tables.markdown(runs.load(run))
     assert "CPU (R) X, 2 threads, kernels for avx2; torch 9.9; 2030-01-02, commit 0123456789ab (with changes)." in text
     lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
     header = lines[0]
@@ -140,7 +140,7 @@ def test_the_bars_show_figures_bound_and_losses(monkeypatch, tmp_path):
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
-    report.draw_bars(ROWS[:6], tmp_path / "x.png")
+    pictures.draw_bars(ROWS[:6], tmp_path / "x.png")
     [axes] = drawn[0].axes
     widths = [patch.get_width() for patch in axes.patches if patch.get_width()]
     assert widths == [1.5, 1.25, 1.75, 1.4, 1.1]
@@ -163,12 +163,12 @@ def test_without_matplotlib_there_is_text(run):
 
 
 def test_results_are_kept_per_device_and_merged(run, tmp_path):
-    results = report.load(run)
-    path = report.save(results, tmp_path / "results")
+    results = runs.load(run)
+    path = runs.save(results, tmp_path / "results")
     assert path.name == "cpu-r-x-avx2.json"
-    assert report.markdown(report.load(path)) == report.markdown(results)
-    later = report.Results(results.provenance | {"date": "2031-01-01"}, [row("cpu", 1.5, 1.01)])
-    merged = report.load(report.save(later, tmp_path / "results"))
+    assert tables.markdown(runs.load(path)) == tables.markdown(results)
+    later = runs.Results(results.provenance | {"date": "2031-01-01"}, [row("cpu", 1.5, 1.01)])
+    merged = runs.load(runs.save(later, tmp_path / "results"))
     assert len(merged.rows) == len(ROWS) and merged.provenance["date"] == "2031-01-01"
     assert [r["ratio_to_floor"] for r in merged.layers() if (r["impl"], r["r"], r["op"]) == ("cpu", 8, "both")] == [
         1.5,
@@ -201,7 +201,7 @@ def test_the_pages_show_what_the_results_hold():
 
 
 def test_a_picture_holds_every_figure_and_says_where_ours_is_slower():
-    lines = report.layer_lines(report.Results({}, [r | {"model": "M", "layer": "q", "M": 4} for r in ROWS[:6]]))
+    lines = pictures.layer_lines(runs.Results({}, [r | {"model": "M", "layer": "q", "M": 4} for r in ROWS[:6]]))
     assert [line.label for line in lines] == ["M", "q, 4 tokens, r = 8", "q, 4 tokens, r = 64"]
     assert [(line.column, line.loss) for line in lines] == [("", False), ("0.86 ×", True), ("1.27 ×", False)]
     small = {name: spread.value for name, spread in lines[1].values.items()}
@@ -214,7 +214,7 @@ def test_a_picture_holds_every_figure_and_says_where_ours_is_slower():
 
 
 def test_pictures_of_steps_name_layers_that_share_x():
-    for lines in (report.step_lines(report.Results({}, ROWS)), report.memory_lines(report.Results({}, ROWS))):
+    for lines in (pictures.step_lines(runs.Results({}, ROWS)), pictures.memory_lines(runs.Results({}, ROWS))):
         assert [line.label for line in lines] == ["Model, 4 tokens, r = 8", "LoRA²", "NLoRA, grouped"]
 
 
@@ -238,7 +238,7 @@ def test_the_roofline_has_a_roof_for_each_size_that_was_read(monkeypatch, tmp_pa
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
-    report.draw_roofline(report.Results({}, ROWS), tmp_path / "x.png")
+    pictures.draw_roofline(runs.Results({}, ROWS), tmp_path / "x.png")
     [axes] = drawn[0].axes
     slopes = {line.get_label(): line.get_ydata()[0] / line.get_xdata()[0] for line in axes.lines[:2]}
     assert slopes == {"1 MiB read, 64 GB/s": 64.0, "64 MiB read, 1 GB/s": 1.0}
