@@ -304,8 +304,7 @@ def _warn_of_servers(dst_dir: str | os.PathLike, config: dict, tensors: dict[str
         refused.append(f"the base weight that init_lora_weights={config['init_lora_weights']!r} changes")
     foreign = [key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        refused.append(f"tensors beside lora_A and lora_B (embeddings or whole modules): {foreign[0]}{more}")
+        refused.append(f"tensors beside lora_A and lora_B (embeddings or whole modules): {saved.some(foreign, 1)}")
     if refused:
         warnings.warn(
             f"{dst_dir} is right for PEFT, but servers refuse or leave out {'; '.join(refused)}", stacklevel=3

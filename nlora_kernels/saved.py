@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,12 @@ def by_layer(file: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str
 
 
 # Checks
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first of many names, for a message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def check_values(source: str | Path, key: str, tensor: Tensor, where: str = "") -> None:

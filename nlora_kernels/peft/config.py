@@ -1,5 +1,6 @@
 """The configurations: PEFT's LoraConfig and the options of the methods here."""
 
+import copy
 import os
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -170,6 +171,18 @@ class LoRA2Config(_Checked, LoraConfig):
             raise ValueError(f"init_lora_weights must be {known} for LoRA², got {self.init_lora_weights!r}")
         if other := variant(self):
             raise ValueError(f"{other} is not supported with {method(self)}")
+
+
+def is_lora(config: LoraConfig) -> bool:
+    """Whether its adapter is LoRA to PEFT: nothing between lora_A and lora_B."""
+    return config.peft_type == PeftType.LORA
+
+
+def as_lora(config: LoraConfig) -> LoraConfig:
+    """The same with the type that PEFT's rules for LoRA ask for."""
+    config = copy.copy(config)
+    config.peft_type = PeftType.LORA
+    return config
 
 
 def method(config: LoraConfig) -> str:

@@ -4,14 +4,19 @@ import functools
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import hotswap, save_and_load
+from peft.utils import PeftType, hotswap, save_and_load
 from torch import nn
 
-from .config import LoRA2Config, NLoraConfig
+from .config import LORA2, NLORA, LoRA2Config, NLoraConfig
 from .experts import FusedExperts
 from .layer import FusedLinear
 from .nlora import NLoraLinear, deferred, subtract_initial
-from .tuner import FIXED_IN_HOT_SWAP, withdraw
+from .tuner import withdraw
+
+# What must be equal before the weights of one adapter may be swapped for another's: of a core, ranks too, because PEFT
+# fills what is larger in one dimension only.
+_KEYS = [*hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA], "init_lora_weights", "r", "rank_pattern"]
+_FIXED_IN_HOT_SWAP = {NLORA: [*_KEYS, "residual", "train"], LORA2: _KEYS}
 
 
 def _refuse_hot_swap(first, second) -> None:
@@ -37,7 +42,7 @@ def _check_hot_swap(check):
         """PEFT's, which compares what its table lists; the types of this package are in it for the call alone, because
         PEFT names the types in the table to those who pass another."""
         _refuse_hot_swap(config0, config1)
-        own = {kind: keys for kind, keys in FIXED_IN_HOT_SWAP.items() if config0.peft_type == kind}
+        own = {kind: keys for kind, keys in _FIXED_IN_HOT_SWAP.items() if config0.peft_type == kind}
         known = hotswap.CONFIG_KEYS_TO_CHECK
         added = {kind: keys for kind, keys in own.items() if config0.peft_type not in known}
         known.update(added)
