@@ -20,6 +20,8 @@ METHODS = {
     "inttune_residual": lambda **kw: NLoraConfig(train="core", residual=True, **kw),
     "lora2": lambda **kw: LoRA2Config(**{"k": 2} | kw),
 }
+# One for every set of matrices with a core between lora_A and lora_B.
+CORE_METHODS = ("nlora", "nlora_residual", "inttune_residual", "lora2")
 
 
 def config(method: str, **options):
@@ -43,6 +45,10 @@ def close(actual, expected, atol=1e-5):
 
 def adapter_layers(model):
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def residual_layers(model):
+    return [layer for layer in adapter_layers(model) if layer.subtracted]
 
 
 def reference_logits(base, model, ids, adapters=("default",)):

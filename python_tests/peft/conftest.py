@@ -1,12 +1,24 @@
 import peft
 import pytest
 
-from python_tests.tiny import MIXTURES, gpt2, llama
+from python_tests.peft.adapters import CORE_METHODS
+from python_tests.tiny import MIXTURES, counted_fusions, gpt2, llama
 
 
 @pytest.fixture(params=[llama, gpt2], ids=["linear", "conv1d"])
 def base(request):
     return request.param()
+
+
+@pytest.fixture(params=CORE_METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def fused_calls():
+    with counted_fusions() as calls:
+        yield calls
 
 
 @pytest.fixture(scope="session")
