@@ -46,15 +46,21 @@ def read(base: nn.Module) -> Tensor:
 @contextlib.contextmanager
 def brought(base: nn.Module) -> Iterator[None]:
     """Has the parameters of an offloaded layer there, as in its forward: at rest they are on the meta device."""
-    hook = getattr(base, "_hf_hook", None)
-    if not (isinstance(hook, AlignDevicesHook) and hook.offload):
+    if not is_offloaded(base):
         yield
         return
+    hook = base._hf_hook
     hook.pre_forward(base)
     try:
         yield
     finally:
         hook.post_forward(base, torch.empty(0))
+
+
+def is_offloaded(base: nn.Module) -> bool:
+    """Whether a layer's parameters are elsewhere at rest, and brought for its forward."""
+    hook = getattr(base, "_hf_hook", None)
+    return isinstance(hook, AlignDevicesHook) and hook.offload
 
 
 def adding(

@@ -23,7 +23,7 @@ from ..layers.branch import Branch, Lora2Branch, local
 from ..layers.modules import check_alpha
 from ..lora2 import shards
 from . import base as base_weights
-from . import tensor_parallel
+from . import residual, tensor_parallel
 from .config import NLoraConfig
 from .layer import FUSED, FusedLinear, Term, plain_layer
 
@@ -52,6 +52,13 @@ class Kept(nn.Module):
         if isinstance(value, nn.Parameter):
             value.requires_grad_(False)
         super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A copy, because some load into the tensors of a model's state dict and then hand that in: what is out of the
+        # base weight is known until then.
+        if not keep_vars:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].clone()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.detach())
@@ -113,10 +120,10 @@ class NLoraLinear(HasCore, FusedLinear):
 
     With residual=True the effect of an adapter is s·(B·N·A − B₀·N₀·A₀). The initial matrices are kept, frozen, in
     lora_A0, lora_N0 and lora_B0. So that one adapter is one operation, the base weight of the layer at rest is
-    W − s·B₀·N₀·A₀ with the product of one such adapter, that named `subtracted`; a forward adds whatever multiple of an
-    initial product is then too much or missing, and merging, unloading and deleting put the product back. Where nothing
-    is subtracted, as in a quantised or sharded weight, the second product is a term like the first. With train="core" W
-    stays as it is, the core is N − N₀, and only lora_N0 is kept.
+    W − s·B₀·N₀·A₀ with the product of one such adapter, the first by name: it is `subtracted`. A forward adds whatever
+    multiple of an initial product is then too much or missing, and merging, unloading and deleting put the product
+    back. Where nothing is subtracted, as in a quantised or sharded weight, the second product is a term like the first.
+    With train="core" W stays as it is, the core is N − N₀, and only lora_N0 is kept.
     """
 
     adapter_layer_names = (*FusedLinear.adapter_layer_names, "lora_N")
@@ -138,8 +145,30 @@ class NLoraLinear(HasCore, FusedLinear):
         self.fan_in_fan_out = branches.is_conv1d(self.get_base_layer())
         super()._make_room()
         self.initial_scaling: dict[str, float] = {}
-        # The adapter whose initial product is out of the base weight now.
-        self.subtracted: str | None = None
+        self._subtracted: str | None = None
+        # With what a base weight is to come that is not there: "all" tensors of the layer, or "none", if the initial
+        # matrices have come before it.
+        self._awaited = ""
+
+    @property
+    def subtracted(self) -> str | None:
+        """The adapter whose initial product is out of the base weight now."""
+        if self._awaited:
+            self._settle()
+        return self._subtracted
+
+    def _settle(self) -> None:
+        """Decides what is out of a base weight that some loader has put in place tensor by tensor."""
+        base = self.get_base_layer()
+        if base.weight.is_meta and not base_weights.is_offloaded(base):
+            return
+        if self._awaited == "none":
+            raise ValueError(
+                f"layer {self.layer_name!r}: the base weight has come after the residual adapter, and nothing says "
+                "whether an initial product is out of it: load the base model first, or the state dict of the whole "
+                "model by load_state_dict(…, assign=True)"
+            )
+        self._awaited, self._subtracted = "", min(self.lora_A0, default=None)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: NLoraConfig, **kwargs) -> None:
         # NOTE: not in __init__, because PEFT's __init__ adds the first adapter.
@@ -160,6 +189,9 @@ class NLoraLinear(HasCore, FusedLinear):
             if config.train == "all":
                 self.lora_A0[adapter_name] = Kept(r, self.in_features)
                 self.lora_B0[adapter_name] = Kept(self.out_features, r)
+                base = self.get_base_layer()
+                if base.weight.is_meta and not base_weights.is_offloaded(base):
+                    self._awaited = "all"
         uninitialised = copy.copy(config)
         uninitialised.init_lora_weights = False
         super().update_layer(adapter_name, r, lora_alpha, uninitialised, **kwargs)
@@ -222,7 +254,7 @@ class NLoraLinear(HasCore, FusedLinear):
 
     def _keeping(self, name: str) -> list[nn.Module]:
         """The modules that hold the initial matrices of an adapter."""
-        return [self._modules[kind]._modules[name] for kind in ("lora_A0", "lora_N0", "lora_B0")]
+        return [self._modules[kind]._modules[name] for kind in residual.KEPT]
 
     def _apart(self, name: str, x: Tensor) -> Tensor:
         A, *core, B = self.factors(name)
@@ -244,16 +276,16 @@ class NLoraLinear(HasCore, FusedLinear):
 
     def _terms(self, adapter_names: list[str] | None) -> list[Term]:
         terms = super()._terms(adapter_names)
-        residual = self._modules["lora_A0"]._modules
-        if not residual:
+        kept = self._modules["lora_A0"]._modules
+        if not kept:
             return terms
         if adapter_names is None or self.disable_adapters:
             active = {term.name for term in terms}
-            parts = [(name, name in active, None) for name in residual]
+            parts = [(name, name in active, None) for name in kept]
         else:
             rows_of = {term.name: term.rows for term in terms}
-            others = {name: [i for i, of in enumerate(adapter_names) if of != name] for name in residual}
-            parts = [(name, True, rows_of[name]) for name in residual if name in rows_of]
+            others = {name: [i for i, of in enumerate(adapter_names) if of != name] for name in kept}
+            parts = [(name, True, rows_of[name]) for name in kept if name in rows_of]
             parts += [(name, False, rows) for name, rows in others.items() if rows]
         for name, is_active, rows in parts:
             factor = self._initial_factor(name, is_active)
@@ -291,6 +323,11 @@ class NLoraLinear(HasCore, FusedLinear):
 
     # Residual life cycle
 
+    def know_offloaded(self) -> None:
+        """Settles that of a base weight for which PEFT has loaded an adapter: the hooks that it renews bring W."""
+        if self._awaited == "none" and base_weights.is_offloaded(self.get_base_layer()):
+            self._awaited = ""
+
     @torch.no_grad()
     def subtract_initial(self) -> None:
         """Takes the initial product out of the base weight, if that can be and nothing is merged.
@@ -300,8 +337,9 @@ class NLoraLinear(HasCore, FusedLinear):
         """
         name = None if _deferring.get() else self._subtractable()
         if name is not None:
+            self.add_initial()
             base = self.get_base_layer()
-            subtracted = attributes(self, subtracted=name)
+            subtracted = attributes(self, _subtracted=name)
             with gather_params_ctx(base.weight):
                 weight = local(branches.weight_of(base)).data
                 init.add_product(weight, *self._initial(name), -self.initial_scaling[name], subtracted)
@@ -318,14 +356,21 @@ class NLoraLinear(HasCore, FusedLinear):
             self._move_initial(name, -1)
 
     def _subtractable(self, merged: bool = False) -> str | None:
-        """The adapter whose initial product can be taken out of the base weight now."""
-        if self.subtracted is not None or not self.lora_A0 or self.merged != merged:
+        """The adapter whose initial product is to be out of the base weight, if that can be now and it is not yet.
+
+        It is the first by name, so that the tensors of a layer at rest say by themselves which it is.
+        """
+        if not self.lora_A0 or self.merged != merged:
+            return None
+        subtracted = self.subtracted
+        if subtracted is not None and subtracted == min(self.lora_A0):
             return None
         base = self.get_base_layer()
         weight = tensor_parallel.resident(base)
         if weight.is_meta or not branches.can_be_added_to(base, weight):
             return None
-        return next((name for name in self.lora_A0 if self._are_there(self._kept(name))), None)
+        first = min((name for name in self.lora_A0 if self._are_there(self._kept(name))), default=None)
+        return None if first == subtracted else first
 
     def _are_there(self, kept: list[nn.Parameter]) -> bool:
         split = tensor_parallel.split_of(self.get_base_layer()) is not None
@@ -337,51 +382,76 @@ class NLoraLinear(HasCore, FusedLinear):
         base = self.get_base_layer()
         with gather_params_ctx(base.weight):
             product = self._stored(self.initial(name, self.initial_scaling[name]).product())
-            commit(*base_weights.adding(base, product, sign), attributes(self, subtracted=None if sign > 0 else name))
+            commit(*base_weights.adding(base, product, sign), attributes(self, _subtracted=None if sign > 0 else name))
 
     def train(self, mode: bool = True) -> "NLoraLinear":
         self.subtract_initial()
         return super().train(mode)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        residual.describe(destination, prefix, self.described())
+
+    def described(self) -> dict[str, Any]:
+        """What a state dict says of the base weight, if that is there and residual adapters are."""
+        return residual.described(self) if self.lora_A0 and not self.get_base_layer().weight.is_meta else {}
+
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         """Loading never recomputes the initial product: the one that comes is out of the base weight afterwards."""
         base, assigned = self.get_base_layer(), local_metadata.get("assign_to_params_buffers", False)
-        for name in self.lora_A0:
-            keys = [f"{prefix}{kind}.{name}.weight" for kind in ("lora_A0", "lora_N0", "lora_B0")]
-            if self.merged or not all(key in state_dict for key in keys):
-                continue
-            weight = state_dict.get(f"{prefix}base_layer.weight")
-            self._exchange(name, [state_dict[key] for key in keys], weight)
-            # With assign=True a layer on the meta device is given the tensors themselves, W without the product.
-            fits = weight is not None and weight.shape == base.weight.shape
-            if assigned and fits and base.weight.is_meta and branches.is_dense(base.weight):
-                self.subtracted = self.subtracted or name
+        weight = state_dict.get(f"{prefix}base_layer.weight")
+        out = residual.check(self, state_dict, prefix, local_metadata.get(residual.ENTRY))
+        if out is not None:
+            # PyTorch leaves what is on the meta device there, unless it is given the tensors themselves.
+            if assigned or not base.weight.is_meta:
+                self._take_over(out, weight, state_dict, prefix)
+        elif weight is None and not self.merged:
+            for name in self.lora_A0:
+                loaded = [state_dict.get(f"{prefix}{kind}.{name}.weight") for kind in residual.KEPT]
+                if all(isinstance(t, Tensor) for t in loaded):
+                    self._exchange(name, loaded)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def _exchange(self, name: str, loaded: list[Tensor], weight: Tensor | None) -> None:
+    def _take_over(self, out: residual.Out, weight: Tensor, state_dict, prefix: str) -> None:
+        """Puts a base weight in place with what is out of it."""
+        base, own, steps = self.get_base_layer(), tensor_parallel.resident(self.get_base_layer()), []
+        kept = [] if out.name is None else self._kept(out.name)
+        loaded = [state_dict[f"{prefix}{kind}.{out.name}.weight"] for kind in residual.KEPT[: len(kept)]]
+        shapes = [t.shape for t in loaded] == [t.shape for t in kept]
+        if shapes and not own.is_meta and branches.is_dense(own) and self._are_there(kept):
+            steps = [partial(Tensor.copy_, own.data, _part_like(weight, base.weight))]
+            for old, new in zip(kept, loaded, strict=True):
+                steps.append(partial(Tensor.copy_, local(old).data, _part_like(new, old)))
+        if out.scaling is not None:
+            steps.append(partial(self.initial_scaling.update, {out.name: out.scaling}))
+        commit(*steps, attributes(self, _subtracted=out.name, _awaited=""))
+
+    def _exchange(self, name: str, loaded: list[Tensor]) -> None:
+        """Puts initial matrices in place that come without a base weight."""
         base, kept = self.get_base_layer(), self._kept(name)
-        own = tensor_parallel.resident(base)
-        if [t.shape for t in loaded] != [t.shape for t in kept] or not branches.is_dense(own):
+        if self._awaited and base.weight.is_meta:
+            self._awaited = "none"
+        if self.subtracted != name or [t.shape for t in loaded] != [t.shape for t in kept]:
             return
-        if own.is_meta or not self._are_there(kept):
-            return
-        if weight is not None and weight.shape == base.weight.shape:
-            weight = _part_like(weight, base.weight)
+        own, are_there = tensor_parallel.resident(base), self._are_there(kept)
         loaded = [_part_like(new, old) for new, old in zip(loaded, kept, strict=True)]
         kept = [local(t) for t in kept]
+        if any(t.is_meta for t in (*kept, *loaded)) or all(map(_same, loaded, kept)):
+            return
+        if own.is_meta or not are_there or not branches.is_dense(own):
+            raise ValueError(
+                f"layer {self.layer_name!r}: adapter {name!r} comes with other initial matrices than those whose "
+                "product is out of the base weight, which is sharded or offloaded now: load it before that, or the "
+                "state dict of the whole model"
+            )
         copies = tuple(partial(Tensor.copy_, old.data, new) for old, new in zip(kept, loaded, strict=True))
-        if weight is not None:
-            # A base weight that comes along has the product out of it that was saved with it.
-            if self.subtracted in (None, name) and weight.shape == own.shape:
-                commit(partial(Tensor.copy_, own.data, weight), *copies, attributes(self, subtracted=name))
-        elif self.subtracted == name and not all(map(_same, loaded, kept)):
-            # Out with the new and in with the old product at once: the weight is rounded once.
-            change = self._stored(self.initial(name, self.initial_scaling[name]).product())
-            loaded = [t.to(change.device, change.dtype) for t in loaded]
-            change = change - self._stored(Branch(*loaded, self.initial_scaling[name]).product())
-            with gather_params_ctx(base.weight):
-                commit(*base_weights.adding(base, change, 1), *copies)
+        # Out with the new and in with the old product at once: the weight is rounded once.
+        change = self._stored(self.initial(name, self.initial_scaling[name]).product())
+        loaded = [t.to(change.device, change.dtype) for t in loaded]
+        change = change - self._stored(Branch(*loaded, self.initial_scaling[name]).product())
+        with gather_params_ctx(base.weight):
+            commit(*base_weights.adding(base, change, 1), *copies)
 
     # Merging
 
@@ -406,7 +476,7 @@ class NLoraLinear(HasCore, FusedLinear):
 
     def _adding(self, name: str, sign: int, safe: bool = False) -> tuple[Callable[[], object], ...]:
         steps = super()._adding(name, sign, safe)
-        return (*steps, attributes(self, subtracted=None if sign > 0 else name)) if self._moves_along(name) else steps
+        return (*steps, attributes(self, _subtracted=None if sign > 0 else name)) if self._moves_along(name) else steps
 
     def _merge(self, name: str, safe: bool) -> None:
         if self.subtracted != name:
@@ -434,7 +504,7 @@ class NLoraLinear(HasCore, FusedLinear):
                 self._subtract_again()
         if not self.lora_N:
             # What is left is plain LoRA, until a core is added again.
-            for name in ("lora_N", "lora_A0", "lora_N0", "lora_B0", "initial_scaling", "subtracted"):
+            for name in ("lora_N", "lora_A0", "lora_N0", "lora_B0", "initial_scaling", "_subtracted", "_awaited"):
                 delattr(self, name)
             self.__class__ = plain_layer(self.get_base_layer())
 
@@ -458,7 +528,8 @@ def _part_like(t: Tensor, held: Tensor) -> Tensor:
 
 
 def subtract_initial(model: nn.Module) -> None:
-    """The same for every layer of a model."""
+    """The same for every layer of a model that PEFT has injected or loaded an adapter into."""
     for module in model.modules():
         if isinstance(module, NLoraLinear):
+            module.know_offloaded()
             module.subtract_initial()

@@ -13,8 +13,8 @@ from torch.nn.parameter import is_lazy
 from ..backends.quantised import Unreadable
 from ..layers import branch as branches
 from . import base as base_weights
+from . import residual, targets, tensor_parallel
 from . import state_dict as state_dicts
-from . import targets, tensor_parallel
 from .advice import advise
 from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, as_lora, is_lora, method, variant
 from .experts import NLoraExperts
@@ -130,9 +130,20 @@ class _FusedModel(LoraModel):
             state_dicts.check_keys(model, config, adapter_name, remapped)
         return remapped
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # What each layer says too, here, where all is checked before the first is loaded.
+        layers = ((name, module) for name, module in self.named_modules() if isinstance(module, NLoraLinear))
+        residual.describe(destination, prefix, {name: entry for name, layer in layers if (entry := layer.described())})
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         state_dicts.check_tensors(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        entries, of_layers = local_metadata.get(residual.ENTRY, {}), residual.by_layer(state_dict)
+        for name, module in self.named_modules():
+            place = f"{prefix}{name}."
+            if isinstance(module, FusedLinear) and place in of_layers:
+                residual.check(module, of_layers[place], place, entries.get(name))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 class NLoraModel(_FusedModel):
