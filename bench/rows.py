@@ -38,9 +38,11 @@ def record(
 ) -> dict[str, list[float]]:
     """Times `target` in turn with the others and writes the row: `info`, times, ratios to each of them, throughput.
 
-    Returns the seconds of the single rounds; options are those of `interleave`. Everything was checked before.
+    Where it is one of the others itself it is timed once a round. Returns the seconds of the single rounds; options are
+    those of `interleave`. Everything was checked before.
     """
-    times = interleave(benchmark, target, others, seconds_of(request), **options)
+    apart = {name: other for name, other in others.items() if other is not target}
+    times = interleave(benchmark, target, apart, seconds_of(request), **options)
     seconds = statistics.median(times["self"])
     info = {
         "device": "cpu",
@@ -49,7 +51,7 @@ def record(
         "rounds": len(times["self"]),
     } | info
     for name in others:
-        middle, low, high = median_ratio(times["self"], times[name])
+        middle, low, high = median_ratio(times["self"], times.get(name, times["self"]))
         info |= {f"ratio_to_{name}": middle, f"ratio_to_{name}_p20_p80": [low, high]}
     if "peft" in others:
         info["speedup_vs_peft"] = 1 / info["ratio_to_peft"]

@@ -3,6 +3,7 @@
 python -m pytest bench/test_group.py --benchmark-json=group.json
 """
 
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -83,11 +84,13 @@ class Layers:
         ys = function()
         return lambda: torch.autograd.grad(ys, wrt, self.dys, retain_graph=True, allow_unused=True)
 
+    def results(self, function) -> list[torch.Tensor]:
+        ys = function()
+        return [*ys, *torch.autograd.grad(ys, [self.x, *self.trained], self.dys)]
+
     def check(self) -> float:
         """The outputs and gradients of the group against fp64, within twice the error of plain PyTorch."""
-        found, plain = (
-            [*f(), *torch.autograd.grad(f(), [self.x, *self.trained], self.dys)] for f in (self.grouped, self.plain)
-        )
+        found, plain = self.results(self.grouped), self.results(self.plain)
         wide = Layers.__new__(Layers)
         wide.problems = [p.to(torch.double) for p in self.problems]
         wide.x = self.x.detach().double().requires_grad_()
@@ -97,7 +100,7 @@ class Layers:
                 setattr(p, name, getattr(p, name).detach().requires_grad_())
         wide.trained = [getattr(p, name) for p in wide.problems for name in names]
         wide.dys = [dy.double() for dy in self.dys]
-        exact = [*wide.plain(), *torch.autograd.grad(wide.plain(), [wide.x, *wide.trained], wide.dys)]
+        exact = wide.results(wide.plain)
         largest = 0.0
         for ours, theirs, right in zip(found, plain, exact, strict=True):
             error, allowed, size = (t.norm().item() for t in (ours.double() - right, theirs.double() - right, right))
@@ -106,10 +109,16 @@ class Layers:
         return largest
 
 
+# Of both rows of it.
+@functools.lru_cache(1)
+def checked(case: Case, method: str) -> tuple[Layers, float]:
+    layers = Layers(case, method)
+    return layers, layers.check()
+
+
 @pytest.mark.parametrize("case, method, op", ROWS, ids=[f"{case}-{method}-{op}" for case, method, op in ROWS])
 def test_group(benchmark, request, case, method, op):
-    layers = Layers(case, method)
-    error = layers.check()
+    layers, error = checked(case, method)
     others = {name: layers.run(name, op) for name in ("apart", "floor", *(["peft"] if method == "nlora" else []))}
     target = layers.run("grouped", op)
     for function in (target, *others.values()):

@@ -134,8 +134,9 @@ class Training:
         return largest
 
 
-# Of what every row of a case is compared with: to check a whole model takes longer than to time it.
-@functools.lru_cache(2)
+# Of what every row of a case is compared with, and of what its ways are: to check a whole model takes longer than to
+# time it.
+@functools.lru_cache(3)
 def checked(case: Case, method: str, way: str = "") -> tuple[Training, float]:
     """A training that has passed its check and run once, and its error."""
     training = Training(case, method, way)
@@ -147,12 +148,11 @@ def checked(case: Case, method: str, way: str = "") -> tuple[Training, float]:
 @pytest.mark.parametrize("case, method, way", ROWS)
 def test_step(benchmark, request, case, method, way):
     others = {name: checked(case, name)[0] for name in ("floor", "peft")}
-    # Not through the cache, where it would take the place of another.
-    training, error = (checked if method in others else checked.__wrapped__)(case, method, way)
+    training, error = checked(case, method)
     if way:
-        # Checked where it is a row itself.
-        others["apart"] = Training(case, method)
-        others["apart"]()
+        others["apart"] = training
+        # Not through the cache, where it would take the place of another.
+        training, error = checked.__wrapped__(case, method, way)
     ours = backends.select(None, torch.empty(0)).name
     whole = "" if case.blocks > 2 else f", {case.blocks} block{'s' * (case.blocks > 1)}"
     info = {"model": case.model, "M": case.tokens, "shape": f"{case.model}{whole}, {case.tokens} tokens", "r": case.r}
