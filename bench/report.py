@@ -49,6 +49,9 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     quality = root / "docs" / "quality.md"
     shown = [f"## {stem.removeprefix(STUDY)}\n\n{study.markdown(one)}" for stem, one in studies.items()]
     found[quality] = insert(quality.read_text(), "\n".join(shown) or "No study is kept yet.\n", "studies")
+    whole = {stem.removeprefix(STUDY): one for stem, one in studies.items() if study.is_whole(one)}
+    readme = root / "README.md"
+    found[readme] = insert(readme.read_text(), study.extract(whole), "studies")
     return found
 
 

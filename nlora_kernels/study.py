@@ -123,6 +123,11 @@ def rows(study: dict[str, Any]) -> list[Row]:
     return found
 
 
+def is_whole(study: dict[str, Any], seeds: int = 3) -> bool:
+    """Whether every method has run on as many seeds."""
+    return all(len(row.values) >= seeds for row in rows(study))
+
+
 def baselines(found: list[Row]) -> dict[int, Row]:
     """{rank: the row that others of the rank are compared with}"""
     return {row.rank: row for row in found if row.method == BASELINE}
@@ -176,6 +181,20 @@ def markdown(study: dict[str, Any]) -> str:
         said.append("Seconds are left out where other programs ran beside.")
     said += [f"On {machine}." for machine in machines(study)]
     return "\n".join(lines) + f"\n\n{' '.join(said)}\n"
+
+
+def extract(studies: dict[str, dict[str, Any]]) -> str:
+    """mean ± sd of the methods that all of the studies have, under the studies' names; "" without a study."""
+    found = {name: {(row.method, row.rank): row for row in rows(one)} for name, one in studies.items()}
+    if not found:
+        return ""
+    heads = [f"{name}, {one['metric']} {'↑' if one['higher_is_better'] else '↓'}" for name, one in studies.items()]
+    lines = [f"| {' | '.join(['method', *heads])} |", "|" + "---|" * (1 + len(heads))]
+    for key in next(iter(found.values())):
+        if all(key in each for each in found.values()):
+            values = [f"{each[key].mean:.4f} ± {each[key].sd:.4f}" for each in found.values()]
+            lines.append(f"| {' | '.join([key[0], *values])} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw_curves(found: list[Row], path: str | Path) -> None:

@@ -223,7 +223,8 @@ def test_studies_are_shown_where_there_are_any(tmp_path):
     (tmp_path / "bench" / "results").mkdir(parents=True)
     for name, marker in (("results", "results"), ("quality", "studies")):
         (tmp_path / "docs" / f"{name}.md").write_text(f"# {name}\n<!-- {marker} -->\n<!-- /{marker} -->\n")
-    quality = tmp_path / "docs" / "quality.md"
+    quality, readme = tmp_path / "docs" / "quality.md", tmp_path / "README.md"
+    readme.write_text("# name\n<!-- studies -->\n<!-- /studies -->\n")
     assert "No study is kept yet." in report.pages(tmp_path)[quality]
     cell = {"method": "nlora", "rank": 8, "lr": 1e-3, "seed": 0, "metrics": {"loss": 2.5}, "trained": 7, "seconds": 1.0}
     cell |= {"tokens_per_second": 3.0, "peak_bytes": 1 << 20, "curve": []}
@@ -231,6 +232,16 @@ def test_studies_are_shown_where_there_are_any(tmp_path):
     (tmp_path / "bench" / "results" / "quality-tiny.json").write_text(json.dumps(study))
     text = report.pages(tmp_path)[quality]
     assert "## tiny" in text and "| nlora | 8 | 0.001 | 1 | 1 | 2.5000 |" in text
+    # README shows studies that have all their seeds, and of them what all have.
+    assert "nlora" not in report.pages(tmp_path)[readme]
+    seeds = [cell | {"seed": seed, "metrics": {"loss": 2.0 + seed}} for seed in range(3)]
+    for name, methods in {"small": ("lora", "nlora"), "smaller": ("nlora",)}.items():
+        every = {f"{m} {one['seed']}": one | {"method": m} for m in methods for one in seeds}
+        path = tmp_path / "bench" / "results" / f"quality-{name}.json"
+        path.write_text(json.dumps(study | {"cells": every}))
+    text = report.pages(tmp_path)[readme]
+    assert "| method | small, loss ↓ | smaller, loss ↓ |" in text and "tiny" not in text
+    assert "| nlora | 3.0000 ± 1.0000 | 3.0000 ± 1.0000 |" in text and "| lora |" not in text
 
 
 def test_the_roofline_has_a_roof_for_each_size_that_was_read(monkeypatch, tmp_path):
