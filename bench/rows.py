@@ -38,11 +38,9 @@ def record(
 ) -> dict[str, list[float]]:
     """Times `target` in turn with the others and writes the row: `info`, times, ratios to each of them, throughput.
 
-    Where it is one of the others itself it is timed once a round. Returns the seconds of the single rounds; options are
-    those of `interleave`. Everything was checked before.
+    Returns the seconds of the single rounds; options are those of `interleave`. Everything was checked before.
     """
-    apart = {name: other for name, other in others.items() if other is not target}
-    times = interleave(benchmark, target, apart, seconds_of(request), **options)
+    times = interleave(benchmark, target, others, seconds_of(request), **options)
     seconds = statistics.median(times["self"])
     info = {
         "device": "cpu",
@@ -51,7 +49,7 @@ def record(
         "rounds": len(times["self"]),
     } | info
     for name in others:
-        middle, low, high = median_ratio(times["self"], times.get(name, times["self"]))
+        middle, low, high = median_ratio(times["self"], times[name])
         info |= {f"ratio_to_{name}": middle, f"ratio_to_{name}_p20_p80": [low, high]}
     if "peft" in others:
         info["speedup_vs_peft"] = 1 / info["ratio_to_peft"]

@@ -10,7 +10,7 @@ import torch
 # Rounds of one row: enough for a percentile, and no more than tell anything new; of rounds of LONG seconds fewer,
 # which average over more of what else the machine does.
 LEAST, MOST = 7, 300
-LONG, LEAST_LONG = 1.0, 5
+LONG, LEAST_LONG = 1.0, 4
 
 
 def seconds(function: Callable, clock: Callable[[], float] = time.perf_counter) -> float:
