@@ -166,6 +166,6 @@ def test_step(benchmark, request, case, method, way):
     known = [*training.model.parameters(), *training.model.buffers()]
     info |= {"saved_bytes": saved_bytes(training.output, known)}
     if others.pop(info["impl"], None):
-        # A row of its own is not timed twice.
+        # What a row is compared with is a row too, and is not timed twice there.
         info |= {f"ratio_to_{info['impl']}": 1.0, f"ratio_to_{info['impl']}_p20_p80": [1.0, 1.0]}
     rows.record(benchmark, training, others, info, request)
