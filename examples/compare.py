@@ -8,7 +8,8 @@ follows -- goes to every run. Every method has the same number of rates: its own
 study.json has already are not run again, so that the same command goes on after Ctrl-C; --jobs run at once. At the end
 the table is printed and written, with curves of the loss and a forest plot, as `nlora-kernels plot study` does.
 
---check N runs N of the finished cells again and compares their numbers.
+--check N runs the N oldest cells again and compares their numbers: a study that was gone on with may hold
+some of kernels that have changed since.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--search-seeds", type=whole(1), metavar="N", help="try the rates on the first N seeds (default: on all)")
     add("--jobs", type=whole(1), default=1, help="runs at once, each with its share of the cores")
     add("--metric", help="(default: the task's first, or the held-out loss)")
-    add("--check", type=whole(0), default=0, metavar="N", help="run N finished cells again and compare")
+    add("--check", type=whole(0), default=0, metavar="N", help="run the N oldest cells again and compare")
     args = parser.parse_args(own)
     args.rest, args.search_seeds = rest, args.search_seeds or len(args.seeds)
     if args.script == "finetune" and (wrong := [m for m in args.methods if m not in ADAPTERS]):
@@ -188,7 +189,8 @@ def main(argv=None) -> int:
             best = {(row.method, row.rank): row.lr for row in report.rows(study | {"cells": found})}
             every += [cell for cell in cells(args, further) if cell.lr == best[cell.method, cell.rank]]
             run_missing()
-        run_all(every[: args.check], args, compare)
+        ages = {key: age for age, key in enumerate(study["cells"])}
+        run_all(sorted(every, key=lambda cell: ages[cell.key])[: args.check], args, compare)
     except KeyboardInterrupt:
         total = len(search) + len(further) * len(args.methods) * len(args.ranks)
         print(f"stopped with {len(study['cells'])} of {total} runs; the same command goes on", file=sys.stderr)

@@ -90,6 +90,22 @@ def test_rates_are_searched_on_the_first_seeds_alone(argv, tmp_path, monkeypatch
     capsys.readouterr()
 
 
+def test_the_oldest_runs_are_checked(argv, tmp_path, monkeypatch, capsys):
+    """Those of a study that was gone on with are of what the package was before."""
+    made = 0.5
+
+    def run(cell, args):
+        return one(cell.method, cell.lr, cell.seed, made, rank=cell.rank, machine={})
+
+    monkeypatch.setattr(compare, "run", run)
+    first = list(argv)
+    first[first.index("lora") : first.index("--factors")] = ["sora"]
+    assert compare.main(first) == 0
+    made = 0.6
+    assert compare.main([argv[0], "--check", "1", *argv[1:]]) == 1
+    assert "sora rank=2 lr=0.002 seed=0: OTHER NUMBERS" in capsys.readouterr().out
+
+
 def test_every_run_has_the_plans_that_are_built_in(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
