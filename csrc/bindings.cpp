@@ -351,6 +351,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_multiplies", [](int dtype) { return multiplies(nlora::Dtype(dtype)); }, py::arg("dtype"),
       "Whether the CPU multiplies this dtype in hardware.");
   m.def("forked", &forked, "Whether this is a child of fork(), where the kernels run on one thread.");
+  m.def("release_team", &release_team,
+        "Ends the threads that OpenMP keeps for the calling thread, which has new ones when it needs some again.");
 
   static const char* const kLayouts[] = {"nibbles", "interleaved", "bytes", "int8"};
   py::class_<Quantised>(m, "CpuQuantised")

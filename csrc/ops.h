@@ -69,6 +69,8 @@ bool multiplies(Dtype dtype);
 int64_t second_level_cache();
 // True in a child of fork(), where OpenMP has lost its threads: everything below then runs on the calling thread.
 bool forked();
+// Ends the threads that OpenMP keeps for the calling thread, which has new ones when it needs some again.
+void release_team();
 
 // The matrix between A and B: N (R, R); or, where u is there, that of LoRA², U·diag(E ⊙ mask)·u of u (r, R), E and
 // mask (1, r) and U (R, r), of which the mask may be missing; or none.

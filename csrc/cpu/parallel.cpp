@@ -17,6 +17,7 @@ struct Runtime {
   void (*barrier)() = nullptr;
   int (*index)() = nullptr;
   int (*count)() = nullptr;
+  int (*pause)(int kind) = nullptr;
   bool found = false;
 
   Runtime() {
@@ -27,6 +28,7 @@ struct Runtime {
     };
     found = find(barrier, "GOMP_barrier") && find(index, "omp_get_thread_num") && find(count, "omp_get_num_threads") &&
             find(parallel, "GOMP_parallel");
+    find(pause, "omp_pause_resource_all");  // Of OpenMP 5.0.
 #endif
   }
 };
@@ -54,5 +56,10 @@ void run_team(int threads, void (*body)(void* data, int index, int count), void*
 }
 
 void wait_for_team() { runtime().barrier(); }
+
+void release_team() {
+  constexpr int kSoft = 1;  // What was set stays set.
+  if (runtime().pause) runtime().pause(kSoft);
+}
 
 }  // namespace nlora::cpu
