@@ -119,6 +119,13 @@ def check_state(state_dict: Mapping[str, Any], keys: Iterable[str]) -> None:
             check_values("state_dict", key, tensor)
 
 
+def describe(destination: Mapping[str, Any], prefix: str, name: str, entry: dict[str, Any]) -> None:
+    """Puts what a module says of itself into the metadata of a state dict that is being made, if that has some."""
+    metadata = getattr(destination, "_metadata", None)
+    if entry and metadata is not None:
+        metadata.setdefault(prefix[:-1], {})[name] = entry
+
+
 def check_config(file: str | Path, config: dict) -> None:
     """ValueError unless it is the configuration of an adapter of ours and its numbers are of the right kind."""
     kind = config.get("peft_type")

@@ -8,6 +8,7 @@ import numbers
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from . import branch as branches
 from .branch import Branch, Lora2Branch, tensor_of
 
 TRAIN = ("all", "core")
+# The name of what a state dict says of the base weight in it, which its tensors do not tell.
+ENTRY = "base"
 
 
 class _AdapterLinear(nn.Module):
@@ -118,10 +121,31 @@ class _AdapterLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}"
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        own = (*self._parameters, *self._buffers)
-        saved.check_state(state_dict, [f"{prefix}{name}" for name in own if name.startswith("lora_")])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def described(self) -> dict[str, Any]:
+        """What the base weight is now: the linear layer's, or with the adapter merged into it."""
+        return {"merged": self.merged}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        saved.describe(destination, prefix, ENTRY, self.described())
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        """Raises ValueError where the adapter would be in the base weight twice, or be taken out while not in it.
+
+        A state dict of tensors alone, as safetensors keeps it, is taken to be of a layer that is merged as this one is.
+        """
+        own = [f"{prefix}{name}" for name in (*self._parameters, *self._buffers) if name.startswith("lora_")]
+        saved.check_state(state_dict, own)
+        has = f"{prefix}base.weight" in state_dict
+        merged = local_metadata.get(ENTRY, {}).get("merged", self.merged) if has else False
+        if merged != self.merged and any(key in state_dict for key in own):
+            said, mine = ("is" if each else "is not" for each in (merged, self.merged))
+            there = f"in that of the state dict it {said}" if has else "the state dict has an adapter alone"
+            raise ValueError(
+                f"layer {prefix.removesuffix('.')!r}: the adapter {mine} merged into the base weight, {there}: bring "
+                "both to the same by merge() or unmerge()"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 class NLoraLinear(_AdapterLinear):
@@ -228,16 +252,24 @@ class NLoraLinear(_AdapterLinear):
     def _initial(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.lora_A0, self.lora_N0, self.lora_B0
 
+    def described(self) -> dict[str, Any]:
+        """The same, and by which factor the initial product is out of it."""
+        taken = {"scaling": self.initial_scaling} if "lora_A0" in self._buffers else {}
+        return super().described() | taken
+
     @torch.no_grad()
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         """The product of initial matrices that come without a base weight is out of the one that is here afterwards."""
         keys = [f"{prefix}{kind}" for kind in ("lora_A0", "lora_N0", "lora_B0")]
         saved.check_state(state_dict, keys)
-        if "lora_A0" in self._buffers and f"{prefix}base.weight" not in state_dict and not self.merged:
+        has = f"{prefix}base.weight" in state_dict
+        if "lora_A0" in self._buffers and not has and not self.merged:
             kept, loaded = self._initial(), [state_dict.get(key) for key in keys]
             if all(new is not None and new.shape == old.shape for new, old in zip(loaded, kept, strict=True)):
                 self._exchange(kept, loaded)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if has and "lora_A0" in self._buffers:
+            self.initial_scaling = local_metadata.get(ENTRY, {}).get("scaling", self.initial_scaling)
 
     def _exchange(self, kept: tuple[Tensor, ...], loaded: list[Tensor]) -> None:
         if all(torch.equal(new.to(old), old) for new, old in zip(loaded, kept, strict=True)):

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import onload_layer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from .. import init
+from .. import init, saved
 from ..backends.quantised import Quantised
 from ..commit import attributes, commit
 from ..layers import branch as branches
@@ -390,7 +390,7 @@ class NLoraLinear(HasCore, FusedLinear):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        residual.describe(destination, prefix, self.described())
+        saved.describe(destination, prefix, residual.ENTRY, self.described())
 
     def described(self) -> dict[str, Any]:
         """What a state dict says of the base weight, if that is there and residual adapters are."""

@@ -39,13 +39,6 @@ def described(layer: nn.Module) -> dict[str, Any]:
     return {"subtracted": name, "scaling": scaling, "merged": list(layer.merged_adapters)}
 
 
-def describe(destination: Mapping[str, Any], prefix: str, entry: dict[str, Any]) -> None:
-    """Puts it into the metadata of the state dict that is being made, if that has metadata."""
-    metadata = getattr(destination, "_metadata", None)
-    if entry and metadata is not None:
-        metadata.setdefault(prefix[:-1], {})[ENTRY] = entry
-
-
 def by_layer(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The entries of a state dict that belong to adapter layers, by the prefix of the layer."""
     found: dict[str, dict[str, Any]] = {}

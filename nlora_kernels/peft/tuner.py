@@ -10,6 +10,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, PeftType, _get_submodule
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .. import saved
 from ..backends.quantised import Unreadable
 from ..layers import branch as branches
 from . import base as base_weights
@@ -134,7 +135,8 @@ class _FusedModel(LoraModel):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # What each layer says too, here, where all is checked before the first is loaded.
         layers = ((name, module) for name, module in self.named_modules() if isinstance(module, NLoraLinear))
-        residual.describe(destination, prefix, {name: entry for name, layer in layers if (entry := layer.described())})
+        entries = {name: entry for name, layer in layers if (entry := layer.described())}
+        saved.describe(destination, prefix, residual.ENTRY, entries)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         state_dicts.check_tensors(self, state_dict, prefix)

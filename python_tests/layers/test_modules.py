@@ -99,6 +99,45 @@ def test_the_state_dict_restores_the_layer(method):
     assert torch.equal(other(x), layer(x))
 
 
+@pytest.mark.parametrize("method", ["lora", "nlora_residual", "inttune_residual", "lora2"])
+def test_a_state_dict_says_whether_the_adapter_is_in_the_base_weight(method, tmp_path):
+    layer, _ = adapted(method)
+    disturb(layer)
+    x = torch.randn(3, 24)
+    y = layer(x)
+    layer.merge()
+    torch.save(nn.Sequential(layer).state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = nn.Sequential(adapted(method)[0])
+    before = {name: t.clone() for name, t in other.state_dict().items()}
+    with pytest.raises(ValueError, match="layer '0': the adapter is not merged .* it is: bring both to the same"):
+        other.load_state_dict(state)
+    assert all(torch.equal(before[name], t) for name, t in other.state_dict().items())
+    other[0].merge()
+    other.load_state_dict(state)
+    for both in (lambda: None, lambda: [each.unmerge() for each in (layer, other[0])]):
+        both()
+        assert torch.equal(other(x), layer(x))
+        torch.testing.assert_close(other(x), y, rtol=1e-5, atol=1e-5)
+    other[0].merge()
+    with pytest.raises(ValueError, match="layer '': the adapter is merged .* it is not: bring"):
+        other[0].load_state_dict(layer.state_dict())
+    with pytest.raises(ValueError, match="the adapter is merged .* an adapter alone"):
+        other[0].load_state_dict({k: t for k, t in layer.state_dict().items() if "lora" in k}, strict=False)
+
+
+def test_a_residual_base_weight_brings_the_scaling_with_which_it_was_made():
+    layer, original = adapted("nlora_residual", alpha=6)
+    disturb(layer)
+    other, _ = adapted("nlora_residual", alpha=24)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(other(x) - original(x), 4 * (layer(x) - original(x)), rtol=1e-4, atol=1e-5)
+    again, _ = adapted("nlora_residual", alpha=6)
+    again.load_state_dict(other.state_dict())
+    assert torch.equal(again(x), layer(x))
+
+
 def trainable(layer):
     return {name for name, p in layer.named_parameters() if p.requires_grad}
 
