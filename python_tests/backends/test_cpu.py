@@ -445,9 +445,13 @@ def test_a_call_it_cannot_take_is_refused_by_name():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 def test_a_cpu_without_half_precision_products_converts_to_fp32(tier, dtype):
     way, pieces = CPU.plan(dtype, 512, 768, 768, 8)
-    assert (way == "whole") == (not _C.cpu_multiplies(getattr(_C, short(dtype))))
-    if tier in ("portable", "avx2"):
-        assert way == "whole" and pieces == 3
+    if not _C.cpu_multiplies(getattr(_C, short(dtype))):
+        assert (way, pieces) == ("whole", 3)
+    elif tier == "avx512" and dtype == torch.bfloat16:
+        # By pairs, as fast as the library, and the adapter among them.
+        assert (way, pieces) == ("whole", 1)
+    else:
+        assert way != "whole"
 
 
 def test_without_the_extension_the_backend_says_why(monkeypatch):
