@@ -9,6 +9,8 @@
 #include <dlfcn.h>
 #endif
 
+#include "ops.h"
+
 namespace nlora::cpu {
 namespace {
 

@@ -100,7 +100,12 @@ def test_built_in_costs_leave_a_dtype_to_whoever_multiplies_it(monkeypatch, tier
         "nlora_kernels.backends.cpu.costs._C",
         types.SimpleNamespace(bfloat16=1, float32=0, cpu_multiplies=lambda dtype: True),
     )
-    chosen = plans.rule(builtin(Setting(dtype, tier, 2)), 1024, 1024, 1024, 8, False, False)
+    costs = builtin(Setting(dtype, tier, 2))
+    chosen = plans.rule(costs, 1024, 1024, 1024, 8, False, False)
+    if dtype == torch.bfloat16 and tier == "avx512":
+        # Of few rows and many it is so, forward and backward (bench/test_plan.py).
+        for M, K, N in ((1, 4096, 4096), (128, 768, 768), (512, 768, 768), (512, 768, 3072)):
+            assert [plans.rule(costs, M, K, N, 8, backward, False) for backward in (False, True)] == ["whole"] * 2
     if dtype == torch.bfloat16:
         # Pairs are as fast as the library, and the adapter among them costs next to nothing.
         assert (chosen == "whole") == (not in_hardware or tier == "avx512")

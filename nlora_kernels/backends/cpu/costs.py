@@ -83,17 +83,15 @@ def builtin(setting: Setting) -> Costs:
     # Of few rows our kernels multiply bf16 by pairs, where the CPU can.
     few = library if setting.dtype == torch.bfloat16 and in_hardware else max(ours, 9e-12)
     pieces = allowed(setting)[-1]
-    apart = across = 0.0
+    across = 0.0
     if tier == "avx512" and pieces == 1:
         # By pairs, about as fast as the library where that is at its fastest.
         ours, packing = 5e-12, 1e-10
-        if not full:
-            apart, across = 8e-11, 4e-11
+        across = 0.0 if full else 4e-11
     return Costs(
         line(2e-6 if full else 1.5e-5, 5e-11, library),
         line(6e-6, 3.5e-11, few),
         line(8e-6, packing, ours),
         pieces,
-        apart / setting.threads,
-        across / setting.threads,
+        across=across / setting.threads,
     )

@@ -1,9 +1,9 @@
 """Which of the four ways computes a layer on the CPU fastest, reckoned from what products take there (`costs`).
 
-That is measured once for a dtype, a number of threads, an instruction set and a precision of fp32, some milliseconds at
-the first layer (`measure`), and kept in the user's cache folder (`records`). A process reads a record once and holds to
-it until it ends, so that all processes compute the same bits. Where none can be kept, or the machine is too busy to
-measure, the built-in costs of the instruction set hold until the process ends (docs/cpu.md).
+That is measured once for a dtype, a number of threads, an instruction set and a precision of fp32, in a quarter of a
+second at the first layer (`measure`), and kept in the user's cache folder (`records`). A process reads a record once
+and holds to it until it ends, so that all processes compute the same bits. Where none can be kept, or the machine is
+too busy to measure, the built-in costs of the instruction set hold until the process ends (docs/cpu.md).
 """
 
 import functools
