@@ -149,6 +149,8 @@ class NLoraLinear(HasCore, FusedLinear):
         # With what a base weight is to come that is not there: "all" tensors of the layer, or "none", if the initial
         # matrices have come before it.
         self._awaited = ""
+        # Whether the base weight is memory without values, which to_empty() makes of one on the meta device.
+        self._is_blank = False
 
     @property
     def subtracted(self) -> str | None:
@@ -384,6 +386,13 @@ class NLoraLinear(HasCore, FusedLinear):
             product = self._stored(self.initial(name, self.initial_scaling[name]).product())
             commit(*base_weights.adding(base, product, sign), attributes(self, _subtracted=None if sign > 0 else name))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NLoraLinear":
+        base = self.get_base_layer()
+        was_meta = base.weight.is_meta
+        super()._apply(fn, recurse)
+        self._is_blank |= was_meta and not base.weight.is_meta
+        return self
+
     def train(self, mode: bool = True) -> "NLoraLinear":
         self.subtract_initial()
         return super().train(mode)
@@ -425,7 +434,7 @@ class NLoraLinear(HasCore, FusedLinear):
                 steps.append(partial(Tensor.copy_, local(old).data, _part_like(new, old)))
         if out.scaling is not None:
             steps.append(partial(self.initial_scaling.update, {out.name: out.scaling}))
-        commit(*steps, attributes(self, _subtracted=out.name, _awaited=""))
+        commit(*steps, attributes(self, _subtracted=out.name, _awaited="", _is_blank=False))
 
     def _exchange(self, name: str, loaded: list[Tensor]) -> None:
         """Puts initial matrices in place that come without a base weight."""
@@ -504,7 +513,10 @@ class NLoraLinear(HasCore, FusedLinear):
                 self._subtract_again()
         if not self.lora_N:
             # What is left is plain LoRA, until a core is added again.
-            for name in ("lora_N", "lora_A0", "lora_N0", "lora_B0", "initial_scaling", "_subtracted", "_awaited"):
+            for name in (
+                *("lora_N", "lora_A0", "lora_N0", "lora_B0"),
+                *("initial_scaling", "_subtracted", "_awaited", "_is_blank"),
+            ):
                 delattr(self, name)
             self.__class__ = plain_layer(self.get_base_layer())
 

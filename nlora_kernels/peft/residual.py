@@ -139,6 +139,9 @@ def _is_off_by_an_adapter(
     Both are multiplied by one random vector. What differs then lies within the columns of the adapters' B and B₀ if
     adapters are the reason, and in all directions if the base models are others, which may be.
     """
+    # Memory without values may hold those of a tensor that was there before, even of this very weight.
+    if layer._is_blank:
+        return False
     base, kept = layer.get_base_layer(), [state_dict[f"{prefix}{kind}.{out}.weight"] for kind in KEPT]
     own, taken = base.weight, [] if layer.subtracted is None else layer._initial(layer.subtracted)
     if [t.shape for t in kept] != [t.shape for t in layer._kept(out)] or not all(map(_is_whole, (own, *kept, *taken))):

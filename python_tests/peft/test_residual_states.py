@@ -179,6 +179,32 @@ def test_a_model_on_the_meta_device(way, order, offloaded, tmp_path):
         close(y(model), y(saved))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("before", ["as_loaded", "plain", "merged"])
+def test_what_memory_held_before_it_was_given_to_a_model_says_nothing(way, before, tmp_path):
+    saved = trained("b", "a")
+    with accelerate.init_empty_weights():
+        model = built("a", "b")
+    model.to_empty(device="cpu")
+    old = copy.deepcopy(saved)
+    with torch.no_grad():
+        if before == "merged":
+            old.base_model.merge_adapter()
+        for name, parameter in model.named_parameters():
+            parameter.copy_(old.get_parameter(name))
+        if before == "plain":
+            for name, parameter in network().named_parameters():
+                index, kind = name.split(".")
+                model.base_model.model[int(index)].base_layer.get_parameter(kind).copy_(parameter)
+    way(saved, model.train(), tmp_path)
+    check_same(copy.deepcopy(model), copy.deepcopy(saved))
+    if way is by_accelerate_tensor_by_tensor:
+        # It tells no layer that values have come.
+        return
+    saved.base_model.merge_adapter()
+    check_refused(model, lambda model: by_plain_dict(saved, model, tmp_path), "merged")
+
+
 def test_a_base_weight_that_comes_after_an_adapter_of_peft_is_refused_by_name(tmp_path):
     saved = trained("a")
     saved.save_pretrained(tmp_path)
