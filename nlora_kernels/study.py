@@ -102,7 +102,7 @@ def load(file: str | Path) -> dict[str, Any]:
 
 
 def rows(study: dict[str, Any]) -> list[Row]:
-    """The best learning rate of each method and rank, in the order in which they were first run."""
+    """The best learning rate of each method and rank, the baseline first, then in the order in which they were run."""
     sign = 1 if study["higher_is_better"] else -1
     groups: dict[tuple[str, int], dict[float, list[dict]]] = {}
     for cell in study["cells"].values():
@@ -120,7 +120,7 @@ def rows(study: dict[str, Any]) -> list[Row]:
         most = max(tried.values())
         whole = [row for row in candidates if len(row.values) == most]
         found.append(max(whole, key=lambda row: sign * row.mean if math.isfinite(row.mean) else -math.inf))
-    return found
+    return sorted(found, key=lambda row: row.method != BASELINE)
 
 
 def is_whole(study: dict[str, Any], seeds: int = 3) -> bool:

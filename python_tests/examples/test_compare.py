@@ -150,10 +150,11 @@ def test_the_table_has_the_best_rate_its_mean_and_its_spread(tmp_path, capsys):
 
 
 def test_every_method_is_set_against_lora_seed_by_seed():
-    values = {"lora": [0.5, 0.6, 0.7], "nlora": [0.6, 0.7, 0.9], "inttune": [0.3, 0.3, 0.3], "lora2": [0.4, 0.65, 0.7]}
+    values = {"nlora": [0.6, 0.7, 0.9], "lora": [0.5, 0.6, 0.7], "inttune": [0.3, 0.3, 0.3], "lora2": [0.4, 0.65, 0.7]}
     runs = [one(name, 1e-3, seed, value) for name, found in values.items() for seed, value in enumerate(found)]
     content = {"metric": "accuracy", "higher_is_better": True, "cells": dict(enumerate(runs))}
     lora, nlora, _, lora2 = study.rows(content)
+    assert (lora.method, nlora.method, lora2.method) == ("lora", "nlora", "lora2")
     assert nlora.less(lora) == pytest.approx([0.1, 0.1, 0.2])
     differences = [line[study.HEADER.index("less lora's")] for line in study.table(study.rows(content))]
     assert differences == ["", "+0.1333 ± 0.0577", "-0.3000 ± 0.1000", "-0.0167 ± 0.0764"]
