@@ -18,9 +18,10 @@ STUDIES = $(addprefix study-,stories260k minilm-sst2 minimind minilm-rte minilm-
 .PHONY: demo study study-data $(STUDIES)
 .PHONY: test gates zero bench papers smoke lint docs wheels hub aot budget sanitize gpu-proof extension constraints newest clean
 
-# Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare", "--load nf4" and the like.
+# Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare", "--load nf4" and the like
+# take the place of the rate, NLoRA's best in study-smollm2.
 demo: $(READY)
-	$(PYTHON) examples/finetune.py $(FLAGS)
+	$(PYTHON) examples/finetune.py $(or $(FLAGS),--lr 0.0009)
 
 # The comparison of the methods at the sizes of one machine: hours (docs/quality.md has how many), and the same command goes on
 # where it was stopped. DATA is a folder with glue/, lm/, gsm8k/ and models/; a finished cell is run again at the end, to the same
