@@ -513,10 +513,7 @@ class NLoraLinear(HasCore, FusedLinear):
                 self._subtract_again()
         if not self.lora_N:
             # What is left is plain LoRA, until a core is added again.
-            for name in (
-                *("lora_N", "lora_A0", "lora_N0", "lora_B0"),
-                *("initial_scaling", "_subtracted", "_awaited", "_is_blank"),
-            ):
+            for name in ("lora_N", *residual.KEPT, "initial_scaling", "_subtracted", "_awaited", "_is_blank"):
                 delattr(self, name)
             self.__class__ = plain_layer(self.get_base_layer())
 
