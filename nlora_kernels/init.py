@@ -22,8 +22,6 @@ CORES = ("sample", "optimal", "pinv")
 SELECTIONS = ("leading", "uniform", "norm", "pivoted")
 # Of LoRA².
 VECTORS = ("gaussian", "orthogonal")
-# Of what `is_idle`, for a warning.
-IDLE = "the rows or columns of the weight that it is made of are zero: choose others, as select='norm' does, or 'slora'"
 
 # Rows of a 16-bit weight that are held in fp32 at a time: 8 MB at 4096 columns.
 _TILE_ROWS = 512
@@ -120,9 +118,16 @@ def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None =
     return _select(weight, r, how, generator)
 
 
-def is_idle(A: Tensor, N: Tensor, B: Tensor) -> bool:
-    """Whether no gradient reaches any of the matrices of an adapter: N is zero, and so is A or B."""
-    return all(t.numel() and not t.is_meta for t in (A, N, B)) and not N.any() and not (A.any() and B.any())
+def idle(A: Tensor, N: Tensor, B: Tensor, train: str = "all") -> str | None:
+    """Why no gradient reaches any matrix that trains, or None: A or B is zero and, unless N trains alone, N as well."""
+    if any(t.is_meta or not t.numel() for t in (A, N, B)) or (A.any() and B.any()):
+        return None
+    if not N.any():
+        advice = "choose others, as select='norm' does, or 'slora'"
+        return f"the rows or columns of the weight that it is made of are zero: {advice}"
+    if train == "core":
+        return "lora_A or lora_B is zero and stays so with train='core', which is for 'nystrom' or trained matrices"
+    return None
 
 
 def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: float) -> Tensor:
@@ -197,7 +202,7 @@ def adapter(
             "slora_gaussian"  A ~ U(±1/√in), N ~ N(0, 1/r²), B = 0
             "nystrom"         `nystrom(weight, r, core=core, select=select)`
 
-    Raises TypeError and ValueError as `nystrom` does; only "nystrom" limits r to min(out, in).
+    Raises TypeError and ValueError as `nystrom` does; only "nystrom" limits r to min(out, in) and reads the weight.
     """
     check_choice("method", method, METHODS)
     if method == "nystrom":
@@ -223,7 +228,7 @@ def lora2(
     the penalty of every pair then begins at 0 where it can be 0, and E alone has to grow for the update to.
 
     In the weight's dtype and on its device. Raises ValueError and TypeError as `nystrom` does; r and k have no upper
-    limit.
+    limit, and the weight is not read.
     """
     check_choice("vectors", vectors, VECTORS)
     weight = _check_weight(weight)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .. import saved
 from ..commit import attributes, commit
-from ..init import IDLE, METHODS, is_idle, subtract_
+from ..init import CORES, METHODS, SELECTIONS, check_choice, idle, subtract_
 from ..init import adapter as initial_adapter
 from ..init import lora2 as initial_lora2
+from ..ops.checks import check_dropout
 from . import branch as branches
 from .branch import Branch, Lora2Branch, tensor_of
 
@@ -32,7 +33,7 @@ class _AdapterLinear(nn.Module):
     def __init__(self, base: nn.Linear, r: int, alpha: float | None, dropout: float = 0.0):
         super().__init__()
         if not isinstance(base, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear, got {type(base).__name__}")
+            raise TypeError(f"base must be an nn.Linear, got {type(base).__name__}")
         if alpha is None:
             alpha = r
         check_alpha(alpha)
@@ -224,16 +225,17 @@ class NLoraLinear(_AdapterLinear):
 
         Raises:
             TypeError: linear is no nn.Linear, alpha or dropout no number, r no integer.
-            ValueError: r or dropout out of range, an unknown name, NaN or infinity in the weight, residual without
-                init="nystrom", core="pinv" without residual, train="core" with init="lora".
+            ValueError: r or dropout out of range, an unknown name, train="core" with init="lora", residual with another
+                init than "nystrom"; with that, NaN or infinity in the weight, and core="pinv" without residual.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
-        check_method(init, core, residual)
+        check_choice("init", init, METHODS)
+        check_method(init, core, select, residual)
         weight = branches.readable_weight(linear)
         A, N, B = initial_adapter(weight, r, init, core=core, select=select, generator=generator)
-        if init == "nystrom" and is_idle(A, N, B):
-            warnings.warn(f"the adapter gets no gradient and cannot train, because {IDLE}", stacklevel=2)
+        if N is not None and (reason := idle(A, N, B, train)):
+            warnings.warn(f"the adapter gets no gradient and cannot train, because {reason}", stacklevel=2)
         A, N, B = (None if t is None else t.to(dtype or adapter_dtype(weight)) for t in (A, N, B))
         return cls(linear, A, B, N, alpha=alpha, train=train, residual=residual, dropout=dropout)
 
@@ -298,16 +300,25 @@ class LoRA2Linear(_AdapterLinear):
     """
 
     def __init__(
-        self, base: nn.Linear, v: Tensor, u: Tensor, E: Tensor, U: Tensor, V: Tensor, *, alpha=None, dropout=0.0
+        self,
+        base: nn.Linear,
+        lora_v: Tensor,
+        lora_u: Tensor,
+        lora_E: Tensor,
+        lora_U: Tensor,
+        lora_V: Tensor,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
     ):
-        super().__init__(base, E.shape[0], alpha, dropout)
-        self.k = v.shape[0]
-        self.lora_v = nn.Parameter(v)
-        self.lora_u = nn.Parameter(u)
-        self.lora_E = nn.Parameter(E)
-        self.lora_U = nn.Parameter(U)
-        self.lora_V = nn.Parameter(V)
-        self.register_buffer("lora_mask", torch.ones_like(E))
+        super().__init__(base, lora_E.shape[0], alpha, dropout)
+        self.k = lora_v.shape[0]
+        self.lora_v = nn.Parameter(lora_v)
+        self.lora_u = nn.Parameter(lora_u)
+        self.lora_E = nn.Parameter(lora_E)
+        self.lora_U = nn.Parameter(lora_U)
+        self.lora_V = nn.Parameter(lora_V)
+        self.register_buffer("lora_mask", torch.ones_like(lora_E))
 
     @classmethod
     def from_linear(
@@ -359,20 +370,13 @@ def check_alpha(alpha, name: str = "alpha") -> None:
         raise ValueError(f"{name} must be finite, got {alpha}")
 
 
-def check_dropout(dropout) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
-        raise TypeError(f"dropout must be a real number, got {type(dropout).__name__}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be within [0, 1], got {dropout}")
-
-
-def check_method(method: str, core: str, residual: bool) -> None:
-    """ValueError for an unknown method and for combinations of options that make no sense."""
-    if method not in METHODS:
-        raise ValueError(f"init must be one of {', '.join(METHODS)}, got {method!r}")
+def check_method(method, core: str, select: str, residual: bool) -> None:
+    """ValueError for an unknown core or selection, and for options that make no sense with the method."""
+    check_choice("core", core, CORES)
+    check_choice("select", select, SELECTIONS)
     if residual and method != "nystrom":
-        raise ValueError(f"residual=True needs the init 'nystrom', got {method!r}, which leaves step 0 exact already")
-    if core == "pinv" and not residual:
+        raise ValueError(f"residual=True needs the init 'nystrom', got {method!r}")
+    if core == "pinv" and method == "nystrom" and not residual:
         raise ValueError(
             "core='pinv' needs residual=True: without it the initial adapter moves the output by several times its size"
         )

@@ -6,7 +6,7 @@ import warnings
 from peft import LoraConfig
 from torch import nn
 
-from .. import init, saved
+from .. import saved
 from ..backends.quantised import INPUT_TOO
 from ..layers import branch as branches
 from ..layers import experts
@@ -43,11 +43,11 @@ def advise(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
             stacklevel=2,
         )
     cores = ((name, module) for name, module in model.named_modules() if isinstance(module, HasCore))
-    idle = [name for name, module in cores if module.is_idle(adapter_name)]
+    idle = {name: reason for name, module in cores if (reason := module.idle(adapter_name))}
     if idle:
         warnings.warn(
-            f"the adapter {adapter_name!r} of {saved.some(idle)} gets no gradient and cannot train, "
-            f"because {init.IDLE}",
+            f"the adapter {adapter_name!r} of {saved.some(list(idle))} gets no gradient and cannot train, "
+            f"because {next(iter(idle.values()))}",
             stacklevel=2,
         )
     patched = [name for name in branches.READ_ONLY_A_AND_B if name in sys.modules]

@@ -114,9 +114,8 @@ class NLoraConfig(_Checked, LoraConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = NLORA if self.has_core else PLAIN
-        for name, choices in (("train", TRAIN), ("core", init.CORES), ("select", init.SELECTIONS)):
-            init.check_choice(name, getattr(self, name), choices)
-        check_method(self.init_lora_weights if self.has_core else "lora", self.core, self.residual)
+        init.check_choice("train", self.train, TRAIN)
+        check_method(self.init_lora_weights, self.core, self.select, self.residual)
         if self.train == "core" and not self.has_core:
             raise ValueError(f"train='core' needs a lora_N, which init_lora_weights={self.init_lora_weights!r} has not")
         if self.has_core and (other := variant(self)):

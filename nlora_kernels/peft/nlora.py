@@ -105,12 +105,13 @@ class HasCore:
                 if name in matrix:
                     matrix[name].weight.copy_(tensor)
 
-    def is_idle(self, name: str) -> bool:
-        """Whether an adapter that is new, and not about to be loaded, has matrices that no gradient reaches."""
+    def idle(self, name: str) -> str | None:
+        """Why no gradient reaches any matrix of an adapter that is new and not about to be loaded, or None."""
         if name not in self.lora_N or _deferring.get():
-            return False
+            return None
         weights = [matrix[name].weight for matrix in (self.lora_A, self.lora_N, self.lora_B)]
-        return all(map(branches.is_dense, weights)) and init.is_idle(*weights)
+        train = "core" if name in self.frozen_peft_weight_names else "all"
+        return init.idle(*weights, train) if all(map(branches.is_dense, weights)) else None
 
 
 class NLoraLinear(HasCore, FusedLinear):

@@ -256,6 +256,11 @@ BAD = {
         ValueError,
         "residual=True needs",
     ),
+    "core_of_slora": (
+        lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8), 2, init="slora", core="smaple"),
+        ValueError,
+        "core must be one of sample, optimal, pinv, got 'smaple'",
+    ),
     "pinv": (lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8), 2, core="pinv"), ValueError, "needs residual=True"),
 }
 

@@ -58,6 +58,7 @@ BAD_CONFIGS = {
     "pinv": ({"core": "pinv"}, ValueError, "needs residual=True"),
     "core_of_lora": ({"train": "core", "init_lora_weights": True}, ValueError, "train='core' needs a lora_N"),
     "residual_of_slora": ({"residual": True, "init_lora_weights": "slora"}, ValueError, "residual=True needs"),
+    "residual_of_pissa": ({"residual": True, "init_lora_weights": "pissa"}, ValueError, "'nystrom', got 'pissa'"),
     "replication": ({"residual": True, "layer_replication": [(0, 2), (1, 2)]}, ValueError, "layer_replication"),
 }
 

@@ -124,6 +124,17 @@ def test_an_adapter_made_of_zeros_which_can_never_train_is_said_with_its_name(tr
         nk.NLoraLinear.from_linear(layer.base_layer, 4, train=train, core=core)
 
 
+@pytest.mark.parametrize("method", ["slora", "slora_gaussian"])
+def test_a_core_alone_between_zeros_is_said_too(method):
+    base = nn.Sequential(nn.Linear(16, 24))
+    with pytest.warns(UserWarning, match="'default' of 0 gets no gradient .* stays so with train='core'"):
+        model = peft.get_peft_model(base, nlora(r=4, init_lora_weights=method, train="core"))
+    model(torch.randn(5, 16)).square().sum().backward()
+    assert not model.base_model.model[0].lora_N["default"].weight.grad.any()
+    with pytest.warns(UserWarning, match="stays so with train='core'"):
+        nk.NLoraLinear.from_linear(nn.Linear(16, 24), 4, init=method, train="core")
+
+
 @pytest.mark.parametrize("options", [{"select": "norm"}, {"init_lora_weights": "slora"}, {"init_lora_weights": True}])
 def test_what_trains_beside_zeros_is_not(options):
     with warnings.catch_warnings():
