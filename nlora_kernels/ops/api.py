@@ -1,7 +1,5 @@
 """The public functions."""
 
-import numbers
-
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -10,7 +8,17 @@ from ..backends import REFERENCE, Call, Dropout, Factors
 from ..backends.base import PLAIN
 from ..backends.quantised import Quantised
 from . import autograd
-from .checks import check_call, check_linear, check_lora2_core, check_memory, fits, foreign, seen_through
+from .checks import (
+    check_call,
+    check_dropout,
+    check_linear,
+    check_lora2_core,
+    check_memory,
+    composed_of,
+    fits,
+    foreign,
+    seen_through,
+)
 
 _NAMES = ("x", "weight", "lora_A", "lora_B", "lora_N", "bias")
 _LORA2_NAMES = ("x", "weight", "lora_v", "lora_u", "lora_E", "lora_U", "lora_V", "mask", "bias")
@@ -54,14 +62,14 @@ def lora_linear(
         y (..., out) in x's dtype, accumulated in fp32; x·Aᵀ and its product with Nᵀ are rounded to x's dtype. Under
         autocast x, weight and bias are cast to its dtype first, as F.linear does.
 
-    Every tensor argument that requires a gradient gets one, in its own dtype. For backward the op keeps x·Aᵀ, and x
-    only if lora_A or weight trains. Second derivatives, torch.func and forward mode take PyTorch's own operations; with
-    lora_A frozen, the second derivative through x raises, because x is not kept.
+    Every tensor argument that requires a gradient gets one, in its own dtype. For backward the op keeps x·Aᵀ only if
+    lora_B or lora_N trains, and x only if lora_A or weight does. Second derivatives, torch.func and forward mode take
+    PyTorch's own operations; with lora_A frozen, the second derivative through x raises, because x is not kept.
 
     Raises:
         TypeError: an argument is no tensor or number, or dtypes do not fit together.
-        ValueError: shapes or devices do not fit, dropout is not within [0, 1], the named backend is unknown or cannot
-            take the call, or a quantised weight requires a gradient or lacks what belongs to it.
+        ValueError: shapes or devices do not fit, dropout is not within [0, 1], seed is none, the named backend is
+            unknown or cannot take the call, or a quantised weight requires a gradient or lacks what belongs to it.
     """
     return fused_linear(Call(x, weight, lora_A, lora_B, lora_N, bias, scaling), dropout, seed, backend)
 
@@ -133,7 +141,7 @@ def fused_linear(
     call: Call, dropout: float = 0.0, seed: int | Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """What `lora_linear` returns; of LoRA², whose lora_N is `Factors`, what `lora2_linear` does."""
-    composed = ""
+    foreign_ones = ""
     if not fits(call):
         x, weight = call[:2]
         if type(weight) not in PLAIN and (quantised := seen_through(weight, x)) is not None:
@@ -145,11 +153,11 @@ def fused_linear(
             options = {"scaling": call.scaling, "dropout": dropout, "seed": seed, "backend": backend}
             return handle_torch_function(function, tensors, *tensors, **options)
         check_call(call)
-        composed = foreign(**named)
-    if dropout:
+        foreign_ones = foreign(**named)
+    if dropout != 0:
         call = call._replace(dropout=dropout_of(call.x, dropout, seed))
     try:
-        return _composed(composed, call) if composed else autograd.linear(call, backend)
+        return composed_of(foreign_ones, autograd.composed, call) if foreign_ones else autograd.linear(call, backend)
     except (RuntimeError, ValueError):
         check_memory(**_named(call))
         raise
@@ -183,20 +191,9 @@ def _named(call: Call) -> dict[str, Tensor | None]:
     return dict(zip(_NAMES, call, strict=False))
 
 
-def _composed(foreign: str, call: Call) -> Tensor:
-    """A call with tensors of types that PyTorch's own operations may know, but no kernel."""
-    try:
-        return autograd.composed(call)
-    except (NotImplementedError, RuntimeError, TypeError) as error:
-        raise TypeError(f"{foreign}, which PyTorch cannot compute with here: {error}") from error
-
-
 def dropout_of(x: Tensor, p: float, seed: int | Tensor | None) -> Dropout:
     """Its seed is an int64 scalar on x's device, drawn there if none is given, so that nothing waits for a device."""
-    if isinstance(p, bool) or not isinstance(p, numbers.Real):
-        raise TypeError(f"dropout must be a real number, got {type(p).__name__}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"dropout must be within [0, 1], got {p}")
+    check_dropout(p)
     if seed is None:
         return Dropout(p, torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device))
     if isinstance(seed, Tensor):

@@ -2,8 +2,9 @@
 
 import contextlib
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,14 @@ def foreign(**tensors: Tensor | None) -> str:
         known = FakeTensor, FunctionalTensor
         found = {n: kind for n, kind in found.items() if kind not in known and not issubclass(kind, Quantised)}
     return " and ".join(f"{name} is a {kind.__qualname__}" for name, kind in found.items())
+
+
+def composed_of(foreign: str, composed: Callable[[Any], Any], call):
+    """What PyTorch's own operations make of a call with `foreign` tensors. TypeError, by their names, if nothing."""
+    try:
+        return composed(call)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise TypeError(f"{foreign}, which PyTorch cannot compute with here: {error}") from error
 
 
 def seen_through(weight: Tensor, x: Tensor) -> Quantised | None:
@@ -208,6 +217,13 @@ def _check_scaling(scaling):
     # NOTE: a float first, because asking an abstract class costs more than all other checks of a number.
     if type(scaling) is not float and (isinstance(scaling, bool) or not isinstance(scaling, REAL)):
         raise TypeError(f"scaling must be a real number, got {type(scaling).__name__}")
+
+
+def check_dropout(dropout):
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
+        raise TypeError(f"dropout must be a real number, got {type(dropout).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be within [0, 1], got {dropout}")
 
 
 def check_lora2_core(lora_u, lora_E, lora_U, mask):

@@ -13,7 +13,7 @@ from ..backends.base import lengthened, stacked
 from ..imports import when_imported
 from ..internals import any_autocast, composing, plain_apply, tracing, watched
 from . import autograd, register
-from .checks import check_ends, check_experts, check_memory, foreign, resolved
+from .checks import check_ends, check_experts, check_memory, composed_of, foreign, resolved
 
 _NAMES = ("x", "offsets", "weight", "lora_A", "lora_B", "lora_N", "bias")
 
@@ -64,10 +64,7 @@ def lora_grouped_linear(
     check_experts(*tensors, scaling)
     call, named = ExpertsCall(*tensors, scaling), dict(zip(_NAMES, tensors, strict=True))
     if unknown := foreign(**named):
-        try:
-            return _composed(call)
-        except (NotImplementedError, RuntimeError, TypeError) as error:
-            raise TypeError(f"{unknown}, which PyTorch cannot compute with here: {error}") from error
+        return composed_of(unknown, _composed, call)
     try:
         return _linear(call, backend)
     except (RuntimeError, ValueError):

@@ -20,6 +20,7 @@ from .checks import (
     check_linear,
     check_lora_linear,
     check_memory,
+    composed_of,
     fits,
     fits_linear,
     foreign,
@@ -83,10 +84,7 @@ def lora_group_linear(
             return handle_torch_function(lora_group_linear, flat, x, weights, adapters, biases, **options)
         calls = _checked(x, weights, adapters, biases, scaling, dropout, seed)
         if said := foreign(**_named(calls)):
-            try:
-                return tuple(composed(calls))
-            except (NotImplementedError, RuntimeError, TypeError) as error:
-                raise TypeError(f"{said}, which PyTorch cannot compute with here: {error}") from error
+            return tuple(composed_of(said, composed, calls))
     try:
         return group(calls, backend)
     except (RuntimeError, ValueError):
@@ -119,7 +117,7 @@ def _plainly_right(x, weights, adapters, biases, scaling, dropout) -> list[Call]
 
 
 def _any(dropout: float | Sequence[float]) -> bool:
-    return any(dropout) if type(dropout) in (list, tuple) else bool(dropout)
+    return any(p != 0 for p in dropout) if type(dropout) in (list, tuple) else dropout != 0
 
 
 def _checked(x, weights, adapters, biases, scaling, dropout, seed) -> list[Call]:
@@ -133,7 +131,7 @@ def _checked(x, weights, adapters, biases, scaling, dropout, seed) -> list[Call]
         for i, ((weight, adapter, bias), s) in enumerate(zip(members, scalings, strict=True))
     ]
     return [
-        call._replace(dropout=dropout_of(x, p, each_seed)) if p and call.lora_A is not None else call
+        call._replace(dropout=dropout_of(x, p, each_seed)) if p != 0 and call.lora_A is not None else call
         for call, p, each_seed in zip(calls, drops, seeds, strict=True)
     ]
 
@@ -179,25 +177,32 @@ def member_of(x, weight, adapter, bias, scaling, names: dict[str, str]) -> Call:
 
 def group(calls: list[Call], backend: str | None) -> tuple[Tensor, ...]:
     """y of each of several checked calls that share x, which may have any leading dimensions."""
-    x, shown = calls[0].x, watched()
-    trains = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *(t for call in calls for t in call[1:6]))
-    )
-    if shown or internals.dual():
-        if composing(shown):
-            return tuple(composed(calls))
-        trains = trains and not internals.tracing()
-    else:
-        calls = [autograd.resolved_call(call) for call in calls]
-        x = calls[0].x
-    if internals.any_autocast():
-        x = x.to(autograd.operand_dtype(x))
+    shown = watched()
+    if (found := prepared(calls, shown)) is None:
+        return tuple(composed(calls))
+    x, calls, trains = found
     if trains:
         flat = [t for c in calls for t in (*c[1:6], c.dropout and c.dropout.seed)]
         options = [c.scaling for c in calls], [c.dropout.p if c.dropout else 0.0 for c in calls], backend, shown
         return (_Group.apply if shown else _apply_plainly)(x, options, *flat)
     rows = [autograd.cast(call._replace(x=x)) for call in calls]
     return tuple([autograd.in_shape(y, x, shown) for y, _ in forward(rows, backend, shown)[0]])
+
+
+def prepared(calls: list[Call], shown: bool) -> tuple[Tensor, list[Call], bool] | None:
+    """x in the dtype in which it is multiplied, the calls, and whether they are to be differentiated; None where
+    PyTorch's own operations have to compute."""
+    trains = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (calls[0].x, *(t for call in calls for t in call[1:6]))
+    )
+    if shown or internals.dual():
+        if composing(shown):
+            return None
+        trains = trains and not internals.tracing()
+    else:
+        calls = [autograd.resolved_call(call) for call in calls]
+    x = calls[0].x
+    return x.to(autograd.operand_dtype(x)) if internals.any_autocast() else x, calls, trains
 
 
 def composed(calls: Sequence[Call]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """The gated MLP of Llama and its kin, down(act(gate(x)) ⊙ up(x)), as one operation."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ..backends import Call, Dropout, Grads, Needs
 from ..internals import composing, watched
 from . import autograd, group
 from .api import dropout_of
-from .checks import check_memory, foreign
+from .checks import check_memory, composed_of, foreign
 
 
 class _Activation(NamedTuple):
@@ -82,18 +83,15 @@ def lora_mlp(
     calls, named = [], {}
     for name, p in projections.items():
         names = {part: f"{part} of {name}" for part in ("weight", "bias", "lora_A", "lora_B", "lora_N")}
-        inner = x if name != "down" else _product_like(x, calls)
+        inner = x if name != "down" else _product_like(x, calls, p.weight)
         call = group.member_of(inner, p.weight, p.adapter, p.bias, p.scaling, names)
         named |= group.tensors_of(call, names)
-        if p.dropout and p.adapter is not None:
+        if p.dropout != 0 and p.adapter is not None:
             call = call._replace(dropout=dropout_of(x, p.dropout, p.seed))
         calls.append(call)
     named["x"] = x
     if said := foreign(**named):
-        try:
-            return composed(calls, activation)
-        except (NotImplementedError, RuntimeError, TypeError) as error:
-            raise TypeError(f"{said}, which PyTorch cannot compute with here: {error}") from error
+        return composed_of(said, partial(composed, activation=activation), calls)
     try:
         return _mlp(calls, activation, recompute, backend)
     except (RuntimeError, ValueError):
@@ -108,28 +106,21 @@ def _projection(name: str, given) -> group.Projection:
     return group.Projection(*given)
 
 
-def _product_like(x: Tensor, calls: list[Call]) -> Tensor:
+def _product_like(x: Tensor, calls: list[Call], down) -> Tensor:
     """What stands for act(gate(x)) ⊙ up(x) in the checks of down."""
     widths = [call.weight.shape[0] for call in calls]
     if widths[0] != widths[1]:
         raise ValueError(f"weight of up must have as many rows as that of gate, {widths[0]}, got {widths[1]}")
+    if isinstance(down, Tensor) and down.dim() == 2 and down.shape[1] != widths[0]:
+        raise ValueError(f"weight of down must have shape (out, {widths[0]}), got {tuple(down.shape)}")
     return x.new_empty(()).expand(*x.shape[:-1], widths[0])
 
 
 def _mlp(calls: list[Call], activation: str, recompute: bool, backend: str | None) -> Tensor:
-    x, shown = calls[0].x, watched()
-    trains = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *(t for call in calls for t in call[1:6]))
-    )
-    if shown or internals.dual():
-        if composing(shown):
-            return composed(calls, activation)
-        trains = trains and not internals.tracing()
-    else:
-        calls = [autograd.resolved_call(call) for call in calls]
-        x = calls[0].x
-    if internals.any_autocast():
-        x = x.to(autograd.operand_dtype(x))
+    shown = watched()
+    if (found := group.prepared(calls, shown)) is None:
+        return composed(calls, activation)
+    x, calls, trains = found
     if trains:
         flat = [t for c in calls for t in (*c[1:6], c.dropout and c.dropout.seed)]
         options = _Options(

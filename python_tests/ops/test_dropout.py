@@ -198,6 +198,7 @@ BAD_CALLS = {
     "above_1": ({"dropout": 1.5}, ValueError, r"dropout must be within \[0, 1\], got 1.5"),
     "nan": ({"dropout": float("nan")}, ValueError, r"dropout must be within \[0, 1\], got nan"),
     "text": ({"dropout": "0.1"}, TypeError, "dropout must be a real number, got str"),
+    "none": ({"dropout": None}, TypeError, "dropout must be a real number, got NoneType"),
     "bool": ({"dropout": True}, TypeError, "dropout must be a real number, got bool"),
     "seed_text": ({"seed": "1"}, TypeError, "seed must be an integer, a Tensor or None, got str"),
     "seed_large": ({"seed": 2**63}, ValueError, "seed must fit into 64 bits"),
