@@ -145,7 +145,8 @@ class LoRA2Config(_Checked, LoraConfig):
         init_lora_weights: True (the published code's), "orthogonal" (see `nlora_kernels.init.lora2`), or False for all
             five matrices from N(0, 1), with which step 0 moves the function.
         target_rank: of `nlora_kernels.lora2.RankAllocator`, as are total_steps, t_init, t_final, delta_t, beta1 and
-            beta2; without it the ranks stay.
+            beta2, for `nlora_kernels.trainer.RankAllocatorCallback`, which alone reads them: in a training loop of
+            one's own the ranks stay until an allocator is made and stepped.
 
     Raises:
         ValueError: a number out of range, or a variant of LoRA. TypeError: k is no integer.
