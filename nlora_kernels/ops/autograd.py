@@ -284,7 +284,8 @@ torch.library.register_autograd("nlora_kernels::lora2_core", _Core.backward, set
 
 def as_rows(x: Tensor) -> Tensor:
     """x (..., K) as (M, K)."""
-    return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    # NOTE: no arithmetic with sizes, which a program that is recorded would take for constants.
+    return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def unflatten(y: Tensor, x: Tensor) -> Tensor:
@@ -297,6 +298,9 @@ def in_shape(y: Tensor, x: Tensor, shown: bool) -> Tensor:
     if x.dim() == 2:
         return y
     shape = *x.shape[:-1], y.shape[-1]
+    if internals.tracing():
+        # The one way by which a trace keeps sizes; it takes no Function.
+        return y.view(shape)
     return torch.ops.aten._unsafe_view(y, shape) if shown else y.resize_(shape)
 
 

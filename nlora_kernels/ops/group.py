@@ -196,9 +196,9 @@ def prepared(calls: list[Call], shown: bool) -> tuple[Tensor, list[Call], bool] 
         t is not None and t.requires_grad for t in (calls[0].x, *(t for call in calls for t in call[1:6]))
     )
     if shown or internals.dual():
-        if composing(shown):
+        # NOTE: a trace knows no operator with a list of tensors of which some are None.
+        if composing(shown) or internals.tracing():
             return None
-        trains = trains and not internals.tracing()
     else:
         calls = [autograd.resolved_call(call) for call in calls]
     x = calls[0].x

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,6 +55,42 @@ def test_export_is_right_and_can_be_trained(layer):
     actual = gradients(exported, exported, x)
     for name, expected in gradients(layer, layer, x).items():
         torch.testing.assert_close(actual[name], expected)
+
+
+OPERATIONS = {
+    "linear": lambda x, W, A, B, N, E: nk.lora_linear(x, W, A, B, N),
+    "lora2": lambda x, W, A, B, N, E: nk.lora2_linear(x, W, A, N, E, N, B),
+    "group": lambda x, W, A, B, N, E: torch.cat(nk.lora_group_linear(x, [W, W], [(A, B, N), None]), -1),
+    "mlp": lambda x, W, A, B, N, E: nk.lora_mlp(x, (W, (A, B, N)), (W,), (W, (A, B))),
+}
+RECORDERS = {
+    "export": lambda f, *ts: torch.export.export(
+        Calls(f), ts, dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, *[None] * (len(ts) - 1))
+    ).module(),
+    "jit_trace": lambda f, *ts: torch.jit.trace(f, ts),
+    "make_fx": lambda f, *ts: make_fx(f, tracing_mode="symbolic")(*ts),
+}
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, W, A, B, N, E):
+        return self.function(x, W, A, B, N, E)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS)
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_what_is_recorded_takes_other_leading_dimensions(operation, record):
+    tensors = [torch.randn(shape).double() for shape in ((10, 10), (3, 10), (10, 3), (3, 3), (3,))]
+    with torch.no_grad():
+        recorded = record(operation, torch.randn(2, 7, 10).double(), *tensors)
+    for leading in ((2, 7), (5, 7)):
+        x = torch.randn(*leading, 10).double()
+        torch.testing.assert_close(recorded(x, *tensors), operation(x, *tensors))
 
 
 def test_symbolic_trace():
