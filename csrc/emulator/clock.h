@@ -39,6 +39,13 @@ class Clock {
     }
   }
 
+  // Of these agents alone.
+  void join(const Clock& other, const std::vector<AgentId>& agents) {
+    for (AgentId agent : agents) {
+      raise(agent, other[agent]);
+    }
+  }
+
   void clear() { times_.clear(); }
 
  private:

@@ -130,9 +130,20 @@ void mbarrier_init(uint32_t barrier, uint32_t arrivals, NLORA_SITE);
 void fence_barrier_init(NLORA_SITE);
 void mbarrier_arrive(uint32_t barrier, NLORA_SITE);
 void mbarrier_arrive_cluster(uint32_t barrier, NLORA_SITE);
+void mbarrier_arrive_operands(uint32_t barrier, NLORA_SITE);
 void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes, NLORA_SITE);
 void mbarrier_wait(uint32_t barrier, uint32_t parity, NLORA_SITE);
 void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity, NLORA_SITE);
+
+template <int kBlocks>
+void mbarrier_arrive_in(uint32_t barrier, uint32_t rank, NLORA_SITE) {
+  kBlocks == 1 ? mbarrier_arrive(barrier, site) : mbarrier_arrive_cluster(map_to_rank(barrier, rank), site);
+}
+
+template <int kBlocks>
+void mbarrier_wait_in(uint32_t barrier, uint32_t parity, NLORA_SITE) {
+  kBlocks == 1 ? mbarrier_wait(barrier, parity, site) : mbarrier_wait_cluster(barrier, parity, site);
+}
 
 inline void prefetch_tensor_map(const TensorMap*) {}
 void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int32_t column, int32_t row, NLORA_SITE);

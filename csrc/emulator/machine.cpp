@@ -183,6 +183,7 @@ void Machine::launch_block(RunningGrid& grid, Cluster& cluster, uint32_t cluster
     warp->own_agent.id = new_agents(1);
     warp->own_agent.tick();
     warp->wgmma.agent = wgmma_agents + w;
+    operand_agents.push_back(warp->wgmma.agent);
     block->warps.push_back(std::move(warp));
     if (w % 4 == 0) {
       block->warpgroups.push_back(std::make_unique<Warpgroup>());

@@ -219,6 +219,7 @@ struct Machine {
   uint64_t step = 0;
   Thread* self = nullptr;
   AgentId next_agent = 1;
+  std::vector<AgentId> operand_agents;   // the TMA loads and wgmma of all blocks
   std::vector<std::unique_ptr<Cluster>> clusters, retired;
   std::vector<Region> global;
   std::unordered_map<uint64_t, Flag> flags;

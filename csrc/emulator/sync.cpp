@@ -22,14 +22,21 @@ void complete_phase(MBarrier& barrier) {
   machine->wake(barrier.waiters);
 }
 
-void arrive(MBarrier& barrier) {
+enum class Releases : uint8_t { Everything, Operands };
+
+void arrive(MBarrier& barrier, Releases releases = Releases::Everything) {
   if (barrier.pending == 0) {
     machine->fail("mbarrier arrivals", where() + ": mbarrier " + hex(barrier.offset) + " already has all " +
                                            std::to_string(barrier.count) + " arrivals of this phase, the last at " +
                                            describe(barrier.last_arrival));
   }
   barrier.last_arrival = machine->self->site;
-  machine->self->agent->release_into(barrier.collecting);
+  Agent& agent = *machine->self->agent;
+  if (releases == Releases::Everything) {
+    agent.release_into(barrier.collecting);
+  } else {
+    barrier.collecting.seen.join(agent.known.seen, machine->operand_agents);
+  }
   --barrier.pending;
   complete_phase(barrier);
 }
@@ -175,6 +182,19 @@ MBarrier& barrier_at(uint32_t address) {
   return barrier;
 }
 
+// The same of any block of the cluster, about to get an arrival.
+MBarrier& anywhere(uint32_t address, Site site) {
+  MBarrier& barrier = barrier_at(address);
+  if (barrier.block != machine->self->block) {
+    if (!barrier.fenced) {
+      machine->fail("missing proxy fence", where() + ": no fence_barrier_init() after the initialisation at " +
+                                               describe(barrier.initialised.site));
+    }
+    note_remote_access(*barrier.block, thread_actor(site).access, "mbarrier arrival");
+  }
+  return barrier;
+}
+
 void complete_transaction(MBarrier& barrier, Time phase, uint32_t bytes, Site issued) {
   if (barrier.phase != phase) {
     machine->fail("transaction bytes", "the load issued at " + describe(issued) + " lands on mbarrier " +
@@ -228,6 +248,7 @@ void mbarrier_init(uint32_t barrier, uint32_t arrivals, Site site) {
   created.block = at.block;
   created.count = created.pending = arrivals;
   created.agent = machine->new_agents(1);
+  machine->operand_agents.push_back(created.agent);
   created.initialised = actor.access;
 }
 
@@ -253,19 +274,17 @@ void mbarrier_arrive(uint32_t barrier, Site site) {
 }
 
 void mbarrier_arrive_cluster(uint32_t barrier, Site site) {
-  if (!machine->enter(site, "mbarrier_arrive_cluster", true)) {
-    return;
+  if (machine->enter(site, "mbarrier_arrive_cluster", true)) {
+    MBarrier& target = anywhere(barrier, site);
+    target.remote_arrivals |= target.block != machine->self->block;
+    arrive(target);
   }
-  MBarrier& target = barrier_at(barrier);
-  if (target.block != machine->self->block) {
-    if (!target.fenced) {
-      machine->fail("missing proxy fence", where() + ": no fence_barrier_init() after the initialisation at " +
-                                               describe(target.initialised.site));
-    }
-    target.remote_arrivals = true;
-    note_remote_access(*target.block, thread_actor(site).access, "mbarrier arrival");
+}
+
+void mbarrier_arrive_operands(uint32_t barrier, Site site) {
+  if (machine->enter(site, "mbarrier_arrive_operands", true)) {
+    arrive(anywhere(barrier, site), Releases::Operands);
   }
-  arrive(target);
 }
 
 void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes, Site site) {

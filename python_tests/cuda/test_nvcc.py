@@ -69,6 +69,8 @@ def test_ptxas_is_content(runner, arch):
 def test_bounded_waits_trap_and_cost_no_more_than_a_few_registers(runner):
     _, log = cubin(runner, bounded=True)
     assert not re.search(r"\(C7\d\d\d\)|serializ", log), log
+    # By that name the host finds where waits are to note what they gave up.
+    assert b"\0nlora_spin_records\0" in cubin(runner, bounded=True)[0].read_bytes()
     for bounded in (False, True):
         for name, code in disassembly(runner, "90a", bounded=bounded).items():
             waits = code.count("SYNCS.PHASECHK") > 0
@@ -163,5 +165,7 @@ def test_gemm_sass():
             assert instruction in code, f"{name}: {instruction}"
         clustered = re.search(r"GemmTileILi\d+ELi\d+ELi\d+ELi2E", name)
         assert ("UTMALDG.2D.MULTICAST" in code) == bool(clustered), name
+        # A fence of the whole device may stand between tiles, but not between the stages of one.
+        assert not any("MEMBAR" in line for line in main_loop(code, "HGMMA", "WARPGROUP.DEPBAR")), name
         for spill in ("LDL", "STL"):
             assert not re.search(rf"\b{spill}\b", code), f"{name}: {spill}"

@@ -199,8 +199,10 @@ inline void prepare_spin_records(const void* kernel) {
     std::vector<SpinRecord>& records = spin_records();
     if (!registered) {
       registered = true;
-      const unsigned flags = cudaHostRegisterPortable | cudaHostRegisterMapped;
-      check_cuda(cudaHostRegister(records.data(), kSpinRecords * sizeof(SpinRecord), flags), "cudaHostRegister");
+      aside("cudaHostRegister", [&](cudaStream_t) {
+        const unsigned flags = cudaHostRegisterPortable | cudaHostRegisterMapped;
+        return cudaHostRegister(records.data(), kSpinRecords * sizeof(SpinRecord), flags);
+      });
       std::atexit([] {
         if (const std::string report = spin_report(); !report.empty()) {
           std::fprintf(stderr, "nlora_kernels:%s\n", report.c_str());
@@ -209,6 +211,7 @@ inline void prepare_spin_records(const void* kernel) {
     }
     void* mapped = nullptr;
     check_cuda(cudaHostGetDevicePointer(&mapped, records.data(), 0), "cudaHostGetDevicePointer");
+    // Code without a wait has none.
     if (void* variable = Driver::get().variable(kernel, "nlora_spin_records")) {
       aside("nlora_spin_records", [&](cudaStream_t stream) {
         return cudaMemcpyAsync(variable, &mapped, sizeof(mapped), cudaMemcpyHostToDevice, stream);

@@ -2,6 +2,7 @@
 #include "../../ops.h"
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <mutex>
 
@@ -20,9 +21,15 @@ std::string shape(const Matrix& matrix) {
   return "(" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.cols) + ")";
 }
 
-// Runs body(stream) on the queue; a failure of CUDA becomes an error that names the operation() and its shapes.
+// Of each device.
+std::mutex launching[64];
+
+// Runs body(stream) on the queue; a failure of CUDA becomes an error that names the operation() and its shapes. The
+// launches of one call come one after another whatever other threads launch: a product may begin while those before it
+// run, and shares its control words with products of other calls.
 template <class Operation, class Body>
 void on(const Queue& queue, Operation operation, Body body) {
+  const std::lock_guard<std::mutex> lock(launching[queue.device % std::size(launching)]);
   try {
     Stream stream(queue.device, queue.stream);
     body(stream);

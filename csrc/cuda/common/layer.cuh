@@ -226,7 +226,8 @@ struct Site {
 // Memory of the host, which outlives a trap; null until it is told of it (context.cuh). NOTE: printf and assertions are
 // calls, for which ptxas gives up setmaxnreg and serialises wgmma.
 extern "C" {
-static __device__ volatile SpinRecord* nlora_spin_records;
+// NOTE: not static, for that would take away the name by which the host looks for it.
+__device__ volatile SpinRecord* nlora_spin_records;
 }
 
 #define NLORA_SPIN_SITE , Site site = Site::here()
@@ -295,6 +296,12 @@ NLORA_OP void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same for operands of wgmma alone, which the caller has waited for: it orders nothing else, and waiters use
+// mbarrier_wait. NOTE: a release for the cluster is a fence of the whole device, in every stage of a main loop.
+NLORA_OP void mbarrier_arrive_operands(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 NLORA_OP void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -332,6 +339,24 @@ NLORA_OP void mbarrier_wait(uint32_t barrier, uint32_t parity NLORA_SPIN_SITE) {
 NLORA_OP void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity NLORA_SPIN_SITE) {
   SpinBound bound;
   while (!mbarrier_passed_cluster(barrier, parity)) {
+    NLORA_SPIN_CHECK(bound, SpinRecord::kBarrier, barrier - shared_base(), parity, parity);
+  }
+}
+
+// In clusters of kBlocks: arrives at the barrier of block `rank`, and waits for such arrivals at one's own.
+template <int kBlocks>
+NLORA_OP void mbarrier_arrive_in(uint32_t barrier, uint32_t rank) {
+  if constexpr (kBlocks == 1) {
+    mbarrier_arrive(barrier);
+  } else {
+    mbarrier_arrive_cluster(map_to_rank(barrier, rank));
+  }
+}
+
+template <int kBlocks>
+NLORA_OP void mbarrier_wait_in(uint32_t barrier, uint32_t parity NLORA_SPIN_SITE) {
+  SpinBound bound;
+  while (!(kBlocks == 1 ? mbarrier_passed(barrier, parity) : mbarrier_passed_cluster(barrier, parity))) {
     NLORA_SPIN_CHECK(bound, SpinRecord::kBarrier, barrier - shared_base(), parity, parity);
   }
 }

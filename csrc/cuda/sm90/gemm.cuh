@@ -20,13 +20,13 @@ __device__ __forceinline__ void hand_out_tickets(const GemmShared<Tile> shared, 
   const uint32_t clusters = grid_blocks() / Tile::kCluster;
   uint32_t ticket, epoch = 0, parity = 1;
   do {
-    mbarrier_wait_cluster(shared.ticket_empty(), parity);
+    mbarrier_wait_in<Tile::kCluster>(shared.ticket_empty(), parity);
     ticket = ticket_take(state.ticket());
     epoch = epoch ? epoch : next_epoch(flag_acquire(state.epoch()));
     for (uint32_t rank = 0; rank < Tile::kCluster; ++rank) {
       st_cluster(map_to_rank(shared.ticket(), rank), ticket);
       st_cluster(map_to_rank(shared.epoch(), rank), epoch);
-      mbarrier_arrive_cluster(map_to_rank(shared.ticket_full(), rank));
+      mbarrier_arrive_in<Tile::kCluster>(shared.ticket_full(), rank);
     }
     parity ^= 1;
   } while (ticket < count);
@@ -46,10 +46,10 @@ __device__ __forceinline__ void load_depth(const GemmShared<Tile> shared, const 
                                            uint32_t rank, uint32_t& left, RingPosition<Tile::kStages>& ring) {
   for (uint32_t k = begin; k < end; k += Tile::kBlockK) {
     if (left-- == Tile::kStages) {
-      mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
+      mbarrier_arrive_in<Tile::kCluster>(shared.ticket_empty(), 0);
     }
     const uint32_t full = shared.full(ring.slot);
-    mbarrier_wait_cluster(shared.empty(ring.slot), ring.parity ^ 1);
+    mbarrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
     mbarrier_arrive_expect_tx(full, Tile::kBytesA + width * 128);
     if constexpr (kLeft == Major::K) {
       tma_load(shared.a(ring.slot), a, full, k, m);
@@ -160,7 +160,7 @@ __device__ __forceinline__ void load_item(const GemmShared<Tile> shared, const P
 template <class Tile>
 __device__ __forceinline__ void release_stage(const GemmShared<Tile> shared, uint32_t slot) {
   if (lane_rank() < Tile::kCluster) {
-    mbarrier_arrive_cluster(map_to_rank(shared.empty(slot), lane_rank()));
+    mbarrier_arrive_operands(map_to_rank(shared.empty(slot), lane_rank()));
   }
   sync_warp();
 }
@@ -236,12 +236,27 @@ struct alignas(2 * sizeof(T)) Pair {
   T low, high;
 };
 
-// acc + bias -> staging -> the matrix and column that to(column of the tile) gives for every box, by the 128 threads of
-// one consumer warpgroup; bias (columns) may be null.
+// acc += bias, of which the tile begins at column n. NOTE: all of it before the first store, for no load passes one.
+template <class Tile, class T>
+__device__ __forceinline__ void add_bias(float (&acc)[Tile::kBlockN / 2], const T* bias, uint32_t n, uint32_t columns) {
+#pragma unroll
+  for (int i = 0; i < Tile::kBlockN / 2; i += 4) {
+    const uint32_t column = n + accumulator_column(lane_rank(), i);
+    const auto pair = column < columns ? ld_global(reinterpret_cast<const Pair<T>*>(bias + column)) : Pair<T>{};
+    const float low = to_float(pair.low), high = to_float(pair.high);
+    acc[i] += low;
+    acc[i + 1] += high;
+    acc[i + 2] += low;
+    acc[i + 3] += high;
+  }
+}
+
+// acc -> staging -> the matrix and column that to(column of the tile) gives for every box, by the 128 threads of one
+// consumer warpgroup.
 template <class Tile, class T, class To>
 __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2], const GemmShared<Tile> shared,
-                                           uint32_t width, const To& to, const T* bias, uint32_t columns,
-                                           const GemmPlace place, uint32_t consumer, bool storing_thread) {
+                                           uint32_t width, const To& to, const GemmPlace place, uint32_t consumer,
+                                           bool storing_thread) {
   constexpr int kAtOnce = Tile::kBoxesAtOnce, kRounds = Tile::kBoxes / kAtOnce;
   const uint32_t barrier = 1 + consumer;
   const uint32_t lane = lane_rank();
@@ -271,15 +286,8 @@ __device__ __forceinline__ void store_tile(const float (&acc)[Tile::kBlockN / 2]
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = 4 * (block + half);
-        float low = 0, high = 0;
-        const uint32_t column = place.n + accumulator_column(lane, i);
-        if (bias && column < columns) {
-          const auto pair = ld_global(reinterpret_cast<const Pair<T>*>(bias + column));
-          low = to_float(pair.low);
-          high = to_float(pair.high);
-        }
-        packed[2 * half] = pack2<T>(acc[i] + low, acc[i + 1] + high);
-        packed[2 * half + 1] = pack2<T>(acc[i + 2] + low, acc[i + 3] + high);
+        packed[2 * half] = pack2<T>(acc[i], acc[i + 1]);
+        packed[2 * half + 1] = pack2<T>(acc[i + 2], acc[i + 3]);
       }
       const uint32_t line = staging(block / 8) + row * 128;
       stmatrix(swizzled(line + stmatrix_chunk(lane, block % 8) * 16, Swizzle::B128), packed);
@@ -334,8 +342,10 @@ __device__ __forceinline__ void compute_item(const GemmShared<Tile> shared, cons
         return;
       }
     }
-    store_tile<Tile, T>(acc, shared, width, to, makes_p ? nullptr : product.bias, product.n, place, consumer,
-                        storing_thread);
+    if (!makes_p && product.bias) {
+      add_bias<Tile>(acc, product.bias, place.n, product.n);
+    }
+    store_tile<Tile, T>(acc, shared, width, to, place, consumer, storing_thread);
     if (makes_p && storing_thread) {
       bulk_wait<0>();
       fence_async_global();
@@ -410,7 +420,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     setmaxnreg_decrease<Tile::kProducerRegisters>();
     if (warp == 0 && leader) {
       for (;; ticket_parity ^= 1) {
-        mbarrier_wait_cluster(shared.ticket_full(), ticket_parity);
+        mbarrier_wait_in<Tile::kCluster>(shared.ticket_full(), ticket_parity);
         const auto ticket = ld_shared<uint32_t>(shared.ticket());
         const auto epoch = ld_shared<uint32_t>(shared.epoch());
         if (ticket >= schedule.count()) {
@@ -427,13 +437,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const uint32_t consumer = warp / 4 - 1;
     const bool storing_thread = warp % 4 == 0 && leader;
     for (;; ticket_parity ^= 1) {
-      mbarrier_wait_cluster(shared.ticket_full(), ticket_parity);
+      mbarrier_wait_in<Tile::kCluster>(shared.ticket_full(), ticket_parity);
       const auto ticket = ld_shared<uint32_t>(shared.ticket());
       const auto epoch = ld_shared<uint32_t>(shared.epoch());
       // All lanes have read them before one gives their place back.
       sync_warp();
       if (leader) {
-        mbarrier_arrive_cluster(map_to_rank(shared.ticket_empty(), 0));
+        mbarrier_arrive_in<Tile::kCluster>(shared.ticket_empty(), 0);
       }
       sync_warp();
       if (ticket >= schedule.count()) {

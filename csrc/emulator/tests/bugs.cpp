@@ -586,7 +586,7 @@ void multiplying(const BugProblem p) {
 
 // ---- Clusters ----
 
-enum class Peer { LocalArrive, BlockScopeWait, EarlyExit, UnsyncedStart };
+enum class Peer { LocalArrive, BlockScopeWait, OperandsArrive, EarlyExit, UnsyncedStart };
 
 template <Peer Fault, bool Broken>
 void reaching_across(const BugProblem) {
@@ -603,8 +603,13 @@ void reaching_across(const BugProblem) {
     cluster_sync();
   }
   if (thread_rank() == 0) {
+    if (Fault == Peer::OperandsArrive) {
+      st_cluster(map_to_rank(base + 16, peer), 1);
+    }
     if (broken(Peer::LocalArrive)) {
       mbarrier_arrive(map_to_rank(base, peer));
+    } else if (broken(Peer::OperandsArrive)) {
+      mbarrier_arrive_operands(map_to_rank(base, peer));
     } else {
       mbarrier_arrive_cluster(map_to_rank(base, peer));
     }
@@ -612,6 +617,9 @@ void reaching_across(const BugProblem) {
   // Rank 1 goes without its peer's word; only the barrier at the end holds it back.
   if (Fault != Peer::EarlyExit || cluster_rank() == 0) {
     broken(Peer::BlockScopeWait) ? mbarrier_wait(base, 0) : mbarrier_wait_cluster(base, 0);
+  }
+  if (Fault == Peer::OperandsArrive) {
+    (void)ld_shared<uint32_t>(base + 16);
   }
   sync_warp();
   if (!broken(Peer::EarlyExit)) {
@@ -768,6 +776,11 @@ const Bug kBugs[] = {
      "scope",
      &reaching_across<Peer::BlockScopeWait, false>,
      &reaching_across<Peer::BlockScopeWait, true>,
+     {2, 64, 2, 1024, 168}},
+    {"operands_arrive",
+     "race",
+     &reaching_across<Peer::OperandsArrive, false>,
+     &reaching_across<Peer::OperandsArrive, true>,
      {2, 64, 2, 1024, 168}},
     {"early_exit",
      "exit before remote access",
