@@ -156,23 +156,21 @@ py::tuple cpu_forward(const Rows& x, const WeightTensor& weight, const Rows& A, 
   return py::make_tuple(y.object, T.object);
 }
 
-// (dx, dweight, dA, dB, dcore, dbias), of those that `needs` asks for in this order; no dweight without weight.
-py::tuple cpu_backward(const Rows& dy, const Rows& x, const Tensor& T, const WeightTensor& weight, const Rows& A,
+// (dx, dweight, dA, dB, dcore, None), of those that `needs` asks for in this order; no dweight without weight.
+py::tuple cpu_backward(const Rows& dy, const Rows& x, const Rows& T, const WeightTensor& weight, const Rows& A,
                        const Tensor& B, const CoreTensors& core, const std::array<bool, 6>& needs, float scaling,
                        int threads, int pieces) {
   const int64_t M = dy.matrix.rows, N = dy.matrix.cols, K = A.matrix.cols;
   // NOTE: to name a shape costs as much as the tensor.
   const Tensor dx = !needs[0] ? Tensor() : x ? x.empty_like() : dy.empty(M, K);
-  const Tensor dbias = needs[5] ? dy.empty(N) : Tensor();
   const Tensor dweight = needs[1] && weight.dense ? weight.dense.empty_like() : Tensor();
   const Tensor dA = needs[2] ? A.empty_like() : Tensor(), dB = needs[3] ? B.empty_like() : Tensor();
   const CoreTensors dcore = needs[4] ? core.empty_like() : CoreTensors();
   unlocked(M * N * K, [&] {
     nlora::cpu::backward({dy.matrix, x.matrix, T.matrix, weight.matrix, A.matrix, B.matrix, core.matrices(), dx.matrix,
-                          dweight.matrix, dA.matrix, dB.matrix, dcore.matrices(), dbias.matrix, scaling, threads,
-                          pieces});
+                          dweight.matrix, dA.matrix, dB.matrix, dcore.matrices(), scaling, threads, pieces});
   });
-  return py::make_tuple(dx.object, dweight.object, dA.object, dB.object, dcore.object(), dbias.object);
+  return py::make_tuple(dx.object, dweight.object, dA.object, dB.object, dcore.object(), py::none());
 }
 
 // [(y, T)] of layers that share x; without A there is no T.
@@ -196,8 +194,8 @@ py::list cpu_forward_group(const Rows& x, const std::vector<Rows>& weight, const
   return results;
 }
 
-// dx and [(None, dweight, dA, dB, dN, dbias)] of layers that share x, as cpu_backward has them.
-py::tuple cpu_backward_group(const std::vector<Rows>& dy, const Rows& x, const std::vector<Tensor>& T,
+// dx and [(None, dweight, dA, dB, dN, None)] of layers that share x, as cpu_backward has them.
+py::tuple cpu_backward_group(const std::vector<Rows>& dy, const Rows& x, const std::vector<Rows>& T,
                              const std::vector<Rows>& weight, const std::vector<Rows>& A, const std::vector<Tensor>& B,
                              const std::vector<Tensor>& N, const std::vector<std::array<bool, 6>>& needs,
                              const std::vector<float>& scaling, int threads, int pieces) {
@@ -209,7 +207,6 @@ py::tuple cpu_backward_group(const std::vector<Rows>& dy, const Rows& x, const s
   for (size_t i = 0; i < dy.size(); ++i) {
     const auto wanted = [&](int input, const Tensor& of) { return needs[i][input] && of ? of.empty_like() : Tensor(); };
     const Tensor dweight = wanted(1, weight[i]), dA = wanted(2, A[i]), dB = wanted(3, B[i]), dN = wanted(4, N[i]);
-    const Tensor dbias = needs[i][5] ? dy[i].empty(dy[i].matrix.cols) : Tensor();
     const nlora::cpu::Core core = {N[i].matrix, {}, {}, {}, {}}, dcore = {dN.matrix, {}, {}, {}, {}};
     members.push_back({dy[i].matrix,
                        x.matrix,
@@ -223,11 +220,10 @@ py::tuple cpu_backward_group(const std::vector<Rows>& dy, const Rows& x, const s
                        dA.matrix,
                        dB.matrix,
                        dcore,
-                       dbias.matrix,
                        scaling[i],
                        threads,
                        pieces});
-    results.append(py::make_tuple(py::none(), dweight.object, dA.object, dB.object, dN.object, dbias.object));
+    results.append(py::make_tuple(py::none(), dweight.object, dA.object, dB.object, dN.object, py::none()));
     multiplies += M * dy[i].matrix.cols * K;
   }
   unlocked(multiplies, [&] { nlora::cpu::backward_group(std::move(members), dx.matrix); });
@@ -394,11 +390,11 @@ PYBIND11_MODULE(_C, m) {
       free_threads());
   m.def(
       "cpu_backward_experts",
-      [](const std::vector<int64_t>& ends, const Rows& dy, const Rows& x, const Matrix& T, const Stack& weight,
+      [](const std::vector<int64_t>& ends, const Rows& dy, const Rows& x, const Rows& T, const Stack& weight,
          const Stack& A, const Stack& B, const Stack& N, const Matrix& dx, const Stack& dweight, const Stack& dA,
-         const Stack& dB, const Stack& dN, const Stack& dbias, float scaling, int threads, int pieces) {
+         const Stack& dB, const Stack& dN, float scaling, int threads, int pieces) {
         backward_experts(
-            {ends, dy.matrix, x.matrix, T, weight, A, B, N, dx, dweight, dA, dB, dN, dbias, scaling, threads, pieces});
+            {ends, dy.matrix, x.matrix, T.matrix, weight, A, B, N, dx, dweight, dA, dB, dN, scaling, threads, pieces});
       },
       free_threads());
   m.def("cpu_add_product", &add_product, free_threads());

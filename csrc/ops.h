@@ -94,8 +94,8 @@ struct Forward {
 };
 void forward(Forward f);
 
-// G = dy·B, H = s·G·N, dx = dy·W + H·A, dA = Hᵀ·x, dB = s·dyᵀ·(T·Nᵀ), dN = s·Gᵀ·T, dW = dyᵀ·x, dbias = Σ dy, those that
-// are there; of LoRA²'s du, dE and dU all or none. Without weight dx holds H·A alone.
+// G = dy·B, H = s·G·N, dx = dy·W + H·A, dA = Hᵀ·x, dB = s·dyᵀ·(T·Nᵀ), dN = s·Gᵀ·T, dW = dyᵀ·x, those that are
+// there; of LoRA²'s du, dE and dU all or none. Without weight dx holds H·A alone.
 struct Backward {
   Matrix dy, x, T;
   Weight weight;
@@ -103,7 +103,6 @@ struct Backward {
   Core core;
   Matrix dx, dweight, dA, dB;
   Core dcore;
-  Matrix dbias;
   float scaling;
   int threads, pieces;
 };
@@ -139,7 +138,7 @@ struct ExpertsBackward {
   Matrix dy, x, T;
   Stack weight, A, B, N;
   Matrix dx;
-  Stack dweight, dA, dB, dN, dbias;
+  Stack dweight, dA, dB, dN;
   float scaling;
   int threads, pieces;
 };

@@ -231,6 +231,7 @@ void Sums::finish(const Task& task, Range cols) const {
     const int64_t m = out.rows;
     const Matrix mine = slice(task.sums, {row, m}, cols), to = slice(out, {0, m}, cols);
     row += round_up(m, kernel_.tile_rows);
+    if (!m) continue;
     if (factor != 1.0f) scale(mine, factor);
     if (to.dtype == Dtype::kFloat32 && to.row_stride == 1 && to.col_stride == m && m % kernel_.width == 0) {
       // NOTE: packing is what transposes in registers.

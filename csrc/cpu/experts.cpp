@@ -60,8 +60,8 @@ void backward_experts(const ExpertsBackward& b) {
   share_out(b.ends, A.cols * b.dy.cols, b.threads, [&](int64_t e, Range rows, int threads) {
     const Core core = {of(b.N, e), {}, {}, {}, {}}, dcore = {of(b.dN, e), {}, {}, {}, {}};
     backward({rows_of(b.dy, rows), rows_of(b.x, rows), rows_of(b.T, rows), of(b.weight, e), of(b.A, e), of(b.B, e),
-              core, rows_of(b.dx, rows), of(b.dweight, e), of(b.dA, e), of(b.dB, e), dcore, of(b.dbias, e), b.scaling,
-              threads, b.pieces});
+              core, rows_of(b.dx, rows), of(b.dweight, e), of(b.dA, e), of(b.dB, e), dcore, b.scaling, threads,
+              b.pieces});
   });
 }
 

@@ -106,20 +106,13 @@ void backward_group(std::vector<Backward> members, const Matrix& dx) {
   for (size_t i = 0; i < members.size(); ++i) {
     const Backward& b = members[i];
     if (b.dweight) gemm({{transposed(b.dy), transposed(b.x)}}, nullptr, b.dweight, threads, pieces);
-    std::vector<Sums::Result> of_dy;
     if (b.A && !summed(kernel, b)) {
       rank_gradients(kernel, b, *narrows[i], scratch);
     } else if (b.A) {
       of_x.push_back({b.dA, transposed(narrows[i]->H), 1.0f});
-      of_dy.push_back({transposed(b.dB), transposed(narrows[i]->P), 1.0f});
+      sums.add({{transposed(b.dB), transposed(narrows[i]->P), 1.0f}}, b.dy);
       if (b.dcore.N) sums.add({{b.dcore.N, transposed(narrows[i]->G), b.scaling}}, b.T);
     }
-    if (b.dbias) {
-      const Matrix ones = fp32(scratch.take(dy.rows), 1, dy.rows, dy.rows);
-      std::fill_n(values(ones), ones.cols, 1.0f);
-      of_dy.push_back({b.dbias, ones, 1.0f});
-    }
-    sums.add(of_dy, b.dy);
   }
   sums.add(of_x, members[0].x);
   sums.run(threads);

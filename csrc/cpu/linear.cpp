@@ -128,11 +128,6 @@ void backward(Backward b) {
     sums.add({{transposed(b.dB), transposed(narrow.P), 1.0f}}, b.dy);
     sums.add({{b.dcore.N, transposed(narrow.G), b.scaling}}, b.T);
   }
-  if (b.dbias) {
-    const Matrix ones = fp32(scratch.take(b.dy.rows), 1, b.dy.rows, b.dy.rows);
-    std::fill_n(values(ones), ones.cols, 1.0f);
-    sums.add({{b.dbias, ones, 1.0f}}, b.dy);
-  }
   sums.run(b.threads);
   if (b.dcore.u) lora2_core_backward(b.dcore.N, b.core, b.dcore);
 }

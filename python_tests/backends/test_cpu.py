@@ -117,6 +117,25 @@ def test_rows_that_are_one_row_expanded(M, tensor):
     testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
 
 
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
+def test_gradients_of_a_mean_over_many_rows():
+    p = testing.problem(20_000, 16, 24, 4)
+    p = dataclasses.replace(p, dy=torch.full_like(p.dy, 0.1))
+    testing.assert_within_budget(testing.results(p, nk.lora_linear, backend="cpu"), p)
+
+
+@pytest.mark.usefixtures("poisoned", "tier", "plan")
+@pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
+@pytest.mark.parametrize("width", [1, 7])
+def test_no_rows_in_every_stride(width):
+    for strides in ((width, 1), (1, 0), (1, 1)):
+        p = testing.problem(4, width, 9, 3)
+        p = dataclasses.replace(p, x=torch.empty_strided((0, width), strides), dy=p.dy[:0])
+        for name, value in testing.results(p, nk.lora_linear, backend="cpu").items():
+            assert not value.any(), name
+
+
 @pytest.mark.usefixtures("poisoned", "tier", "plan")
 @pytest.mark.parametrize("plan", PLANS[:2], indirect=True)
 @pytest.mark.parametrize("shape", [(3, 0, 4, 2), (70, 0, 4, 2), (3, 8, 0, 2), (70, 8, 0, 2)], ids=short)

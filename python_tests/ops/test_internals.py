@@ -98,6 +98,12 @@ def test_a_backward_is_known_from_inside():
     assert seen == [False, True] and not internals.in_backward()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_memory_is_shared_by_views_alone(device):
+    t = torch.empty(4, 6, device=device)
+    assert internals.shares_memory(t, t[1:, 2:].mT) and not internals.shares_memory(t, t.clone())
+
+
 def test_any_autocast_is_that_of_any_device():
     assert not internals.any_autocast()
     with torch.autocast("cpu"):

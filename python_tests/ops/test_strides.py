@@ -68,6 +68,28 @@ def experts(x, weight, A, B, core, bias, backend):
     return nk.lora_grouped_linear(x, offsets, weight, A, B, core, bias, backend=backend)
 
 
+def mlp(x, weight, A, B, core, bias, backend):
+    own = weight, (A, B, core), bias
+    return nk.lora_mlp(x, own, own, (weight.T, (B.T, A.T)), backend=backend)
+
+
+def lora2(x, weight, A, B, core, bias, backend):
+    return nk.lora2_linear(x, weight, A, core, core[0], core, B, bias=bias, backend=backend)
+
+
+@pytest.mark.parametrize("view", [VIEWS["transposed"], VIEWS["every_second"]], ids=["transposed", "every_second"])
+@pytest.mark.parametrize("function", [linear, lora2, group, experts, mlp], ids=lambda function: function.__name__)
+def test_what_was_saved_for_backward_may_come_back_in_other_strides(function, view):
+    """As from a hook that packs saved tensors and gives their values back."""
+    operands, dy = problem(70, 20, 24, 4, torch.float32, *([3] if function is experts else []))
+    dy = dy[:, :20] if function is mlp else dy
+    expected = results(function, operands, dy, "cpu")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: view(t) if t.dim() > 1 else t, lambda t: t):
+        actual = results(function, operands, dy, "cpu")
+    for ours, exact in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("function", [linear, group, experts], ids=lambda function: function.__name__)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

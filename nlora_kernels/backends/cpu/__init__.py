@@ -14,6 +14,7 @@ time for the library in "adapter".
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,8 @@ class Cpu(Lean):
         made = _C.cpu_backward(dy, x, T, inside, lora_A, lora_B, lora_N, needs, scaling, threads, pieces)
         # NOTE: as Grads(*made), for a third of the time.
         grads = tuple.__new__(Grads, made)
+        if needs.bias:
+            grads = grads._replace(bias=dy.sum(0))
         if whole:
             return grads
         if needs.x:
@@ -173,15 +176,15 @@ class Cpu(Lean):
             dx, made = _C.cpu_backward_group(*arguments, torch.get_num_threads(), pieces)
             for i, of in zip(own, made, strict=True):
                 grads[i] = Grads(*of)
-        if whole:
-            return dx, grads
         for i, (call, dy, need) in enumerate(zip(calls, dys, needs, strict=True)):
+            if need.bias:
+                grads[i] = grads[i]._replace(bias=dy.sum(0))
+            if whole:
+                continue
             if need.x:
                 dx = dy @ call.weight if dx is None else dx.addmm_(dy, call.weight)
             if need.weight:
                 grads[i] = grads[i]._replace(weight=dy.T @ call.x)
-            if need.bias and call.lora_A is None:
-                grads[i] = grads[i]._replace(bias=dy.sum(0))
         return dx, grads
 
     def group_plan(self, calls: Sequence[Call], first: Tensor, backward: bool = False) -> Plan:
@@ -215,12 +218,14 @@ class Cpu(Lean):
             lora_A=_new(lora_A) if needs.lora_A else None,
             lora_B=_new(lora_B) if needs.lora_B else None,
             lora_N=_new(lora_N) if needs.lora_N else None,
-            bias=dy.new_empty(E, N) if needs.bias else None,
         )
         if needs.x:
             grads.x[ends[-1] :] = 0
         tensors = dy, x, T, weight, lora_A, lora_B, lora_N
-        _C.cpu_backward_experts(ends, *tensors, *grads, scaling, torch.get_num_threads(), pieces)
+        _C.cpu_backward_experts(ends, *tensors, *grads[:5], scaling, torch.get_num_threads(), pieces)
+        if needs.bias:
+            sums = [dy[first:last].sum(0) for first, last in pairwise([0, *ends])]
+            grads = grads._replace(bias=torch.stack(sums))
         return grads
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
