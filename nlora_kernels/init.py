@@ -13,7 +13,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, internals
 from .backends.quantised import Quantised, view
 from .commit import commit
 
@@ -159,6 +159,7 @@ def add_product(
     for name, t, shape in (("A", A, (r, in_features)), ("N", N, (r, r)), ("B", B, (out_features, r))):
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    A, N, B = (None if t is None else t.clone() if internals.shares_memory(t, weight) else t for t in (A, N, B))
     if subtract := _kernel("subtract_products", weight, r):
         # Between a launch and what follows it an interrupt could come: then the launch is made on a copy.
         target = weight.detach().clone() if steps else weight

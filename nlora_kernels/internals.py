@@ -26,6 +26,10 @@ any_autocast = torch._C._is_any_autocast_enabled
 fp32_precision = functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "matmul")
 
 
+# Whether two tensors have one storage, fakes and those without memory too, whose storages have no address to compare.
+shares_memory = torch._C._is_alias_of
+
+
 # Without modes for functions, and without Python between its two ends, where an interrupt could come.
 DisableTorchFunction = torch._C.DisableTorchFunction
 

@@ -215,6 +215,9 @@ class RankAllocator:
         own = self.state_dict()
         if missing := own.keys() - state.keys():
             raise ValueError(f"state must hold {', '.join(own)}, got none of {', '.join(sorted(missing))}")
+        names = list(own["layers"])
+        if sorted(names) == sorted(state["layers"]) and names != list(state["layers"]):
+            raise ValueError(f"state must hold the layers in the order {names}, got {list(state['layers'])}")
         for name in own["layers"] | state["layers"]:
             expected, actual = own["layers"].get(name), state["layers"].get(name)
             if expected is None or actual is None or list(actual) != expected:

@@ -78,8 +78,9 @@ class _OrthogonalPenalty(torch.autograd.Function):
     def backward(ctx, d_value):
         tensors = ctx.saved_tensors
         weight = _weight(ctx.form, ctx.terms, tensors) * d_value
-        # NOTE: the equations below can be differentiated again; they are in closed form, not a graph of the value.
-        if ctx.kernels and not (torch.is_grad_enabled() or composing()):
+        # NOTE: the equations below can be differentiated again; they are in closed form, not a graph of the value. What
+        # a hook gives back for a saved tensor may be laid out otherwise.
+        if ctx.kernels and not (torch.is_grad_enabled() or composing()) and kernels(tensors):
             return None, None, *ctx.kernels.penalty_backward(tensors, ctx.saved, weight)
         grads: list[Tensor | None] = [None] * len(tensors)
         with torch.autocast(d_value.device.type, enabled=False):

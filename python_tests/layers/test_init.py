@@ -134,6 +134,13 @@ def test_subtract_rounds_once(dtype, transposed, core):
     assert ((W.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("r", [16, 64])
+def test_what_is_subtracted_may_lie_in_the_weight(r):
+    W = normal(1024, 1024)
+    expected = init.subtract_(W.clone(), W[:r].clone(), W[:r, :r].clone(), W[:, :r].clone(), 0.01)
+    assert torch.equal(init.subtract_(W, W[:r], W[:r, :r], W[:, :r], 0.01), expected)
+
+
 @pytest.mark.parametrize("r", [32, 33, 64, 160, 161])
 def test_subtract_at_every_rank(r):
     whole = normal(301, 235)

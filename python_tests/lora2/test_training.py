@@ -369,6 +369,7 @@ def test_steps_out_of_place():
         (lambda s: s["layers"].pop("layers.3"), "layers.3, got None"),
         (lambda s: s["layers"].update({"layers.9": [1, 1]}), "layers.9"),
         (lambda s: s.update(t=31), "up to total_steps = 30, got 31"),
+        (lambda s: s.update(layers=dict(reversed(s["layers"].items()))), "must hold the layers in the order"),
         (lambda s: s.update(kept=s["kept"][1:]), r"kept must have shape \(19,\), got \(18,\)"),
     ],
 )
@@ -382,6 +383,15 @@ def test_bad_states(change, message):
     with pytest.raises(ValueError, match=message):
         allocator.load_state_dict(state)
     assert_same(allocator.state_dict(), before)
+
+
+def test_the_penalty_takes_what_was_saved_in_other_strides():
+    model = net()
+    tensors = [p for layer in model.layers for p in (layer.lora_v, layer.lora_u, layer.lora_V, layer.lora_U)]
+    expected = torch.autograd.grad(orthogonal_penalty(model), tensors)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.mT.contiguous().mT if t.dim() > 1 else t, lambda t: t):
+        value = orthogonal_penalty(model)
+    torch.testing.assert_close(torch.autograd.grad(value, tensors), expected)
 
 
 def penalty_by_definition(model, form, terms=None):
