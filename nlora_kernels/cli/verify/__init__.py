@@ -50,7 +50,8 @@ NOT_TRIED = "not tried, for the time was over: run it again, for what has been c
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", type=int, default=0, metavar="INDEX", help="as torch counts, default %(default)s")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"end after so long, default {LIMIT:.0f}")
+    default = f"default {LIMIT:.0f}, with --rehearse {LIMIT_OF_REHEARSAL:.0f}"
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"end after so long, {default}")
     parser.add_argument(
         "--rehearse",
         action="store_true",
@@ -106,7 +107,7 @@ def verify(
         gpu: its index, as torch counts.
         rehearse: the whole procedure without a GPU: on the CPU, on small layers, with processes that hang, crash and
             lie; the record is read back, and not kept.
-        limit: seconds after which nothing is begun and what runs is ended, by default 115, and 600 in rehearsal.
+        limit: seconds after which nothing is begun and what runs is ended, by default 115, and 800 in rehearsal.
         say: is given lines of text on the way.
 
     Raises:
