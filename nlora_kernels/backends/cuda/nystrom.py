@@ -1,7 +1,7 @@
 """Nyström initialisation on the device, for one weight or for several of one shape.
 
-gather      A = W[I, :],  N = W[I][:, J],  B = W[:, J]
-subtract_   W ← W − s·B·N·A
+gather             A = W[I, :],  N = W[I][:, J],  B = W[:, J]
+subtract_products  W ← W − s·B·N·A
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The rank allocator's step over all layers of a LoRA² model.
 
 smooth    moves the averages of every scored tensor, in one launch; the host does not wait
-mask      scores, the least score that is kept, and the masks, in one launch
+prune     scores, the least score that is kept, and the masks, in one launch
 
 A launch finds its tensors by a table of addresses that travels with it. They are contiguous and of one dtype; sums are
 made in fp32 and in one order.

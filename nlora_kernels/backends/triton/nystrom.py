@@ -2,7 +2,7 @@
 
 gather             A = W[I, :],  N = W[I][:, J],  B = W[:, J]
 squared_norms      Σ W² of every row and of every column
-subtract_          W ← W − s·B·N·A, for one weight or for several of one shape
+subtract_products  W ← W − s·B·N·A, for one weight or for several of one shape
 solve_triangular   X = R⁻¹·C for an upper triangular R
 """
 
