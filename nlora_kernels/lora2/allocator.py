@@ -315,9 +315,8 @@ class RankAllocator:
             return
         self._nonfinite.zero_()
         if not skip_nonfinite:
-            raise NonFiniteGradientError(
-                f"gradients of lora_E, lora_u and lora_U must be finite, got NaN or infinity in {count} step(s)"
-            )
+            names = "lora_E, lora_u, lora_U, lora_v and lora_V" if self.full else "lora_E, lora_u and lora_U"
+            raise NonFiniteGradientError(f"gradients of {names} must be finite, got NaN or infinity in {count} step(s)")
         self.skipped += count
 
     def _scores(self) -> Tensor:

@@ -260,18 +260,21 @@ def test_other_dtypes_strides_and_parameters_without_gradient():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("tensor", ["lora_E", "lora_u", "lora_U"])
+@pytest.mark.parametrize(
+    ("scores", "tensor"),
+    [*(("rows", name) for name in ("lora_E", "lora_u", "lora_U")), *(("full", name) for name in ("lora_v", "lora_V"))],
+)
 @pytest.mark.parametrize("at", [3, 5])
-def test_a_non_finite_gradient_leaves_everything_as_it_was(value, tensor, at):
+def test_a_non_finite_gradient_leaves_everything_as_it_was(value, scores, tensor, at):
     model = net()
-    optimizer, allocator = optimizer_of(model), RankAllocator(model, **SCHEDULE)
+    optimizer, allocator = optimizer_of(model), RankAllocator(model, scores=scores, **SCHEDULE)
     train(model, optimizer, allocator, range(at))
     backward(model, at)
     grad = getattr(model.layers[2], tensor).grad
     good = grad.clone()
     grad.view(-1)[-1] = value
     before = copy.deepcopy([dict(model.state_dict()), allocator.state_dict()])
-    with pytest.raises(nk.lora2.NonFiniteGradientError, match="NaN or infinity"):
+    with pytest.raises(nk.lora2.NonFiniteGradientError, match=f"{tensor}.* must be finite, got NaN or infinity"):
         allocator.step()
     assert_same([dict(model.state_dict()), allocator.state_dict()], before)
     # Skipped, the clock goes on and the scores stand.
