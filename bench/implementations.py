@@ -18,7 +18,6 @@ from bench.cells import WITH_BIAS, Cell
 from nlora_kernels import testing
 
 PEFT = ("peft", "peft_base_dtype", "peft_compiled")
-PLAIN = ("eager3", "reference")
 
 
 class Layer(NamedTuple):
@@ -138,7 +137,7 @@ def _budget(kind: str, cell: Cell) -> testing.Budget:
         tensors = {n: tensors[n] for n in ("x", "weight", "bias") if n in tensors}
         return testing.Budget(_base, _base, tensors, dy, ["x"])
     if kind in PEFT:
-        plain, tensors, wrt = testing.plain_linear, _lora_tensors(tensors, kind == "peft_base_dtype"), None
+        plain, tensors = testing.plain_linear, _lora_tensors(tensors, kind == "peft_base_dtype")
         wrt = ["x", "lora_A", "lora_B"]
     else:
         plain, wrt = _plain(cell.method), _trained(cell, tensors)
