@@ -8,13 +8,16 @@ from torch import Tensor
 from ..base import plain
 from ..native import _C
 
-# Products of larger k×k matrices are better left to the library.
-MAX_K = 32
+# The largest r or k of a layer: the penalty's products of larger matrices are better left to the library.
+MAX_SIZE = 32
 
 
-def takes(tensors: Iterable[Tensor], k: int = 1) -> bool:
-    """Whether the calls below can and should be used: the extension is built and the tensors are plain ones of fp32."""
-    if _C is None or k > MAX_K:
+def takes(tensors: Iterable[Tensor], size: int = 1) -> bool:
+    """Whether the calls below can and should be used: the extension is built and the tensors are plain ones of fp32.
+
+    `size` is the largest r or k, where it counts.
+    """
+    if _C is None or size > MAX_SIZE:
         return False
     for t in tensors:
         if not (t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() and plain(t)):
