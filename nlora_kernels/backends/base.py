@@ -26,6 +26,14 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_core(backend: str, lora_u: Tensor, reason: str | None) -> None:
+    """ValueError where kernels of a GPU cannot take LoRA²'s factors: for a reason of their own, or for the dtype."""
+    if reason is None and lora_u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reason = f"lora_u must be float32, bfloat16 or float16, got {short(lora_u.dtype)}"
+    if reason:
+        raise ValueError(f"backend {backend!r} cannot take this call: {reason}")
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

@@ -276,7 +276,7 @@ def test_what_cannot_run_says_why(monkeypatch):
         p = testing.problem(3, 4, 5, 2, dtype=torch.float64, device=DEVICE)
         testing.results(p, nk.lora_linear, backend="triton")
     u, E, U = (torch.randn(s, device=DEVICE, dtype=torch.float64) for s in ((4, 3), (4,), (3, 4)))
-    with pytest.raises(ValueError, match="lora_u must be float32, bfloat16 or float16"):
+    with pytest.raises(ValueError, match="lora_u must be float32, bfloat16 or float16, got float64"):
         nk.ops.autograd.core(u, E, U, None, "triton")
     if device.interpreted():
         with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):

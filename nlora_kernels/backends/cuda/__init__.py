@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..base import Backend, Call, Grads, Initialisation, Needs, capability, plain, short
+from ..base import Backend, Call, Grads, Initialisation, Needs, capability, check_core, plain, short
 from ..lean import Lean
 from ..native import _C
 from . import launch
@@ -140,13 +140,13 @@ class Cuda(Lean):
         return Backend.backward_group(self, calls, dys, Ts, needs)
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
-        _check_core(lora_u)
+        check_core(self.name, lora_u, misplaced("lora_u", lora_u))
         core = lora_u.new_empty(lora_u.shape[1], lora_u.shape[1])
         launch.run("lora2_core", lora_u, lora_E, lora_U, _weights(mask), core)
         return core
 
     def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
-        _check_core(lora_u)
+        check_core(self.name, lora_u, misplaced("lora_u", lora_u))
         grads = torch.empty_like(lora_u), torch.empty_like(lora_E), torch.empty_like(lora_U)
         launch.run("lora2_core_backward", d_core, lora_u, lora_E, lora_U, _weights(mask), *grads)
         return grads
@@ -159,14 +159,6 @@ class Cuda(Lean):
         from . import nystrom
 
         return Initialisation(gather=nystrom.gather, subtract_products=nystrom.subtract_products)
-
-
-def _check_core(lora_u: Tensor) -> None:
-    reason = misplaced("lora_u", lora_u)
-    if reason is None and lora_u.dtype not in ADAPTER_DTYPES:
-        reason = f"lora_u must be float32, bfloat16 or float16, got {short(lora_u.dtype)}"
-    if reason:
-        raise ValueError(f"backend 'cuda' cannot take this call: {reason}")
 
 
 def _weights(mask: Tensor | None) -> Tensor | None:

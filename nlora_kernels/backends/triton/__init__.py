@@ -10,7 +10,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..base import Backend, Call, ExpertsCall, Grads, Initialisation, Lora2Training, Needs, capability, plain, short
+from ..base import (
+    Backend,
+    Call,
+    ExpertsCall,
+    Grads,
+    Initialisation,
+    Lora2Training,
+    Needs,
+    capability,
+    check_core,
+    plain,
+    short,
+)
 from ..quantised import Coded, Quantised
 from . import device
 
@@ -126,13 +138,13 @@ class Triton(Backend):
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
         from . import core
 
-        _check_core(lora_u)
+        check_core(self.name, lora_u, misplaced("lora_u", lora_u))
         return core.forward(lora_u, lora_E, lora_U, mask)
 
     def lora2_core_backward(self, d_core, lora_u, lora_E, lora_U, mask) -> tuple[Tensor, Tensor, Tensor]:
         from . import core
 
-        _check_core(lora_u)
+        check_core(self.name, lora_u, misplaced("lora_u", lora_u))
         return core.backward(d_core, lora_u, lora_E, lora_U, mask)
 
     def initialisation(self, weight: Tensor, r: int) -> Initialisation:
@@ -168,11 +180,3 @@ class Triton(Backend):
         if size > penalty.LARGEST or launch.capturing(like):
             return None
         return Lora2Training(penalty.penalty, penalty.penalty_backward, allocator.smooth, allocator.prune)
-
-
-def _check_core(lora_u: Tensor) -> None:
-    reason = misplaced("lora_u", lora_u)
-    if reason is None and lora_u.dtype not in DTYPES:
-        reason = f"lora_u must be float32, bfloat16 or float16, got {lora_u.dtype}"
-    if reason:
-        raise ValueError(f"backend 'triton' cannot take this call: {reason}")
