@@ -5,6 +5,9 @@ import warnings
 
 __version__ = "0.1.0"
 
+# Packages whose patched attention and MLP compute LoRA by themselves, from lora_A and lora_B alone.
+READ_ONLY_A_AND_B = ("unsloth", "axolotl")
+
 
 def check(extra: str, *packages: str) -> None:
     """Compares the installed versions of `packages` with the ranges of an extra.

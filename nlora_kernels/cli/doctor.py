@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, backends, ops, testing
+from .. import backends, ops, testing
 from ..backends import Call, native, verified
 from ..backends.cpu import plans, records
 from ..backends.triton.tuning import tables
 from ..layers import branch as branches
+from ..versions import READ_ONLY_A_AND_B, __version__
 
 HELP = "say what this machine can run and what is wrong, with exit status 1 if anything is"
 
@@ -336,7 +337,7 @@ def _tuned(notes: list[str], problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _traps(notes: list[str], problems: list[str]) -> None:
-    for name in branches.READ_ONLY_A_AND_B:
+    for name in READ_ONLY_A_AND_B:
         says = f"{name} computes LoRA by itself from lora_A and lora_B and would leave the core out"
         if name in sys.modules:
             problems.append(f"{name} is loaded: {says}. Switch its LoRA kernels off")

@@ -16,6 +16,7 @@ from ..backends.quantised import Quantised
 from ..ops import lora2_core
 from ..ops.api import frozen_linear, fused_linear
 from ..ops.checks import DTYPES
+from ..versions import READ_ONLY_A_AND_B as READ_ONLY_A_AND_B
 from . import engines
 
 
@@ -129,10 +130,6 @@ def _diagonal(cores: list[Tensor]) -> Tensor:
     ends = list(itertools.accumulate(core.shape[-1] for core in cores))
     rows = [F.pad(core, (end - core.shape[-1], ends[-1] - end)) for core, end in zip(cores, ends, strict=True)]
     return torch.cat(rows, -2)
-
-
-# Packages whose patched attention and MLP compute LoRA by themselves.
-READ_ONLY_A_AND_B = ("unsloth", "axolotl")
 
 
 def obstacle(linear: nn.Module) -> str | None:

@@ -80,6 +80,12 @@ def is_dtensor(t: Tensor) -> bool:
     return type(t) not in PLAIN and hasattr(t, "device_mesh")
 
 
+def slices(t: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part of a DTensor lies in the whole."""
+    [chunk] = t.__create_chunk_list__()
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
 def shape(t: Tensor) -> torch.Size:
     """The shape of a parameter, whether ZeRO-3 has it whole now or not."""
     return getattr(t, "ds_shape", t.shape) if "deepspeed" in sys.modules else t.shape

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..internals import plain_apply
 from ..layers import engines
+from ..layers.engines import slices
 from . import flat, zero
 
 
@@ -87,12 +88,6 @@ class _Gathered(torch.autograd.Function):
 
 
 _gathered = plain_apply(_Gathered)
-
-
-def slices(t: Tensor) -> tuple[slice, ...]:
-    """Where this rank's part lies in the whole."""
-    [chunk] = t.__create_chunk_list__()
-    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def _is_first_replica(t: Tensor) -> bool:
