@@ -44,6 +44,10 @@ class Results:
         rows = [row for row in self.of(*PASSES) if "flop_bound" not in row]
         return [row | {"op": ", ".join(row[n] for n in ("method", "base", "dtype", "op") if n in row)} for row in rows]
 
+    def source(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Of what commit and day a row is: its own, where it was kept from an earlier run, else those of the file."""
+        return {name: row.get(name, self.provenance.get(name)) for name in ("commit", "date")}
+
     def where(self) -> str:
         """The device, and which kernels it takes."""
         return f"{self.provenance.get('device')}, kernels for {self.provenance.get('kernels_use')}"
@@ -80,10 +84,18 @@ def load(path: str | Path) -> Results:
 
 
 def save(results: Results, folder: str | Path) -> Path:
-    """Writes <folder>/<device>.json, taking rows that this run has not measured from the file that is there."""
+    """Writes <folder>/<device>.json, taking rows that this run has not measured from the file that is there.
+
+    Where those are of another commit or day, they say so themselves.
+    """
     name = re.sub(r"[^a-z0-9]+", "-", results.provenance["device"].lower()).strip("-")
     path = Path(folder, f"{name}-{results.provenance.get('kernels_use') or 'library'}.json")
-    rows = {identity(row): row for row in load(path).rows} if path.is_file() else {}
+    rows = {}
+    if path.is_file():
+        kept = load(path)
+        for row in kept.rows:
+            own = kept.source(row)
+            rows[identity(row)] = row if own == results.source({}) else row | own
     rows |= {identity(row): _rounded(row) for row in results.rows}
     content = {"provenance": results.provenance, "rows": list(rows.values())}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Markdown tables of a run."""
 
+from collections import Counter
 from typing import Any
 
 from bench import runs
@@ -11,7 +12,9 @@ def markdown(results: Results) -> str:
     about = results.provenance
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items() if version)
     device = f"{about.get('device')}, {about.get('threads')} threads, kernels for {about.get('kernels_use')}"
-    parts = [f"{device}; {versions}; {about.get('date')}, commit {about.get('commit')}."]
+    earlier = Counter("{commit}, {date}".format(**results.source(row)) for row in results.rows if "commit" in row)
+    kept = "".join(f"; {count} of {len(results.rows)} rows of commit {source}" for source, count in earlier.items())
+    parts = [f"{device}; {versions}; {about.get('date')}, commit {about.get('commit')}{kept}."]
     if layers := results.layers():
         parts += [
             "Time of one layer as a ratio to the frozen layer alone, median of interleaved rounds (20th to 80th "

@@ -170,6 +170,12 @@ def test_results_are_kept_per_device_and_merged(run, tmp_path):
     later = runs.Results(results.provenance | {"date": "2031-01-01"}, [row("cpu", 1.5, 1.01)])
     merged = runs.load(runs.save(later, tmp_path / "results"))
     assert len(merged.rows) == len(ROWS) and merged.provenance["date"] == "2031-01-01"
+    # Rows that were kept say what they are of, and go on to when more are measured.
+    last = runs.Results(results.provenance | {"date": "2032-01-01", "commit": "fedc"}, [row("lean", 1.3, 1.01)])
+    text = tables.markdown(runs.load(runs.save(last, tmp_path / "results")))
+    first, one = "0123456789ab (with changes), 2030-01-02", "0123456789ab (with changes), 2031-01-01"
+    expected = f"{len(ROWS) - 2} of {len(ROWS)} rows of commit {first}; 1 of {len(ROWS)} rows of commit {one}."
+    assert text.splitlines()[0].endswith("2032-01-01, commit fedc; " + expected)
     assert [r["ratio_to_floor"] for r in merged.layers() if (r["impl"], r["r"], r["op"]) == ("cpu", 8, "both")] == [
         1.5,
         1.2,
