@@ -16,7 +16,7 @@ OUT ?= gpu-results
 STUDIES = $(addprefix study-,stories260k minilm-sst2 minimind minilm-rte minilm-mrpc smollm2)
 
 .PHONY: demo study study-data $(STUDIES)
-.PHONY: test gates zero bench papers smoke lint docs wheels hub aot budget sanitize gpu-proof extension constraints newest clean
+.PHONY: test gates zero bench papers smoke lint docs wheels tag hub aot budget sanitize gpu-proof extension constraints newest clean
 
 # Fine-tunes a small language model with NLoRA and reloads the adapter. FLAGS="--method lora2 --compare", "--load nf4" and the like
 # take the place of the rate, NLoRA's best in study-smollm2.
@@ -107,6 +107,11 @@ docs: $(ENVIRONMENT)
 PYTHONS ?= python3.11 python3.12 python3.13
 wheels: $(ENVIRONMENT)
 	$(PYTHON) .ci/wheels.py $(PYTHONS) $(FLAGS)
+
+# Fails unless TAG is v and the version of the package, as that of a release must be.
+tag:
+	@version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' nlora_kernels/versions.py); \
+	test "$$TAG" = "v$$version" || { echo "tag: TAG must be v$$version, got '$$TAG'"; exit 2; }
 
 # The folder that the kernels hub takes, into build/hub: laid out, loaded by the package kernels and run.
 hub: $(ENVIRONMENT)
