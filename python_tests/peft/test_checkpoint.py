@@ -659,7 +659,10 @@ def started(write, target):
 random.seed(0)
 seen = {"old": 0, "new": 0}
 kinds = itertools.cycle(itertools.product(WRITERS, ("absent", "empty", "others", "link")))
-for number, (name, kind) in zip(range(count), kinds):
+for number, (name, kind) in enumerate(kinds):
+    # When a child is killed is for the machine to say: beyond `count` until both have been seen.
+    if number >= count and (min(seen.values()) or number >= 10 * count):
+        break
     write, known = WRITERS[name], {}
     for r in models:
         write(r, root / "known")
@@ -715,7 +718,7 @@ def test_killed_at_random_moments(request, tmp_path):
     result = in_a_process_of_its_own(KILLED, tmp_path, kills)
     assert result.returncode == 0, result.stderr
     seen = ast.literal_eval(result.stdout)
-    assert sum(seen.values()) == kills and min(seen.values()) > 0
+    assert kills <= sum(seen.values()) <= 10 * kills and min(seen.values()) > 0
 
 
 # With argv: source, target, "limit" or "disk".
