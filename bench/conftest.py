@@ -14,15 +14,17 @@ def pytest_addoption(parser):
     parser.addoption("--cap", choices=tiers, help="the instruction set that ours stays within")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "long: takes many seconds to prepare; left out by --quick")
-
-
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--quick"):
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same numbers in every run, whichever rows it has."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
