@@ -101,12 +101,7 @@ class Layers:
         wide.trained = [getattr(p, name) for p in wide.problems for name in names]
         wide.dys = [dy.double() for dy in self.dys]
         exact = wide.results(wide.plain)
-        largest = 0.0
-        for ours, theirs, right in zip(found, plain, exact, strict=True):
-            error, allowed, size = (t.norm().item() for t in (ours.double() - right, theirs.double() - right, right))
-            assert error <= 2 * allowed + torch.finfo(torch.float32).eps * size
-            largest = max(largest, error / size)
-        return largest
+        return rows.error(*(dict(enumerate(each)) for each in (found, plain, exact)), "result ")
 
 
 # Of both rows of it.
