@@ -109,10 +109,31 @@ def report(
 
 def text(found: dict[str, Any]) -> str:
     """A report for people."""
-    cpu, build = found["cpu"], found["build"]
     lines = ["versions"]
     lines += [f"  {name:<17}{version or 'not installed'}" for name, version in found["versions"].items()]
-    lines += ["", "machine", f"  {'cpu':<17}{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads"]
+    lines += ["", "machine", *_machine_lines(found)]
+    lines += ["", "backends, in order of preference", *_backend_lines(found["backends"])]
+    if found["verified"]:
+        lines += ["", "verified GPUs", *_verified_lines(found["verified"])]
+    lines += ["", "tuned tables"]
+    lines += [f"  {t['device']}: {t['entries']} entries{', in use' if t['in_use'] else ''}" for t in found["tuned"]]
+    lines += [] if found["tuned"] else ["  none: tiles are chosen by rule"]
+    if layer := found.get("layer"):
+        sizes = "M={} K={} N={} R={}".format(*layer["shape"])
+        lines += ["", f"a layer of {sizes}, {layer['dtype']}, adapter {layer['adapter_dtype']}, on {layer['device']}"]
+        lines += [f"  {'takes':<17}{layer['backend'] or 'nothing'}{': ' + layer['path'] if layer['path'] else ''}"]
+        lines += [f"  {'not ' + name:<17}{why}" for name, why in layer["passed_over"].items()]
+    for title in ("notes", "problems"):
+        if found[title]:
+            lines += ["", title, *(f"  - {line}" for line in found[title])]
+    if not found["problems"]:
+        lines += ["", "no problems found"]
+    return "\n".join(lines)
+
+
+def _machine_lines(found: dict[str, Any]) -> list[str]:
+    cpu, build = found["cpu"], found["build"]
+    lines = [f"  {'cpu':<17}{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads"]
     lines += [f"  {'instructions':<17}{' '.join(cpu['instructions']) or 'unknown'}; torch uses {cpu['torch_uses']}"]
     for gpu in found["gpus"]:
         size = f"{gpu['memory_bytes'] / 2**30:.0f} GiB, {gpu['processors']} processors"
@@ -128,8 +149,12 @@ def text(found: dict[str, Any]) -> str:
         speeds = "library {library}, kernels {kernels} GFLOP/s".format(**rates)
         source = f"measured {rates['measured']}" if rates["measured"] else "built in, not measured"
         lines += [f"  {'' if dtype != TRIED[0] else 'products':<17}{dtype}: {speeds}, {source}"]
-    lines += ["", "backends, in order of preference"]
-    for name, backend in found["backends"].items():
+    return lines
+
+
+def _backend_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, backend in found.items():
         if backend["unavailable"]:
             lines += [f"  {name:<17}cannot run: {backend['unavailable']}"]
             continue
@@ -143,28 +168,18 @@ def text(found: dict[str, Any]) -> str:
                 lines += [f"  {name:<17}ready on {device}: {', '.join(ready)}{chosen}"]
             refused = {dtype: reason for dtype, reason in entry["dtypes"].items() if reason}
             lines += [f"  {'' if ready else name:<17}{device}, {dtype}: {why}" for dtype, why in refused.items()]
-    if found["verified"]:
-        lines += ["", "verified GPUs"]
-        for record in found["verified"]:
-            stale = "" if record["holds"] else ", of another driver or package: not in force"
-            lines += [f"  {record['gpu']}, {record['written']}{stale}"]
-            for result in record["results"]:
-                why = f", {result['reason']}" if result["reason"] else ""
-                lines += [f"    {result['backend']} {result['dtype']}: {result['status']}{why}"]
-    lines += ["", "tuned tables"]
-    lines += [f"  {t['device']}: {t['entries']} entries{', in use' if t['in_use'] else ''}" for t in found["tuned"]]
-    lines += [] if found["tuned"] else ["  none: tiles are chosen by rule"]
-    if layer := found.get("layer"):
-        sizes = "M={} K={} N={} R={}".format(*layer["shape"])
-        lines += ["", f"a layer of {sizes}, {layer['dtype']}, adapter {layer['adapter_dtype']}, on {layer['device']}"]
-        lines += [f"  {'takes':<17}{layer['backend'] or 'nothing'}{': ' + layer['path'] if layer['path'] else ''}"]
-        lines += [f"  {'not ' + name:<17}{why}" for name, why in layer["passed_over"].items()]
-    for title in ("notes", "problems"):
-        if found[title]:
-            lines += ["", title, *(f"  - {line}" for line in found[title])]
-    if not found["problems"]:
-        lines += ["", "no problems found"]
-    return "\n".join(lines)
+    return lines
+
+
+def _verified_lines(found: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for record in found:
+        stale = "" if record["holds"] else ", of another driver or package: not in force"
+        lines += [f"  {record['gpu']}, {record['written']}{stale}"]
+        for result in record["results"]:
+            why = f", {result['reason']}" if result["reason"] else ""
+            lines += [f"    {result['backend']} {result['dtype']}: {result['status']}{why}"]
+    return lines
 
 
 def _versions(notes: list[str], problems: list[str]) -> dict[str, str | None]:
