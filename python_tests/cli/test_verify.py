@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gc
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -364,6 +366,41 @@ def test_the_cases_of_a_gpu_run_beside_load_and_in_graphs(stubbed):
     p, weights = timing._large(timed, "float32", gpu)
     assert sum(weight.nbytes for weight in weights) > 3 * gpu.cache_bytes
     assert len({weight.data_ptr() for weight in weights}) == len(weights)
+
+
+def test_a_captured_graph_keeps_what_it_reads(stubbed):
+    made = []
+
+    def captured():
+        """As a caller does that keeps the replay alone: of a tensor of its step, and of one that is prepared."""
+        made.append(torch.ones(2))
+        weight = made[0]
+
+        def prepare():
+            made.append(torch.ones(2))
+            return [made[1]]
+
+        return child.Gpu(0).capture(lambda x: [x * weight], prepare)[0]
+
+    replay = captured()
+    kept = [weakref.ref(made.pop()) for _ in range(2)]
+    gc.collect()
+    assert all(of() is not None for of in kept)
+    stubbed.clear()
+    replay()
+    assert stubbed == ["replay"]
+    del replay
+    gc.collect()
+    assert all(of() is None for of in kept)
+
+
+def test_what_a_device_takes_is_launched_while_it_is_busy(stubbed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: stubbed.append("busy"))
+    monkeypatch.setattr(Event, "record", lambda self: stubbed.append("event") or setattr(self, "at", 0.0))
+    for queued in (False, True):
+        stubbed.clear()
+        child.Gpu(0).milliseconds([lambda: stubbed.append("call")] * 2, queued)
+        assert stubbed == ["busy"] * queued + ["event", "call", "call", "event"]
 
 
 def test_kernels_are_compiled_by_each_process_in_part(stubbed, monkeypatch):

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ...backends import verified
 
+# Cycles in which the host launches a graph: about 100 us.
+QUEUEING = 200_000
+
 
 class Gpu:
     """A device, and what only it does: work beside other work, graphs, and time."""
@@ -41,10 +44,19 @@ class Gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             outputs = step(*arguments)
-        return graph.replay, outputs
 
-    def milliseconds(self, calls: Sequence[Callable]) -> float:
+        # NOTE: a graph holds the addresses alone of what it reads.
+        def replay(kept=(step, arguments)):
+            graph.replay()
+
+        return replay, outputs
+
+    def milliseconds(self, calls: Sequence[Callable], queued: bool = False) -> float:
+        """What the calls take. `queued`: all are launched while the device is still busy, so that it is the device's
+        own time; else the host's is in it where the device waits for it, as it does for users."""
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if queued:
+            torch.cuda._sleep(QUEUEING)
         begin.record()
         for call in calls:
             call()
@@ -76,7 +88,7 @@ class Host:
 
         return replay, outputs
 
-    def milliseconds(self, calls: Sequence[Callable]) -> float:
+    def milliseconds(self, calls: Sequence[Callable], queued: bool = False) -> float:
         begun = time.perf_counter()
         for call in calls:
             call()
