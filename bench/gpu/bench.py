@@ -29,6 +29,8 @@ NAMES = ("lean", "cuda", "triton", "peft", "peft_base_dtype")
 REHEARSED = ("lean", "cuda", "peft", "peft_base_dtype")
 HEADLINE = ("Llama-2-7B", "q_proj")
 RANKS, ROWS = (64, 16, 128, 256), (8192, 2048)
+# Of an operation that no graph can capture, in one timing.
+CALLS = 8
 
 
 class Wrong(AssertionError):
@@ -56,7 +58,7 @@ LAYERS = [
     )
     for op in ("forward", "backward")
 ] + [Cell(*HEADLINE, 16, r, op="forward", dtype="bfloat16") for r in (16, 64)]
-COMPILED = [Cell(*HEADLINE, 8192, 64, op="both", dtype="bfloat16")]
+BOTH = [Cell(*HEADLINE, 8192, r, op="both", dtype="bfloat16") for r in (64, 16)]
 
 
 class GroupCell(NamedTuple):
@@ -70,7 +72,7 @@ class GroupCell(NamedTuple):
     op: str
 
     def __str__(self) -> str:
-        return f"{self.model}.{'+'.join(self.layers)}-M{self.M}-r{self.r}-{self.method}-{self.op}"
+        return f"group {self.model}.{'+'.join(self.layers)}-M{self.M}-r{self.r}-{self.method}-{self.op}"
 
     @property
     def group(self) -> Group:
@@ -93,12 +95,20 @@ def forward(machine) -> dict:
     return timed(machine, FORWARD)
 
 
+def both(machine) -> dict:
+    return timed(machine, BOTH)
+
+
 def backward(machine) -> dict:
     return timed(machine, BACKWARD)
 
 
 def layers(machine) -> dict:
-    found = timed(machine, LAYERS)
+    return timed(machine, LAYERS)
+
+
+def engines(machine) -> dict:
+    found = {}
     for K, N in machine.pick(sorted(set(MODELS["Llama-2-7B"].values())), [(72, 136)]):
         for M in machine.pick((2048, 8192), (37,)):
             found[f"engine {M}x{K}x{N}"] = functools.partial(engine, machine, M, K, N)
@@ -107,19 +117,18 @@ def layers(machine) -> dict:
 
 def groups_of_layers(machine) -> dict:
     emulate(machine)
-    names = [name for name in machine.pick(GROUP_NAMES, GROUPS_REHEARSED) if machine.sound(name)]
     rehearsed = [GroupCell("SmolLM2-135M", QKV[1:], 16, 8, *each) for each in PASSES[1:2]]
     cells = machine.pick(GROUPS, rehearsed)
-    return {f"group {cell}": functools.partial(measure_group, machine, cell, names) for cell in cells}
+    return alone_if_unsound(machine, cells, machine.pick(GROUP_NAMES, GROUPS_REHEARSED), measure_group)
 
 
 def cells() -> list[Cell]:
     """All that are timed, in their order."""
-    return [*FORWARD, *BACKWARD, *LAYERS, *COMPILED]
+    return [*FORWARD, *BOTH, *BACKWARD, *LAYERS]
 
 
 def compiled(machine) -> dict:
-    return timed(machine, COMPILED, ("peft_compiled", *NAMES), ("peft_compiled",))
+    return timed(machine, BOTH[:1], ("peft_compiled", *NAMES), ("peft_compiled",))
 
 
 def timed(machine, cells, names=NAMES, rehearsed=REHEARSED) -> dict:
@@ -128,16 +137,27 @@ def timed(machine, cells, names=NAMES, rehearsed=REHEARSED) -> dict:
         small = ("SmolLM2-135M", "k_proj")
         cells = [cell._replace(model=small[0], layer=small[1], M=16, r=8) for cell in cells[:2]]
     cells = [cell._replace(device=machine.name) for cell in cells]
-    names = [name for name in machine.pick(names, rehearsed) if machine.sound(name)]
-    return {str(cell): functools.partial(measure, machine, cell, names) for cell in cells}
+    return alone_if_unsound(machine, cells, machine.pick(names, rehearsed), measure)
+
+
+def alone_if_unsound(machine, cells, names, measure: Callable) -> dict:
+    """Each cell with all its implementations but those whose layers hung or crashed, which come last, one by one."""
+    unsound = [name for name in names if not machine.sound(name)]
+    sound = [name for name in names if name not in unsound]
+    found = {str(cell): functools.partial(measure, machine, cell, sound) for cell in cells}
+    for name in unsound:
+        found |= {f"{cell}, {name} alone": functools.partial(measure, machine, cell, [name]) for cell in cells}
+    return found
 
 
 class Contender(NamedTuple):
-    """An implementation of a cell: one call of it, its calls over rotated buffers as a graph, error and memory."""
+    """An implementation of a cell: one call of it, its calls over rotated buffers as a graph, its error or what is
+    wrong, and memory."""
 
     step: Callable
     replay: Callable
-    error: float
+    error: float | None
+    problem: str | None
     peak: int
 
 
@@ -150,7 +170,7 @@ def contender(machine, name: str, cell: Cell) -> Contender:
     dy = implementations.tensors_of(cell)[1]
     first = implementations.layer(name, cell)
     step = implementations.step(first, dy, cell.op)
-    error = first.budget.check({n: t.detach() for n, t in step().items()})
+    error, problem = checked(first.budget, {n: t.detach() for n, t in step().items()})
     # What is compiled is compiled once.
     others = range(1, calls_of(machine, *cell.size[:3]))
     rotated = [first, *(first if name == "peft_compiled" else implementations.layer(name, cell, True) for _ in others)]
@@ -161,7 +181,18 @@ def contender(machine, name: str, cell: Cell) -> Contender:
     def run(*steps):
         return [t.detach() for step in steps for t in step().values()]
 
-    return Contender(step, machine.capture(run, prepare)[0], error, machine.peak(step))
+    return Contender(step, machine.capture(run, prepare)[0], error, problem, machine.peak(step))
+
+
+def checked(budget, results: dict) -> tuple[float | None, str | None]:
+    """The largest error of results within a budget, or what is wrong with others: off by little, they are timed all the
+    same. AssertionError where one is not finite."""
+    wrong = [name for name, result in results.items() if not result.isfinite().all()]
+    assert not wrong, f"{', '.join(wrong)} is not finite"
+    try:
+        return budget.check(results), None
+    except AssertionError as error:
+        return None, str(error)
 
 
 def group_contender(machine, name: str, cell: GroupCell) -> Contender:
@@ -185,12 +216,12 @@ def group_contender(machine, name: str, cell: GroupCell) -> Contender:
         ys = function(**leaves)
         return lambda: torch.autograd.grad(ys, [leaves[n] for n in wrt], own, retain_graph=True)
 
-    step, error = part(), 0.0
+    step, error, problem = part(), 0.0, None
     if name != "floor":
         made = step()
         made = [torch.cat(made, -1).detach()] if cell.op == "forward" else made
         results = dict(zip(["y"] if cell.op == "forward" else [f"d{n}" for n in wrt], made, strict=True))
-        error = groups.budget(tensors, dys, wrt).check(results)
+        error, problem = checked(groups.budget(tensors, dys, wrt), results)
 
     def prepare():
         return [part() for _ in range(calls_of(machine, of.M, of.K, sum(of.outs)))]
@@ -198,7 +229,7 @@ def group_contender(machine, name: str, cell: GroupCell) -> Contender:
     def run(*steps):
         return [t.detach() for step in steps for t in step()]
 
-    return Contender(step, machine.capture(run, prepare)[0], error, machine.peak(step))
+    return Contender(step, machine.capture(run, prepare)[0], error, problem, machine.peak(step))
 
 
 def measure_group(machine, cell: GroupCell, names) -> dict:
@@ -225,11 +256,13 @@ def compared(machine, make: Callable, cell, names, count: int) -> tuple[dict, fl
     for name in ("floor", *names):
         try:
             found[name] = make(name, cell)
+            if found[name].problem:
+                problems[name] = found[name].problem
         except Exception as error:
             problems[name] = f"{type(error).__name__}: {str(error)[:200]}"
             if not machine.answers():
                 raise
-    graph = machine.by_turns({name: c.replay for name, c in found.items()})
+    graph = machine.by_turns({name: c.replay for name, c in found.items()}, queued=True)
     clock = machine.clock()
     eager = machine.by_turns({name: c.step for name, c in found.items()}, rounds=10, warm_ms=0)
     base = statistics.median(graph["floor"]) / count
@@ -241,7 +274,7 @@ def compared(machine, make: Callable, cell, names, count: int) -> tuple[dict, fl
                 "us": round(1000 * statistics.median(graph[name]) / count, 2),
                 "eager_us": round(1000 * statistics.median(eager[name]), 1),
                 "peak_mib": round(found[name].peak / 2**20, 1),
-                "error": float(f"{found[name].error:.2g}"),
+                "error": None if found[name].problem else float(f"{found[name].error:.2g}"),
             }
     figures["base_eager_us"] = round(1000 * statistics.median(eager["floor"]), 1)
     if problems:
@@ -270,7 +303,7 @@ def engine(machine, M, K, N) -> dict:
     sets = list(zip(x, weight, y, strict=True))
     ours, _ = machine.capture(lambda: [product(a, b, None, c) for a, b, c in sets] and y)
     theirs, _ = machine.capture(lambda: [library(a, b, None, c) for a, b, c in sets] and y)
-    times = machine.by_turns({"ours": ours, "library": theirs})
+    times = machine.by_turns({"ours": ours, "library": theirs}, queued=True)
     us = {name: 1000 * statistics.median(values) / count for name, values in times.items()}
     return {
         "us": round(us["ours"], 2),
@@ -288,11 +321,16 @@ def library(x, weight, bias, y):
 def initialisation(machine) -> dict:
     emulate(machine)
     found = {}
-    for backend in filter(machine.sound, machine.pick(("lean", "cuda", "triton"), ("reference",))):
+    for backend in sounder(machine, machine.pick(("lean", "cuda", "triton"), ("reference",))):
         found[f"NLoRA with residual, Llama-2-7B whole, {backend}"] = functools.partial(whole, machine, backend)
-    for backend in filter(machine.sound, machine.pick(("cuda", "triton"), ("cuda",))):
+    for backend in sounder(machine, machine.pick(("cuda", "triton"), ("cuda",))):
         found[f"residual {backend}"] = functools.partial(residual, machine, backend)
     return found
+
+
+def sounder(machine, backends) -> list[str]:
+    """Those whose layers hung or crashed last."""
+    return sorted(backends, key=lambda backend: not machine.sound(backend))
 
 
 def whole(machine, backend) -> dict:
@@ -329,14 +367,17 @@ def residual(machine, backend) -> dict:
 
     def subtract():
         nystrom.subtract_products(weights, *([p[i] for p in parts] for i in range(3)), 1e-4)
-        return weights
 
     def copy():
         for source, target in zip(weights, copies, strict=True):
             target.copy_(source)
-        return copies
 
-    times = machine.by_turns({"ours": machine.capture(subtract)[0], "copy": machine.capture(copy)[0]})
-    us = {name: 1000 * statistics.median(values) for name, values in times.items()}
+    # NOTE: no graph, which Triton's call refuses, for it takes addresses from the host. Of several calls in a row the
+    # host prepares one while the device computes another.
+    def several(call):
+        return lambda: [call() for _ in range(CALLS)]
+
+    times = machine.by_turns({"ours": several(subtract), "copy": several(copy)}, queued=True)
+    us = {name: 1000 * statistics.median(values) / CALLS for name, values in times.items()}
     share = spread("of_copy_bandwidth", times["copy"], times["ours"])
     return {"us": round(us["ours"], 1), "copy_us": round(us["copy"], 1), **share}

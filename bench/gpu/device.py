@@ -19,16 +19,23 @@ class Stage:
     out: Path | None
 
     def sound(self, backend: str) -> bool:
-        """Whether no stage that checks the layers of a backend hung or crashed: it would take the others with it."""
-        try:
-            stages = json.loads((self.out / "proof.json").read_text())["stages"]
-        except (OSError, ValueError):
-            stages = {}
-        return stages.get(f"{backend} layers", {}).get("status") not in ("timeout", "crashed")
+        """Whether no cell that checks the layers of a backend hung or crashed: it would take the others with it."""
+        cells = self.checked(f"{backend} layers").values()
+        return not any(cell["status"] in ("timeout", "crashed") for cell in cells)
 
-    def by_turns(self, functions: dict[str, Callable], rounds: int = ROUNDS, warm_ms: float = WARM_MS) -> dict:
-        """{name: milliseconds of each round}, one function after the other, after `warm_ms` of them all."""
-        return timing.by_turns(functions, lambda function: self.milliseconds([function]), rounds, warm_ms)
+    def checked(self, stage: str) -> dict[str, dict]:
+        """The cells of a stage that has ended, by name."""
+        try:
+            return json.loads((self.out / "proof.json").read_text())["stages"][stage]["cells"]
+        except (OSError, ValueError, KeyError):
+            return {}
+
+    def by_turns(
+        self, functions: dict[str, Callable], rounds: int = ROUNDS, warm_ms: float = WARM_MS, queued: bool = False
+    ) -> dict:
+        """{name: milliseconds of each round}, one function after the other, after `warm_ms` of them all. `queued`: of
+        the device alone, as for graphs."""
+        return timing.by_turns(functions, lambda function: self.milliseconds([function], queued), rounds, warm_ms)
 
 
 class Gpu(Stage, machine.Gpu):
@@ -95,7 +102,7 @@ class Rehearsal(Stage, machine.Host):
         torch.set_num_threads(1)
         self.out = out
 
-    def by_turns(self, functions, rounds=2, warm_ms=0) -> dict:
+    def by_turns(self, functions, rounds=2, warm_ms=0, queued=False) -> dict:
         return super().by_turns(functions, 2, 0)
 
     def pick(self, real, rehearsed):

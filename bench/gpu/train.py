@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nlora_kernels.peft as nlora
+from bench.gpu.bench import sounder
 from nlora_kernels import backends
 
 # Hidden size, size of the feed-forward part, layers, heads, their keys and values, vocabulary: as Llama-3.2-1B.
@@ -17,7 +18,7 @@ SMALL = (64, 128, 2, 4, 2, 100)
 
 def cells(machine) -> dict:
     found = {}
-    for method in filter(machine.sound, ("peft", "lean", "cuda", "triton")):
+    for method in sounder(machine, ("peft", "lean", "cuda", "triton")):
         found[method] = functools.partial(step, machine, method)
     return found
 
