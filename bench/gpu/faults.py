@@ -1,6 +1,7 @@
 """What a rehearsal has beside the real stages: cells that hang and crash, with sound ones before and behind them."""
 
 import os
+import resource
 import signal
 
 
@@ -19,4 +20,4 @@ def crash(machine):
         print("dying", flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
 
-    return {"before": dict, "dies": die, "behind": dict}
+    return {"before": lambda: {"core": resource.getrlimit(resource.RLIMIT_CORE)[0]}, "dies": die, "behind": dict}

@@ -5,10 +5,10 @@
     make gpu-proof FLAGS=--resume            what has not passed yet
     make gpu-proof FLAGS=--rehearse          every stage without a GPU, and two that hang and crash
 
-A stage is a process of its own (stage.py) with a time limit, and after it a fresh process multiplies two small
-matrices: whatever hangs, crashes or spoils its context costs itself alone. Every cell of a stage is a line of
-cells.jsonl when it begins and when it ends, and proof.json is written anew after every stage, so a cut at any moment
-keeps what was done. This process never starts CUDA. Exit status: 0 if every stage ended as it should.
+A stage is a process of its own (stage.py) with a time limit, and behind one that hung or crashed a fresh process
+multiplies two small matrices: whatever hangs, crashes or spoils its context costs itself alone. Every cell of a stage
+is a line of cells.jsonl when it begins and when it ends, and proof.json is written anew after every stage, so a cut at
+any moment keeps what was done. This process never starts CUDA. Exit status: 0 if every stage ended as it should.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.gpu.stage import UNFINISHED, lines_of
+from bench.gpu.stage import LEFT, lines_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,11 +35,16 @@ process = importlib.util.module_from_spec(_spec)
 sys.modules["process"] = process
 _spec.loader.exec_module(process)
 
+# Where the tools of CUDA are that PATH may not name.
+CUDA = "/usr/local/cuda/bin"
 SKIPPED = "skipped"
+# How a stage or a cell ends, the worst last. "unfinished": its time was over, which says nothing against it.
+UNFINISHED = "unfinished"
+STATUSES = "ok", "failed", UNFINISHED, "timeout", "crashed"
 LINES = 12
 # Seconds that are kept for the record at the end, and that a stage must have left to begin.
 RESERVE, LEAST = 5, 8
-# Seconds of the check that follows a stage, and how often a device that does not answer is asked again.
+# Seconds of the check behind a stage that hung or crashed, and how often a device that does not answer is asked again.
 ALIVE, ATTEMPTS = 40, 2
 # Seconds until the first cell begins: of imports, from a disk that nothing was read of, and of the start of CUDA.
 STARTUP = 60
@@ -81,19 +86,21 @@ STAGES = [
     Stage("kernels", "probes:others", 30, needs=LIBRARY),
     Stage("cuda layers", "layers:cuda", 40, needs=BOUNDED),
     Stage("triton layers", "layers:triton", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
+    Stage("bench engine", "bench:engines", 25, needs=EXTENSION),
     Stage("bench forward", "bench:forward", 40, needs=TIMED),
+    Stage("bench both", "bench:both", 25, needs=TIMED),
     Stage("bench backward", "bench:backward", 50, needs=TIMED),
-    Stage("graphs", "layers:graphs", 25, needs=BOUNDED, rehearsed_in=INTERPRETED),
+    Stage("graphs", "layers:graphs", 25, 25, BOUNDED + TRITON, rehearsed_in=INTERPRETED),
+    Stage("bench layers", "bench:layers", 40, needs=TIMED),
     Stage("triton quantised", "layers:quantised", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("triton dropout", "layers:dropout", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("triton training", "layers:training", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("bench initialisation", "bench:initialisation", 30, needs=TIMED),
     Stage("train", "train:cells", 40, patience=40, needs=TIMED),
     Stage("bench groups", "bench:groups_of_layers", 40, patience=40, needs=TIMED),
-    Stage("bench layers", "bench:layers", 40, needs=TIMED),
     Stage("stress", "stress:cells", 40, 20, BOUNDED + TRITON, rehearsed_in=INTERPRETED),
     Stage("tune", "tune:cells", 40, needs=TRITON),
-    Stage("bench compiled", "bench:compiled", 40, patience=40, needs=TIMED),
+    Stage("bench compiled", "bench:compiled", 70, patience=60, needs=TIMED),
     Stage("memcheck", "layers:sanitized", 40, 40, EXTENSION, sanitizer="memcheck"),
     Stage("racecheck", "layers:sanitized", 40, 40, EXTENSION, sanitizer="racecheck"),
 ]
@@ -157,13 +164,12 @@ class Proof:
                 result = {"status": SKIPPED, "why": "no time was left"}
             else:
                 child = following.pop(stage.name, None) or self.start(stage.name, self.command(stage), stage)
-                check = self.start("alive", ["stage", "alive", *self.rehearse()])
                 # They import what they need while this one runs, and then wait.
                 for upcoming in filter(self.ready, pending[:1]):
                     if upcoming.name not in following:
                         following[upcoming.name] = self.start(upcoming.name, self.command(upcoming), upcoming)
                 result = self.stage(stage, child)
-                result["alive"] = alive = self.alive(check)
+                alive = result.get("alive", True)
             self.write(stage, result)
         for child in following.values():
             process.end(child)
@@ -211,6 +217,7 @@ class Proof:
     def start(self, name: str, command: list, stage: Stage | None = None, held: bool = True) -> process.Child:
         """Runs a module of this folder with its arguments, which `command` is."""
         environment, under = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}, []
+        environment["PATH"] = f"{os.environ.get('PATH', os.defpath)}:{CUDA}"
         if stage and self.options.rehearse:
             environment |= stage.rehearsed_in
         elif stage and stage.sanitizer:
@@ -223,20 +230,20 @@ class Proof:
         """Runs a stage to its end, again and again behind a cell that hung or crashed while its time lasts."""
         begun = time.monotonic()
         end = begun + min(self.slack * stage.seconds, self.left() - ALIVE / 8)
-        worst, said = "ok", []
+        worst, said, spoilt = "ok", [], False
         for _ in range(1 + RESTARTS):
             before = self.cells.stat().st_size
             ended = self.go(child, end, self.slack * stage.patience)
             said += ended.lines[-LINES:]
-            # Cells that were left because time ran out.
-            status = "timeout" if ended.code == UNFINISHED else ended.status
-            worst = max(worst, status, key=process.STATUSES.index)
-            hit = self.blame(stage, ended)
+            worst = max(worst, ended.status, key=STATUSES.index)
+            spoilt |= ended.status not in ("ok", "failed") and ended.code != LEFT
+            self.blame(stage, ended)
             stuck = self.cells.stat().st_size == before
-            if ended.status in ("ok", "failed") or not hit or stuck or end - time.monotonic() < LEAST:
+            if ended.status in ("ok", "failed", UNFINISHED) or stuck or end - time.monotonic() < LEAST:
                 break
             child = self.start(stage.name, self.command(stage), stage)
-        return {"status": worst, "seconds": round(time.monotonic() - begun, 2), "last": said[-LINES:]}
+        result = {"status": worst, "seconds": round(time.monotonic() - begun, 2), "last": said[-LINES:]}
+        return {**result, "alive": self.alive()} if spoilt else result
 
     def go(self, child: process.Child, end: float, patience: float) -> process.Ended:
         size, late = self.cells.stat().st_size, time.monotonic() + max(patience, STARTUP)
@@ -252,10 +259,12 @@ class Proof:
             child.process.stdin.flush()
         except BrokenPipeError:
             pass
-        return self.close(child, process.wait(child, until, keep=LINES))
+        ended = self.close(child, process.wait(child, until, keep=LINES))
+        over = ended.code == LEFT or (ended.status == "timeout" and late >= end)
+        return ended._replace(status=UNFINISHED) if over else ended
 
-    def blame(self, stage: Stage, ended: process.Ended) -> bool:
-        """Writes down which cell a stage hung or crashed in; whether there was one."""
+    def blame(self, stage: Stage, ended: process.Ended) -> None:
+        """Writes down which cell a stage hung or crashed in, or had no time for."""
         text = self.cells.read_text()
         if text and not text.endswith("\n"):
             # Cut short.
@@ -270,12 +279,11 @@ class Proof:
             for cell in unfinished:
                 end = {"stage": stage.name, "cell": cell, "status": ended.status, "error": " | ".join(ended.lines[-3:])}
                 file.write(json.dumps(end) + "\n")
-        return bool(unfinished)
 
-    def alive(self, check: process.Child) -> bool:
+    def alive(self) -> bool:
         """Whether a fresh process can still multiply on the device."""
-        for attempt in range(ATTEMPTS):
-            check = check if attempt == 0 else self.start("alive", ["stage", "alive", *self.rehearse()])
+        for _ in range(ATTEMPTS):
+            check = self.start("alive", ["stage", "alive", *self.rehearse()])
             ended = self.go(check, time.monotonic() + min(ALIVE, max(LEAST, self.left())), ALIVE)
             if ended.status == "ok":
                 return True
@@ -348,7 +356,7 @@ def passed(cells: dict) -> str:
 @functools.cache
 def sanitizer() -> list[str] | None:
     """compute-sanitizer for kernels of ours alone, as its versions call the option; None where there is none."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=CUDA)
     said = output([tool, "--help"]) if tool else ""
     option = next((name for name in ("--kernel-name", "--kernel-regex") if name in said), None)
     return tool and [tool, *((option, "kns=nlora") if option else ())]

@@ -11,12 +11,14 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import sys
 import time
 import traceback
 from pathlib import Path
 
-UNFINISHED = 3
+# Exit status where time ran out before some cells.
+LEFT = 3
 
 
 def main() -> int:
@@ -34,6 +36,8 @@ def main() -> int:
     from bench.gpu import device
     from nlora_kernels import process
 
+    # What crashes with the context of a GPU would write files of many GiB.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # What started it may be a sanitizer.
     process.end_with_parent()
     module, _, function = options.cells.partition(":")
@@ -80,15 +84,18 @@ def run(stage: str, cells: dict, file: Path, machine, end: float) -> int:
                 said = f"{type(error).__name__}: {error}"[:2000]
                 # What was measured in spite of it.
                 result, failed = {"status": "failed", **getattr(error, "figures", {}), "error": said}, failed + 1
+            lost = result["status"] != "ok" and not machine.answers()
+            if lost:
+                result["status"] = "crashed"
             write(name, seconds=round(time.monotonic() - begun, 2), **result)
             print(name, json.dumps(result), flush=True)
-            if result["status"] != "ok" and not machine.answers():
+            if lost:
                 print("the device does not answer this process any more", flush=True)
                 os.abort()
             machine.forget()
     if left:
         print(f"time ran out before {left} of {len(cells)} cells", flush=True)
-    return UNFINISHED if left else 1 if failed else 0
+    return LEFT if left else 1 if failed else 0
 
 
 def load_bounded() -> None:

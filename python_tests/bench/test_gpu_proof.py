@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.gpu import build, device, layers, proof, stage
+from bench.gpu import bench, build, device, layers, proof, stage
 from python_tests import ROOT
 from python_tests.cuda import emulator
 
@@ -80,6 +82,7 @@ def test_a_hang_and_a_crash_cost_one_cell_each(tmp_path):
     assert {name: stage["status"] for name, stage in stages.items()} == {"hang": "timeout", "crash": "crashed"}
     for name, hit in (("hang", "spins"), ("crash", "dies")):
         cells = {cell: result["status"] for cell, result in stages[name]["cells"].items()}
+        assert stages[name]["cells"]["before"].get("core", 0) == 0
         assert cells == {"before": "ok", hit: stages[name]["status"], "behind": "ok"}
         assert stages[name]["alive"] and stages[name]["seconds"] > 0
     assert "spinning" in stages["hang"]["last"] and "dying" in stages["crash"]["last"]
@@ -280,9 +283,115 @@ def test_a_sanitizer_looks_at_kernels_of_ours_alone(monkeypatch, option):
         proof.sanitizer.cache_clear()
 
 
-def test_a_backend_whose_layers_hung_or_crashed_is_not_timed(tmp_path):
+def checked_layers(out, **cells):
+    stages = {"cuda layers": {"status": "failed", "cells": {cell: {"status": s} for cell, s in cells.items()}}}
+    (out / "proof.json").write_text(json.dumps({"stages": stages}))
+
+
+def test_a_backend_whose_layers_hung_or_crashed_is_timed_last_and_alone(tmp_path):
     machine = device.Rehearsal(tmp_path)
     assert machine.sound("cuda")
-    for status, sound in (("ok", True), ("failed", True), ("timeout", False), ("crashed", False)):
-        (tmp_path / "proof.json").write_text(json.dumps({"stages": {"cuda layers": {"status": status}}}))
-        assert machine.sound("cuda") == sound and machine.sound("triton") and machine.sound("peft")
+    for status in ("ok", "failed", "unfinished", "timeout", "crashed"):
+        checked_layers(tmp_path, before="ok", one=status)
+        assert machine.sound("cuda") == (status not in ("timeout", "crashed"))
+        assert machine.sound("triton") and machine.sound("peft")
+    cells = bench.alone_if_unsound(machine, ["a", "b"], ["lean", "cuda", "peft"], lambda machine, cell, names: names)
+    assert {name: cell() for name, cell in cells.items()} == {
+        **dict.fromkeys("ab", ["lean", "peft"]),
+        **dict.fromkeys(("a, cuda alone", "b, cuda alone"), ["cuda"]),
+    }
+    assert list(cells)[:2] == ["a", "b"]
+    assert bench.sounder(machine, ["cuda", "triton"]) == ["triton", "cuda"]
+
+
+@pytest.mark.parametrize(
+    "command, seconds, patience, status",
+    [
+        (["sleep", "60"], 0.5, 100, "unfinished"),
+        (["sleep", "60"], 100, 0.5, "timeout"),
+        (["sh", "-c", f"exit {stage.LEFT}"], 100, 100, "unfinished"),
+        (["sh", "-c", "exit 1"], 100, 100, "failed"),
+        (["sh", "-c", "kill -ABRT $$"], 100, 100, "crashed"),
+    ],
+)
+def test_what_its_time_ends_did_not_hang(tmp_path, monkeypatch, command, seconds, patience, status):
+    monkeypatch.setattr(proof, "STARTUP", 0)
+    one = proof.Proof(proof.arguments(["--out", str(tmp_path)]))
+    child = proof.process.start(command, open(one.out / "child.log", "w+b"), held=True)
+    assert one.go(child, time.monotonic() + seconds, patience).status == status
+
+
+@pytest.mark.parametrize("ends", [["ok"], ["failed"], ["crashed", "ok"]])
+def test_a_stage_goes_on_behind_a_device_that_was_lost(tmp_path, monkeypatch, ends):
+    """And only then another process is asked whether the device still answers."""
+    one, left, asked = proof.Proof(proof.arguments(["--out", str(tmp_path)])), list(ends), []
+    ended = proof.process.Ended("ok", 0.0, 0, [])
+
+    def go(child, end, patience):
+        with open(one.cells, "a") as lines:
+            lines.write(json.dumps({"stage": "gemm", "cell": str(len(left)), "status": left[0]}) + "\n")
+        return ended._replace(status=left.pop(0))
+
+    monkeypatch.setattr(one, "start", lambda *_: None)
+    monkeypatch.setattr(one, "go", go)
+    monkeypatch.setattr(one, "alive", lambda: asked.append(True) or True)
+    result = one.stage(next(each for each in proof.STAGES if each.name == "gemm"), None)
+    assert not left and result["status"] == ends[0] and len(asked) == (len(ends) > 1)
+    assert ("alive" in result) == (len(ends) > 1)
+
+
+def test_a_cell_that_loses_the_device_crashed(tmp_path, monkeypatch):
+    class Lost(device.Rehearsal):
+        def answers(self):
+            return False
+
+    def fails():
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(stage.os, "abort", lambda: sys.exit("aborted"))
+    file = tmp_path / "cells.jsonl"
+    with pytest.raises(SystemExit):
+        stage.run("a", {"fails": fails, "behind": dict}, file, Lost(tmp_path), time.monotonic() + 100)
+    assert [line["status"] for line in stage.lines_of(file)[1:]] == ["crashed"]
+
+
+def test_what_is_off_by_little_is_timed_all_the_same(tmp_path):
+    class Budget:
+        def check(self, results):
+            if results["y"] > 1:
+                raise AssertionError("y is off")
+            return 0.25
+
+    assert bench.checked(Budget(), {"y": torch.tensor(0.0)}) == (0.25, None)
+    assert bench.checked(Budget(), {"y": torch.tensor(2.0)}) == (None, "y is off")
+    with pytest.raises(AssertionError, match="y is not finite"):
+        bench.checked(Budget(), {"y": torch.tensor(torch.nan)})
+
+    def make(name, cell):
+        if name == "lost":
+            raise AssertionError("not finite")
+        error = {"off": (None, "y is off")}.get(name, (0.25, None))
+        return bench.Contender(dict, dict, *error, 0)
+
+    with pytest.raises(bench.Wrong, match="off: y is off; lost: AssertionError: not finite") as failed:
+        bench.compared(device.Rehearsal(tmp_path), make, None, ("well", "off", "lost"), 1)
+    figures = failed.value.figures
+    assert figures["well"]["error"] == 0.25 and figures["off"]["error"] is None and "lost" not in figures
+    assert figures["off"]["us"] > 0
+
+
+def test_the_residual_is_timed_without_a_graph(tmp_path, monkeypatch):
+    """One of Triton's takes addresses from the host, which no graph can capture."""
+    kernels = types.ModuleType("kernels")
+    kernels.gather = lambda weight, rows, cols: (weight[rows], weight[rows][:, cols], weight[:, cols])
+    kernels.subtract_products = lambda *_: None
+    monkeypatch.setitem(sys.modules, "nlora_kernels.backends.triton.nystrom", kernels)
+    machine = device.Rehearsal(tmp_path)
+    monkeypatch.setattr(machine, "capture", lambda *_: pytest.fail("captured"))
+    assert bench.residual(machine, "triton")["us"] > 0
+
+
+def test_nvcc_is_found_where_path_does_not_name_it(monkeypatch):
+    monkeypatch.delenv("NVCC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"{path}/{name}" if path else None)
+    assert emulator.nvcc() == "/usr/local/cuda/bin/nvcc"

@@ -48,7 +48,7 @@ def emulator():
 
 
 def nvcc():
-    return os.environ.get("NVCC") or shutil.which("nvcc")
+    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def cuobjdump():
