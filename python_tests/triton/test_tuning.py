@@ -95,6 +95,30 @@ def test_the_nearest_measured_entry_goes_before_the_rule(table):
     assert tuning.wide_tile(8192, 4096, 4096, 500, BF16, False, True, HOPPER) == rule
 
 
+def test_each_orientation_of_a_shape_has_its_own_entry(table):
+    shape, forward, backward = [8192, 4096, 4096, 64], [64, 128, 64, 4, 4], [64, 64, 64, 4, 4]
+    times = {"times": [[*forward, False, 90.0]]}
+    tables.save(
+        [
+            entry(shape, forward, 90.0, single=True) | times | {"transposed": True},
+            entry(shape, backward, 80.0) | times | {"transposed": False},
+        ],
+        table,
+        HOPPER,
+    )
+    for transposed, tile in ((True, forward), (False, backward)):
+        assert tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER, transposed) == Tile(*tile)
+        single = tuning.single_launch(8192, 4096, 4096, 64, BF16, False, True, Tile(*tile), HOPPER, transposed)
+        assert single == transposed
+    # What every tile took is for those who look into it, and no part of the package's table.
+    assert all(set(kept) == set(tables.KEYS) for kept in tables.entries(HOPPER.name))
+    # An entry from before there were two stands for both.
+    tables.save([entry(shape, forward, 90.0)], table, HOPPER)
+    tables.forget()
+    for transposed in (True, False):
+        assert tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER, transposed) == Tile(*forward)
+
+
 def test_what_is_tuned_here_goes_to_the_users_cache_and_before_the_packages(table, tmp_path, monkeypatch):
     from nlora_kernels.backends import triton
 

@@ -253,7 +253,7 @@ def planned_extended(x, weight, expand, bias, offsets, index, tf32, transposed, 
     if M == 0 or N == 0:
         return None
     on, aligned = device.target(index), launch.aligned(x, weight)
-    tile = tuning.wide_tile(triton.cdiv(M, max(E, 1)), N, K, R, x.dtype, tf32, aligned, on, E)
+    tile = tuning.wide_tile(triton.cdiv(M, max(E, 1)), N, K, R, x.dtype, tf32, aligned, on, weight_transposed, E)
     features = launch.product_of(tile, K, x.dtype, tf32, B_TRANSPOSED=weight_transposed)
     depth = min(tuning.padded(R), tile.k)
     rank = features._replace(BLOCK_K=depth, CHECK_K=True, B_TRANSPOSED=transposed)

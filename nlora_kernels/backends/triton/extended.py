@@ -207,10 +207,10 @@ def planned(x, weight, shrink, core, expand, bias, index, tf32, transposed, tile
         tile = tile or tuning.decoding_tile(M, N, weight.block, x.dtype, tf32, aligned, on, transposed)
     else:
         aligned = launch.aligned(x, weight)
-        tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, on)
+        tile = tile or tuning.wide_tile(M, N, K, R, x.dtype, tf32, aligned, on, transposed)
     if single is None:
         # What a mask costs in registers leaves none for two kinds of tile in one program.
-        single = not dropout and tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, on)
+        single = not dropout and tuning.single_launch(M, N, K, R, x.dtype, tf32, aligned, tile, on, transposed)
     width = tuning.padded(R)
     rank_block = min(width, tile.k)
     # Where the adapter is of another dtype it is cast in registers, without a launch of its own. A program that holds

@@ -160,7 +160,7 @@ def planned(x, weights, adapters, biases, index, tf32, transposed) -> launch.Lau
     if M == 0:
         return None
     on, aligned = device.target(index), launch.aligned(*xs, *weights)
-    tile = tuning.wide_tile(M, N, K, sum(ranks), dtype, tf32, aligned, on)
+    tile = tuning.wide_tile(M, N, K, sum(ranks), dtype, tf32, aligned, on, transposed)
     depth = min(tuning.padded(max(ranks)), tile.k)
     features = launch.product_of(tile, K, dtype, tf32, B_TRANSPOSED=transposed)
     if not transposed:

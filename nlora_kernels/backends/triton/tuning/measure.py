@@ -15,7 +15,8 @@ SHAPES = tuple((M, K, N, R) for K, N in LAYERS for M in (16, 2048, 8192) for R i
 
 
 def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool = True) -> dict:
-    """Times every tile and both numbers of launches for one shape on the current GPU; returns the entry of the best.
+    """Times every tile and both numbers of launches for one shape on the current GPU; returns the entry of the best,
+    with "times", what each took: [*tile, single, us].
 
     `transposed`: the orientation of forward, else that of the gradient of x. A tile that does not compile or run here
     is reported and passed over.
@@ -47,10 +48,12 @@ def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool
         "dtype": tables.short(dtype),
         "tf32": tf32,
         "shape": [M, N, K, R],
+        "transposed": transposed,
         "tile": list(tile),
         "single": single,
         "us": round(1000 * best, 2),
         "rule_us": round(1000 * times.get(by_rule, best), 2),
+        "times": [[*tile, single, round(1000 * ms, 2)] for (tile, single), ms in times.items()],
     }
 
 

@@ -1,7 +1,9 @@
 """Measured tiles: tables in tuned/<device>.json, of the user's cache folder and of the package.
 
-An entry is {"dtype", "tf32", "shape": [M, N, K, R], "tile", "single": in one launch, "us", "rule_us": what the rule's
-choice takes}. The nearest of the same dtype is used if its shape lies within a factor of two in each dimension.
+An entry is {"dtype", "tf32", "shape": [M, N, K, R], "transposed": in the orientation of forward, else in that of the
+gradient of x, "tile", "single": in one launch, "us", "rule_us": what the rule's choice takes}. The nearest of the same
+dtype and orientation is used if its shape lies within a factor of two in each dimension; one that names no orientation,
+as they once did, stands for both.
 """
 
 import functools
@@ -17,14 +19,16 @@ from .... import cache
 from ...base import short
 from ..device import Device
 
+KEYS = "dtype", "tf32", "shape", "transposed", "tile", "single", "us", "rule_us"
 TUNED = Path(__file__).parent / "tuned"
 
 
-def nearest(dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], device: Device) -> dict | None:
+def nearest(dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], transposed: bool, device: Device) -> dict | None:
     """The entry nearest to a shape, if no dimension is off by more than a factor of two."""
     found, distance = None, 1.0
     for entry in entries(device.name):
-        if (entry["dtype"], entry["tf32"]) == (short(dtype), tf32):
+        kind = entry["dtype"], entry["tf32"], entry.get("transposed", transposed)
+        if kind == (short(dtype), tf32, transposed):
             far = max(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(shape, entry["shape"], strict=True))
             if far < distance or far == distance == 1.0:
                 found, distance = entry, far
@@ -73,10 +77,12 @@ def forget() -> None:
 
 
 def save(entries: list[dict], folder: Path | str, device: Device) -> Path:
-    """Writes the table of a device; of two entries for one shape the one that gains more over the rule stays."""
+    """Writes the table of a device; of two entries for one shape and orientation the one that gains more over the rule
+    stays."""
     best = {}
     for entry in sorted(entries, key=lambda entry: entry["rule_us"] / entry["us"]):
-        best[entry["dtype"], entry["tf32"], *entry["shape"]] = entry
+        key = entry["dtype"], entry["tf32"], entry.get("transposed"), *entry["shape"]
+        best[key] = {name: entry[name] for name in KEYS if name in entry}
     file = Path(folder) / file_name(device.name)
     cache.write(file, json.dumps({**device._asdict(), "entries": list(best.values())}, indent=1) + "\n")
     return file
