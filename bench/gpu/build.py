@@ -115,8 +115,11 @@ class Call(NamedTuple):
     coded: str = ""
     # Columns of the layers that share x, the first of which has a bias.
     outs: tuple[int, ...] = ()
-    # In place of a layer: "nystrom" for its weight, or "core" of LoRA² with r and k as M and K.
+    # In place of a layer: "nystrom" for its weight, "core" of LoRA² with r and k as M and K, or "penalty" with that and
+    # the rank allocator of a layer of rank R.
     part: str = ""
+    # The extended product alone, in one launch or in two.
+    launches: int = 0
     # Every tile in both numbers of launches in this orientation: those that `tune` measures.
     tiles: str = ""
 
@@ -130,8 +133,8 @@ def triton_calls(rehearse: bool) -> list[Call]:
     from bench.gpu import bench, layers, stress, tune
 
     found = [Call(*dtypes, shape, bias=True) for shape in layers.TRITON for dtypes in ((bf16, fp32), (fp16, fp16))]
-    odd = layers.TRITON_ODD[1:]
-    found += [Call(fp32, fp32, shape, bias=True, strided=strided) for shape in odd for strided in (False, True)]
+    odd = [(shape, strided) for shape in layers.TRITON_ODD for strided in (False, True)]
+    found += [Call(fp32, fp32, shape, bias=True, strided=strided) for shape, strided in odd]
     found += [Call(bf16, fp32, layers.METHODS_SHAPE, core=core) for core in (False, True)]
     found += [Call(bf16, fp32, layers.METHODS_SHAPE, inttune=True), Call(bf16, bf16, layers.METHODS_SHAPE, bias=True)]
     found += [Call(d, fp32, s, bias=True, dropout=True) for d in (bf16, fp32) for s in layers.DROPPED[1:]]
@@ -142,9 +145,14 @@ def triton_calls(rehearse: bool) -> list[Call]:
     ]
     found += [Call(d, d, (1, K, N, r), part="nystrom") for d in (bf16, fp32) for (N, K), r in layers.INITIALISED]
     found += [Call(d, d, (r, k, 1, 1), part="core") for d in (bf16, fp32) for r, k in layers.CORES]
+    found.append(Call(fp32, fp32, (0, 64, 96, 8), part="penalty"))
     found.append(grouped(layers.GROUPS[0]))
-    found += [Call(bf16, bf16, shape, bias=True) for shape in (*layers.GRAPHS, *stress.SHAPES[:2])]
-    found += [Call(fp16, fp16, stress.SHAPES[2], bias=True)]
+    found += [Call(bf16, bf16, layers.METHODS_SHAPE, bias=True, launches=count) for count in (2, 1)]
+    found += [Call(bf16, bf16, shape, bias=True) for shape in layers.GRAPHS]
+    found.append(Call(bf16, bf16, layers.DROPPED_GRAPH, core=False, dropout=True))
+    found += [
+        Call(d, d, shape, bias=True, launches=1) for d, shape in zip((bf16, bf16, fp16), stress.SHAPES, strict=True)
+    ]
     for cell in bench.cells():
         biased, inttune = cell.model in WITH_BIAS, cell.method == "inttune"
         found.append(Call(cell.dtype, fp32, cell.size, bias=biased, inttune=inttune))
@@ -212,6 +220,12 @@ def make_call(call: Call) -> None:
     if call.part == "core":
         u, E, U, mask = meta(M, K, dtype), meta(1, M, dtype)[0], meta(K, M, dtype), meta(1, M, torch.bool)[0]
         lora2.backward(lora2.forward(u, E, U, mask), u, E, U, mask)
+        return
+    if call.part == "penalty":
+        aot.train_lora2(K, N, R, lambda *size, dtype=adapter_dtype: torch.empty(size, dtype=dtype, device="meta"))
+        return
+    if call.launches:
+        extended.product(x, weight, A, core, B, bias, 0.5, transposed=True, single=call.launches == 1)
         return
     if call.part == "nystrom":
         index, fp32 = meta(1, R, torch.int64)[0], torch.float32

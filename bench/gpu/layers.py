@@ -47,7 +47,7 @@ TRITON_ODD = [(0, 64, 48, 8), (1, 33, 17, 5), (70, 513, 641, 300)]
 # Of every method; with dropout; of captured graphs.
 METHODS_SHAPE = (2100, 4096, 4096, 64)
 DROPPED = [(0, 64, 48, 8), (7, 65, 31, 13), (2048, 4096, 4096, 16)]
-GRAPHS = [(16, 4096, 4096, 64), (2048, 4096, 4096, 64)]
+GRAPHS, DROPPED_GRAPH = [(16, 4096, 4096, 64), (2048, 4096, 4096, 64)], (256, 1024, 1024, 16)
 # With a weight in four bits: where a product decodes it, ragged too, and where it is decoded as a whole.
 QUANTISED = [(16, 4096, 4096, 64), (64, 4096, 11008, 16), (33, 777, 333, 13), (512, 768, 768, 8)]
 QUANTISED_REHEARSED = [(7, 64, 32, 8), (5, 33, 17, 3)]
@@ -287,7 +287,7 @@ def dropped(machine, dtype, shape, p=0.3) -> None:
 
 def dropout_graph(machine) -> None:
     """Each replay of a captured call draws a mask of its own."""
-    dtype, shape = machine.pick((BF16, (256, 1024, 1024, 16)), (FP16, (7, 65, 31, 13)))
+    dtype, shape = machine.pick((BF16, DROPPED_GRAPH), (FP16, (7, 65, 31, 13)))
     p = testing.problem(*shape, dtype=dtype, device=machine.name)
 
     def step():
