@@ -174,6 +174,7 @@ def mixture_and_group(dtype=torch.bfloat16, M=256, K=64, N=64, R=16, E=3):
 
 def what_takes_several_tensors_is_launched_again_with_its_own(launches):
     from nlora_kernels.backends import TABLE, Needs
+    from nlora_kernels.backends.triton.group import takes
 
     def plain(value):
         if type(value) is tuple:
@@ -197,7 +198,8 @@ def what_takes_several_tensors_is_launched_again_with_its_own(launches):
     ]
     for (mixture, group), found in ((first, before), (second, after)):
         several = [arguments for _, _, arguments in found if "weights" in arguments]
-        assert len(several) == 2
+        # What Triton cannot launch as one is launched layer by layer.
+        assert len(several) == (2 if takes(group) else 0)
         for arguments in several:
             assert [weight[0] for weight in arguments["weights"]] == [call.weight.data_ptr() for call in group]
         stacked = [arguments for _, _, arguments in found if "offsets" in arguments and "weight" in arguments]
