@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import nlora_kernels as nk
 from bench import implementations
 from bench.cells import MODELS, Cell
-from bench.gpu import groups
+from bench.gpu import facts, groups
 from bench.gpu.groups import Group
 from bench.gpu.layers import emulate, named
 from bench.timing import median_ratio
@@ -112,14 +112,21 @@ def engines(machine) -> dict:
     for K, N in machine.pick(sorted(set(MODELS["Llama-2-7B"].values())), [(72, 136)]):
         for M in machine.pick((2048, 8192), (37,)):
             found[f"engine {M}x{K}x{N}"] = functools.partial(engine, machine, M, K, N)
-    return found
+    # Not among the facts, beside which kernels are built: on busy processors launches from Python take longer.
+    return found | {"launch gap": functools.partial(facts.launch_gap, machine)}
 
 
 def groups_of_layers(machine) -> dict:
+    from nlora_kernels.backends.triton import launch
+
     emulate(machine)
     rehearsed = [GroupCell("SmolLM2-135M", QKV[1:], 16, 8, *each) for each in PASSES[1:2]]
     cells = machine.pick(GROUPS, rehearsed)
-    return alone_if_unsound(machine, cells, machine.pick(GROUP_NAMES, GROUPS_REHEARSED), measure_group)
+    names = machine.pick(GROUP_NAMES, GROUPS_REHEARSED)
+    if not launch.nests_descriptors():
+        # It would compute layer by layer.
+        names = [name for name in names if name != "triton"]
+    return alone_if_unsound(machine, cells, names, measure_group)
 
 
 def cells() -> list[Cell]:
@@ -252,7 +259,7 @@ def measure(machine, cell: Cell, names) -> dict:
 def compared(machine, make: Callable, cell, names, count: int) -> tuple[dict, float]:
     """The figures of make(name, cell) for every name beside those of "floor", each of so many calls; and milliseconds
     of one of these."""
-    found, problems = {}, {}
+    found, problems, planned = {}, {}, machine.schedule()
     for name in ("floor", *names):
         try:
             found[name] = make(name, cell)
@@ -266,7 +273,7 @@ def compared(machine, make: Callable, cell, names, count: int) -> tuple[dict, fl
     clock = machine.clock()
     eager = machine.by_turns({name: c.step for name, c in found.items()}, rounds=10, warm_ms=0)
     base = statistics.median(graph["floor"]) / count
-    figures = {"base_us": round(1000 * base, 2), **clock}
+    figures = {"base_us": round(1000 * base, 2), **clock, **planned}
     for name in names:
         if name in found:
             figures[name] = {
@@ -292,7 +299,7 @@ def engine(machine, M, K, N) -> dict:
     """The CUDA engine without an adapter against the library: how often as fast, in graphs by turns."""
     from nlora_kernels.backends.cuda import launch
 
-    count = calls_of(machine, M, K, N)
+    count, planned = calls_of(machine, M, K, N), machine.schedule()
     made = functools.partial(torch.randn, device=machine.name)
     x, weight, y = ([made(s).bfloat16() for _ in range(count)] for s in ((M, K), (N, K), (M, N)))
     # Small integers make every sum exact: each result has one right value.
@@ -311,6 +318,7 @@ def engine(machine, M, K, N) -> dict:
         "tflops": round(2e-6 * M * N * K / us["ours"], 1),
         **spread("speed", times["library"], times["ours"]),
         **machine.clock(),
+        **planned,
     }
 
 

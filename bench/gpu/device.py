@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from bench import timing
+from nlora_kernels.backends import native
 from nlora_kernels.cli.verify import machine
 
 ROUNDS, WARM_MS = 30, 300
@@ -29,6 +30,14 @@ class Stage:
             return json.loads((self.out / "proof.json").read_text())["stages"][stage]["cells"]
         except (OSError, ValueError, KeyError):
             return {}
+
+    def schedule(self) -> dict[str, float | str]:
+        """Has the CUDA engine plan by the bytes a cycle that "facts" measured; what it plans by, for the figures."""
+        measured = self.checked("facts").get("bytes per cycle and processor", {}).get("all")
+        if not measured:
+            return {"bytes_per_cycle": "default"}
+        native._C.cuda_set_bytes_per_cycle(measured)
+        return {"bytes_per_cycle": measured}
 
     def by_turns(
         self, functions: dict[str, Callable], rounds: int = ROUNDS, warm_ms: float = WARM_MS, queued: bool = False

@@ -19,7 +19,6 @@ def cells(machine) -> dict:
     found = {"machine": functools.partial(environment, machine), "copy": functools.partial(copy, machine)}
     for shape in machine.pick(PRODUCTS, [(16, 32, 24)]):
         found[f"library product {'x'.join(map(str, shape))}"] = functools.partial(product, machine, *shape)
-    found["launch gap"] = functools.partial(launch_gap, machine)
     found["bytes per cycle and processor"] = functools.partial(bytes_per_cycle, machine)
     return found
 

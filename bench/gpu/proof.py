@@ -96,11 +96,13 @@ STAGES = [
     Stage("triton dropout", "layers:dropout", 25, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("triton training", "layers:training", 40, patience=25, needs=TRITON, rehearsed_in=INTERPRETED),
     Stage("bench initialisation", "bench:initialisation", 30, needs=TIMED),
-    Stage("train", "train:cells", 40, patience=40, needs=TIMED),
+    Stage("train", "train:cells", 50, patience=40, needs=TIMED),
     Stage("bench groups", "bench:groups_of_layers", 40, patience=40, needs=TIMED),
     Stage("stress", "stress:cells", 40, 20, BOUNDED + TRITON, rehearsed_in=INTERPRETED),
     Stage("tune", "tune:cells", 40, needs=TRITON),
     Stage("bench compiled", "bench:compiled", 70, patience=60, needs=TIMED),
+    Stage("train compiled", "train:compiled", 90, patience=80, needs=TIMED),
+    Stage("verify", "verified:cells", 125, patience=125, needs=TIMED),
     Stage("memcheck", "layers:sanitized", 40, 40, EXTENSION, sanitizer="memcheck"),
     Stage("racecheck", "layers:sanitized", 40, 40, EXTENSION, sanitizer="racecheck"),
 ]
@@ -334,7 +336,7 @@ def table(record: dict) -> str:
             # Nothing of its cells says why.
             lines += [f"    {line[:160]}" for line in stage.get("last", [])[-2:]]
         for cell, result in cells.items():
-            figures = {k: v for k, v in result.items() if k not in ("status", "seconds", "error")}
+            figures = {k: v for k, v in result.items() if k not in ("status", "seconds", "error", "times")}
             if result["status"] != "ok":
                 lines.append(f"    {cell}: {result['status']}: {str(result.get('error', ''))[:160]}")
             if figures:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import nlora_kernels.peft as nlora
 from bench.gpu.bench import sounder
+from bench.implementations import PEFT
 from nlora_kernels import backends
 
 # Hidden size, size of the feed-forward part, layers, heads, their keys and values, vocabulary: as Llama-3.2-1B.
@@ -17,10 +18,12 @@ SMALL = (64, 128, 2, 4, 2, 100)
 
 
 def cells(machine) -> dict:
-    found = {}
-    for method in sounder(machine, ("peft", "lean", "cuda", "triton")):
-        found[method] = functools.partial(step, machine, method)
-    return found
+    methods = sounder(machine, ("peft", "lean", "cuda", "triton", "peft_base_dtype"))
+    return {method: functools.partial(step, machine, method) for method in methods}
+
+
+def compiled(machine) -> dict:
+    return {"peft_compiled": functools.partial(step, machine, "peft_compiled")}
 
 
 def step(machine, method) -> dict:
@@ -42,11 +45,17 @@ def step(machine, method) -> dict:
     with torch.device(machine.name):
         model = LlamaForCausalLM(config).to(dtype)
     options = dict(r=machine.pick(64, 8), lora_alpha=machine.pick(64, 8), target_modules="all-linear")
-    if method == "peft":
-        model = get_peft_model(model, LoraConfig(**options, init_lora_weights=True))
+    if method in PEFT:
+        config = LoraConfig(**options, init_lora_weights=True)
+        model = get_peft_model(model, config, autocast_adapter_dtype=method != "peft_base_dtype")
+        if method == "peft_compiled":
+            # One code for all layers: to compile the model as a whole takes minutes.
+            for layer in model.base_model.model.model.layers:
+                layer.compile(dynamic=False)
     else:
         backends.prefer("lean" if machine.rehearsal else method)
         model = get_peft_model(model, nlora.NLoraConfig(**options, init_lora_weights="slora"))
+    planned = machine.schedule()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     generator = torch.Generator(machine.name).manual_seed(0)
@@ -69,6 +78,7 @@ def step(machine, method) -> dict:
         "ms": round(milliseconds, 1),
         "ms_least_most": [round(min(times), 1), round(max(times), 1)],
         **machine.clock(),
+        **planned,
         "tokens_per_s": round(1000 * batch * length / milliseconds),
         "peak_gib": round(peak / 2**30, 2),
         "loss": [round(first, 4), round(last, 4)],

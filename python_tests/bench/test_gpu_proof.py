@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import bench, build, device, layers, proof, stage
+from bench.gpu import bench, build, device, layers, proof, stage, stress, tune
+from nlora_kernels.backends import native
 from python_tests import ROOT
 from python_tests.cuda import emulator
 
@@ -239,6 +240,12 @@ LAUNCHED = {
     "many rows of codes": (dict(shape=(512, 64, 32, 8), coded="plain"), {"dequantise", "extended_product"}),
     "a group": (dict(shape=(70, 64, 0, 16), outs=(72, 136)), {"extended_group", "extended_sum"}),
     "a core": (dict(shape=(8, 8, 1, 1), part="core"), {"core_forward", "core_backward"}),
+    "the penalty and the allocator": (
+        dict(shape=(0, 64, 96, 8), part="penalty"),
+        {"smooth_averages", "keep_highest", "penalty_of_pair", "gradients_of_pair"},
+    ),
+    "one launch of few rows": (dict(shape=(70, 64, 40, 8), launches=1), {"single_launch"}),
+    "two launches of many rows": (dict(shape=(4096, 64, 40, 8), launches=2), {"extended_product"}),
     "a weight": (
         dict(shape=(1, 64, 32, 8), part="nystrom"),
         {"gather_submatrices", "sum_squares", "subtract_product", "back_substitute"},
@@ -395,3 +402,45 @@ def test_nvcc_is_found_where_path_does_not_name_it(monkeypatch):
     monkeypatch.delenv("NVCC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name, path=None: f"{path}/{name}" if path else None)
     assert emulator.nvcc() == "/usr/local/cuda/bin/nvcc"
+
+
+def test_tiles_are_kept_from_one_process_to_the_next(tmp_path):
+    """Each as soon as it is measured."""
+    machine, file = device.Rehearsal(tmp_path), tmp_path / "cells.jsonl"
+    first, second = list(tune.cells(machine))[:2]
+    with open(file, "w") as lines:
+        entry = tune.cells(machine)[first]()
+        lines.write(json.dumps({"stage": "tune", "cell": first, "status": "ok", **entry}) + "\n")
+    (table,) = (tmp_path / "tuned").iterdir()
+    assert len(json.loads(table.read_text())["entries"]) == 1
+    tune.cells(machine)[second]()
+    kept = json.loads(table.read_text())["entries"]
+    assert [of["transposed"] for of in kept] == [True, False] and kept[0] == entry
+
+
+def test_the_engine_plans_by_what_was_measured(tmp_path, monkeypatch):
+    machine, told = device.Rehearsal(tmp_path), []
+    monkeypatch.setattr(native, "_C", types.SimpleNamespace(cuda_set_bytes_per_cycle=told.append))
+    assert machine.schedule() == {"bytes_per_cycle": "default"} and not told
+    cell = {"bytes per cycle and processor": {"status": "ok", "alone": 60.0, "all": 44.5}}
+    (tmp_path / "proof.json").write_text(json.dumps({"stages": {"facts": {"status": "ok", "cells": cell}}}))
+    assert machine.schedule() == {"bytes_per_cycle": 44.5} and told == [44.5]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_layers_that_share_x_are_timed_with_triton_where_they_are_one_call(tmp_path, monkeypatch, together):
+    launch = pytest.importorskip("nlora_kernels.backends.triton.launch")
+    monkeypatch.setattr(launch, "nests_descriptors", lambda: together)
+    monkeypatch.setattr(bench, "emulate", lambda machine: None)
+    monkeypatch.setattr(bench, "measure_group", lambda machine, cell, names: names)
+    machine = device.Rehearsal(tmp_path)
+    monkeypatch.setattr(machine, "pick", lambda real, rehearsed: real)
+    assert all(("triton" in cell()) == together for cell in bench.groups_of_layers(machine).values())
+
+
+def test_what_the_stages_have_triton_launch_alone_is_compiled_before():
+    calls = set(build.triton_calls(False))
+    for dtype, shape in zip(("bfloat16", "bfloat16", "float16"), stress.SHAPES, strict=True):
+        assert build.Call(dtype, dtype, shape, bias=True, launches=1) in calls
+    for shape in layers.TRITON_ODD:
+        assert build.Call("float32", "float32", shape, bias=True) in calls
