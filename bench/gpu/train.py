@@ -13,7 +13,9 @@ from bench.implementations import PEFT
 from nlora_kernels import backends
 
 # Hidden size, size of the feed-forward part, layers, heads, their keys and values, vocabulary: as Llama-3.2-1B.
-SHAPE = (2048, 8192, 16, 32, 8, 32_000)
+MODEL, SHAPE = "Llama-3.2-1B", (2048, 8192, 16, 32, 8, 32_000)
+# Sequences, their tokens, and the rank.
+BATCH, FEW = (4, 1024, 64), (1, 16, 8)
 SMALL = (64, 128, 2, 4, 2, 100)
 
 
@@ -29,7 +31,7 @@ def compiled(machine) -> dict:
 def step(machine, method) -> dict:
     """Forward, backward and AdamW's step: tokens in a second, the memory it takes, and the loss, which must fall."""
     hidden, inner, layers, heads, keys, words = machine.pick(SHAPE, SMALL)
-    batch, length = machine.pick((4, 1024), (1, 16))
+    batch, length, r = machine.pick(BATCH, FEW)
     dtype = machine.pick(torch.bfloat16, torch.float32)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -44,7 +46,7 @@ def step(machine, method) -> dict:
     torch.manual_seed(0)
     with torch.device(machine.name):
         model = LlamaForCausalLM(config).to(dtype)
-    options = dict(r=machine.pick(64, 8), lora_alpha=machine.pick(64, 8), target_modules="all-linear")
+    options = dict(r=r, lora_alpha=r, target_modules="all-linear")
     if method in PEFT:
         config = LoraConfig(**options, init_lora_weights=True)
         model = get_peft_model(model, config, autocast_adapter_dtype=method != "peft_base_dtype")

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import bench, build, device, layers, proof, stage, stress, tune
+from bench import pictures
+from bench import runs as bench_runs
+from bench import tables as bench_tables
+from bench.gpu import bench, build, device, layers, proof, publish, stage, stress, tune
 from nlora_kernels.backends import native
 from python_tests import ROOT
 from python_tests.cuda import emulator
@@ -444,3 +447,47 @@ def test_what_the_stages_have_triton_launch_alone_is_compiled_before():
         assert build.Call(dtype, dtype, shape, bias=True, launches=1) in calls
     for shape in layers.TRITON_ODD:
         assert build.Call("float32", "float32", shape, bias=True) in calls
+
+
+def test_what_was_measured_is_published_as_the_tables_take_it(tmp_path, monkeypatch, capsys):
+    of = {"ratio": 1.05, "p20_p80": [1.04, 1.06], "us": 105.0, "eager_us": 120.0, "peak_mib": 1.5, "error": 0.001}
+    layer = {"status": "failed", "base_us": 100.0, "bytes_per_cycle": 44.5, "cuda": of, "lean": of | {"error": None}}
+    trained = {"status": "ok", "ms": 100.0, "ms_least_most": [99.0, 101.0], "peak_gib": 9.5}
+    stages = {
+        "facts": {"machine": {"status": "ok", "gpu": "NVIDIA X", "torch": "2.9"}, "copy": {"status": "failed"}},
+        "bench both": {
+            str(bench.BOTH[0]): {**layer, "peft": of | {"ratio": 2.1}, "flop_bound": 1.02},
+            f"{bench.BOTH[1]}, cuda alone": {"status": "crashed"},
+        },
+        "bench groups": {str(bench.GROUPS[0]): layer},
+        "train": {"peft": trained, "cuda": trained | {"ms": 50.0}, "triton": {"status": "timeout"}},
+    }
+    record = {"rehearsal": False, "date": "2030-01-02T03:04:05Z", "commit": "abc"}
+    record["stages"] = {name: {"status": "ok", "cells": cells} for name, cells in stages.items()}
+    record["stages"]["verify"] = {"status": "skipped", "why": "no time was left"}
+    found = publish.results(record)
+    rows = {(row["op"], row["impl"], row["shape"]): row for row in found.rows}
+    shape, trio = "Llama-2-7B q_proj M=8192", "Llama-2-7B q_proj+k_proj+v_proj M=8192"
+    step = "Llama-3.2-1B, 4096 tokens"
+    assert set(rows) == {
+        *(("both", impl, shape) for impl in ("floor", "cuda", "peft")),
+        *(("forward", impl, trio) for impl in ("floor", "cuda")),
+        *(("step", impl, step) for impl in ("peft", "cuda")),
+    }
+    assert rows["both", "cuda", shape]["speedup_vs_peft"] == rows["step", "cuda", step]["speedup_vs_peft"] == 2
+    assert rows["both", "floor", shape]["gflops"] == pytest.approx(2 * 2 * 8192 * 4096**2 / 1e-4 / 1e9)
+    # The tables and charts take it.
+    text = bench_tables.markdown(found)
+    assert "NVIDIA X" in text and "1.05 (1.04–1.06)" in text and step in text
+    assert len(pictures.layer_lines(found)) == 2
+    monkeypatch.setattr(publish.tables, "TUNED", tmp_path / "tiles")
+    monkeypatch.setattr(publish.runs, "__file__", str(tmp_path / "runs.py"))
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "nvidia-x.json").write_text("{}")
+    (tmp_path / "proof.json").write_text(json.dumps(record))
+    publish.main(str(tmp_path))
+    assert (tmp_path / "tiles" / "nvidia-x.json").is_file()
+    assert len(bench_runs.load(tmp_path / "results" / "nvidia-x-sm_90.json").rows) == len(rows)
+    (tmp_path / "proof.json").write_text(json.dumps({"rehearsal": True}))
+    with pytest.raises(SystemExit, match="rehearsal"):
+        publish.main(str(tmp_path))
