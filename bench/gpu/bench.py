@@ -96,7 +96,8 @@ def forward(machine) -> dict:
 
 
 def both(machine) -> dict:
-    return timed(machine, BOTH)
+    # Not among the facts, beside which kernels are built: on busy processors launches from Python take longer.
+    return timed(machine, BOTH) | {"launch gap": functools.partial(facts.launch_gap, machine)}
 
 
 def backward(machine) -> dict:
@@ -112,8 +113,7 @@ def engines(machine) -> dict:
     for K, N in machine.pick(sorted(set(MODELS["Llama-2-7B"].values())), [(72, 136)]):
         for M in machine.pick((2048, 8192), (37,)):
             found[f"engine {M}x{K}x{N}"] = functools.partial(engine, machine, M, K, N)
-    # Not among the facts, beside which kernels are built: on busy processors launches from Python take longer.
-    return found | {"launch gap": functools.partial(facts.launch_gap, machine)}
+    return found
 
 
 def groups_of_layers(machine) -> dict:
