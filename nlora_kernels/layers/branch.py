@@ -16,7 +16,6 @@ from ..backends.quantised import Quantised
 from ..ops import lora2_core
 from ..ops.api import frozen_linear, fused_linear
 from ..ops.checks import DTYPES
-from ..versions import READ_ONLY_A_AND_B as READ_ONLY_A_AND_B
 from . import engines
 
 

@@ -10,6 +10,7 @@ from .. import saved
 from ..backends.quantised import INPUT_TOO
 from ..layers import branch as branches
 from ..layers import experts
+from ..versions import READ_ONLY_A_AND_B
 from . import tensor_parallel
 from .config import is_lora
 from .experts import FusedExperts
@@ -50,7 +51,7 @@ def advise(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
             f"because {next(iter(idle.values()))}",
             stacklevel=2,
         )
-    patched = [name for name in branches.READ_ONLY_A_AND_B if name in sys.modules]
+    patched = [name for name in READ_ONLY_A_AND_B if name in sys.modules]
     if patched and not is_lora(config):
         warnings.warn(
             f"{patched[0]} is loaded: its own LoRA kernels read lora_A and lora_B alone and would leave the core out. "

@@ -21,7 +21,6 @@ from ..layers import branch as branches
 from ..layers import engines
 from ..layers.branch import Branch, Lora2Branch, local
 from ..layers.modules import check_alpha
-from ..lora2 import shards
 from . import base as base_weights
 from . import residual, tensor_parallel
 from .config import NLoraConfig
@@ -534,7 +533,7 @@ def _part_like(t: Tensor, held: Tensor) -> Tensor:
         return t.full_tensor() if engines.is_dtensor(t) else t
     if engines.is_dtensor(t):
         return local(t.redistribute(placements=held.placements))
-    return t[shards.slices(held)]
+    return t[engines.slices(held)]
 
 
 def subtract_initial(model: nn.Module) -> None:
