@@ -243,13 +243,17 @@ def has_dense(linear: nn.Module, weight: Tensor) -> bool:
 def made_of(module: nn.Module, name: str = "weight") -> str | None:
     """None if a module keeps a parameter, else of what it makes it in every forward, where a change in place is lost.
 
-    As torch.nn.utils does: by parametrizations, weight_norm, spectral_norm and pruning.
+    As torch.nn.utils does, by parametrizations, weight_norm, spectral_norm and pruning, and PEFT's wrapper of
+    trainable tokens.
     """
     if name in module._parameters:
         return None
     if name in module._modules.get("parametrizations", ()):
         return f"parametrizations.{name}"
-    return " and ".join(part for part in module._parameters if part.startswith(f"{name}_")) or None
+    if parts := [part for part in module._parameters if part.startswith(f"{name}_")]:
+        return " and ".join(parts)
+    kept = name in vars(module) or name in module._buffers or not hasattr(module, name)
+    return None if kept else f"what {type(module).__qualname__} holds"
 
 
 def can_be_added_to(linear: nn.Module, weight: Tensor) -> bool:

@@ -3,11 +3,12 @@
 import functools
 
 from peft import PeftModel
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType, hotswap, save_and_load
 from torch import nn
 
-from .config import LORA2, NLORA, LoRA2Config, NLoraConfig
+from .config import LORA2, NLORA, LoRA2Config, NLoraConfig, is_lora
 from .experts import FusedExperts
 from .layer import FusedLinear
 from .nlora import NLoraLinear, deferred, subtract_initial
@@ -33,6 +34,14 @@ def _refuse_base_state(model) -> None:
             raise ValueError(
                 f"the base weight of {name} is W − s·B₀·N₀·A₀ while the residual adapter {module.subtracted!r} "
                 "is there: read or load the state dict of the base model before the adapter is added, or after unload()"
+            )
+
+
+def _refuse_plain_tuner(self, model, config, *args, **kwargs) -> None:
+    for given in config.values() if isinstance(config, dict) else (config,):
+        if type(self) is LoraModel and isinstance(given, NLoraConfig | LoRA2Config) and not is_lora(given):
+            raise ValueError(
+                f"LoraModel makes no adapters of a {type(given).__name__}: use nlora_kernels.peft's models"
             )
 
 
@@ -112,5 +121,6 @@ def _layers(model) -> dict[str, nn.Module]:
 hotswap.check_hotswap_configs_compatible = _check_hot_swap(hotswap.check_hotswap_configs_compatible)
 # Both get_base_model_state_dict and set_base_model_state_dict ask it which keys are an adapter's.
 _asking(save_and_load, "_get_adapter_state_dict_key_prefixes", _refuse_base_state)
+_asking(LoraModel, "__init__", _refuse_plain_tuner)
 PeftModel.load_adapter = _load_adapter_whole(PeftModel.load_adapter)
 PeftModel.from_pretrained = _from_pretrained_whole(PeftModel.from_pretrained.__func__)

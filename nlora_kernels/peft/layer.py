@@ -107,11 +107,13 @@ class FusedLinear(Linear):
     def _obstacle_to_branch(self, name: str) -> str | None:
         """The same of what an adapter has beside its matrices."""
         dropout = self._modules["lora_dropout"]._modules[name]
-        if dropout.training and type(dropout) is not nn.Identity:
-            foreign = None if type(dropout) is nn.Dropout else f"its type is {type(dropout).__qualname__}"
-            reason = foreign or branches.dropout_obstacle(self._modules["base_layer"])
-            if reason:
-                return f"adapter {name!r} has dropout: {reason}"
+        reason, kind = branches.altered(dropout), type(dropout)
+        if kind is nn.Dropout:
+            reason = reason or (branches.dropout_obstacle(self._modules["base_layer"]) if dropout.training else None)
+        elif kind is not nn.Identity:
+            reason = f"its type is {kind.__qualname__}"
+        if reason:
+            return f"adapter {name!r} has dropout: {reason}"
         if self.lora_bias.get(name):
             return f"adapter {name!r} has a bias"
         scaling = self.scaling[name]

@@ -69,12 +69,10 @@ def check(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, entry: M
 
     Raises ValueError, with the name of the layer, where that cannot be told, or the layer cannot be such.
     """
-    weight = weight_in(layer, state_dict, prefix)
-    if weight is None:
-        return None
     own = list(getattr(layer, "lora_A0", ()))
     saved = _kept_in(state_dict, prefix)
-    if not entry and not own and not saved:
+    weight = weight_in(layer, state_dict, prefix) if entry or own or saved else None
+    if weight is None:
         return None
     # Codes have nothing taken out of them.
     dense = branches.is_dense(weight) or engines.is_dtensor(weight)
@@ -121,6 +119,59 @@ def check(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, entry: M
                 f"{_REMEDY}"
             )
     return out
+
+
+def give_as_they_came(model: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Puts the initial products back into the base weights in a state dict that PEFT saves along with an adapter.
+
+    Those of embeddings and output layers alone. They stand in a file that says nothing of what is out of them, beside
+    one adapter, which may be another than that whose product it is; other readers take them for those of the model.
+    """
+    for name, layer in _beside_adapters(model):
+        key = f"{name}.base_layer.weight"
+        if isinstance(state_dict.get(key), Tensor) and layer.subtracted is not None:
+            state_dict[key] = _moved(layer, state_dict[key], layer.subtracted, layer._kept(layer.subtracted), 1)
+
+
+def take_as_they_came(model: nn.Module, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of an adapter with the base weights of such layers as they are at rest, and what is then out of
+    them: of the adapter's own product or of that which is out now, the first by name."""
+    taken = dict(state_dict)
+    for name, layer in _beside_adapters(model):
+        prefix = f"{name}."
+        weight = weight_in(layer, state_dict, prefix)
+        if weight is None or not branches.can_be_added_to(layer.get_base_layer(), weight):
+            continue
+        kept = {
+            loaded: [state_dict[f"{prefix}{kind}.{loaded}.weight"] for kind in KEPT]
+            for loaded in _kept_in(state_dict, prefix)
+        }
+        if layer.subtracted is not None:
+            kept.setdefault(layer.subtracted, layer._kept(layer.subtracted))
+        if kept:
+            out = min(kept)
+            taken[f"{prefix}base_layer.weight"] = _moved(layer, weight, out, kept[out], -1)
+            taken |= {f"{prefix}{kind}.{out}.weight": t.detach() for kind, t in zip(KEPT, kept[out], strict=True)}
+    return taken
+
+
+def _beside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers with residual adapters whose base weights PEFT may save with an adapter."""
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [
+        (name, m) for name, m in model.named_modules() if any(m is end for end in ends) and getattr(m, "lora_A0", ())
+    ]
+
+
+@torch.no_grad()
+def _moved(layer: nn.Module, weight: Tensor, name: str, kept: Sequence[Tensor], sign: int) -> Tensor:
+    """A base weight plus or minus the initial product of an adapter."""
+    whole = [t.full_tensor() if engines.is_dtensor(t) else t for t in (weight, *kept)]
+    matrices = [t.to(layer._kept(name)[0].dtype) for t in whole[1:]]
+    product = layer._stored(Branch(*matrices, layer.initial_scaling[name]).product())
+    return whole[0] + sign * product.to(whole[0])
 
 
 def _kept_in(state_dict: Mapping[str, Any], prefix: str) -> list[str]:

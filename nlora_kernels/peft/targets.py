@@ -78,6 +78,29 @@ def fit_ranks(model: nn.Module, config: NLoraConfig) -> None:
     config.alpha_pattern = patterns.overridden(config.alpha_pattern, alphas, limits)
 
 
+# Layers whose weight is read instead of calling them, always or on some device, by the class that does.
+_READ = {
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "MambaMixer": ("dt_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "MobileBertLMPredictionHead": ("decoder", "dense"),
+    "TDNNLayer": ("kernel",),
+}
+
+
+def reader(parent: nn.Module, target_name: str) -> str | None:
+    """The class that reads the weight of its layer of this name instead of calling it, if it does."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention"
+    names = [kind.__name__ for kind in type(parent).__mro__]
+    return next((name for name in names if target_name in _READ.get(name, ())), None)
+
+
 def refuse_shared_weights(model: nn.Module, config: NLoraConfig) -> None:
     """A residual base weight must have no second user, as the output layer tied to the embedding has."""
     config = _maybe_include_all_linear_layers(copy.copy(config), model)

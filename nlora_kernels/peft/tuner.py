@@ -51,10 +51,10 @@ class _FusedModel(LoraModel):
         super()._check_target_module_compatiblity(as_lora(peft_config), model, target_name)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if isinstance(parent, nn.MultiheadAttention):
+        if reader := targets.reader(parent, target_name):
             unheard = (
-                f"nn.MultiheadAttention reads the weight of {current_key!r} and never calls it, so that an adapter "
-                "there has no effect: leave it out, by exclude_modules where a pattern takes it in"
+                f"{reader} reads the weight of {current_key!r} instead of calling it, so that an adapter there has "
+                "no effect: leave it out, by exclude_modules where a pattern takes it in"
             )
             if not is_lora(lora_config):
                 raise ValueError(unheard)
@@ -106,6 +106,8 @@ class _FusedModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # What PEFT takes of base weights it takes afterwards, from this same dictionary, which is its own.
+        residual.give_as_they_came(model, state_dict)
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         tensors = tensor_parallel.gathered(model, tensors)
         if not is_lora(config):
@@ -129,7 +131,7 @@ class _FusedModel(LoraModel):
         # Of plain LoRA, what is missing is PEFT's to say.
         if not is_lora(config):
             state_dicts.check_keys(model, config, adapter_name, remapped)
-        return remapped
+        return residual.take_as_they_came(model, adapter_name, remapped)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -338,7 +338,7 @@ def test_the_output_of_attention_is_refused_for_a_core(name, targets):
 
 
 def test_the_output_of_attention_with_plain_lora_is_as_in_peft_and_said():
-    with pytest.warns(UserWarning, match="never calls it, so that an adapter there has no effect"):
+    with pytest.warns(UserWarning, match="instead of calling it, so that an adapter there has no effect"):
         model = peft.get_peft_model(encoder(), config("lora", target_modules=["out_proj", "linear1"]))
     layers = [m for m in model.modules() if isinstance(m, Linear)]
     assert [type(layer) is Linear for layer in layers] == [True, False] * 2
