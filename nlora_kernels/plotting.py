@@ -1,12 +1,13 @@
 """Reports on trained adapters: text for a terminal, and PNG where matplotlib is installed."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from . import saved
 
 LOG = "trainer_state.json"
 
@@ -37,21 +38,19 @@ def rank_map(checkpoint: str | Path) -> RankMap:
 
     Raises:
         FileNotFoundError: there is no such folder, or no safetensors file in it.
-        ValueError: none of them holds a LoRA² adapter.
+        ValueError: none of them holds a LoRA² adapter, or one cannot be read.
     """
-    from safetensors import safe_open
-
     checkpoint = Path(checkpoint)
     files = sorted(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"checkpoint must be a safetensors file or a folder with one, got {checkpoint}")
     ranks = {}
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        with saved.naming(file) as safetensors, safetensors.safe_open(file, "pt") as tensors:
             for key in tensors.keys():
-                name, found, _ = key.partition(".lora_mask")
+                name, found, _ = f".{key}".partition(".lora_mask")
                 if found:
-                    ranks[name] = int(tensors.get_tensor(key).count_nonzero())
+                    ranks[name[1:] or "layer"] = int(tensors.get_tensor(key).count_nonzero())
     if not ranks:
         raise ValueError(f"checkpoint must hold a LoRA² adapter (lora_mask), got none in {checkpoint}")
     return arrange(ranks)
@@ -79,7 +78,7 @@ def training_log(checkpoint: str | Path) -> list[dict]:
     path = Path(checkpoint, LOG)
     if not path.is_file():
         return []
-    return [entry for entry in json.loads(path.read_text())["log_history"] if "loss" in entry]
+    return [entry for entry in saved.json_object(path).get("log_history", ()) if "loss" in entry]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -43,7 +43,7 @@ def check_readable(src_dir: str | os.PathLike) -> None:
     """ValueError that names file and reason if the weights in src_dir are damaged or no finite real numbers."""
     file = Path(src_dir, WEIGHTS)
     if file.is_file():
-        with _naming(file) as safetensors, safetensors.safe_open(file, "pt") as saved:
+        with naming(file) as safetensors, safetensors.safe_open(file, "pt") as saved:
             for key in filter(_TENSOR.fullmatch, saved.keys()):
                 check_values(file, key, saved.get_tensor(key))
 
@@ -55,19 +55,25 @@ def read(src_dir: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise ValueError(f"{src} is no saved adapter: it has no {file.name}")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config_file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_file} must hold a JSON object, got {type(config).__name__}")
-    with _naming(weights_file) as safetensors:
+    config = json_object(config_file)
+    with naming(weights_file) as safetensors:
         tensors = safetensors.torch.load_file(weights_file)
     return config, tensors
 
 
+def json_object(file: Path) -> dict:
+    """What a file of JSON holds; ValueError, with its name, if that cannot be read or is no object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
 @contextlib.contextmanager
-def _naming(file: Path) -> Iterator:
+def naming(file: Path) -> Iterator:
     """safetensors, whose complaints then name the file."""
     try:
         import safetensors.torch

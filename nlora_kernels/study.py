@@ -6,19 +6,20 @@ one run with "method", "rank", "lr", "seed", "metrics", "trained", "seconds", "t
 "others", the cores that other programs kept busy meanwhile, were none; "machine" is what it ran on.
 """
 
-import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import plotting
+from . import plotting, saved
 
 BASELINE = "lora"
 HEADER = ["method", "rank", "lr", "rates", "n", "mean", "sd", f"less {BASELINE}'s"]
 HEADER += ["trained", "kept", "seconds", "tokens/s", "peak MiB"]
 # Cores that others may keep busy while a time is measured.
 QUIET = 0.1
+# What every run holds that is read here.
+_CELL = {"method", "rank", "lr", "seed", "metrics", "curve", "trained", "seconds", "tokens_per_second", "peak_bytes"}
 
 
 class Row(NamedTuple):
@@ -89,12 +90,15 @@ def _sd(values: list[float]) -> float:
 def load(file: str | Path) -> dict[str, Any]:
     """Raises ValueError if the file holds no study, or one without a finished run."""
     file = Path(file)
-    study = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(study, dict) or not {"metric", "higher_is_better", "cells"} <= study.keys():
+    study = saved.json_object(file)
+    if not {"metric", "higher_is_better", "cells"} <= study.keys() or not isinstance(study["cells"], dict):
         raise ValueError(f"file must hold a study of examples/compare.py, got {file}")
     if not study["cells"]:
         raise ValueError(f"file must hold a study with at least one finished run, got none in {file}")
     for key, cell in study["cells"].items():
+        if not isinstance(cell, dict) or (missing := _CELL - cell.keys()):
+            lacks = "no object" if not isinstance(cell, dict) else f"without {', '.join(sorted(missing))}"
+            raise ValueError(f"{file} must hold runs of examples/compare.py, got {key} {lacks}")
         if study["metric"] not in cell["metrics"]:
             known = ", ".join(cell["metrics"])
             raise ValueError(f"metric must be one of {known}, got {study['metric']!r}, which {key} has not")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends, ops, testing
+from .. import backends, ops, saved, testing
 from ..backends import Call, native, verified
 from ..backends.cpu import plans, records
 from ..backends.triton.tuning import tables
@@ -382,8 +382,9 @@ def _inspect(model: nn.Module | str | Path, problems: list[str]) -> None:
     file = Path(model, "config.json")
     if not file.is_file():
         raise FileNotFoundError(f"model must be a folder with a config.json, got {model}")
-    config = json.loads(file.read_text())
-    quantised = config.get("quantization_config")
+    quantised = saved.json_object(file).get("quantization_config") or {}
+    if not isinstance(quantised, dict):
+        raise ValueError(f"{file} must hold an object as quantization_config, got {type(quantised).__name__}")
     if quantised and quantised.get("quant_method") not in ("bitsandbytes", "torchao"):
         problems.append(
             f"{model} is quantised ({quantised.get('quant_method', 'unknown method')}): plain LoRA runs as base layer "
@@ -403,7 +404,10 @@ def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) ->
     def empty(rows: int, cols: int, to: str) -> Tensor:
         return torch.empty(rows, cols, dtype=DTYPES[to], device=device)
 
-    call = Call(empty(M, K, dtype), empty(N, K, dtype), *(empty(*s, adapter) for s in ((R, K), (N, R), (R, R))))
+    try:
+        call = Call(empty(M, K, dtype), empty(N, K, dtype), *(empty(*s, adapter) for s in ((R, K), (N, R), (R, R))))
+    except RuntimeError as error:
+        raise ValueError(f"a layer of the shape {M} {K} {N} {R} has no room on {device}: {error}") from error
     chosen, path = None, None
     try:
         backend = backends.select(None, call.x, call)

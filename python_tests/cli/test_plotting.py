@@ -100,6 +100,55 @@ def test_bad_checkpoints(checkpoint, tmp_path, capsys):
     assert f"out must be a folder, got the file {tmp_path / 'file'}" in capsys.readouterr().err
 
 
+def damaged(folder, kind):
+    """The arguments of a command for an input that is at fault."""
+    folder.mkdir()
+    file = folder / "adapter_model.safetensors"
+    if kind in ("cut", "log"):
+        save_file({"q.lora_mask": torch.ones(3)}, file)
+        if kind == "cut":
+            file.write_bytes(file.read_bytes()[:-9])
+        else:
+            (folder / plotting.LOG).write_text("[]")
+        return ["plot", "ranks", folder]
+    if kind.startswith("study"):
+        cells = {"list": [1], "number": {"a": 1}, "short": {"a": {"metrics": {"loss": 1.0}}}}[kind.partition(" ")[2]]
+        file = folder / "study.json"
+        file.write_text(json.dumps({"metric": "loss", "higher_is_better": False, "cells": cells}))
+        return ["plot", "study", file]
+    if kind == "room":
+        return ["doctor", "--shape", 10**8, 10**7, 10**7, 8]
+    (folder / "config.json").write_text(
+        {"list": "[]", "text": '{"quantization_config": "x"}', "cut": "{"}[kind.split()[1]]
+    )
+    return ["doctor", "--model", folder]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("cut", "adapter_model.safetensors cannot be read"),
+        ("log", "trainer_state.json must hold a JSON object, got list"),
+        ("study list", "file must hold a study of examples/compare.py"),
+        ("study number", "must hold runs of examples/compare.py, got a no object"),
+        ("study short", "got a without curve, lr, method, peak_bytes, rank, seconds, seed, tokens_per_second, trained"),
+        ("config list", "config.json must hold a JSON object, got list"),
+        ("config text", "config.json must hold an object as quantization_config, got str"),
+        ("config cut", "config.json cannot be read"),
+        ("room", "a layer of the shape 100000000 10000000 10000000 8 has no room on cpu"),
+    ],
+)
+def test_an_input_at_fault_is_one_line(tmp_path, capsys, kind, message):
+    assert cli.main(list(map(str, damaged(tmp_path / "input", kind)))) == 1
+    said = capsys.readouterr().err.strip()
+    assert message in said and "\n" not in said
+
+
+def test_ranks_of_a_layer_by_itself(tmp_path):
+    save_file({"lora_mask": torch.tensor([1.0, 0.0, 1.0])}, tmp_path / "layer.safetensors")
+    assert plotting.rank_map(tmp_path / "layer.safetensors").kept == [[2]]
+
+
 def test_without_matplotlib_there_is_text(checkpoint):
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
