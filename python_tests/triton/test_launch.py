@@ -390,7 +390,9 @@ def test_counters_are_kept_by_stream_and_not_by_a_captured_graph(monkeypatch):
     active = SimpleNamespace(get_current_stream=lambda index: stream[0])
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(launch, "_COUNTERS", {})
-    monkeypatch.setattr(launch, "_outlasting", lambda count, on: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(launch, "_PRIVATE", {})
+    monkeypatch.setattr(launch, "PRIVATE", 4096)
+    monkeypatch.setattr(launch, "_outlasting", lambda count, on, **_: torch.zeros(count, dtype=torch.int32))
     monkeypatch.setattr(launch, "capturing", lambda on: False)
     first = launch.counters(OnGpu(), 10)
     assert launch.counters(OnGpu(), 20) is first and not first.any()
@@ -403,8 +405,39 @@ def test_counters_are_kept_by_stream_and_not_by_a_captured_graph(monkeypatch):
         launch.counters(OnGpu(), 10)
     assert len(launch._COUNTERS) <= launch.STREAMS
     monkeypatch.setattr(launch, "capturing", lambda on: True)
-    captured = launch.counters(OnGpu(), 10)
-    assert captured.numel() == 10 and captured is not launch.counters(OnGpu(), 10)
+    captured, other = launch.counters(OnGpu(), 10), launch.counters(OnGpu(), 1)
+    assert captured.numel() >= 10 and other.numel() >= 1 and not captured.any()
+    # Made before, in no capture, and of no other launch: a replay has nothing to fill.
+    private = launch._PRIVATE[0].zeros
+    for part, after in ((captured, other), (other, captured)):
+        assert part.untyped_storage().data_ptr() == private.untyped_storage().data_ptr() and part.data_ptr() % 16 == 0
+        assert part.data_ptr() + 4 * part.numel() <= after.data_ptr() or part.data_ptr() > after.data_ptr()
+    # Where they are used up, or none were made before, they are the capture's own.
+    assert launch.counters(OnGpu(), 5000).numel() == 5000 == launch.counters(OnGpu(7), 5000).numel()
+
+
+def test_the_first_launch_of_a_kernel_is_refused_in_a_capture_before_triton_tries(monkeypatch):
+    launch = pytest.importorskip("nlora_kernels.backends.triton.launch")
+    launched = []
+
+    class Kernel:
+        compiled = SimpleNamespace(module=None)
+
+        def warmup(self, grid, **arguments):
+            return self.compiled
+
+        def __getitem__(self, grid):
+            return lambda **arguments: launched.append(arguments)
+
+    kernel, on = Kernel(), torch.ones(1)
+    launch.run(kernel, (1,), on, warps=4, M=3)
+    monkeypatch.setattr(launch, "capturing", lambda on: True)
+    with pytest.raises(RuntimeError, match="cannot capture the first launch of a kernel: make the call once"):
+        launch.run(kernel, (1,), on, warps=4, M=3)
+    assert len(launched) == 1
+    kernel.compiled.module = 7
+    launch.run(kernel, (1,), on, warps=4, M=3)
+    assert len(launched) == 2
 
 
 def test_a_capture_is_looked_for_on_the_device_of_the_tensor(monkeypatch):

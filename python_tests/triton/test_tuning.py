@@ -87,6 +87,9 @@ def test_the_nearest_measured_entry_goes_before_the_rule(table):
     assert file.name == "nvidia-h200.json"
     assert tuning.wide_tile(9000, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*near)
     assert tuning.single_launch(9000, 4096, 4096, 64, BF16, False, True, Tile(*near), HOPPER)
+    # A rank whose tiles of P are wider was not measured.
+    assert tuning.single_launch(9000, 4096, 4096, 60, BF16, False, True, Tile(*near), HOPPER)
+    assert not tuning.single_launch(9000, 4096, 4096, 65, BF16, False, True, Tile(*near), HOPPER)
     assert tuning.wide_tile(15000, 4096, 4096, 64, BF16, False, True, HOPPER) == Tile(*far)
     # Another dtype, a shape too far off and another device keep to the rule.
     rule = tuning.wide_tile(8192, 4096, 4096, 64, BF16, False, True, HOPPER._replace(name="other"))

@@ -7,6 +7,7 @@ marked `planned`, whose results are remembered. No plan holds a tensor or an add
 
 import contextlib
 import functools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from typing import NamedTuple
@@ -27,6 +28,8 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 PLANS = 2048
 # Streams whose counters are kept.
 STREAMS = 64
+# Zeros of a device for all that CUDA graphs capture, 2 MiB: some thousands of launches.
+PRIVATE = 1 << 19
 
 
 class Layout(NamedTuple):
@@ -167,9 +170,18 @@ def strided(t: Tensor) -> Matrix | Vector | Stack:
 def run(
     kernel, grid: tuple[int, ...], on: Tensor, *, warps: int, stages: int = 1, meta: tuple | None = None, **arguments
 ):
-    """Launches a kernel on the device of a tensor and on its current stream; what was compiled, if anything was."""
+    """Launches a kernel on the device of a tensor and on its current stream; what was compiled, if anything was.
+
+    RuntimeError for the first launch of a kernel in the capture of a CUDA graph, which must not load code.
+    """
+    given = arguments | options(warps, stages, meta)
     with torch.cuda.device_of(on):
-        return kernel[grid](**arguments, **options(warps, stages, meta))
+        # NOTE: asked for before Triton tries: of a kernel whose code it could not load it keeps what never runs.
+        if capturing(on) and kernel.warmup(grid=grid, **given).module is None:
+            raise RuntimeError(
+                "a CUDA graph cannot capture the first launch of a kernel: make the call once, at this size, before it"
+            )
+        return kernel[grid](**given)
 
 
 def options(warps: int, stages: int, meta: tuple | None) -> dict:
@@ -222,11 +234,16 @@ def counters(on: Tensor, count: int) -> Tensor:
     """`count` int32 zeros at least, for a launch on the current stream that leaves them zero.
 
     Launches on one stream follow one another, so they share them. A CUDA graph is replayed on any stream: what it
-    captures has zeros of its own.
+    captures has zeros of its own, for good, of those that were made before; were they made in the graph, every replay
+    would fill them.
     """
+    index = on.get_device()
     if capturing(on):
-        return torch.zeros(count, dtype=torch.int32, device=on.device)
-    key = (on.get_device(), driver.active.get_current_stream(on.get_device()) if on.is_cuda else 0)
+        taken = _PRIVATE[index].take(count) if index in _PRIVATE else None
+        return torch.zeros(count, dtype=torch.int32, device=on.device) if taken is None else taken
+    if on.is_cuda and index not in _PRIVATE:
+        _PRIVATE[index] = _Private(_outlasting(PRIVATE, on, ready=True))
+    key = (index, driver.active.get_current_stream(index) if on.is_cuda else 0)
     kept = _COUNTERS.get(key)
     if kept is None or kept.numel() < count:
         kept = _COUNTERS[key] = _outlasting(max(1024, 2 * count), on)
@@ -236,13 +253,36 @@ def counters(on: Tensor, count: int) -> Tensor:
     return kept
 
 
-def _outlasting(count: int, on: Tensor) -> Tensor:
-    """Zeros that belong to no memory pool: that of a CUDA graph that is being warmed up must not outlast its step."""
+class _Private:
+    """Zeros that are given away in parts."""
+
+    def __init__(self, zeros: Tensor):
+        self.zeros, self.left, self.lock = zeros, len(zeros), threading.Lock()
+
+    def take(self, count: int) -> Tensor | None:
+        # Kernels are compiled for addresses that are multiples of 16.
+        count += -count % 4
+        with self.lock:
+            if count > self.left:
+                return None
+            self.left -= count
+            return self.zeros[self.left : self.left + count]
+
+
+_PRIVATE: dict[int, _Private] = {}
+
+
+def _outlasting(count: int, on: Tensor, ready: bool = False) -> Tensor:
+    """Zeros that belong to no memory pool: that of a CUDA graph that is being warmed up must not outlast its step.
+    `ready`: on every stream."""
     stream = torch.cuda.current_stream(on.device) if on.is_cuda else None
 
     def zeros():
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            return torch.zeros(count, dtype=torch.int32, device=on.device)
+            made = torch.zeros(count, dtype=torch.int32, device=on.device)
+        if stream and ready:
+            stream.synchronize()
+        return made
 
     # NOTE: a pool takes what its own thread allocates.
     with ThreadPoolExecutor(1) as another:

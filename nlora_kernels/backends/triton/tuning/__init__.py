@@ -47,4 +47,7 @@ def single_launch(
 ) -> bool:
     """Whether the narrow product goes into the launch of the wide one."""
     measured = tables.nearest(dtype, tf32, (M, N, K, R), transposed, device) if aligned else None
-    return measured["single"] if measured else rule.single_launch(M, R, dtype, aligned, tile, device)
+    if measured:
+        # What was measured holds for tiles of P as wide, which are registers and shared memory.
+        return measured["single"] and padded(R) <= padded(measured["shape"][3])
+    return rule.single_launch(M, R, dtype, aligned, tile, device)
