@@ -8,6 +8,8 @@ Where a graph of the backward is asked for, under torch.func and in forward mode
 PyTorch's own operations on the inputs, which can be differentiated as often as one likes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -284,8 +286,8 @@ torch.library.register_autograd("nlora_kernels::lora2_core", _Core.backward, set
 
 def as_rows(x: Tensor) -> Tensor:
     """x (..., K) as (M, K)."""
-    # NOTE: no arithmetic with sizes, which a program that is recorded would take for constants.
-    return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    # NOTE: not by Size.numel(), which a program that is recorded would take for a constant.
+    return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def unflatten(y: Tensor, x: Tensor) -> Tensor:
