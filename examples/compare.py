@@ -8,8 +8,8 @@ follows -- goes to every run. Every method has the same number of rates: its own
 study.json has already are not run again, so that the same command goes on after Ctrl-C; --jobs run at once. At the end
 the table is printed and written, with curves of the loss and a forest plot, as `nlora-kernels plot study` does.
 
---check N runs the N oldest cells again and compares their numbers: a study that was gone on with may hold
-some of kernels that have changed since.
+--check N runs the N oldest cells again and compares their numbers: a study that was continued later may
+hold cells made by older kernels.
 """
 
 import argparse

@@ -67,14 +67,14 @@ def add_optimisation(parser: argparse.ArgumentParser, *, scheduler: str, warmup:
     """What every training has; the keywords are defaults."""
     add = parser.add_argument
     add("--optim", choices=OPTIMIZERS, default="adamw")
-    add("--scheduler", choices=SCHEDULERS, default=scheduler)
+    add("--scheduler", choices=SCHEDULERS, default=scheduler, help="(default %(default)s)")
     add("--warmup", type=real(0, 1, and_low=True), default=warmup, help="share of the steps")
     add("--weight-decay", type=real(0, and_low=True), default=0.0)
-    add("--steps", type=whole(1), default=steps)
+    add("--steps", type=whole(1), default=steps, help="of the optimizer (default %(default)s)")
     add("--epochs", type=real(0), help="takes the place of --steps")
-    add("--batch-size", type=whole(1), default=batch_size)
+    add("--batch-size", type=whole(1), default=batch_size, help="(default %(default)s)")
     add("--accumulation", type=whole(1), default=1, help="batches per step")
-    add("--seed", type=whole(0, 2**32 - 1), default=0)
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="(default %(default)s)")
     add("--result", type=Path, metavar="FILE", help="write what was measured as JSON")
     add("--preset", help=f"settings of a table of the papers; any other argument overrides ({presets.FOLDER})")
 
