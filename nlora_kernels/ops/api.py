@@ -68,8 +68,9 @@ def lora_linear(
 
     Raises:
         TypeError: an argument is no tensor or number, or dtypes do not fit together.
-        ValueError: shapes or devices do not fit, dropout is not within [0, 1], seed is none, the named backend is
-            unknown or cannot take the call, or a quantised weight requires a gradient or lacks what belongs to it.
+        ValueError: shapes or devices do not fit, dropout is not within [0, 1], seed does not hold one int64, the named
+            backend is unknown or cannot take the call, or a quantised weight requires a gradient or lacks what belongs
+            to it.
     """
     return fused_linear(Call(x, weight, lora_A, lora_B, lora_N, bias, scaling), dropout, seed, backend)
 

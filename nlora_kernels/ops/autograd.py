@@ -300,10 +300,10 @@ def in_shape(y: Tensor, x: Tensor, shown: bool) -> Tensor:
     if x.dim() == 2:
         return y
     shape = *x.shape[:-1], y.shape[-1]
-    if internals.tracing():
-        # The one way by which a trace keeps sizes; it takes no Function.
-        return y.view(shape)
-    return torch.ops.aten._unsafe_view(y, shape) if shown else y.resize_(shape)
+    if not shown:
+        return y.resize_(shape)
+    # The one way by which a trace keeps sizes; it takes no Function.
+    return y.view(shape) if internals.tracing() else torch.ops.aten._unsafe_view(y, shape)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

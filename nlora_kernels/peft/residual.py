@@ -133,7 +133,7 @@ def give_as_they_came(model: nn.Module, state_dict: dict[str, Any]) -> None:
             state_dict[key] = _moved(layer, state_dict[key], layer.subtracted, layer._kept(layer.subtracted), 1)
 
 
-def take_as_they_came(model: nn.Module, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+def take_as_they_came(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict of an adapter with the base weights of such layers as they are at rest, and what is then out of
     them: of the adapter's own product or of that which is out now, the first by name."""
     taken = dict(state_dict)

@@ -131,7 +131,7 @@ class _FusedModel(LoraModel):
         # Of plain LoRA, what is missing is PEFT's to say.
         if not is_lora(config):
             state_dicts.check_keys(model, config, adapter_name, remapped)
-        return residual.take_as_they_came(model, adapter_name, remapped)
+        return residual.take_as_they_came(model, remapped)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -231,6 +231,7 @@ __device__ volatile SpinRecord* nlora_spin_records;
 }
 
 #define NLORA_SPIN_SITE , Site site = Site::here()
+#define NLORA_SPIN_CALLER , site
 #define NLORA_SPIN_CHECK(bound, ...) bound.check(site, __VA_ARGS__)
 
 struct SpinBound {
@@ -272,6 +273,7 @@ struct SpinBound {
 #else
 
 #define NLORA_SPIN_SITE
+#define NLORA_SPIN_CALLER
 #define NLORA_SPIN_CHECK(bound, ...) (void)bound
 
 struct SpinBound {};
@@ -355,9 +357,10 @@ NLORA_OP void mbarrier_arrive_in(uint32_t barrier, uint32_t rank) {
 
 template <int kBlocks>
 NLORA_OP void mbarrier_wait_in(uint32_t barrier, uint32_t parity NLORA_SPIN_SITE) {
-  SpinBound bound;
-  while (!(kBlocks == 1 ? mbarrier_passed(barrier, parity) : mbarrier_passed_cluster(barrier, parity))) {
-    NLORA_SPIN_CHECK(bound, SpinRecord::kBarrier, barrier - shared_base(), parity, parity);
+  if constexpr (kBlocks == 1) {
+    mbarrier_wait(barrier, parity NLORA_SPIN_CALLER);
+  } else {
+    mbarrier_wait_cluster(barrier, parity NLORA_SPIN_CALLER);
   }
 }
 
