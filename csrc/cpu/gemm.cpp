@@ -83,10 +83,15 @@ std::vector<Depth> depths_of(const Kernels& kernel, const std::vector<Summand>& 
 // Rows of left multiplied at a time: as many as are transposed in registers when they are packed.
 int64_t step_rows(const Kernels& kernel) { return round_up(kernel.width, kernel.tile_rows); }
 
-// Columns of right packed at a time, of `cols` in all.
+// As many columns of right as may be packed at a time.
+int64_t most_cols(const Kernels& kernel, const Problem& p) {
+  return std::max<int64_t>(kernel.tile_cols, p.fitting / p.deepest / kernel.tile_cols * kernel.tile_cols);
+}
+
+// Columns of right packed at a time, of `cols` that a thread has. Fewer may be packed more at a time, where they are one
+// block and not two.
 int64_t block_cols(const Kernels& kernel, const Problem& p, int64_t cols) {
-  const int64_t limit =
-      std::max<int64_t>(kernel.tile_cols, p.fitting / p.deepest / kernel.tile_cols * kernel.tile_cols);
+  const int64_t limit = most_cols(kernel, p);
   const int64_t blocks = std::max<int64_t>(1, (cols + limit - 1) / limit);
   return round_up((cols + blocks - 1) / blocks, kernel.tile_cols);
 }
@@ -96,8 +101,10 @@ int64_t right_size(const Kernels& kernel, const Problem& p) {
   return std::min(all, std::max<int64_t>(p.fitting, kernel.tile_cols * p.deepest));
 }
 
+// Of whatever share of the columns a thread has.
 int64_t sums_size(const Kernels& kernel, const Problem& p) {
-  return p.out.dtype == Dtype::kFloat32 ? 0 : std::min(kRows, p.out.rows) * block_cols(kernel, p, p.out.cols);
+  const int64_t width = std::min(most_cols(kernel, p), round_up(p.out.cols, kernel.tile_cols));
+  return p.out.dtype == Dtype::kFloat32 ? 0 : std::min(kRows, p.out.rows) * width;
 }
 
 // What a thread needs for itself.

@@ -207,6 +207,63 @@ void check(const Shape& s, Dtype dtype, Dtype adapter, Between between, bool wit
   }
 }
 
+// Layers of so many columns each that share x, forward and backward.
+void check_group(int64_t M, int64_t K, const std::vector<int64_t>& widths, Dtype dtype, int threads, int pieces) {
+  const int64_t R = 4;
+  const float scaling = 0.5f;
+  struct Member {
+    Tensor W, A, B, dy, y, T, dA, dB;
+  };
+  std::vector<Member> members;
+  std::vector<nlora::cpu::Forward> forwards;
+  std::vector<nlora::cpu::Backward> backwards;
+  const Tensor x = tensor(M, K, dtype, 1), dx = tensor(M, K, dtype, 0, false);
+  for (const int64_t N : widths) {
+    const unsigned seed = 10 * unsigned(members.size());
+    members.push_back({tensor(N, K, dtype, seed + 2), tensor(R, K, dtype, seed + 3), tensor(N, R, dtype, seed + 4),
+                       tensor(M, N, dtype, seed + 5), tensor(M, N, dtype, 0, false), tensor(M, R, dtype, 0, false),
+                       tensor(R, K, dtype, 0, false), tensor(N, R, dtype, 0, false)});
+    const Member& m = members.back();
+    forwards.push_back({x.view, m.W.view, m.A.view, m.B.view, {}, {}, m.y.view, m.T.view, scaling, threads, pieces});
+    backwards.push_back({m.dy.view,
+                         x.view,
+                         m.T.view,
+                         m.W.view,
+                         m.A.view,
+                         m.B.view,
+                         {},
+                         {},
+                         {},
+                         m.dA.view,
+                         m.dB.view,
+                         {},
+                         scaling,
+                         threads,
+                         pieces});
+  }
+  nlora::cpu::forward_group(forwards);
+  nlora::cpu::backward_group(backwards, dx.view);
+  std::vector<double> exact_dx(M * K);
+  double columns = 1;
+  for (size_t i = 0; i < members.size(); ++i) {
+    const Member& m = members[i];
+    const int64_t N = widths[i];
+    char where[160];
+    std::snprintf(where, sizeof where, "member %d of %d: M=%d K=%d N=%d dtype=%d threads=%d pieces=%d tier=%d", int(i),
+                  int(widths.size()), int(M), int(K), int(N), int(dtype), threads, pieces, int(nlora::cpu::tier()));
+    const auto T = product(x.exact, m.A.exact, M, K, R, scaling, false, true);
+    const auto H = product(m.dy.exact, m.B.exact, M, N, R, scaling);
+    const auto y =
+        add(product(x.exact, m.W.exact, M, K, N, 1, false, true), product(T, m.B.exact, M, R, N, 1, false, true));
+    compare("y", m.y, y, 1 + K + double(K) * R, where, pieces);
+    compare("dA", m.dA, product(H, x.exact, R, M, K, 1, true), 1 + double(M) * N, where, pieces);
+    compare("dB", m.dB, product(m.dy.exact, T, N, M, R, 1, true), 1 + double(M) * K, where, pieces);
+    exact_dx = add(exact_dx, add(product(m.dy.exact, m.W.exact, M, N, K), product(H, m.A.exact, M, R, K)));
+    columns += N + N * R;
+  }
+  compare("dx", dx, exact_dx, columns, "a group", pieces);
+}
+
 // weight += left·right where it is done, and nothing where it is left to the library.
 void check_add_product(int64_t N, int64_t K, int64_t R, int64_t gap, int threads) {
   const Tensor left = tensor(N, R, Dtype::kFloat32, 1), right = tensor(R, K, Dtype::kFloat32, 2, true, gap);
@@ -273,6 +330,13 @@ int main(int argc, char** argv) {
         check(s, dtype, adapter, between, true, mix & 4, mix & 8 ? 1 : 3);
         check(s, dtype, adapter, between, false, mix & 4, mix & 8 ? 3 : 1);
         check(s, dtype, adapter, between, true, mix & 8, mix & 4 ? 1 : 3, mix & 32 ? 1 : 2);
+      }
+    // Parts of members that are one block of columns where the whole member is two, by several runs over k.
+    for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})
+      for (int threads : {2, 3}) {
+        check_group(17 + threads, 900, {900, 130, 128}, dtype, threads, threads == 2 ? 1 : 3);
+        check_group(16 + threads, 580, {576, 192, 192}, dtype, threads, threads == 2 ? 3 : 1);
+        check_group(15, 70, {50, 1, 97}, dtype, threads, 3);
       }
     for (int64_t R : {8, 33, 160, 161})
       for (const Shape& s : {Shape{0, 5, 3, 0}, {0, 48, 8, 0}, {0, 16, 7, 0}, {0, 150, 130, 0}, {0, 97, 517, 0}})

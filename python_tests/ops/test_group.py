@@ -113,6 +113,28 @@ def test_every_plan_of_the_cpu_keeps_the_budget(monkeypatch, plan, M, ranks):
     budget.check(testing.outputs(ours(3, scalings, backend="cpu"), tensors, dy))
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("tier", [tier for backend, tier in ways() if backend == "cpu"])
+def test_a_share_of_the_columns_may_be_one_block_where_all_of_them_are_two(monkeypatch, tier, dtype, pieces):
+    """Threads have parts of members that no other cut leaves, and each keeps sums of 16-bit results for its part."""
+    monkeypatch.setattr(type(TABLE["cpu"]), "plan", staticmethod(lambda *args, **kwargs: Plan("whole", pieces)))
+    before = torch.get_num_threads()
+    try:
+        with capped(tier):
+            for K, Ns in ((896, (896, 128, 128)), (576, (576, 192, 192)), (2048, (200, 1000)), (1400, (500, 300, 700))):
+                tensors, _ = problem(Ns, M=60, K=K, dtype=dtype)
+                results = []
+                for threads in (1, 2, 3, 5, 8):
+                    torch.set_num_threads(threads)
+                    results += [ours(len(Ns), [0.5] * len(Ns), backend="cpu")(**tensors) for _ in range(2)]
+                exact = apart(len(Ns), [0.5] * len(Ns))(**{name: t.double() for name, t in tensors.items()})
+                assert (results[0] - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
+                assert all(torch.equal(result, results[0]) for result in results[1:]), (K, Ns)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("backend", [None, "reference", "lean", "cpu"])
 def test_a_layer_without_a_gradient_costs_nothing(backend):
     tensors, dys = problem([8, 6, 4], ranks=[2, 0, 3])
