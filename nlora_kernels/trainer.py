@@ -32,9 +32,9 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
 
     Its averages are saved in trainer_state.json, and a run that is resumed from a checkpoint goes on with them. Where
     the Trainer restores callbacks from it, this object stays in place and takes the checkpoint's numbers. Every log
-    entry that has a loss gets the current budget as "rank_budget". Steps with non-finite gradients, as a gradient
-    scaler makes them now and then, are skipped and counted in `allocator.skipped`. Where torch.distributed runs, the
-    first rank decides for all.
+    entry that has a loss gets the current budget as "rank_budget". Steps that a gradient scaler skips, and others with
+    non-finite gradients, do not enter the averages and are counted in `allocator.skipped`. Where torch.distributed
+    runs, the first rank decides for all.
 
     Args:
         target_rank: of `RankAllocator`, as are the others. Those left out are those of the model's LoRA2Config; without
@@ -121,8 +121,14 @@ class RankAllocatorCallback(TrainerCallback, ExportableState):
             _resume(allocator, state.stateful_callbacks.get(type(self).__name__), state.global_step)
         self.allocator, self.budget = allocator, allocator.budget(allocator.t)
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.budget = self.allocator.step(skip_nonfinite=True)
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self._scale = _scale(optimizer)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # Accelerate's wrapper of an optimizer knows what DeepSpeed made of its step, but not that a fused one has
+        # skipped it by itself: then the scaler has gone back.
+        skipped = getattr(optimizer, "step_was_skipped", False) or _scale(optimizer) < self._scale
+        self.budget = self.allocator.step(skip_nonfinite=True, skipped=skipped)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}):
@@ -166,6 +172,12 @@ def _is_scaled(trainer: Trainer, num_items_in_batch) -> bool:
         return stated
     by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
     return by_model or trainer.compute_loss_func is not None
+
+
+def _scale(optimizer) -> float:
+    """Of the losses, by the gradient scaler of accelerate's wrapper of an optimizer, if there is one."""
+    scaler = getattr(optimizer, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
 
 
 def _active_config(model):

@@ -47,9 +47,11 @@ class RankAllocator:
     into E, from which they may regrow, and at t = T − t_final for good, by zeros in `lora_mask` too. Of equal scores
     the earlier layer wins, then the smaller index.
 
+    Values that an earlier run masked for good are out of the function and stay so: b_0 counts the others alone.
+
     Args:
         model: holds LoRA² layers, see `layers`; their order is that of model.named_modules().
-        target_rank: singular values left per layer, on average, 1 … mean r.
+        target_rank: singular values left per layer, on average, 1 … mean r, or mean of what an earlier run left.
         total_steps: T, optimizer steps of the run.
         t_init: steps before the first pruning.
         t_final: steps after the last.
@@ -104,14 +106,14 @@ class RankAllocator:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {beta}")
         if t_init + t_final >= total_steps:
             raise ValueError(f"t_init + t_final must be below total_steps = {total_steps}, got {t_init} + {t_final}")
-        ranks = [layer.r for layer in found]
-        self._count = sum(layer.count for layer in found)
-        if target_rank * self._count > sum(ranks):
-            mean = sum(ranks) / self._count
-            raise ValueError(f"target_rank must be at most the mean r of the layers, {mean:g}, got {target_rank}")
         devices = {str(t.device) for t in (*self._scored, *self._columns)}
         if len(devices) > 1:
             raise ValueError(f"the LoRA² adapters must be on one device, got {', '.join(sorted(devices))}")
+        self._count = sum(layer.count for layer in found)
+        self._live_on(torch.cat([layer.lora_mask.detach() for layer in found]) != 0)
+        if target_rank * self._count > self._first:
+            mean = self._first / self._count
+            raise ValueError(f"target_rank must be at most the mean r of the layers, {mean:g}, got {target_rank}")
         self.target_rank, self.total_steps, self.t_init, self.t_final = target_rank, total_steps, t_init, t_final
         self.delta_t, self.beta1, self.beta2, self.group = delta_t, beta1, beta2, group
         self.t = 0
@@ -120,7 +122,7 @@ class RankAllocator:
         like, size = found[0].lora_E, sum(engines.shape(t).numel() for t in (*self._scored, *self._columns))
         self.exp_avg = torch.zeros(size, dtype=torch.promote_types(torch.float32, like.dtype), device=like.device)
         self.exp_unc = torch.zeros_like(self.exp_avg)
-        self._kept = torch.ones(sum(ranks), dtype=torch.bool, device=like.device)
+        self._kept = self._alive.clone()
         self._nonfinite, self._progress = torch.zeros(2, dtype=torch.int64, device=like.device)
         self._where, self._share = _score_index(found, self.exp_avg)
         each = [layer.r // layer.count for layer in found for _ in range(layer.count)]
@@ -131,7 +133,7 @@ class RankAllocator:
 
     def budget(self, t: int) -> int:
         """b(t), how many singular values step t leaves."""
-        first, last = self._kept.numel(), self.target_rank * self._count
+        first, last = self._first, self.target_rank * self._count
         if t <= self.t_init:
             return first
         if t >= self._freezing_step:
@@ -140,7 +142,7 @@ class RankAllocator:
         return int((first - last) * remaining**3 + last)
 
     @torch.no_grad()
-    def step(self, *, skip_nonfinite: bool = False) -> int:
+    def step(self, *, skip_nonfinite: bool = False, skipped: bool = False) -> int:
         """One step of the schedule; returns b(t). Call it after optimizer.step() and before zero_grad().
 
         A tensor without a gradient counts as one with a zero gradient. A step whose gradients hold NaN or infinity
@@ -148,6 +150,9 @@ class RankAllocator:
         scaled, goes on with the scores as they were and is counted in `skipped`. On a device other than the CPU such
         a step is seen at the next masking and not before, where the host waits for the device anyway: nothing else
         here makes it wait.
+
+        With `skipped`, for a step that the optimizer did not make, as a gradient scaler decides, no gradient is read:
+        clipping by a norm of infinity leaves zeros of them, which are finite. It is counted alike.
 
         Raises:
             NonFiniteGradientError: see above.
@@ -158,6 +163,8 @@ class RankAllocator:
             raise RuntimeError(f"step() must be called at most total_steps = {self.total_steps} times, got call {t}")
         scoring, freeze = t < self._freezing_step, t == self._freezing_step
         masking = freeze or (scoring and t > self.t_init and t % self.delta_t == 0)
+        passed_over = scoring and skipped
+        scoring = scoring and not skipped
         if freeze:
             # Moving a model gives it new buffers.
             self.layers = [layer.again() for layer in self.layers]
@@ -176,8 +183,9 @@ class RankAllocator:
             masks = [layer.lora_mask for layer in self.layers] if freeze else []
             if self._apart:
                 tensors, grads = _gathered(tensors, grads)
-            # The kernels read the small tensors alone.
-            found = None if self.full else kernels([t for t in (*tensors, *grads, *masks) if t is not None])
+            # The kernels read the small tensors alone, and take every value to be alive.
+            by_kernels = not self.full and self._first == self._alive.numel()
+            found = kernels([t for t in (*tensors, *grads, *masks) if t is not None]) if by_kernels else None
             options = {"scoring": scoring, "skip_nonfinite": skip_nonfinite}
             whole = found is not None and found.allocate is not None
             if whole and self.group is None:
@@ -188,14 +196,15 @@ class RankAllocator:
             if masking and self._apart:
                 shards.write(self._scored[::3], tensors[: len(self._scored) : 3])
         self.t = t
+        self.skipped += passed_over
         return budget
 
     def importance(self) -> dict[str, Tensor]:
-        """{module name: scores (r,)}, higher is more important."""
+        """{module name: scores (r,)}, higher is more important; −inf for what an earlier run masked for good."""
         return self._by_layer(self._scores())
 
     def ranks(self) -> dict[str, int]:
-        """{module name: how many of its singular values the last masking kept}, r before the first."""
+        """{module name: how many of its singular values the last masking kept}, before the first all that are alive."""
         return {name: sum(kept) for name, kept in self._by_layer(self._kept.cpu(), Tensor.tolist).items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,6 +216,7 @@ class RankAllocator:
             "exp_avg": self.exp_avg.clone(),
             "exp_unc": self.exp_unc.clone(),
             "kept": self._kept.clone(),
+            "alive": self._alive.clone(),
             "nonfinite": int(self._nonfinite),
         }
 
@@ -224,7 +234,7 @@ class RankAllocator:
                 raise ValueError(f"state must hold (r, k) = {expected} of layer {name}, got {actual}")
         if not 0 <= state["t"] <= self.total_steps:
             raise ValueError(f"state must be of a step up to total_steps = {self.total_steps}, got {state['t']}")
-        for name in ("exp_avg", "exp_unc", "kept"):
+        for name in ("exp_avg", "exp_unc", "kept", "alive"):
             if state[name].shape != own[name].shape:
                 raise ValueError(f"{name} must have shape {tuple(own[name].shape)}, got {tuple(state[name].shape)}")
         if self._gradients is not None:
@@ -233,7 +243,12 @@ class RankAllocator:
         self.exp_avg = state["exp_avg"].to(self.exp_avg, copy=True)
         self.exp_unc = state["exp_unc"].to(self.exp_unc, copy=True)
         self._kept = state["kept"].to(self._kept, copy=True)
+        self._live_on(state["alive"].to(self._alive, copy=True))
         self._nonfinite.fill_(state["nonfinite"])
+
+    def _live_on(self, alive: Tensor) -> None:
+        """Of the values (Σr,) which are not masked for good as the schedule begins."""
+        self._alive, self._first = alive, int(alive.sum())
 
     def _find_tensors(self) -> None:
         self._scored = [t for layer in self.layers for t in layer.scored]
@@ -320,6 +335,9 @@ class RankAllocator:
         self.skipped += count
 
     def _scores(self) -> Tensor:
+        return self._scores_of_all().masked_fill_(~self._alive, -torch.inf)
+
+    def _scores_of_all(self) -> Tensor:
         rows = ((self.exp_avg * self.exp_unc)[self._where] * self._share).sum(1)
         if not self.full:
             return rows

@@ -19,6 +19,7 @@ pytest.importorskip("accelerate")
 import peft
 from transformers import Trainer, TrainingArguments
 
+from nlora_kernels.lora2 import RankAllocator
 from nlora_kernels.peft import LoRA2Config
 from nlora_kernels.trainer import RankAllocatorCallback, add_orthogonal_penalty
 
@@ -236,6 +237,29 @@ def test_steps_that_the_gradient_scaler_skips_are_skipped_and_counted(tmp_path):
     assert callback.allocator.exp_avg.isfinite().all()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert sum(callback.allocator.ranks().values()) == 6
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_steps_that_the_scaler_skips_are_seen_behind_clipping_too(optim, tmp_path):
+    """An infinite gradient of a tensor that is not scored leaves zeros of all others."""
+    trainer, callback = trainer_of("plain", tmp_path, max_grad_norm=1.0, optim=optim)
+
+    def poisoned(grad):
+        return grad * (math.inf if trainer.state.global_step in (1, 7) else 1)
+
+    trainer.model.layers[0].lora_v.register_hook(poisoned)
+    averages = []
+    step = RankAllocator.step
+
+    def watched(self, **options):
+        averages.append(self.exp_avg.clone())
+        return step(self, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankAllocator, "step", watched)
+        scale_gradients(trainer).train()
+    assert callback.allocator.skipped == 2 and callback.allocator.t == STEPS
+    assert [i for i in range(9) if torch.equal(averages[i], averages[i + 1])] == [1, 7]
 
 
 def test_numbers_come_from_the_configuration_where_none_are_given(tmp_path):

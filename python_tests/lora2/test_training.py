@@ -310,20 +310,64 @@ def test_on_other_devices_non_finite_gradients_are_reported_at_the_next_masking(
     assert allocator.step() == allocator.budget(6)
 
 
-def test_steps_that_a_gradient_scaler_skips():
+@pytest.mark.parametrize("clipped", [False, True], ids=["", "clipped"])
+def test_steps_that_a_gradient_scaler_skips(clipped):
     model = net()
     optimizer, allocator = optimizer_of(model), RankAllocator(model, **SCHEDULE)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     for step in range(30):
         x = torch.randn(16, 12, generator=torch.Generator().manual_seed(step))
-        loss = model(x).square().mean() * (math.inf if step in (4, 5, 12) else 1)
+        loss = model(x).square().mean() * (1 if clipped or step not in (4, 5, 12) else math.inf)
         scaler.scale(loss).backward()
+        if clipped:
+            # One that is not scored: the clipping makes zeros of all gradients but this.
+            model.layers[0].lora_v.grad[0, 0] *= math.inf if step in (4, 5, 12) else 1
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
+        scale = scaler.get_scale()
         scaler.update()
-        allocator.step(skip_nonfinite=True)
+        averages = allocator.exp_avg.clone(), allocator.exp_unc.clone()
+        allocator.step(skip_nonfinite=True, skipped=clipped and scaler.get_scale() < scale)
+        if step in (4, 5, 12):
+            assert_same([allocator.exp_avg, allocator.exp_unc], list(averages))
         optimizer.zero_grad()
     assert allocator.skipped == 3 and sum(allocator.ranks().values()) == 8
     assert all(t.isfinite().all() for t in model.state_dict().values())
+
+
+@pytest.mark.parametrize("scores", ["rows", "full"])
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_a_second_run_revives_nothing_and_counts_what_lives(scores, penalty):
+    """What is masked for good has stale values and the penalty's gradient, and must not compete with what is alive."""
+    model = net()
+    train(model, optimizer_of(model), RankAllocator(model, **SCHEDULE), range(30))
+    masks = [layer.lora_mask.clone() for layer in model.layers]
+    for layer, mask in zip(model.layers, masks, strict=True):
+        # As momentum leaves them, and far above what is alive.
+        layer.lora_E.data[mask == 0] = 50.0
+    optimizer = optimizer_of(model)
+    allocator = RankAllocator(model, **{**SCHEDULE, "target_rank": 1}, scores=scores)
+    assert allocator.budget(1) == 8 and list(allocator.ranks().values()) == [int(mask.sum()) for mask in masks]
+    for step in range(30):
+        backward(model, step)
+        (penalty * orthogonal_penalty(model)).backward()
+        optimizer.step()
+        allocator.step()
+        optimizer.zero_grad()
+        for importance, mask in zip(allocator.importance().values(), masks, strict=True):
+            assert torch.equal(importance == -math.inf, mask == 0)
+        if step == 11:
+            # What goes on from here knows it too, though the model it is of came later.
+            resumed = RankAllocator(net(), **{**SCHEDULE, "target_rank": 1}, scores=scores)
+            resumed.load_state_dict(allocator.state_dict())
+            assert resumed.budget(1) == 8
+            assert_same(resumed.importance(), allocator.importance())
+    for layer, mask in zip(model.layers, masks, strict=True):
+        assert not layer.lora_mask[mask == 0].any()
+    assert sum(int(layer.lora_mask.sum()) for layer in model.layers) == sum(allocator.ranks().values()) == 4
+    with pytest.raises(ValueError, match="at most the mean r of the layers, 1, got 2"):
+        RankAllocator(model, **SCHEDULE)
 
 
 @pytest.mark.parametrize(
