@@ -110,6 +110,8 @@ def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None =
              "norm"     those of the greatest Euclidean norm, greatest first.
              "pivoted"  those that QR with column pivoting takes first: each adds the most to the span of those before.
 
+    The product of the largest rows and columns may be larger than W: take "norm" and "pivoted" with residual=True.
+
     Raises ValueError and TypeError as `nystrom` does.
     """
     weight = _check_weight(weight)

@@ -226,12 +226,15 @@ class NLoraLinear(_AdapterLinear):
         Raises:
             TypeError: linear is no nn.Linear, alpha or dropout no number, r no integer.
             ValueError: r or dropout out of range, an unknown name, train="core" with init="lora", residual with another
-                init than "nystrom"; with that, NaN or infinity in the weight, and core="pinv" without residual.
+                init than "nystrom"; with that, NaN or infinity in the weight, and core="pinv" without residual, or with
+                it and train="all" on a weight of 16 bits.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         check_choice("init", init, METHODS)
         check_method(init, core, select, residual)
+        if residual and train == "all":
+            check_subtraction(linear, linear.weight, core)
         weight = branches.readable_weight(linear)
         A, N, B = initial_adapter(weight, r, init, core=core, select=select, generator=generator)
         if N is not None and (reason := idle(A, N, B, train)):
@@ -379,4 +382,15 @@ def check_method(method, core: str, select: str, residual: bool) -> None:
     if core == "pinv" and method == "nystrom" and not residual:
         raise ValueError(
             "core='pinv' needs residual=True: without it the initial adapter moves the output by several times its size"
+        )
+
+
+def check_subtraction(linear: nn.Module, weight: Tensor, core: str) -> None:
+    """ValueError where the initial product that residual=True takes out of a weight would take its low bits along."""
+    if core == "pinv" and weight.dtype.itemsize < 4 and branches.can_be_added_to(linear, weight):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"core='pinv' with residual=True needs a base weight in float32, got {kind}: its product is several times "
+            "as large, and what is left without it would be rounded as coarsely; train='core' and core='optimal' take "
+            "any"
         )

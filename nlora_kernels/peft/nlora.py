@@ -20,7 +20,7 @@ from ..commit import attributes, commit
 from ..layers import branch as branches
 from ..layers import engines
 from ..layers.branch import Branch, Lora2Branch, local
-from ..layers.modules import check_alpha
+from ..layers.modules import check_alpha, check_subtraction
 from . import base as base_weights
 from . import residual, tensor_parallel
 from .config import NLoraConfig
@@ -181,6 +181,9 @@ class NLoraLinear(HasCore, FusedLinear):
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
             return
         self._check_core(r, lora_alpha, config)
+        if config.residual and config.train == "all":
+            base = self.get_base_layer()
+            check_subtraction(base, tensor_parallel.resident(base), config.core)
         self._forget(adapter_name)
         # Before PEFT's part, which moves, freezes and thaws what is there.
         self.lora_N[adapter_name] = nn.Linear(r, r, bias=False)
@@ -191,7 +194,6 @@ class NLoraLinear(HasCore, FusedLinear):
             if config.train == "all":
                 self.lora_A0[adapter_name] = Kept(r, self.in_features)
                 self.lora_B0[adapter_name] = Kept(self.out_features, r)
-                base = self.get_base_layer()
                 if base.weight.is_meta and not base_weights.is_offloaded(base):
                     self._awaited = "all"
         uninitialised = copy.copy(config)

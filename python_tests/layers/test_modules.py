@@ -15,7 +15,9 @@ METHODS = {
     "nlora_optimal": {"core": "optimal", "select": "pivoted"},
     "nlora_residual": {"residual": True},
     "inttune": {"train": "core"},
+    "optimal_residual": {"core": "optimal", "residual": True},
     "inttune_residual": {"train": "core", "residual": True, "core": "optimal"},
+    "inttune_pinv": {"train": "core", "residual": True, "core": "pinv"},
     "pinv_residual": {"core": "pinv", "residual": True},
 }
 
@@ -48,9 +50,10 @@ def test_step_0_leaves_the_function_unchanged(method):
     torch.testing.assert_close(layer(x), original(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["nlora_residual", "optimal_residual", "inttune_residual", "inttune_pinv"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_step_0_of_a_16_bit_residual_moves_by_its_rounding_alone(dtype):
-    layer, original = adapted("nlora_residual", dtype=dtype)
+def test_step_0_of_a_16_bit_residual_moves_by_its_rounding_alone(dtype, method):
+    layer, original = adapted(method, dtype=dtype)
     x = torch.randn(200, 24, dtype=dtype)
     exact = (x.double() @ original.weight.double().T) + original.bias.double()
     # What rounding W once changes, which the residual weight cannot avoid, and the output's own rounding.
@@ -262,6 +265,11 @@ BAD = {
         "core must be one of sample, optimal, pinv, got 'smaple'",
     ),
     "pinv": (lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8), 2, core="pinv"), ValueError, "needs residual=True"),
+    "pinv_of_16_bits": (
+        lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8).half(), 2, core="pinv", residual=True),
+        ValueError,
+        "needs a base weight in float32, got float16",
+    ),
 }
 
 

@@ -87,6 +87,11 @@ BAD_INJECTIONS = {
     "alpha_type": (lambda m: config("nlora", lora_alpha="8"), TypeError, "lora_alpha must be a real number, got str"),
     "alpha_inf": (lambda m: config("lora2", lora_alpha=float("inf")), ValueError, "lora_alpha must be finite, got inf"),
     "nan": (lambda m: poison(m) or config("nlora"), ValueError, "weight must be finite"),
+    "pinv": (
+        lambda m: m.bfloat16() and config("nlora", core="pinv", residual=True),
+        ValueError,
+        "in float32, got bfloat16",
+    ),
 }
 
 
