@@ -169,8 +169,7 @@ class NLoraLinear(_AdapterLinear):
         residual: bool = False,
         dropout: float = 0.0,
     ):
-        if train not in TRAIN:
-            raise ValueError(f"train must be one of {', '.join(TRAIN)}, got {train!r}")
+        check_choice("train", train, TRAIN)
         if train == "core" and lora_N is None:
             raise ValueError("train='core' needs a lora_N, which init='lora' has not")
         super().__init__(base, lora_A.shape[0], alpha, dropout)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..init import check_choice
 from ..layers import engines
 from . import flat, shards, zero
 from .kernels import kernels
@@ -89,8 +90,7 @@ class RankAllocator:
         scores: str = "rows",
         group: Any = None,
     ):
-        if scores not in SCORES:
-            raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}")
+        check_choice("scores", scores, SCORES)
         self.layers, self.full = layers(model), scores == "full"
         self._find_tensors()
         found = self.layers

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..init import check_choice
 from ..internals import composing, plain_apply
 from .kernels import kernels
 from .layers import layers, unpacked
@@ -43,8 +44,7 @@ def orthogonal_penalty(model: nn.Module, form: str = "reference", terms: Sequenc
 
     Raises ValueError for an unknown form or term, for no terms, or a model without LoRA² layers.
     """
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    check_choice("form", form, FORMS)
     given = _OWN_TERMS[form] if terms is None else (terms,) if isinstance(terms, str) else tuple(terms)
     if not given or set(given) - set(TERMS):
         raise ValueError(f"terms must be some of {', '.join(TERMS)}, got {terms!r}")
