@@ -51,15 +51,14 @@ def _check_hot_swap(check):
         """PEFT's, which compares what its table lists; the types of this package are in it for the call alone, because
         PEFT names the types in the table to those who pass another."""
         _refuse_hot_swap(config0, config1)
-        own = {kind: keys for kind, keys in _FIXED_IN_HOT_SWAP.items() if config0.peft_type == kind}
-        known = hotswap.CONFIG_KEYS_TO_CHECK
-        added = {kind: keys for kind, keys in own.items() if config0.peft_type not in known}
-        known.update(added)
+        kind, known = config0.peft_type, hotswap.CONFIG_KEYS_TO_CHECK
+        if kind in known or kind not in _FIXED_IN_HOT_SWAP:
+            return check(config0, config1)
+        known[kind] = _FIXED_IN_HOT_SWAP[kind]
         try:
             return check(config0, config1)
         finally:
-            for kind in added:
-                del known[kind]
+            del known[kind]
 
     return check_hotswap_configs_compatible
 
