@@ -182,9 +182,8 @@ def group(calls: list[Call], backend: str | None) -> tuple[Tensor, ...]:
         return tuple(composed(calls))
     x, calls, trains = found
     if trains:
-        flat = [t for c in calls for t in (*c[1:6], c.dropout and c.dropout.seed)]
-        options = [c.scaling for c in calls], [c.dropout.p if c.dropout else 0.0 for c in calls], backend, shown
-        return (_Group.apply if shown else _apply_plainly)(x, options, *flat)
+        scalings, drops, flat = flattened(calls)
+        return (_Group.apply if shown else _apply_plainly)(x, (scalings, drops, backend, shown), *flat)
     rows = [autograd.cast(call._replace(x=x)) for call in calls]
     return tuple([autograd.in_shape(y, x, shown) for y, _ in forward(rows, backend, shown)[0]])
 
@@ -217,6 +216,24 @@ def composed_linear(call: Call) -> Tensor:
         return linear(call._replace(x=call.x.to(dtype), weight=weight, bias=bias))
 
 
+def flattened(calls: Sequence[Call]) -> tuple[list[float], list[float], list[Tensor | None]]:
+    """The scalings of calls, p of their dropouts, and the tensors of each in the order of _MEMBER, for autograd."""
+    drops, seeds = _dropouts(calls)
+    flat = [t for call, seed in zip(calls, seeds, strict=True) for t in (*call[1:6], seed)]
+    return [call.scaling for call in calls], drops, flat
+
+
+def unflattened(x: Tensor | None, scalings: list[float], drops: list[float], flat: Sequence) -> list[Call]:
+    """The calls that gave this, with an x."""
+    members = zip(range(0, len(flat), 6), scalings, drops, strict=True)
+    return [Call(x, *flat[i : i + 5], s, Dropout(p, flat[i + 5]) if p else None) for i, s, p in members]
+
+
+def needs_of_arguments(needs_input_grad: Sequence[bool]) -> list[Needs]:
+    """Of each member, from what autograd says of the arguments (x, options, *flat) of a Function."""
+    return [Needs(needs_input_grad[0], *needs_input_grad[i : i + 5]) for i in range(2, len(needs_input_grad), 6)]
+
+
 class _Group(torch.autograd.Function):
     """`options`: scalings, p of the dropouts, backend, and whether operators are to be shown. Then the tensors of every
     member in the order of _MEMBER."""
@@ -224,13 +241,7 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, options, *flat):
         scalings, drops, backend, shown = options
-        wanted = ctx.needs_input_grad
-        members = [flat[i : i + 6] for i in range(0, len(flat), 6)]
-        calls = [
-            Call(x, *tensors, s, Dropout(p, seed) if p else None)
-            for (*tensors, seed), s, p in zip(members, scalings, drops, strict=True)
-        ]
-        needs = [Needs(wanted[0], *wanted[i : i + 5]) for i in range(2, len(wanted), 6)]
+        calls, needs = unflattened(x, scalings, drops, flat), needs_of_arguments(ctx.needs_input_grad)
         results, backend = forward([autograd.cast(call) for call in calls], backend, shown)
         keep(ctx, x, calls, [T for _, T in results], needs, backend)
         return tuple([autograd.in_shape(y, x, shown) for y, _ in results])
@@ -328,7 +339,7 @@ def backward(calls, dys, Ts, needs, backend, shown: bool) -> tuple[Tensor | None
     return register.without_autocast(chosen.backward_group, calls, dys, Ts, needs)
 
 
-def _dropouts(calls: list[Call]) -> tuple[list[float], list[Tensor | None]]:
+def _dropouts(calls: Sequence[Call]) -> tuple[list[float], list[Tensor | None]]:
     drops = [call.dropout or (0.0, None) for call in calls]
     return [p for p, _ in drops], [seed for _, seed in drops]
 

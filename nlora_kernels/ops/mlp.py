@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import internals
-from ..backends import Call, Dropout, Grads, Needs
+from ..backends import Call, Grads, Needs
 from ..internals import composing, watched
 from . import autograd, group
 from .api import dropout_of
@@ -122,15 +122,8 @@ def _mlp(calls: list[Call], activation: str, recompute: bool, backend: str | Non
         return composed(calls, activation)
     x, calls, trains = found
     if trains:
-        flat = [t for c in calls for t in (*c[1:6], c.dropout and c.dropout.seed)]
-        options = _Options(
-            [c.scaling for c in calls],
-            [c.dropout.p if c.dropout else 0.0 for c in calls],
-            activation,
-            recompute,
-            backend,
-            shown,
-        )
+        scalings, drops, flat = group.flattened(calls)
+        options = _Options(scalings, drops, activation, recompute, backend, shown)
         return (_Mlp.apply if shown else _apply_plainly)(x, options, *flat)
     ((gate, _), (up, _)), _ = group.forward([autograd.cast(c._replace(x=x)) for c in calls[:2]], backend, shown)
     product = ACTIVATIONS[activation](gate).mul_(up)
@@ -160,9 +153,8 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, options, *flat):
-        wanted, act = ctx.needs_input_grad, ACTIVATIONS[options.activation]
-        calls = _calls(x, options, flat)
-        needs = [Needs(wanted[0], *wanted[i : i + 5]) for i in range(2, len(wanted), 6)]
+        act = ACTIVATIONS[options.activation]
+        calls, needs = _calls(x, options, flat), group.needs_of_arguments(ctx.needs_input_grad)
         of_x, (*_, down) = [autograd.cast(call) for call in calls[:2]], calls
         ((gate, gate_T), (up, up_T)), chosen = group.forward(of_x, options.backend, options.shown)
         product = act(gate).mul_(up)
@@ -213,8 +205,7 @@ _apply_plainly = internals.plain_apply(_Mlp)
 
 
 def _calls(x: Tensor | None, options: _Options, flat: Sequence[Tensor | None]) -> list[Call]:
-    members = zip(range(0, len(flat), 6), options.scalings, options.dropouts, strict=True)
-    return [Call(x, *flat[i : i + 5], s, Dropout(p, flat[i + 5]) if p else None) for i, s, p in members]
+    return group.unflattened(x, options.scalings, options.dropouts, flat)
 
 
 def _in_dtypes(grads: Grads, weight: Tensor, bias: Tensor | None) -> Grads:
