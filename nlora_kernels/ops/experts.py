@@ -192,10 +192,7 @@ def experts_backward(dy, x, T, offsets, weight, lora_A, lora_B, lora_N, scaling,
 
 @torch.library.register_fake("nlora_kernels::lora_grouped_linear_backward")
 def _(dy, x, T, offsets, weight, lora_A, lora_B, lora_N, scaling, needs, backend):
-    inputs = zip((weight, lora_A, lora_B, lora_N), needs[1:5], strict=True)
-    dx = dy.new_empty(dy.shape[0], weight.shape[2]) if needs[0] else None
-    dbias = dy.new_empty(weight.shape[:2]) if needs[5] else None
-    return dx, *(t.new_empty(t.shape) if needed else None for t, needed in inputs), dbias
+    return register.fake_gradients(dy, (weight, lora_A, lora_B, lora_N), needs)
 
 
 def _keep_of_operator(ctx, inputs, output) -> None:

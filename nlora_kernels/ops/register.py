@@ -74,9 +74,14 @@ def _linear_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout,
 
 @torch.library.register_fake("nlora_kernels::lora_linear_backward")
 def _fake_linear_backward(dy, x, T, weight, lora_A, lora_B, lora_N, scaling, dropout, seed, needs, backend):
-    inputs = zip((weight, lora_A, lora_B, lora_N), needs[1:5], strict=True)
-    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None
-    dbias = dy.new_empty(dy.shape[1]) if needs[5] else None
+    return fake_gradients(dy, (weight, lora_A, lora_B, lora_N), needs)
+
+
+def fake_gradients(dy, matrices, needs):
+    """Those of x, of the matrices, weight (…, N, K) first, and of a bias (…, N)."""
+    (*out, K), inputs = matrices[0].shape, zip(matrices, needs[1:5], strict=True)
+    dx = dy.new_empty(dy.shape[0], K) if needs[0] else None
+    dbias = dy.new_empty(out) if needs[5] else None
     return dx, *(t.new_empty(t.shape) if needed else None for t, needed in inputs), dbias
 
 
