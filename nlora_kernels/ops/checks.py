@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Call, Factors, quantised
-from ..backends.base import PLAIN
+from ..backends.base import PLAIN, short
 from ..backends.native import _C
 from ..backends.quantised import Quantised
 
@@ -267,7 +267,7 @@ def _check_tensors(tensors: dict[str, Tensor | None], optional: tuple[str, ...] 
                 raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
             check_dense(**{name: t})
         if t.dtype not in DTYPES:
-            allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
+            allowed = ", ".join(sorted(map(short, DTYPES)))
             raise TypeError(f"{name} must be one of {allowed}, got {t.dtype}")
         device = device or t.device
         if t.device != device:

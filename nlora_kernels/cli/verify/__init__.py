@@ -25,6 +25,7 @@ import torch
 
 from ... import backends, cache, process
 from ...backends import verified
+from ...backends.base import short
 from . import child, protocol
 from .cases import REAL, REHEARSED, REPLAYS, Case, Sizes, cases_of
 from .layers import layer_of
@@ -329,9 +330,7 @@ def _on_gpu(reasons: dict[str, str | None]) -> list[tuple[str, str, None, str]]:
         why = "; ".join(f"{name}: {reasons[name]}" for name in backends.ON_GPU)
         raise ValueError(f"verify needs kernels that can run on this GPU, and there are none ({why})")
     return [
-        (name, verified.short(dtype), None, "passed")
-        for name in backends.ON_GPU
-        for dtype in backends.TABLE[name].proved_for
+        (name, short(dtype), None, "passed") for name in backends.ON_GPU for dtype in backends.TABLE[name].proved_for
     ]
 
 

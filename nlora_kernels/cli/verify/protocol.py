@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import verified
+from ...backends.base import short
 from .cases import dtype_of
 
 
@@ -25,7 +25,7 @@ def seed_of(task: dict[str, Any]) -> int:
 
 def encoded(t: Tensor) -> dict[str, Any]:
     data = bytes(t.detach().cpu().contiguous().flatten().view(torch.uint8).tolist())
-    return {"dtype": verified.short(t.dtype), "shape": list(t.shape), "data": base64.b64encode(data).decode()}
+    return {"dtype": short(t.dtype), "shape": list(t.shape), "data": base64.b64encode(data).decode()}
 
 
 def decoded(stored: dict[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from .... import cache, testing
 from ... import triton
+from ...base import short
 from .. import device
 from . import rule, tables
 
@@ -45,7 +46,7 @@ def measure(M: int, K: int, N: int, R: int, dtype: torch.dtype, transposed: bool
     by_rule = by_rule, rule.single_launch(M, R, dtype, True, by_rule, on)
     (tile, single), best = min(times.items(), key=lambda item: item[1])
     return {
-        "dtype": tables.short(dtype),
+        "dtype": short(dtype),
         "tf32": tf32,
         "shape": [M, N, K, R],
         "transposed": transposed,
