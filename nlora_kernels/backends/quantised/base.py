@@ -73,14 +73,16 @@ class Quantised:
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         """Some rows (dim 0) or columns (dim 1), of which each is decoded by itself."""
-        parts = [slice(i, i + 1) for i in index.tolist()]
-        return torch.cat([self.decode(*((at, ALL) if dim == 0 else (ALL, at))) for at in parts], dim)
+        return torch.cat([self._lines(dim, slice(i, i + 1)) for i in index.tolist()], dim)
 
     def split(self, size: int, dim: int = 0) -> Iterator[Tensor]:
         """All rows (dim 0 or -2) or columns (dim 1 or -1), `size` at a time."""
         for first in range(0, self.shape[dim], size):
-            at = slice(first, first + size)
-            yield self.decode(*((at, ALL) if dim % 2 == 0 else (ALL, at)))
+            yield self._lines(dim % 2, slice(first, first + size))
+
+    def _lines(self, dim: int, at: slice, out: Tensor | None = None) -> Tensor:
+        """Some rows (dim 0) or columns (dim 1), decoded."""
+        return self.decode(at, out=out) if dim == 0 else self.decode(cols=at, out=out)
 
     def composed(self) -> Tensor:
         """W as PyTorch's own operations make it, for what records them."""
@@ -96,7 +98,7 @@ class Quantised:
             at = slice(first, min(first + step, size))
             count = at.stop - first
             tile = memory[: count * other].view((count, other) if dim == 0 else (other, count))
-            yield at, self.decode(*((at, ALL) if dim == 0 else (ALL, at)), out=tile)
+            yield at, self._lines(dim, at, tile)
 
     def description(self) -> str:
         """Of which, with `tensors`, `restored` makes it again: what an operator's schema takes."""
