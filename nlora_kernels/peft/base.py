@@ -10,6 +10,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..backends.quantised import Quantised
+from ..backends.quantised.torchao import name_of_type
 from ..commit import attributes
 from ..layers import branch as branches
 from . import tensor_parallel
@@ -97,7 +98,7 @@ def adding(
         merged = weight.data.clone().add_(delta, alpha=sign)
         check(merged)
         return (partial(Tensor.copy_, weight.data, merged),)
-    quantise = _QUANTISERS.get(type(weight).__name__) or (_torchao if _is_torchao(weight) else None)
+    quantise = _QUANTISERS.get(type(weight).__name__) or (_torchao if name_of_type(weight) else None)
     if quantise is None:
         raise ValueError(
             "merge needs a base weight that is dense or quantised by bitsandbytes or torchao, "
@@ -113,10 +114,6 @@ def adding(
     if check is not None:
         check(merged)
     return quantise(base, merged, *((torchao,) if quantise is _torchao else ()))
-
-
-def _is_torchao(weight: Tensor) -> bool:
-    return type(weight).__module__.startswith("torchao.")
 
 
 def _quantise_4bit(base: nn.Module, merged: Tensor) -> tuple[Callable[[], object], ...]:

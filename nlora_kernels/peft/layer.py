@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..backends import quantised
 from ..backends.base import PLAIN
 from ..backends.quantised import Unreadable
+from ..backends.quantised.torchao import name_of_type
 from ..commit import commit
 from ..layers import branch as branches
 from ..layers import engines
@@ -414,7 +415,7 @@ def plain_layer(base: nn.Module) -> type[FusedLinear]:
     """The class of plain LoRA on such a base layer."""
     if quantised.is_layer(type(base)):
         return FusedLinear8bitLt if type(base).__name__ == "Linear8bitLt" else FusedLinear4bit
-    return FusedTorchaoLinear if type(base.weight).__module__.startswith("torchao.") else FusedLinear
+    return FusedTorchaoLinear if name_of_type(base.weight) else FusedLinear
 
 
 def check_finite(adapter: str, merged: Tensor) -> None:

@@ -8,16 +8,16 @@ from torch import Tensor
 from .base import Coded, Opaque, Quantised
 
 
-def _named(weight: Tensor) -> str | None:
+def name_of_type(t: Tensor) -> str | None:
     """Its type, if that is torchao's."""
     # By name, because torchao is not imported for the sake of a question.
-    kind = type(weight)
+    kind = type(t)
     return kind.__name__ if kind.__module__.startswith("torchao.") else None
 
 
 def knows(weight: Tensor) -> bool:
     """Whether it is a matrix of torchao's whose values can be had."""
-    kind = _named(weight)
+    kind = name_of_type(weight)
     return kind is not None and weight.dim() == 2 and type(weight).dequantize is not Tensor.dequantize
 
 
@@ -45,7 +45,7 @@ def _changes_input(weight: Tensor) -> bool:
 
 def result(weight: Tensor, bias: Tensor | None, y: Tensor, dtype: torch.dtype) -> Tensor:
     """y as a layer of nn.Linear with such a weight returns it for an x of `dtype` under autocast."""
-    kind = _named(weight)
+    kind = name_of_type(weight)
     if kind == "Int8Tensor":
         return y.to(dtype)
     # They add the bias to what autocast has made of x·Wᵀ.
@@ -54,7 +54,7 @@ def result(weight: Tensor, bias: Tensor | None, y: Tensor, dtype: torch.dtype) -
 
 
 def view(weight: Tensor) -> Quantised:
-    if _named(weight) == "NF4Tensor":
+    if name_of_type(weight) == "NF4Tensor":
         return _nf4(weight)
     codes, scales, block = (getattr(weight, name, None) for name in ("qdata", "scale", "block_size"))
     readable = isinstance(codes, Tensor) and isinstance(scales, Tensor) and block is not None and codes.is_contiguous()
