@@ -163,7 +163,7 @@ class Cpu(Lean):
         if way == "library":
             return super().backward_group(calls, dys, Ts, needs)
         if way == "folded":
-            # NOTE: the class between is past: its sum is made of products that fold nothing.
+            # NOTE: not Lean's, which sums by products with the weight as it is, not folded.
             return Backend.backward_group(self, calls, dys, Ts, needs)
         whole = way == "whole"
         own = [i for i, call in enumerate(calls) if whole or call.lora_A is not None]

@@ -136,7 +136,7 @@ class Cuda(Lean):
 
         if group.takes(calls, dys[0].shape[0]):
             return group.backward(calls, dys, Ts, needs)
-        # NOTE: the class between is past: its sum is made of the library's products.
+        # NOTE: not Lean's, which sums by the library's products.
         return Backend.backward_group(self, calls, dys, Ts, needs)
 
     def lora2_core(self, lora_u, lora_E, lora_U, mask) -> Tensor:
