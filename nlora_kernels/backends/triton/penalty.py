@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from . import launch
+from . import launch, tuning
 from .tiles import Matrix, load_tile, store_tile
 
 # The largest r and k: the small products are made in the registers of one program.
@@ -185,7 +185,7 @@ def _pairs(tensors: Sequence[Tensor]) -> tuple[list[list[int]], int, int]:
         r = t.shape[right]
         rows.append([w.data_ptr(), t.data_ptr(), saved, written, n, r, k, right])
         saved, written = saved + k * (k + r), written + k * (n + r)
-    return rows, *(max(16, triton.next_power_of_2(max(row[column] for row in rows))) for column in (6, 5))
+    return rows, *(tuning.padded(max(row[column] for row in rows)) for column in (6, 5))
 
 
 def _warps(padded_k: int, padded_r: int) -> int:
