@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +26,36 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# The dtypes that our kernels read.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unreadable(tensors: dict[str, Any]) -> str | None:
+    """Why our kernels cannot read tensors: the name and dtype of the first that has another."""
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in DTYPES:
+            return f"{name} must be float32, bfloat16 or float16, got {short(t.dtype)}"
+    return None
+
+
 def check_core(backend: str, lora_u: Tensor, reason: str | None) -> None:
     """ValueError where kernels of a GPU cannot take LoRA²'s factors: for a reason of their own, or for the dtype."""
-    if reason is None and lora_u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reason = f"lora_u must be float32, bfloat16 or float16, got {short(lora_u.dtype)}"
-    if reason:
+    if reason := reason or unreadable({"lora_u": lora_u}):
         raise ValueError(f"backend {backend!r} cannot take this call: {reason}")
 
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def misplaced(name: str, t: Tensor) -> str | None:
+    """Why a kernel for GPUs cannot run on the device of a tensor."""
+    if t.device.type != "cuda":
+        return f"{name} must be on a GPU, got {t.device}"
+    if torch.version.hip is None and capability(t.device) < (8, 0):
+        return f"{t.device} must have compute capability 8.0 or newer"
+    return None
 
 
 class Dropout(NamedTuple):

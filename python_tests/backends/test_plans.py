@@ -14,8 +14,9 @@ import torch
 
 import nlora_kernels as nk
 from nlora_kernels import cli
+from nlora_kernels.backends.base import DTYPES
 from nlora_kernels.backends.cpu import measure, plans
-from nlora_kernels.backends.cpu.costs import DTYPES, Costs, Line, Setting, allowed, builtin
+from nlora_kernels.backends.cpu.costs import Costs, Line, Setting, allowed, builtin
 from nlora_kernels.backends.cpu.plans import Plan
 from nlora_kernels.cli import doctor
 

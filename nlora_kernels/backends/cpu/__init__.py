@@ -21,12 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ..base import Backend, Call, ExpertsCall, Factors, Grads, Lora2Training, Needs, linear, plain, short
+from ..base import (
+    DTYPES,
+    Backend,
+    Call,
+    ExpertsCall,
+    Factors,
+    Grads,
+    Lora2Training,
+    Needs,
+    linear,
+    plain,
+    short,
+    unreadable,
+)
 from ..lean import Lean, add_input_gradient, add_output
 from ..native import _C
 from ..quantised import Coded, Quantised
 from . import lora2, plans
-from .costs import DTYPES
 from .plans import Plan
 
 PLANS = {
@@ -68,10 +80,7 @@ class Cpu(Lean):
             return "it has no dropout"
         if weight.device.type != "cpu":
             return f"tensors must be on the CPU, got {weight.device}"
-        for name, t in {"x": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
-            if t is not None and t.dtype not in DTYPES:
-                return f"{name} must be float32, bfloat16 or float16, got {short(t.dtype)}"
-        return None
+        return unreadable({"x": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N})
 
     def describe(self, call: Call) -> str:
         return PLANS[self.plan(call.x.dtype, *call.x.shape, *call.lora_B.shape).way]

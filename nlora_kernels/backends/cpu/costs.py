@@ -11,7 +11,6 @@ import torch
 from ..base import short
 from ..native import _C
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of x up to which our kernels read weight in place.
 FEW = 16
 

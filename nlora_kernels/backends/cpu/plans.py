@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 
 from ... import internals
+from ..base import DTYPES
 from ..native import _C
 from . import records
-from .costs import DTYPES, FEW, Costs, Line, Setting, builtin
+from .costs import FEW, Costs, Line, Setting, builtin
 from .measure import PATIENCE, measured
 
 # Rows that our kernels multiply at least for dx: as many as a register tile has.

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import native
-from ..base import Backend, Call, Grads, Initialisation, Needs, capability, check_core, plain, short
+from .. import base, native
+from ..base import Backend, Call, Grads, Initialisation, Needs, capability, check_core, misplaced, plain, short
 from ..lean import Lean
 from ..native import _C
 from . import launch
 
 DTYPES = (torch.bfloat16, torch.float16)
-ADAPTER_DTYPES = (torch.float32, *DTYPES)
 MAX_RANK = 256
 
 
@@ -57,15 +56,6 @@ def _missing_device() -> list[str]:
     return [f"a device of compute capability 8.0 or newer is needed, got {got}"]
 
 
-def misplaced(name: str, t: Tensor) -> str | None:
-    """Why a kernel cannot run on the device of a tensor."""
-    if t.device.type != "cuda":
-        return f"{name} must be on a GPU, got {t.device}"
-    if capability(t.device) < (8, 0):
-        return f"{t.device} must have compute capability 8.0 or newer"
-    return None
-
-
 class Cuda(Lean):
     name = "cuda"
     # NOTE: no run on a GPU has been made yet.
@@ -83,10 +73,8 @@ class Cuda(Lean):
             return f"x must be bfloat16 or float16, got {short(weight.dtype)}"
         # NOTE: no loop where nothing is wrong: this runs at every call.
         core_dtype = lora_A.dtype if lora_N is None else lora_N.dtype
-        if not (lora_A.dtype in ADAPTER_DTYPES and lora_B.dtype in ADAPTER_DTYPES and core_dtype in ADAPTER_DTYPES):
-            for name, t in {"lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N}.items():
-                if t is not None and t.dtype not in ADAPTER_DTYPES:
-                    return f"{name} must be float32, bfloat16 or float16, got {short(t.dtype)}"
+        if not (lora_A.dtype in base.DTYPES and lora_B.dtype in base.DTYPES and core_dtype in base.DTYPES):
+            return base.unreadable({"lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N})
         (N, K), R = weight.shape, lora_A.shape[0]
         if K % 8 or N % 8 or R % 8 or not K * N * R:
             for name, size in {"in": K, "out": N, "r": R}.items():
@@ -152,7 +140,7 @@ class Cuda(Lean):
         return grads
 
     def initialisation(self, weight: Tensor, r: int) -> Initialisation:
-        if not plain(weight) or weight.dtype not in ADAPTER_DTYPES or weight.numel() == 0 or r > MAX_RANK:
+        if not plain(weight) or weight.dtype not in base.DTYPES or weight.numel() == 0 or r > MAX_RANK:
             return Initialisation()
         if misplaced("weight", weight) or launch.unaligned("weight", weight):
             return Initialisation()
@@ -162,4 +150,4 @@ class Cuda(Lean):
 
 
 def _weights(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.dtype in ADAPTER_DTYPES else mask.float()
+    return mask if mask is None or mask.dtype in base.DTYPES else mask.float()

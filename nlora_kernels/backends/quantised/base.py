@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..base import short
+from ..base import DTYPES, short
 
 # Values of a tile that stays in a second- or third-level cache while it is multiplied with.
 _TILE = 1 << 21
@@ -203,7 +203,7 @@ class Coded(Quantised):
         if self.block < 1:
             raise Unreadable(f"the block size must be at least 1, got {self.block}")
         blocks = -(-count // self.block) if self.strides is None else N * -(-K // self.block)
-        _check("scales", self.scales, blocks, (torch.uint8,) if self.nested else _SCALES)
+        _check("scales", self.scales, blocks, (torch.uint8,) if self.nested else DTYPES)
         if self.nested:
             if self.nested.block < 1:
                 raise Unreadable(f"the block size of the scales must be at least 1, got {self.nested.block}")
@@ -242,7 +242,7 @@ class Coded(Quantised):
         first_row, stop_row, _ = rows.indices(self.shape[0])
         first_col, stop_col, _ = cols.indices(self.shape[1])
         codes = None
-        if self.is_cpu and native._C is not None and self.dtype in _SCALES:
+        if self.is_cpu and native._C is not None and self.dtype in DTYPES:
             # Tensors of torch.func have no address.
             with contextlib.suppress(RuntimeError):
                 codes = self.native()
@@ -321,9 +321,6 @@ class Opaque(Quantised):
 
     def tiles(self, dim: int) -> Iterator[tuple[slice, Tensor]]:
         yield slice(0, self.shape[dim]), self.decode()
-
-
-_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(name: str, t: Tensor | None, size: int, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from ..base import DTYPES
 from .base import Coded, Opaque, Quantised
 
 
@@ -58,11 +59,7 @@ def view(weight: Tensor) -> Quantised:
         return _nf4(weight)
     codes, scales, block = (getattr(weight, name, None) for name in ("qdata", "scale", "block_size"))
     readable = isinstance(codes, Tensor) and isinstance(scales, Tensor) and block is not None and codes.is_contiguous()
-    if (
-        not readable
-        or codes.shape != weight.shape
-        or scales.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-    ):
+    if not readable or codes.shape != weight.shape or scales.dtype not in DTYPES:
         return Opaque(weight, weight.dtype)
     (N, K), (height, width) = weight.shape, block
     zero = getattr(weight, "zero_point", None)

@@ -10,7 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .. import base
 from ..base import (
+    DTYPES,
     Backend,
     Call,
     ExpertsCall,
@@ -18,15 +20,11 @@ from ..base import (
     Initialisation,
     Lora2Training,
     Needs,
-    capability,
     check_core,
     plain,
-    short,
 )
 from ..quantised import Coded, Quantised
 from . import device
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -61,14 +59,10 @@ def _version(package: ModuleType) -> tuple[int, ...]:
 
 
 def misplaced(name: str, t: Tensor) -> str | None:
-    """Why a kernel cannot run on the device of a tensor."""
+    """Why a kernel cannot run on the device of a tensor; the interpreter runs on any."""
     if device.interpreted():
         return None
-    if t.device.type != "cuda":
-        return f"{name} must be on a GPU, got {t.device}"
-    if torch.version.hip is None and capability(t.device) < (8, 0):
-        return f"{t.device} must have compute capability 8.0 or newer"
-    return None
+    return base.misplaced(name, t)
 
 
 class Triton(Backend):
@@ -84,7 +78,7 @@ class Triton(Backend):
     def unsupported(self, call: Call) -> str | None:
         weight = call.weight
         if weight.dtype not in DTYPES:
-            return f"x must be float32, bfloat16 or float16, got {short(weight.dtype)}"
+            return base.unreadable({"x": weight})
         if device.interpreted() and torch.bfloat16 in {t.dtype for t in call[1:5] if t is not None}:
             return "Triton's interpreter computes bfloat16 wrongly"
         return misplaced("x", weight)
