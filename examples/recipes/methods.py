@@ -51,7 +51,7 @@ def add_methods(parser: argparse.ArgumentParser, names, default: str, penalty: f
     add = parser.add_argument
     add("--method", nargs="+", choices=names, default=[default], help=f"one or several (default {default})")
     add("--rank", type=whole(1), default=8, help="(default %(default)s)")
-    scaled = "the adapter is scaled by alpha/rank (default: the rank, as in the papers; lora2_orthogonal: 8 times that)"
+    scaled = "scaled by alpha/rank (default: the rank, as where NLoRA generates text; lora2_orthogonal: 8 times that)"
     add("--alpha", type=real(0), help=scaled)
     add("--dropout", type=real(0, 1, and_low=True), default=0.0, help="before an adapter")
     add("--core", choices=["sample", "optimal", "pinv"], default="sample", help="of nlora and inttune")
