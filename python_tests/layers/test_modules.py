@@ -268,7 +268,7 @@ BAD = {
     "pinv_of_16_bits": (
         lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8).half(), 2, core="pinv", residual=True),
         ValueError,
-        "needs a base weight in float32, got float16",
+        "needs a base weight in float32, got torch.float16",
     ),
 }
 

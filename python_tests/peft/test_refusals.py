@@ -90,7 +90,7 @@ BAD_INJECTIONS = {
     "pinv": (
         lambda m: m.bfloat16() and config("nlora", core="pinv", residual=True),
         ValueError,
-        "in float32, got bfloat16",
+        "in float32, got torch.bfloat16",
     ),
 }
 
