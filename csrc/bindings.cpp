@@ -174,7 +174,7 @@ py::tuple cpu_backward(const Rows& dy, const Rows& x, const Rows& T, const Weigh
 }
 
 // [(y, T)] of layers that share x; without A there is no T.
-py::list cpu_forward_group(const Rows& x, const std::vector<Rows>& weight, const std::vector<Rows>& A,
+py::list cpu_forward_group(const Rows& x, const std::vector<Tensor>& weight, const std::vector<Rows>& A,
                            const std::vector<Tensor>& B, const std::vector<Tensor>& N, const std::vector<Tensor>& bias,
                            const std::vector<float>& scaling, int threads, int pieces) {
   const int64_t M = x.matrix.rows;
@@ -196,9 +196,10 @@ py::list cpu_forward_group(const Rows& x, const std::vector<Rows>& weight, const
 
 // dx and [(None, dweight, dA, dB, dN, None)] of layers that share x, as cpu_backward has them.
 py::tuple cpu_backward_group(const std::vector<Rows>& dy, const Rows& x, const std::vector<Rows>& T,
-                             const std::vector<Rows>& weight, const std::vector<Rows>& A, const std::vector<Tensor>& B,
-                             const std::vector<Tensor>& N, const std::vector<std::array<bool, 6>>& needs,
-                             const std::vector<float>& scaling, int threads, int pieces) {
+                             const std::vector<Tensor>& weight, const std::vector<Rows>& A,
+                             const std::vector<Tensor>& B, const std::vector<Tensor>& N,
+                             const std::vector<std::array<bool, 6>>& needs, const std::vector<float>& scaling,
+                             int threads, int pieces) {
   const int64_t M = dy[0].matrix.rows, K = (weight[0] ? weight[0] : A[0]).matrix.cols;
   const Tensor dx = needs[0][0] ? dy[0].empty(M, K) : Tensor();
   std::vector<nlora::cpu::Backward> members;

@@ -173,7 +173,7 @@ struct Rows : Tensor {
 
 // A weight as an operand: dense, or in few bits.
 struct WeightTensor {
-  Rows dense;
+  Tensor dense;
   cpu::Weight matrix;
 
   bool load(py::handle source) {

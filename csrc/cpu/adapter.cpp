@@ -153,12 +153,13 @@ void rank_gradients(const Kernels& kernel, const Backward& b, const Narrow& narr
 // Sums
 
 void Sums::start(int64_t rows, int64_t cols) {
-  tasks_.push_back({{}, {}, fp32(scratch_.take(rows * cols), rows, cols, cols)});
+  tasks_.push_back({{}, {}, fp32(scratch_.take(rows * cols), rows, cols, cols), nullptr});
 }
 
-void Sums::add(const Matrix& out, const std::vector<std::pair<Matrix, Matrix>>& products) {
+void Sums::add(const Matrix& out, const std::vector<std::pair<Matrix, Matrix>>& products, const float* start) {
   if (!out) return;
-  start(out.rows, out.cols);
+  this->start(out.rows, out.cols);
+  tasks_.back().begin = start;
   tasks_.back().results = {{out, {}, 1.0f}};
   for (const auto& [left, b] : products) {
     float* panels = scratch_.take(rows_of(left) * left.cols);
@@ -204,7 +205,8 @@ void Sums::sum(const Task& task, Range cols, float* edge) const {
     p.a = term.panels + depth.first * kernel_.tile_rows, p.a_panel = term.b.rows * kernel_.tile_rows;
     p.b = b, p.b_dtype = dtype, p.b_strip = tile, p.b_row = b_row;
     p.c = values(sums) + at.first, p.c_row = sums.row_stride;
-    p.init = started ? static_cast<float*>(p.c) : nullptr, p.init_row = sums.row_stride;
+    p.init = started ? static_cast<float*>(p.c) : task.begin ? task.begin + at.first : nullptr;
+    p.init_row = started ? sums.row_stride : 0;
     p.m = sums.rows, p.n = at.size, p.k = depth.size;
     kernel_.multiply(p);
   };

@@ -26,6 +26,9 @@ Matrix square(int64_t R, Scratch& scratch);
 // An (M, R) matrix in fp32 whose rows are padded to the vector width.
 Matrix padded(const Kernels& kernel, int64_t M, int64_t R, Scratch& scratch);
 
+// Whether the values of a row lie side by side.
+inline bool is_rows(const Matrix& m) { return m.col_stride == 1; }
+
 // m in fp32 with its columns side by side: m itself, where it is so, or a copy.
 const float* row_vector(const Kernels& kernel, const Matrix& m, Scratch& scratch);
 
@@ -90,8 +93,8 @@ class Sums {
 
   Sums(const Kernels& kernel, Scratch& scratch) : kernel_(kernel), scratch_(scratch) {}
 
-  // out = Σ left·b
-  void add(const Matrix& out, const std::vector<std::pair<Matrix, Matrix>>& products);
+  // out = start + Σ left·b for b whose rows lie side by side; start (n,) or nullptr.
+  void add(const Matrix& out, const std::vector<std::pair<Matrix, Matrix>>& products, const float* start = nullptr);
   // out = factor·left·b of each that is there, with b read once.
   void add(const std::vector<Result>& results, const Matrix& b);
 
@@ -112,6 +115,7 @@ class Sums {
     std::vector<Term> terms;
     std::vector<Result> results;
     Matrix sums;
+    const float* begin = nullptr;
   };
 
   int64_t rows_of(const Matrix& left) const { return round_up(left.rows, kernel_.tile_rows); }

@@ -95,7 +95,9 @@ void backward_group(std::vector<Backward> members, const Matrix& dx) {
   const Prepare prepare = [&](Range rows) {
     for (const Narrow* narrow : skinny) (*narrow)(rows);
   };
-  const bool few = whole && dy.rows <= kFewRows;
+  // Sums read rows of weight where they lie.
+  const bool few = whole && dy.rows <= kFewRows &&
+                   std::all_of(members.begin(), members.end(), [](const Backward& b) { return is_rows(b.weight); });
   if (dx && !few && !summands.empty()) {
     gemm(summands, nullptr, dx, threads, pieces, &prepare);
   } else {

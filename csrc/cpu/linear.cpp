@@ -21,25 +21,63 @@ Matrix padded_bf16(const Matrix& m, int64_t unit, Scratch& scratch) {
   return {to, m.dtype, m.rows, m.cols, cols, 1};
 }
 
-// y for few rows of x: W is read once, in place, and the adapter's r is a continuation of its k.
+// A few rows, which meet others of their width that are read once, where they lie.
+class Few {
+ public:
+  Few(const Kernels& kernel, const Matrix& left, Scratch& scratch) : kernel_(kernel), scratch_(scratch) {
+    const bool fits = left.dtype == Dtype::kFloat32 && left.col_stride == 1 && left.cols % kernel.width == 0;
+    left_ = fits ? left : copied(kernel, left, kernel.width, scratch);
+    const bool pairs = kernel.bf16_dots && left.dtype == Dtype::kBFloat16 && left.col_stride == 1;
+    if (pairs) pairs_ = padded_bf16(left, 2 * kernel.width, scratch);
+  }
+
+  // out = left·rowsᵀ in fp32
+  void times(const Matrix& rows, const Matrix& out) const { run(product(rows, out)); }
+
+  // out = start + left·rowsᵀ + narrow·wideᵀ: the adapter's r is a continuation of the rows' k. narrow is in fp32, its rows
+  // padded with zeros to the width of a register.
+  void times(const Matrix& rows, const Matrix& narrow, const Matrix& wide, const float* start, const Matrix& out,
+             int threads) const {
+    const int64_t M = out.rows, N = out.cols, R = narrow.cols, width = narrow.row_stride;
+    const Matrix right = narrow ? padded(kernel_, N, R, scratch_) : Matrix();
+    const bool in_place = out.dtype == Dtype::kFloat32;
+    const Matrix result = in_place ? out : fp32(scratch_.take(M * N), M, N, N);
+    parallel(team(threads, M, rows.cols, N), [&](int index, int count) {
+      const Range cols = part(N, 16, index, count);
+      const Matrix here = slice(result, {0, M}, cols);
+      Dots d = product(slice(rows, cols, {0, rows.cols}), here);
+      if (narrow) {
+        const Matrix mine = slice(right, cols, {0, R}), from = slice(wide, cols, {0, R});
+        kernel_.pack(from.data, from.dtype, from.col_stride, from.row_stride, R, cols.size, int(width),
+                     cols.size * width, values(mine));
+        d.extra_rows = values(mine), d.extra_cols = values(narrow), d.extra = width;
+      }
+      d.start = start ? start + cols.first : nullptr;
+      run(d);
+      if (!in_place) kernel_.round(values(here), here.row_stride, slice(out, {0, M}, cols));
+    });
+  }
+
+ private:
+  Dots product(const Matrix& rows, const Matrix& out) const {
+    return dots(rows, pairs_ && rows.dtype == Dtype::kBFloat16 ? pairs_ : left_, transposed(out));
+  }
+  void run(const Dots& d) const { (d.cols == pairs_.data ? kernel_.bf16_dots : kernel_.dots)(d); }
+
+  const Kernels& kernel_;
+  Scratch& scratch_;
+  Matrix left_, pairs_;
+};
+
+// y for few rows of x, where those of W lie side by side.
 void few_rows(const Kernels& kernel, const Forward& f, const float* bias, Scratch& scratch) {
-  const Matrix &x = f.x, &y = f.y;
-  const int64_t M = x.rows, R = f.A.rows, N = y.cols;
-  const bool fits = x.dtype == Dtype::kFloat32 && x.col_stride == 1 && x.cols % kernel.width == 0;
-  const Matrix left = fits ? x : copied(kernel, x, kernel.width, scratch);
-  const bool pairs = kernel.bf16_dots && x.dtype == Dtype::kBFloat16 && x.col_stride == 1;
-  const Matrix left_pairs = pairs ? padded_bf16(x, 2 * kernel.width, scratch) : Matrix();
-  // out = rows·xᵀ
-  const auto times_x = [&](const Matrix& rows, const Matrix& out) {
-    return dots(rows, pairs && rows.dtype == Dtype::kBFloat16 ? left_pairs : left, out);
-  };
-  const auto run = [&](const Dots& d) { (d.cols == left_pairs.data ? kernel.bf16_dots : kernel.dots)(d); };
-  const int64_t width = round_up(R, kernel.width);
-  Matrix P, right;
+  const int64_t M = f.x.rows, R = f.A.rows, width = round_up(R, kernel.width);
+  const Few x(kernel, f.x, scratch);
+  Matrix P;
   if (f.A) {
     const Matrix sums = P = padded(kernel, M, R, scratch);
     std::memset(sums.data, 0, M * width * sizeof(float));
-    run(times_x(f.A, transposed(sums)));
+    x.times(f.A, sums);
     kernel.round(values(sums), width, f.T);
     if (f.core.N) {
       P = padded(kernel, M, R, scratch);
@@ -47,25 +85,26 @@ void few_rows(const Kernels& kernel, const Forward& f, const float* bias, Scratc
       kernel.dots(dots(sums, copied(kernel, f.core.N, kernel.width, scratch), P));
     }
     scale(P, f.scaling);
-    right = padded(kernel, N, R, scratch);
   }
-  const bool in_place = y.dtype == Dtype::kFloat32;
-  const Matrix result = in_place ? y : fp32(scratch.take(M * N), M, N, N);
-  parallel(team(f.threads, M, x.cols, N), [&](int index, int count) {
-    const Range cols = part(N, 16, index, count);
-    const Matrix out = slice(result, {0, M}, cols);
-    Dots d = times_x(slice(f.weight, cols, {0, x.cols}), transposed(out));
-    if (f.A) {
-      const Matrix mine = slice(right, cols, {0, R}), from = slice(f.B, cols, {0, R});
-      kernel.pack(from.data, from.dtype, from.col_stride, from.row_stride, R, cols.size, int(width), cols.size * width,
-                  values(mine));
-      d.extra_rows = values(mine), d.extra_cols = values(P), d.extra = width;
-    }
-    d.start = bias ? bias + cols.first : nullptr;
-    run(d);
-    if (!in_place) kernel.round(values(out), out.row_stride, slice(y, {0, M}, cols));
-  });
+  x.times(f.weight, P, f.B, bias, f.y, f.threads);
 }
+
+// The same where its columns do: y is a sum over them.
+void few_rows_across(const Kernels& kernel, const Forward& f, const float* bias, Scratch& scratch) {
+  Sums sums(kernel, scratch);
+  std::vector<std::pair<Matrix, Matrix>> products = {{f.x, transposed(f.weight)}};
+  if (f.A) {
+    const Chain chain(kernel, f.x, f.A, f.core.N, f.scaling, f.T, f.pieces, scratch);
+    chain.all(f.threads);
+    const Matrix wide = transposed(f.B);
+    products.push_back({chain.outcome, wide.col_stride == 1 ? wide : copied(kernel, wide, kernel.width, scratch)});
+  }
+  sums.add(f.y, products, bias);
+  sums.run(f.threads);
+}
+
+// Whether a product of so many rows with weight reads it in place.
+bool few(const Weight& weight, int64_t rows) { return weight && !weight.quantised && rows <= kFewRows; }
 
 // dx = dy·W + H·A, or H·A alone, with `narrow` on the way.
 void input_gradient(const Kernels& kernel, const Backward& b, const Narrow& narrow, Scratch& scratch) {
@@ -91,9 +130,10 @@ void forward(Forward f) {
   Scratch scratch;
   if (f.core.u) f.core.N = square(f.A.rows, scratch), lora2_core(f.core, f.core.N);
   const float* start = row_vector(kernel, f.bias, scratch);
-  // What reads weight in place reads whole rows of it.
-  if (f.weight && !f.weight.quantised && f.x.rows <= kFewRows && f.weight.col_stride == 1)
-    return few_rows(kernel, f, start, scratch);
+  if (few(f.weight, f.x.rows)) {
+    if (is_rows(f.weight)) return few_rows(kernel, f, start, scratch);
+    if (is_rows(transposed(f.weight))) return few_rows_across(kernel, f, start, scratch);
+  }
   if (!f.A) return gemm({{f.x, f.weight, f.weight.quantised}}, start, f.y, f.threads, f.pieces);
   const Chain chain(kernel, f.x, f.A, f.core.N, f.scaling, f.T, f.pieces, scratch);
   const Prepare prepare = [&](Range rows) { chain(rows); };
@@ -113,10 +153,15 @@ void backward(Backward b) {
   if (b.dcore.u) b.dcore.N = square(R, scratch);
   const Narrow narrow(kernel, b, scratch);
   Sums sums(kernel, scratch);
-  if (b.weight && !b.weight.quantised && b.dy.rows <= kFewRows && b.weight.col_stride == 1) {
+  const bool in_place = few(b.weight, b.dy.rows) && b.dx;
+  if (in_place && is_rows(b.weight)) {
     // Of few rows, dx is a sum over those of weight.
     narrow.all(b.threads);
     sums.add(b.dx, {{b.dy, b.weight}, {narrow.H, b.A}});
+  } else if (in_place && is_rows(transposed(b.weight))) {
+    narrow.all(b.threads);
+    const Matrix H = copied(kernel, narrow.H, kernel.width, scratch);
+    Few(kernel, b.dy, scratch).times(transposed(b.weight), H, transposed(b.A), nullptr, b.dx, b.threads);
   } else {
     input_gradient(kernel, b, narrow, scratch);
   }

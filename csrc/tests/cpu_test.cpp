@@ -123,16 +123,18 @@ struct Shape {
 enum class Between { kNothing, kN, kLora2 };
 
 void check(const Shape& s, Dtype dtype, Dtype adapter, Between between, bool with_weight, bool strided, int threads,
-           int pieces = 3) {
+           int pieces = 3, bool by_columns = false) {
   const auto [M, K, N, R] = s;
   char where[160];
-  std::snprintf(where, sizeof where,
-                "M=%d K=%d N=%d R=%d dtype=%d/%d core=%d weight=%d strided=%d threads=%d pieces=%d tier=%d", int(M),
-                int(K), int(N), int(R), int(dtype), int(adapter), int(between), with_weight, strided, threads, pieces,
-                int(nlora::cpu::tier()));
+  std::snprintf(
+      where, sizeof where,
+      "M=%d K=%d N=%d R=%d dtype=%d/%d core=%d weight=%d by_columns=%d strided=%d threads=%d pieces=%d tier=%d", int(M),
+      int(K), int(N), int(R), int(dtype), int(adapter), int(between), with_weight, by_columns, strided, threads, pieces,
+      int(nlora::cpu::tier()));
   const int64_t gap = strided ? 3 : 0;
   const float scaling = 0.5f;
-  Tensor x = tensor(M, K, dtype, 1, true, gap), W = tensor(N, K, dtype, 2, true, gap), A = tensor(R, K, adapter, 3);
+  Tensor x = tensor(M, K, dtype, 1, true, gap), W = tensor(N, K, dtype, 2, true, gap, by_columns),
+         A = tensor(R, K, adapter, 3);
   Tensor B = tensor(N, R, adapter, 4, true, gap, strided), C = tensor(R, R, adapter, 5, true, gap, strided);
   Tensor bias = tensor(1, N, dtype, 6), dy = tensor(M, N, dtype, 7, true, gap);
   const int64_t r = R + 3;
@@ -306,7 +308,7 @@ int main(int argc, char** argv) {
   std::vector<Shape> shapes = {{0, 5, 3, 2},      {1, 1, 1, 1},       {1, 33, 17, 5},    {2, 1, 49, 3},
                                {16, 65, 1, 8},    {17, 31, 47, 7},    {33, 130, 97, 9},  {50, 70, 100, 33},
                                {130, 300, 60, 4}, {17, 2100, 200, 3}, {18, 400, 900, 2}, {20, 50, 60, 200},
-                               {66, 1400, 90, 3}, {70, 100, 50, 65}};
+                               {66, 1400, 90, 3}, {70, 100, 50, 65},  {7, 80, 110, 37}};
   if (all)
     for (int64_t M : {1, 16, 17, 65})
       for (int64_t K : {1, 16, 129, 513})
@@ -330,6 +332,7 @@ int main(int argc, char** argv) {
         check(s, dtype, adapter, between, true, mix & 4, mix & 8 ? 1 : 3);
         check(s, dtype, adapter, between, false, mix & 4, mix & 8 ? 3 : 1);
         check(s, dtype, adapter, between, true, mix & 8, mix & 4 ? 1 : 3, mix & 32 ? 1 : 2);
+        check(s, dtype, adapter, between, true, mix & 32, mix & 64 ? 1 : 3, mix & 128 ? 1 : 3, true);
       }
     // Parts of members that are one block of columns where the whole member is two, by several runs over k.
     for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})

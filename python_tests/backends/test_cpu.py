@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nlora_kernels as nk
 from nlora_kernels import testing
 from nlora_kernels.backends import TABLE, Call, native
+from nlora_kernels.backends.base import Needs
 from nlora_kernels.backends.cpu import plans
 from nlora_kernels.backends.cpu.costs import allowed
 from nlora_kernels.backends.cpu.plans import Plan
@@ -387,6 +388,44 @@ class Within(TorchDispatchMode):
             return new
         self.storages.append((torch.full((new.numel() + 128,), 7.0, dtype=new.dtype), new.numel()))
         return self.storages[-1][0][64:-64].view(new.shape)
+
+
+class Made(TorchDispatchMode):
+    """The largest tensor that PyTorch makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        new = function(*args, **(kwargs or {}))
+        self.largest = max(self.largest, new.untyped_storage().nbytes() // new.itemsize)
+        return new
+
+
+@pytest.mark.usefixtures("poisoned", "tier")
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("M", [0, 1, 7, 16, 17, 40])
+@pytest.mark.parametrize("R", [5, 37])
+def test_a_weight_stored_by_columns_is_read_in_place(M, R, dtype):
+    """As that of GPT-2's Conv1D, of which a layer has a transposed view."""
+    p = testing.problem(M, 70, 90, R, dtype=dtype)
+    p = dataclasses.replace(p, weight=p.weight.T.contiguous().T)
+    call = Call(p.x, p.weight, p.lora_A, p.lora_B, p.lora_N, p.bias, 0.7)
+    needs = Needs(x=True, weight=False, lora_A=True, lora_B=True, lora_N=True, bias=False)
+    for pieces in allowed(plans.setting(dtype)):
+        plan = Plan("whole", pieces)
+        with Made() as made:
+            y, T = CPU.forward(call, plan)
+            grads = CPU.backward(call, p.dy, T, needs, plan)
+            ((group_y, group_T),) = CPU.forward_group([call], plan)
+            group_dx, _ = CPU.backward_group([call], [p.dy], [group_T], [needs], plan)
+        assert made.largest < p.weight.numel()
+        by_rows = call._replace(weight=p.weight.contiguous())
+        y_by_rows, T_by_rows = CPU.forward(by_rows, plan)
+        dx_by_rows = CPU.backward(by_rows, p.dy, T, needs, plan).x
+        actual, expected = (y, T, grads.x, group_y, group_dx), (y_by_rows, T_by_rows, dx_by_rows, y_by_rows, dx_by_rows)
+        for ours, exact in zip(actual, expected, strict=True):
+            error, size = ((t.double()).norm() for t in (ours.double() - exact, exact))
+            assert error <= 4 * torch.finfo(dtype).eps * size
 
 
 @pytest.mark.usefixtures("tier")

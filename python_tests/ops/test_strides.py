@@ -103,8 +103,8 @@ def test_results_are_those_of_contiguous_copies(monkeypatch, dtype, function, vi
 
         monkeypatch.setattr(cpu, "plan", staticmethod(plan))
         monkeypatch.setattr(cpu, "experts_plan", staticmethod(plan))
-        # Few and many rows, one column, a rank that is not small, and k that is no multiple of a register.
-        for M, K, N, R in ((5, 20, 24, 3), (70, 1, 24, 4), (70, 20, 24, 4), (90, 33, 31, 70)):
+        # Few and many rows, one column, ranks that are not small, and k that is no multiple of a register.
+        for M, K, N, R in ((5, 20, 24, 3), (16, 65, 70, 37), (70, 1, 24, 4), (70, 20, 24, 4), (90, 33, 31, 70)):
             torch.manual_seed(M + K)
             stack = (3,) if function is experts else ()
             check(function, *problem(M, K, N, R, dtype, *stack), view)
