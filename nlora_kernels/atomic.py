@@ -177,6 +177,7 @@ def _flush(path: Path) -> None:
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Holds the lock of a folder, or of a file made for it, and gives whether it does: some systems have none."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    locked, owner = False, os.getpid()
     try:
         try:
             import fcntl
@@ -184,7 +185,11 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             locked = True
         except (ImportError, OSError):
-            locked = False
+            pass
         yield locked
     finally:
+        # NOTE: a child that was forked meanwhile has the same open file: with close alone it would hold the lock for as long
+        # as it lives, and it must not let go what its parent holds.
+        if locked and os.getpid() == owner:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

@@ -1,12 +1,14 @@
 """Several files written as one, whatever happens between: killed, full disk, links, other files, other writers."""
 
+import contextlib
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from nlora_kernels.atomic import replacing
+from nlora_kernels.atomic import locked, replacing
 
 OLD, NEW = {"config": "old", "weights": "old weights"}, {"config": "new", "weights": "new weights"}
 SUPERSEDED = {"weights": "weights.bin"}
@@ -292,3 +294,47 @@ def test_a_file_that_must_not_be_written_stays(tmp_path):
     with pytest.raises(PermissionError, match="weights"):
         write(folder, NEW)
     assert contents(folder) == OLD
+
+
+@pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
+def test_a_child_that_was_forked_meanwhile_holds_no_lock(tmp_path, folder):
+    path = tmp_path if folder else tmp_path / "lock"
+    with locked(path) as held:
+        if not held:
+            pytest.skip("this file system has no locks")
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.pause()
+            finally:
+                os._exit(1)
+        with locked(path, wait=False) as twice:
+            assert not twice
+    try:
+        with locked(path, wait=False) as again:
+            assert again
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_child_that_was_forked_meanwhile_lets_no_lock_go(tmp_path):
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(locked(tmp_path)):
+            pytest.skip("this file system has no locks")
+        child = os.fork()
+        if child == 0:
+            try:
+                stack.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        with locked(tmp_path, wait=False) as twice:
+            assert not twice
+
+
+def test_a_lock_is_let_go_with_an_error(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
+    with locked(tmp_path, wait=False) as again:
+        assert again
