@@ -5,6 +5,7 @@ python_tests/peft/test_interrupts.py).
 Times are those of one call on an AVX-512 CPU, beside 10 µs for a 64×64 `lora_linear` of one row without gradients.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -18,6 +19,19 @@ _VMAP = torch._C._parse_dispatch_key("VmapMode")
 
 # Whether autocast is on for any device: one question, where torch.is_autocast_enabled wants the name of a device.
 any_autocast = torch._C._is_any_autocast_enabled
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device. PyTorch raises for those that have none, such as "meta"."""
+    # NOTE: whether a device has autocast takes as long to ask as whether it is on.
+    has = any_autocast() and (device in ("cpu", "cuda") or torch.amp.is_autocast_available(device))
+    return has and torch.is_autocast_enabled(device)
+
+
+def no_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Without autocast on a type of device."""
+    has = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if has else contextlib.nullcontext()
 
 
 # What products of fp32 may lose on a CPU: "ieee" nothing, "tf32" and "bf16" what these do; "none" where nothing is set.

@@ -209,7 +209,8 @@ class ExpertsCall(NamedTuple):
 
     def experts(self) -> list[tuple[slice, Call]]:
         """The rows and the call of every expert."""
-        ends = self.offsets.tolist()
+        # On the meta device there is nothing to read, and no shape depends on it.
+        ends = [0] * len(self.offsets) if self.offsets.is_meta else self.offsets.tolist()
         rows = [slice(first, last) for first, last in pairwise([0, *ends])]
         return [(each, self.expert(index, each)) for index, each in enumerate(rows)]
 

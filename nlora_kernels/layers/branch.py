@@ -13,6 +13,7 @@ from ..backends import Call, Factors, drops_inside, preferred, quantised
 from ..backends.base import PLAIN
 from ..backends.native import _C
 from ..backends.quantised import Quantised
+from ..internals import autocasts
 from ..ops import lora2_core
 from ..ops.api import frozen_linear, fused_linear
 from ..ops.checks import DTYPES
@@ -206,7 +207,7 @@ def dropout_obstacle(linear: nn.Module) -> str | None:
     """None if dropout of the adapter's input belongs inside the operation on a layer's device, else why it does not."""
     weight = linear.weight
     device, dtype = weight.device, weight.dtype if is_dense(weight) else torch.float32
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     if drops_inside(device, dtype):
         return None

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..imports import when_imported
+from ..internals import autocasts
 from ..ops import lora_grouped_linear
 from . import branch as branches
 from . import engines
@@ -88,7 +89,7 @@ def _first(experts: nn.Module) -> str:
 def _layer(experts: nn.Module, name: str, x: Tensor, offsets: Tensor, branch: Branch | None) -> Tensor:
     weight = tensor_of(experts, name)
     bias = tensor_of(experts, f"{name}_bias") if experts.has_bias else None
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x.device.type):
         # As transformers does where its layers have another dtype than what comes to them.
         x = x.to(weight.dtype)
     if experts.is_transposed:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..init import check_choice
-from ..internals import composing, plain_apply
+from ..internals import composing, no_autocast, plain_apply
 from .kernels import kernels
 from .layers import layers, unpacked
 from .shards import gathered
@@ -83,7 +83,7 @@ class _OrthogonalPenalty(torch.autograd.Function):
         if ctx.kernels and not (torch.is_grad_enabled() or composing()) and kernels(tensors):
             return None, None, *ctx.kernels.penalty_backward(tensors, ctx.saved, weight)
         grads: list[Tensor | None] = [None] * len(tensors)
-        with torch.autocast(d_value.device.type, enabled=False):
+        with no_autocast(d_value.device.type):
             for places, w, t in _pairs(tensors):
                 right = places[0] % 4 == 2
                 _, D, dt = _pair_penalty(w, t, ctx.form, ctx.terms, right)
@@ -105,7 +105,7 @@ def _weight(form: str, terms: Sequence[str], tensors: Sequence[Tensor]) -> float
 
 
 def _value(form: str, terms: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    with no_autocast(tensors[0].device.type):
         values = [_pair_penalty(w, t, form, terms, at[0] % 4 == 2)[0].sum() for at, w, t in _pairs(tensors)]
     return _weight(form, terms, tensors) * sum(values)
 

@@ -88,7 +88,7 @@ def composed(call: Call) -> Tensor:
     weight, bias = cast_base(call.weight, call.bias, x.dtype)
     if isinstance(weight, Quantised):
         weight = weight.composed()
-    with torch.autocast(x.device.type, enabled=False):
+    with internals.no_autocast(x.device.type):
         if type(call.lora_N) is Factors:
             call = call._replace(lora_N=REFERENCE.lora2_core(*call.lora_N))
         A, B, N = call._replace(weight=weight).adapter
@@ -189,7 +189,7 @@ def _linear_backward(ctx, dy: Tensor) -> tuple:
 
 
 def differentiable_backward(call: Call, dy: Tensor, T: Tensor | None, needs: Needs) -> Grads:
-    with torch.autocast(dy.device.type, enabled=False):
+    with internals.no_autocast(dy.device.type):
         if call.x is not None:
             # T as a function of its factors.
             T = call.drop(call.x) @ call.lora_A.to(call.x.dtype).T
@@ -309,7 +309,7 @@ def in_shape(y: Tensor, x: Tensor, shown: bool) -> Tensor:
 def operand_dtype(x: Tensor) -> torch.dtype:
     """What autocast casts the operands of F.linear to: all but fp64."""
     device = x.device.type
-    if internals.any_autocast() and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if internals.autocasts(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

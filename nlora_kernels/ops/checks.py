@@ -13,6 +13,7 @@ from ..backends import Call, Factors, quantised
 from ..backends.base import PLAIN, short
 from ..backends.native import _C
 from ..backends.quantised import Quantised
+from ..internals import autocasts
 
 REAL = (numbers.Real, torch.SymFloat, torch.SymInt)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -252,8 +253,7 @@ def _check_dtypes(tensors: dict[str, Tensor | None]):
     """Of x, weight and bias, unless autocast makes them one."""
     (_, x), *others = tensors.items()
     for name, t in others:
-        # NOTE: last, for devices that autocast does not know have nothing to say of it.
-        if t is not None and t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if t is not None and t.dtype != x.dtype and not autocasts(x.device.type):
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
 
 

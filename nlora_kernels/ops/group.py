@@ -212,7 +212,7 @@ def composed(calls: Sequence[Call]) -> list[Tensor]:
 def composed_linear(call: Call) -> Tensor:
     dtype = autograd.operand_dtype(call.x)
     weight, bias = autograd.cast_base(call.weight, call.bias, dtype)
-    with torch.autocast(call.x.device.type, enabled=False):
+    with internals.no_autocast(call.x.device.type):
         return linear(call._replace(x=call.x.to(dtype), weight=weight, bias=bias))
 
 

@@ -12,13 +12,14 @@ from .. import backends
 from ..backends import Call, Dropout, ExpertsCall, Grads, Needs
 from ..backends.quantised import Quantised, restored
 from ..imports import when_imported
+from ..internals import autocasts
 
 
 def without_autocast(function, *args):
     """Calls a function whose operands are cast already."""
     first = args[0][0] if type(args[0]) is list else args[0]
     device = (first.weight if isinstance(first, Call | ExpertsCall) else first).device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return function(*args)
     with torch.autocast(device, enabled=False):
         return function(*args)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import init
+from ..internals import no_autocast
 from ..layers import branch as branches
 from ..layers.branch import Lora2Branch
 from ..layers.modules import check_alpha
@@ -204,7 +205,7 @@ class LoRA2Experts(HasFactors, FusedExperts):
         v, u, E, U, V = [factor.weight for factor in self.factors(name)]
         u, values = self._A(u), self._A(E * self.lora_mask[name].weight)
         U = U.unflatten(1, (self.num_experts, -1)).transpose(0, 1)
-        with torch.autocast(u.device.type, enabled=False):
+        with no_autocast(u.device.type):
             dtype = torch.promote_types(u.dtype, torch.float32)
             core = (U.to(dtype) * values.to(dtype)[:, None, :]) @ u.to(dtype)
         return self._A(v), core.to(u.dtype), self._B(V)

@@ -180,7 +180,7 @@ class Probe:
 def _mode(x: Tensor) -> tuple:
     """What x is computed with."""
     device = x.device.type
-    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    cast = torch.get_autocast_dtype(device) if internals.autocasts(device) else None
     of = torch.is_grad_enabled(), x.requires_grad, cast
     # In inference mode a tensor does not count its changes, and the compiler knows of no count.
     if torch.compiler.is_compiling() or x.is_inference():
@@ -198,4 +198,4 @@ def _multiplies(x: Tensor, part: Taken) -> bool:
     weight, bias = part.weight, part.bias
     as_they_are = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
     fits = x.dim() > 0 and x.shape[-1] == weight.shape[1] and x.device == weight.device
-    return fits and (as_they_are or torch.is_autocast_enabled(x.device.type))
+    return fits and (as_they_are or internals.autocasts(x.device.type))

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from .. import init
 from ..backends import REFERENCE, Call, Needs
 from ..backends.base import PLAIN
+from ..internals import no_autocast
 from ..layers import branch as branches
 from ..layers import engines
 from ..layers.branch import Branch, Lora2Branch, local, tensor_of
@@ -289,7 +290,7 @@ class _FewTokens(torch.autograd.Function):
         needs = Needs(False, False, False, dA if dim == 0 else dB, dN, False)
         # Of the weight its dtype alone is asked for.
         call = Call(outer, outer, A, B, N, None, scaling, None)
-        with torch.autocast(outer.device.type, enabled=False):
+        with no_autocast(outer.device.type):
             grads = REFERENCE.backward(call, outer, T, needs)
         if dim == 0:
             return dy, None, _turned(grads.lora_B), _turned(grads.lora_N), None, None, None, None
