@@ -21,10 +21,11 @@ _FIXED_IN_HOT_SWAP = {NLORA: [*_KEYS, "residual", "train"], LORA2: _KEYS}
 
 
 def _refuse_hot_swap(first, second) -> None:
-    if getattr(first, "residual", False) or getattr(second, "residual", False):
+    # With train="core" W is whole, and lora_N0 is swapped with the others.
+    if any(getattr(config, "residual", False) and config.train == "all" for config in (first, second)):
         raise ValueError(
-            "an adapter with residual=True cannot be hot-swapped: its initial product is out of the base weights, and "
-            "hot-swapping leaves them as they are. Load it under a name of its own and delete the other"
+            'an adapter with residual=True and train="all" cannot be hot-swapped: its initial product is out of the '
+            "base weights, which hot-swapping leaves as they are. Load it under a name of its own and delete the other"
         )
 
 
