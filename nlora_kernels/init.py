@@ -16,6 +16,7 @@ from torch import Tensor
 from . import backends, internals
 from .backends.quantised import Quantised, view
 from .commit import commit
+from .ops.checks import check_adapter, check_scaling, check_tensors
 
 METHODS = ("lora", "slora", "slora_gaussian", "nystrom")
 CORES = ("sample", "optimal", "pinv")
@@ -140,11 +141,12 @@ def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: f
 
     Args:
         weight: W (out, in), any strides.
-        A: (r, in), N: (r, r) or None for the identity, B: (out, r), any floating dtype.
+        A: (r, in), N: (r, r) or None for the identity, B: (out, r), each fp32, bf16, fp16 or fp64.
 
-    Raises:
-        TypeError: weight is no floating tensor. ValueError: shapes do not fit.
+    Raises, before anything is changed:
+        TypeError: an argument is no tensor, of another dtype, or no number. ValueError: shapes or devices do not fit.
     """
+    check_scaling(scaling)
     add_product(weight, A, N, B, -scaling)
     return weight
 
@@ -156,13 +158,10 @@ def add_product(
     """W ← W + s·B·N·A in place, as `subtract_` has it, and the steps in one `commit`."""
     if isinstance(_check_weight(weight), Quantised):
         raise TypeError(f"weight must be a dense tensor to be added to, got a quantised {type(weight).__qualname__}")
-    out_features, in_features = weight.shape
-    r = A.shape[0]
-    for name, t, shape in (("A", A, (r, in_features)), ("N", N, (r, r)), ("B", B, (out_features, r))):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    check_tensors({"A": A, "N": N, "B": B}, optional=("N",), device=weight.device)
+    check_adapter(weight.shape, {"A": A, "B": B, "N": N})
     A, N, B = (None if t is None else t.clone() if internals.shares_memory(t, weight) else t for t in (A, N, B))
-    if subtract := _kernel("subtract_products", weight, r):
+    if subtract := _kernel("subtract_products", weight, A.shape[0]):
         # Between a launch and what follows it an interrupt could come: then the launch is made on a copy.
         target = weight.detach().clone() if steps else weight
         subtract([target], [A], [N], [B], -scaling)

@@ -113,29 +113,36 @@ def check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names=No
     if names:
         tensors = {names.get(name, name): t for name, t in tensors.items()}
     x_name, weight_name, A_name, B_name, N_name, bias_name = tensors
-    _check_tensors(tensors, optional=(N_name, bias_name))
-    _check_scaling(scaling)
+    check_tensors(tensors, optional=(N_name, bias_name))
+    check_scaling(scaling)
     if weight.dim() != 2:
         raise ValueError(f"{weight_name} must have shape (out, in), got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"{x_name} must have shape (..., {in_features}), got {tuple(x.shape)}")
-    if lora_A.dim() != 2 or lora_A.shape[1] != in_features or lora_A.shape[0] == 0:
-        raise ValueError(f"{A_name} must have shape (r, {in_features}) with r >= 1, got {tuple(lora_A.shape)}")
-    r = lora_A.shape[0]
-    if lora_B.shape != (out_features, r):
-        raise ValueError(f"{B_name} must have shape ({out_features}, {r}), got {tuple(lora_B.shape)}")
-    if lora_N is not None and lora_N.shape != (r, r):
-        raise ValueError(f"{N_name} must have shape ({r}, {r}), got {tuple(lora_N.shape)}")
+    check_adapter(weight.shape, {A_name: lora_A, B_name: lora_B, N_name: lora_N})
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"{bias_name} must have shape ({out_features},), got {tuple(bias.shape)}")
     _check_dtypes({x_name: x, weight_name: weight, bias_name: bias})
 
 
+def check_adapter(shape: Sequence[int], matrices: dict[str, Tensor | None]) -> None:
+    """ValueError, by name, unless A (r, in), B (out, r) and N (r, r) or None fit a weight of shape (out, in)."""
+    (A_name, A), (B_name, B), (N_name, N) = matrices.items()
+    out_features, in_features = shape
+    if A.dim() != 2 or A.shape[1] != in_features or A.shape[0] == 0:
+        raise ValueError(f"{A_name} must have shape (r, {in_features}) with r >= 1, got {tuple(A.shape)}")
+    r = A.shape[0]
+    if B.shape != (out_features, r):
+        raise ValueError(f"{B_name} must have shape ({out_features}, {r}), got {tuple(B.shape)}")
+    if N is not None and N.shape != (r, r):
+        raise ValueError(f"{N_name} must have shape ({r}, {r}), got {tuple(N.shape)}")
+
+
 def check_linear(x, weight, bias, names):
     """The same of a layer without an adapter."""
     tensors = {"x": x, names["weight"]: weight, names["bias"]: bias}
-    _check_tensors(tensors, optional=(names["bias"],))
+    check_tensors(tensors, optional=(names["bias"],))
     if weight.dim() != 2:
         raise ValueError(f"{names['weight']} must have shape (out, in), got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
@@ -170,8 +177,8 @@ def _said(given) -> str:
 
 def check_experts(x, offsets, weight, lora_A, lora_B, lora_N, bias, scaling):
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N, "bias": bias}
-    _check_tensors(tensors, optional=("lora_N", "bias"))
-    _check_scaling(scaling)
+    check_tensors(tensors, optional=("lora_N", "bias"))
+    check_scaling(scaling)
     if weight.dim() != 3 or weight.shape[0] == 0:
         raise ValueError(f"weight must have shape (experts, out, in) with experts >= 1, got {tuple(weight.shape)}")
     experts, out_features, in_features = weight.shape
@@ -214,7 +221,7 @@ def check_ends(offsets: Tensor, rows: int) -> None:
             raise ValueError(f"offsets must rise from 0 to at most the {rows} rows of x, got {ends}")
 
 
-def _check_scaling(scaling):
+def check_scaling(scaling):
     # NOTE: a float first, because asking an abstract class costs more than all other checks of a number.
     if type(scaling) is not float and (isinstance(scaling, bool) or not isinstance(scaling, REAL)):
         raise TypeError(f"scaling must be a real number, got {type(scaling).__name__}")
@@ -229,7 +236,7 @@ def check_dropout(dropout):
 
 def check_lora2_core(lora_u, lora_E, lora_U, mask):
     tensors = {"lora_u": lora_u, "lora_E": lora_E, "lora_U": lora_U}
-    _check_tensors(tensors)
+    check_tensors(tensors)
     if lora_u.dim() != 2 or 0 in lora_u.shape:
         raise ValueError(f"lora_u must have shape (r, k) with r, k >= 1, got {tuple(lora_u.shape)}")
     r, k = lora_u.shape
@@ -257,8 +264,10 @@ def _check_dtypes(tensors: dict[str, Tensor | None]):
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
 
 
-def _check_tensors(tensors: dict[str, Tensor | None], optional: tuple[str, ...] = ()):
-    device = None
+def check_tensors(
+    tensors: dict[str, Tensor | None], optional: tuple[str, ...] = (), device: torch.device | None = None
+) -> None:
+    """TypeError or ValueError, by name, for what no operation reads, or what is not on `device`, that of the first."""
     for name, t in tensors.items():
         if t is None and name in optional:
             continue

@@ -270,7 +270,44 @@ def test_bad_calls_of_the_others():
         init.lora2(W, 4, 1, "unit")
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         init.lora2(W, 4, 0)
+
+
+def matrices(**changed):
+    return {"A": normal(2, 6), "N": normal(2, 2), "B": normal(8, 2), "scaling": 1.0} | changed
+
+
+BAD_PRODUCTS = {
+    "shape_A": ({"A": normal(2, 5)}, ValueError, r"A must have shape \(r, 6\) with r >= 1, got \(2, 5\)"),
+    "scalar_A": ({"A": torch.tensor(1.0)}, ValueError, r"A must have shape \(r, 6\) with r >= 1, got \(\)"),
+    "stacked_A": ({"A": normal(1, 2, 6)}, ValueError, "A must have shape"),
+    "shape_N": ({"N": normal(2, 3)}, ValueError, r"N must have shape \(2, 2\), got \(2, 3\)"),
+    "vector_B": ({"B": normal(8)}, ValueError, r"B must have shape \(8, 2\), got \(8,\)"),
+    "list": ({"A": [[1.0] * 6] * 2}, TypeError, "A must be a Tensor, got list"),
+    "none": ({"B": None}, TypeError, "B must be a Tensor, got NoneType"),
+    "sparse": ({"N": torch.eye(2).to_sparse()}, TypeError, "N must be a dense tensor, got torch.sparse_coo"),
+    "complex": ({"A": normal(2, 6) + 1j}, TypeError, "A must be one of .*float64, got torch.complex64"),
+    "integer": ({"A": torch.ones(2, 6, dtype=torch.int64)}, TypeError, "A must be one of .*, got torch.int64"),
+    "float8": ({"N": torch.eye(2).to(torch.float8_e4m3fn)}, TypeError, "N must be one of .*, got torch.float8_e4m3fn"),
+    **{
+        f"meta_{name}": ({name: matrices()[name].to("meta")}, ValueError, f"{name} must be on cpu .*, got meta")
+        for name in "ANB"
+    },
+    "scaling": ({"scaling": "1"}, TypeError, "scaling must be a real number, got str"),
+    "scaling_complex": ({"scaling": 1j}, TypeError, "scaling must be a real number, got complex"),
+}
+
+
+@pytest.mark.parametrize("changed, error, message", BAD_PRODUCTS.values(), ids=BAD_PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_cannot_be_subtracted_leaves_the_weight(changed, error, message, dtype):
+    W = normal(8, 6, dtype=dtype)
     before = W.clone()
-    with pytest.raises(ValueError, match=r"A must have shape \(2, 6\), got \(2, 5\)"):
-        init.subtract_(W, torch.ones(2, 5), torch.ones(2, 2), torch.ones(8, 2), 1.0)
+    with pytest.raises(error, match=message):
+        init.subtract_(W, **matrices(**changed))
     assert torch.equal(W, before)
+
+
+def test_on_the_meta_device_there_is_nothing_to_subtract():
+    given = {name: t.to("meta") if name in "ANB" else t for name, t in matrices().items()}
+    W = torch.empty(8, 6, device="meta")
+    assert init.subtract_(W, **given) is W
