@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from . import patterns
-from .backends.base import PLAIN, short
-from .ops.checks import DTYPES
+from .backends.base import PLAIN
+from .ops.checks import DTYPE_NAMES, DTYPES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -112,8 +112,7 @@ def some(names: Sequence[str], limit: int = 3) -> str:
 def check_values(source: str | Path, key: str, tensor: Tensor, where: str = "") -> None:
     """ValueError unless the tensor, of a file or a state dict, is of finite numbers that the operations take."""
     if tensor.dtype not in DTYPES:
-        allowed = ", ".join(sorted(map(short, DTYPES)))
-        raise ValueError(f"{source}: {key} must be one of {allowed}, got {tensor.dtype}")
+        raise ValueError(f"{source}: {key} must be one of {DTYPE_NAMES}, got {tensor.dtype}")
     if not tensor.isfinite().all():
         raise ValueError(f"{source}: {key} must be finite{where}, got NaN or inf")
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import saved
+from ..backends import Factors
 from ..commit import attributes, commit
 from ..init import CORES, METHODS, SELECTIONS, check_choice, idle, subtract_
 from ..init import adapter as initial_adapter
 from ..init import lora2 as initial_lora2
-from ..ops.checks import check_dropout
+from ..ops.checks import LORA2_NAMES, check_adapter, check_dropout, check_dtype, check_tensors, core_of
 from . import branch as branches
 from .branch import Branch, Lora2Branch, tensor_of
 
@@ -28,12 +29,13 @@ ENTRY = "base"
 
 
 class _AdapterLinear(nn.Module):
-    """A base linear layer and an adapter, which a subclass gives as its `branch`."""
+    """A base linear layer and an adapter, which a subclass gives as its `branch`.
+
+    A subclass checks its matrices by `_check` before, and freezes the base when nothing is refused any more.
+    """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float | None, dropout: float = 0.0):
         super().__init__()
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"base must be an nn.Linear, got {type(base).__name__}")
         if alpha is None:
             alpha = r
         check_alpha(alpha)
@@ -44,7 +46,6 @@ class _AdapterLinear(nn.Module):
         self.scaling = alpha / r
         self.dropout = dropout
         self.merged = False
-        base.requires_grad_(False)
 
     def branch(self) -> Branch | Lora2Branch:
         """What the adapter adds now."""
@@ -172,6 +173,9 @@ class NLoraLinear(_AdapterLinear):
         check_choice("train", train, TRAIN)
         if train == "core" and lora_N is None:
             raise ValueError("train='core' needs a lora_N, which init='lora' has not")
+        if residual and lora_N is None:
+            raise ValueError("residual=True needs a lora_N, which init='lora' has not")
+        _check(base, {"lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N})
         super().__init__(base, lora_A.shape[0], alpha, dropout)
         outer = train == "all"
         self.lora_A = nn.Parameter(lora_A, requires_grad=outer)
@@ -179,11 +183,10 @@ class NLoraLinear(_AdapterLinear):
         self.lora_N = None if lora_N is None else nn.Parameter(lora_N)
         self.train_matrices = train
         self.residual = residual
-        if not residual:
-            return
         # The initial product leaves W (train="all") or the core (train="core", where it keeps W as it is).
-        self.register_buffer("lora_N0", lora_N.detach().clone())
-        if outer:
+        if residual:
+            self.register_buffer("lora_N0", lora_N.detach().clone())
+        if residual and outer:
             self.register_buffer("lora_A0", lora_A.detach().clone())
             self.register_buffer("lora_B0", lora_B.detach().clone())
             # A weight that is quantised, or made anew in every forward, stays as it is, and all of the product is an
@@ -191,6 +194,7 @@ class NLoraLinear(_AdapterLinear):
             self.initial_scaling = self.scaling if branches.can_be_added_to(base, base.weight) else 0.0
             if self.initial_scaling:
                 subtract_(base.weight, self.lora_A0, self.lora_N0, self.lora_B0, self.scaling)
+        base.requires_grad_(False)
 
     @classmethod
     def from_linear(
@@ -223,13 +227,15 @@ class NLoraLinear(_AdapterLinear):
             dtype: of the adapter; default fp32 on a 16-bit base, else the base's.
 
         Raises:
-            TypeError: linear is no nn.Linear, alpha or dropout no number, r no integer.
+            TypeError: linear is no nn.Linear, alpha or dropout no number, r no integer, dtype not fp32, bf16, fp16 or
+                fp64.
             ValueError: r or dropout out of range, an unknown name, train="core" with init="lora", residual with another
                 init than "nystrom"; with that, NaN or infinity in the weight, and core="pinv" without residual, or with
                 it and train="all" on a weight of 16 bits.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        _check_linear("linear", linear)
+        if dtype is not None:
+            check_dtype("dtype", dtype)
         check_choice("init", init, METHODS)
         check_method(init, core, select, residual)
         if residual and train == "all":
@@ -313,6 +319,8 @@ class LoRA2Linear(_AdapterLinear):
         alpha: float | None = None,
         dropout: float = 0.0,
     ):
+        core = core_of(Factors(lora_u, lora_E, lora_U, None))
+        _check(base, dict(zip(LORA2_NAMES, (lora_v, lora_V, core), strict=True)))
         super().__init__(base, lora_E.shape[0], alpha, dropout)
         self.k = lora_v.shape[0]
         self.lora_v = nn.Parameter(lora_v)
@@ -321,6 +329,7 @@ class LoRA2Linear(_AdapterLinear):
         self.lora_U = nn.Parameter(lora_U)
         self.lora_V = nn.Parameter(lora_V)
         self.register_buffer("lora_mask", torch.ones_like(lora_E))
+        base.requires_grad_(False)
 
     @classmethod
     def from_linear(
@@ -346,8 +355,9 @@ class LoRA2Linear(_AdapterLinear):
 
         Raises TypeError and ValueError as `NLoraLinear.from_linear` does.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        _check_linear("linear", linear)
+        if dtype is not None:
+            check_dtype("dtype", dtype)
         weight = branches.readable_weight(linear)
         tensors = initial_lora2(weight, r, k, vectors, generator=generator)
         return cls(linear, *(t.to(dtype or adapter_dtype(weight)) for t in tensors), alpha=alpha, dropout=dropout)
@@ -358,6 +368,21 @@ class LoRA2Linear(_AdapterLinear):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, {super().extra_repr()}"
+
+
+def _check(base, matrices: dict[str, Tensor | None]) -> None:
+    """TypeError or ValueError, by name, unless A, B and N of an adapter fit the layer, wherever it lies."""
+    _check_linear("base", base)
+    check_tensors(matrices, optional=tuple(matrices)[2:])
+    weight = base._parameters.get("weight")
+    # The attributes are not renewed where a weight is swapped, and codes or a shard have another shape.
+    known = weight is not None and weight.dim() == 2 and branches.has_dense(base, weight)
+    check_adapter(weight.shape if known else (base.out_features, base.in_features), matrices)
+
+
+def _check_linear(name: str, linear) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{name} must be an nn.Linear, got {type(linear).__name__}")
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:

@@ -17,6 +17,9 @@ from ..internals import autocasts
 
 REAL = (numbers.Real, torch.SymFloat, torch.SymInt)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+DTYPE_NAMES = ", ".join(sorted(map(short, DTYPES)))
+# What stands for lora_A, lora_B and lora_N in LoRA².
+LORA2_NAMES = ("lora_v", "lora_V", "the core of lora_u, lora_E and lora_U")
 
 
 def check_dense(**tensors: Tensor | None) -> None:
@@ -96,16 +99,18 @@ def fits_linear(x, weight, bias) -> bool:
 
 def check_call(call: Call):
     """TypeError or ValueError, by the name of its argument, for what is wrong with a call."""
-    factors = call.lora_N
-    if type(factors) is not Factors:
+    if type(call.lora_N) is not Factors:
         check_lora_linear(*call[:7])
         return
+    names = dict(zip(("lora_A", "lora_B", "lora_N"), LORA2_NAMES, strict=True))
+    check_lora_linear(*call._replace(lora_N=core_of(call.lora_N))[:7], names)
+
+
+def core_of(factors: Factors) -> Tensor:
+    """Stands for the core, which has yet to be made. TypeError or ValueError where it cannot be."""
     check_lora2_core(*factors)
-    # Stands for the core, which has yet to be made.
     k = factors.lora_u.shape[1]
-    core = factors.lora_u.new_empty(k, k)
-    names = {"lora_A": "lora_v", "lora_B": "lora_V", "lora_N": "the core of lora_u, lora_E and lora_U"}
-    check_lora_linear(*call._replace(lora_N=core)[:7], names)
+    return factors.lora_u.new_empty(k, k)
 
 
 def check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names=None):
@@ -264,6 +269,12 @@ def _check_dtypes(tensors: dict[str, Tensor | None]):
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
 
 
+def check_dtype(name: str, dtype) -> None:
+    """TypeError unless it is one that the operations take."""
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise TypeError(f"{name} must be one of {DTYPE_NAMES}, got {dtype!r}")
+
+
 def check_tensors(
     tensors: dict[str, Tensor | None], optional: tuple[str, ...] = (), device: torch.device | None = None
 ) -> None:
@@ -275,9 +286,7 @@ def check_tensors(
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
             check_dense(**{name: t})
-        if t.dtype not in DTYPES:
-            allowed = ", ".join(sorted(map(short, DTYPES)))
-            raise TypeError(f"{name} must be one of {allowed}, got {t.dtype}")
+        check_dtype(name, t.dtype)
         device = device or t.device
         if t.device != device:
             raise ValueError(f"{name} must be on {device} like the tensors before it, got {t.device}")

@@ -279,6 +279,61 @@ def test_bad_arguments(make, error, message):
         make()
 
 
+MATRICES = {"lora_A": (2, 8), "lora_B": (6, 2), "lora_N": (2, 2)}
+FACTORS = {"lora_v": (2, 8), "lora_u": (3, 2), "lora_E": (3,), "lora_U": (2, 3), "lora_V": (6, 2)}
+WRONG = {
+    "vector": (lambda t: t.flatten()[:1], ValueError, "must have shape"),
+    "wider": (lambda t: torch.cat([t, t], -1), ValueError, "must have shape"),
+    "stacked": (lambda t: t[None], ValueError, "must have shape"),
+    "complex": (lambda t: t.to(torch.complex64), TypeError, "must be one of .*, got torch.complex64"),
+    "integer": (lambda t: t.int(), TypeError, "must be one of .*, got torch.int32"),
+    "float8": (lambda t: t.to(torch.float8_e4m3fn), TypeError, "must be one of .*, got torch.float8_e4m3fn"),
+    "list": (lambda t: t.tolist(), TypeError, "must be a Tensor, got list"),
+}
+
+
+@pytest.mark.parametrize("wrong, error, message", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kind", [nk.NLoraLinear, nk.LoRA2Linear])
+def test_matrices_that_do_not_fit_leave_the_layer(kind, residual, wrong, error, message):
+    shapes, options = (MATRICES, {"residual": residual}) if kind is nk.NLoraLinear else (FACTORS, {})
+    linear = nn.Linear(8, 6)
+    before = linear.weight.clone()
+    for name in shapes:
+        given = {each: torch.ones(shape) for each, shape in shapes.items()}
+        given[name] = wrong(given[name])
+        with pytest.raises(error, match=message):
+            kind(linear, **given, **options)
+    assert torch.equal(linear.weight, before) and linear.weight.requires_grad and linear.bias.requires_grad
+
+
+def test_a_residual_needs_a_core_and_its_device():
+    linear = nn.Linear(8, 6)
+    before = linear.weight.clone()
+    A, B, N = (torch.ones(shape) for shape in MATRICES.values())
+    with pytest.raises(ValueError, match="residual=True needs a lora_N"):
+        nk.NLoraLinear(linear, A, B, residual=True)
+    with pytest.raises(ValueError, match="A must be on cpu .*, got meta"):
+        nk.NLoraLinear(linear, *(t.to("meta") for t in (A, B, N)), residual=True)
+    assert torch.equal(linear.weight, before) and linear.weight.requires_grad
+
+
+def test_matrices_fit_the_weight_that_a_layer_has_now():
+    linear = nn.Linear(8, 6)
+    linear.weight = nn.Parameter(linear.weight.detach()[:, :4].clone())
+    assert nk.NLoraLinear.from_linear(linear, 2)(torch.ones(1, 4)).shape == (1, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.int32, "fp32", [torch.float32]], ids=str)
+@pytest.mark.parametrize("options", [{"r": 2, "residual": True}, {"r": 2}, {"r": 2, "k": 2}], ids=str)
+def test_a_dtype_that_no_operation_takes_is_refused(options, dtype):
+    linear = nn.Linear(8, 8)
+    before = linear.weight.clone()
+    with pytest.raises(TypeError, match="dtype must be one of bfloat16, float16, float32, float64, got "):
+        (nk.LoRA2Linear if "k" in options else nk.NLoraLinear).from_linear(linear, **options, dtype=dtype)
+    assert torch.equal(linear.weight, before) and linear.weight.requires_grad
+
+
 def test_a_refused_layer_is_left_as_it_was():
     linear = nn.Linear(8, 8)
     before = linear.weight.clone()
