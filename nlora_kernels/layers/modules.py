@@ -153,7 +153,8 @@ class _AdapterLinear(nn.Module):
 class NLoraLinear(_AdapterLinear):
     """y = x·Wᵀ + bias + s·((x·Aᵀ)·Nᵀ)·Bᵀ,  s = alpha / r
 
-    LoRA, SLoRA, NLoRA and IntTune (arXiv 2502.14482) on one nn.Linear, which is kept as `base` and frozen.
+    LoRA, SLoRA, NLoRA and IntTune (arXiv 2502.14482) on one nn.Linear, which is kept as `base` and frozen. With
+    residual=True its weight changes in place, also for another module that shares it, as a tied embedding does.
 
     Parameters: lora_A (r, in), lora_N (r, r) or None, lora_B (out, r).
     """
@@ -221,7 +222,8 @@ class NLoraLinear(_AdapterLinear):
             train: "all", or "core" for lora_N alone (IntTune, with init="nystrom").
             residual: make step 0 exact for "nystrom" too, by W ← W − s·B·N·A (in place), or, with train="core", by
                 using lora_N − lora_N0 and leaving W alone. Setting `scaling` scales the whole effect: 0 is the linear
-                layer as it came.
+                layer as it came. The change of W reaches every module that shares it, which no layer can see: do not
+                use it with train="all" on a tied head.
             dropout: of the adapter's input in training, from 0 to 1.
             generator: for the random initialisations.
             dtype: of the adapter; default fp32 on a 16-bit base, else the base's.
