@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backends, internals
 from .backends.quantised import Quantised, view
 from .commit import commit
-from .ops.checks import check_adapter, check_scaling, check_tensors
+from .ops.checks import check_adapter, check_real, check_tensors
 
 METHODS = ("lora", "slora", "slora_gaussian", "nystrom")
 CORES = ("sample", "optimal", "pinv")
@@ -67,6 +67,7 @@ def nystrom(
     weight = _check_weight(weight, stacked=True)
     check_rank(r, min(weight.shape[-2:]), "min(out, in)")
     check_choice("core", core, CORES)
+    check_choice("select", select, SELECTIONS)
     _check_finite(weight)
     if weight.dim() == 3:
         if rows is not None or cols is not None:
@@ -117,6 +118,7 @@ def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None =
     """
     weight = _check_weight(weight)
     check_rank(r, min(weight.shape), "min(out, in)")
+    check_choice("how", how, SELECTIONS)
     _check_finite(weight)
     return _select(weight, r, how, generator)
 
@@ -146,7 +148,7 @@ def subtract_(weight: Tensor, A: Tensor, N: Tensor | None, B: Tensor, scaling: f
     Raises, before anything is changed:
         TypeError: an argument is no tensor, of another dtype, or no number. ValueError: shapes or devices do not fit.
     """
-    check_scaling(scaling)
+    check_real("scaling", scaling)
     add_product(weight, A, N, B, -scaling)
     return weight
 
@@ -267,7 +269,6 @@ def _optimal_core(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def _select(weight: Tensor | Quantised, r: int, how: str, generator) -> tuple[Tensor, Tensor]:
     """(I, J), each (r,), or (experts, r) for the weights of several experts."""
-    check_choice("select", how, SELECTIONS)
     experts = weight.shape[:-2]
     if how == "leading" or weight.device.type == "meta":
         rows = torch.arange(r, device=weight.device).expand(*experts, r)

@@ -18,6 +18,7 @@ from .ops.checks import DTYPE_NAMES, DTYPES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+FLAGS = ("use_rslora", "residual")
 CORE_METHODS = ("nystrom", "slora", "slora_gaussian")
 
 _TENSOR = re.compile(
@@ -160,12 +161,18 @@ def check_config(file: str | Path, config: dict) -> None:
                 patterns.lookup({pattern: value}, "", None)
             except re.error as error:
                 raise ValueError(f"{file}: {name} of {pattern!r} is no regular expression: {error}") from error
-    for name in ("use_rslora", "residual"):
-        check(name, config.get(name), config.get(name) in (None, True, False), "true or false")
+    for name in FLAGS:
+        check_flag(name, config.get(name), f"{file}: ")
     if kind == "NLORA":
         check("train", config.get("train"), config.get("train") in (None, "all", "core"), "all or core")
         method = config.setdefault("init_lora_weights", "nystrom")
         check("init_lora_weights", method, isinstance(method, bool | str), "the name of a method, true or false")
+
+
+def check_flag(name: str, value, source: str = "") -> None:
+    """ValueError unless an option is on, off or left out; `source` is put before its name."""
+    if value not in (None, True, False):
+        raise ValueError(f"{source}{name} must be true or false, got {value!r}")
 
 
 def _is_rank(value) -> bool:

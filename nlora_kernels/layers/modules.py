@@ -4,7 +4,6 @@ The linear layer may be a quantised one of bitsandbytes or torchao.
 """
 
 import math
-import numbers
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ from ..commit import attributes, commit
 from ..init import CORES, METHODS, SELECTIONS, check_choice, idle, subtract_
 from ..init import adapter as initial_adapter
 from ..init import lora2 as initial_lora2
-from ..ops.checks import LORA2_NAMES, check_adapter, check_dropout, check_dtype, check_tensors, core_of
+from ..ops.checks import LORA2_NAMES, check_adapter, check_dropout, check_dtype, check_real, check_tensors, core_of
 from . import branch as branches
 from .branch import Branch, Lora2Branch, tensor_of
 
@@ -172,6 +171,7 @@ class NLoraLinear(_AdapterLinear):
         dropout: float = 0.0,
     ):
         check_choice("train", train, TRAIN)
+        saved.check_flag("residual", residual)
         if train == "core" and lora_N is None:
             raise ValueError("train='core' needs a lora_N, which init='lora' has not")
         if residual and lora_N is None:
@@ -393,14 +393,14 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
 
 
 def check_alpha(alpha, name: str = "alpha") -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(f"{name} must be a real number, got {type(alpha).__name__}")
+    check_real(name, alpha)
     if not math.isfinite(alpha):
         raise ValueError(f"{name} must be finite, got {alpha}")
 
 
 def check_method(method, core: str, select: str, residual: bool) -> None:
     """ValueError for an unknown core or selection, and for options that make no sense with the method."""
+    saved.check_flag("residual", residual)
     check_choice("core", core, CORES)
     check_choice("select", select, SELECTIONS)
     if residual and method != "nystrom":

@@ -1,5 +1,6 @@
 """Which singular values to keep: scores, schedule and masks over all layers of a model at once."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from ..init import check_choice
 from ..layers import engines
+from ..ops.checks import check_real
 from . import flat, shards, zero
 from .kernels import kernels
 from .layers import Layer, layers
@@ -17,6 +19,26 @@ class NonFiniteGradientError(ArithmeticError):
 
 
 SCORES = ("rows", "full")
+
+
+_LEAST = {"target_rank": 1, "total_steps": 1, "t_init": 0, "t_final": 0, "delta_t": 1}
+
+
+def check_schedule(*, t_init, t_final, beta1, beta2, **others) -> None:
+    """TypeError or ValueError, by name, for numbers of a schedule out of range; target_rank, total_steps and delta_t
+    may be left out."""
+    for name, value in {"t_init": t_init, "t_final": t_final, **others}.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+        if value < _LEAST[name]:
+            raise ValueError(f"{name} must be at least {_LEAST[name]}, got {value}")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        check_real(name, beta)
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {beta}")
+    total_steps = others.get("total_steps", math.inf)
+    if t_init + t_final >= total_steps:
+        raise ValueError(f"t_init + t_final must be below total_steps = {total_steps}, got {t_init} + {t_final}")
 
 
 class RankAllocator:
@@ -71,7 +93,7 @@ class RankAllocator:
     after the engine's step, whose gradients are caught before they are clipped.
 
     Raises:
-        TypeError: a step count or rank is no integer.
+        TypeError: a step count or rank is no integer, or a beta no real number.
         ValueError: the model has no LoRA² layers, or holds them on several devices; a number is out of range, or
             t_init + t_final ≥ total_steps.
     """
@@ -94,18 +116,15 @@ class RankAllocator:
         self.layers, self.full = layers(model), scores == "full"
         self._find_tensors()
         found = self.layers
-        counts = {"target_rank": (target_rank, 1), "total_steps": (total_steps, 1)}
-        counts |= {"t_init": (t_init, 0), "t_final": (t_final, 0), "delta_t": (delta_t, 1)}
-        for name, (value, least) in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 <= beta < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {beta}")
-        if t_init + t_final >= total_steps:
-            raise ValueError(f"t_init + t_final must be below total_steps = {total_steps}, got {t_init} + {t_final}")
+        check_schedule(
+            target_rank=target_rank,
+            total_steps=total_steps,
+            t_init=t_init,
+            t_final=t_final,
+            delta_t=delta_t,
+            beta1=beta1,
+            beta2=beta2,
+        )
         devices = {str(t.device) for t in (*self._scored, *self._columns)}
         if len(devices) > 1:
             raise ValueError(f"the LoRA² adapters must be on one device, got {', '.join(sorted(devices))}")

@@ -119,7 +119,7 @@ def check_lora_linear(x, weight, lora_A, lora_B, lora_N, bias, scaling, names=No
         tensors = {names.get(name, name): t for name, t in tensors.items()}
     x_name, weight_name, A_name, B_name, N_name, bias_name = tensors
     check_tensors(tensors, optional=(N_name, bias_name))
-    check_scaling(scaling)
+    check_real("scaling", scaling)
     if weight.dim() != 2:
         raise ValueError(f"{weight_name} must have shape (out, in), got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
@@ -183,7 +183,7 @@ def _said(given) -> str:
 def check_experts(x, offsets, weight, lora_A, lora_B, lora_N, bias, scaling):
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N, "bias": bias}
     check_tensors(tensors, optional=("lora_N", "bias"))
-    check_scaling(scaling)
+    check_real("scaling", scaling)
     if weight.dim() != 3 or weight.shape[0] == 0:
         raise ValueError(f"weight must have shape (experts, out, in) with experts >= 1, got {tuple(weight.shape)}")
     experts, out_features, in_features = weight.shape
@@ -226,15 +226,14 @@ def check_ends(offsets: Tensor, rows: int) -> None:
             raise ValueError(f"offsets must rise from 0 to at most the {rows} rows of x, got {ends}")
 
 
-def check_scaling(scaling):
+def check_real(name: str, value) -> None:
     # NOTE: a float first, because asking an abstract class costs more than all other checks of a number.
-    if type(scaling) is not float and (isinstance(scaling, bool) or not isinstance(scaling, REAL)):
-        raise TypeError(f"scaling must be a real number, got {type(scaling).__name__}")
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, REAL)):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
 
 
 def check_dropout(dropout):
-    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
-        raise TypeError(f"dropout must be a real number, got {type(dropout).__name__}")
+    check_real("dropout", dropout)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be within [0, 1], got {dropout}")
 

@@ -10,6 +10,7 @@ from peft.utils import PeftType
 
 from .. import init, patterns, saved
 from ..layers.modules import TRAIN, check_method
+from ..lora2.allocator import check_schedule
 
 
 class _PeftType(str):
@@ -63,6 +64,11 @@ _INIT = LoraConfig.__dataclass_fields__["init_lora_weights"]
 
 class _Checked:
     """A configuration that is read only where the weights beside it can be: before a model is touched."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in saved.FLAGS:
+            saved.check_flag(name, getattr(self, name, None))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
@@ -149,7 +155,8 @@ class LoRA2Config(_Checked, LoraConfig):
             one's own the ranks stay until an allocator is made and stepped.
 
     Raises:
-        ValueError: a number out of range, or a variant of LoRA. TypeError: k is no integer.
+        ValueError: a number out of range, t_init + t_final ≥ total_steps, or a variant of LoRA.
+        TypeError: k or another count is no integer, a beta no real number.
     """
 
     init_lora_weights: bool | str = field(default=True, metadata=_INIT.metadata)
@@ -166,6 +173,10 @@ class LoRA2Config(_Checked, LoraConfig):
         super().__post_init__()
         self.peft_type = LORA2
         init.check_rank(self.k, name="k")
+        numbers = {name: getattr(self, name) for name in ("t_init", "t_final", "delta_t", "beta1", "beta2")}
+        # These may be the callback's to say.
+        later = {name: getattr(self, name) for name in ("target_rank", "total_steps")}
+        check_schedule(**numbers, **{name: value for name, value in later.items() if value is not None})
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "orthogonal":
             known = "True, False or 'orthogonal'"
             raise ValueError(f"init_lora_weights must be {known} for LoRA², got {self.init_lora_weights!r}")

@@ -244,6 +244,12 @@ BAD = {
     "infinite": ((infinite, 2), {}, ValueError, "weight must be finite"),
     "core": ((normal(8, 6), 2), {"core": "best"}, ValueError, "core must be one of sample, optimal, pinv, got 'best'"),
     "select": ((normal(8, 6), 2), {"select": "best"}, ValueError, "select must be one of leading, .*, got 'best'"),
+    "select_unused": (
+        (normal(8, 6), 2),
+        {"select": "best", "rows": [0, 1], "cols": [0, 1]},
+        ValueError,
+        "select must be one of leading, .*, got 'best'",
+    ),
     "rows_length": ((normal(8, 6), 2), {"rows": [1]}, ValueError, r"rows must have shape \(2,\), got \(1,\)"),
     "rows_range": ((normal(8, 6), 2), {"rows": [1, 8]}, ValueError, "rows must lie in 0 … 7, got 1 … 8"),
     "cols_negative": ((normal(8, 6), 2), {"cols": [-1, 2]}, ValueError, "cols must lie in 0 … 5, got -1 … 2"),

@@ -264,6 +264,11 @@ BAD = {
         ValueError,
         "core must be one of sample, optimal, pinv, got 'smaple'",
     ),
+    "residual_text": (
+        lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8), 2, residual="no"),
+        ValueError,
+        "residual must be true or false, got 'no'",
+    ),
     "pinv": (lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8), 2, core="pinv"), ValueError, "needs residual=True"),
     "pinv_of_16_bits": (
         lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8).half(), 2, core="pinv", residual=True),

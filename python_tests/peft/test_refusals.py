@@ -59,6 +59,8 @@ BAD_CONFIGS = {
     "core_of_lora": ({"train": "core", "init_lora_weights": True}, ValueError, "train='core' needs a lora_N"),
     "residual_of_slora": ({"residual": True, "init_lora_weights": "slora"}, ValueError, "residual=True needs"),
     "residual_of_pissa": ({"residual": True, "init_lora_weights": "pissa"}, ValueError, "'nystrom', got 'pissa'"),
+    "residual_text": ({"residual": "no"}, ValueError, "residual must be true or false, got 'no'"),
+    "rslora_text": ({"use_rslora": "no"}, ValueError, "use_rslora must be true or false, got 'no'"),
     "replication": ({"residual": True, "layer_replication": [(0, 2), (1, 2)]}, ValueError, "layer_replication"),
 }
 
@@ -73,6 +75,29 @@ def test_bad_configuration(options, error, message):
 def test_initialisations_that_lora2_has_not(value):
     with pytest.raises(ValueError, match=f"must be True, False or 'orthogonal' for LoRA², got '{value}'"):
         LoRA2Config(init_lora_weights=value)
+
+
+BAD_SCHEDULES = {
+    "target_rank": ({"target_rank": -1}, ValueError, "target_rank must be at least 1, got -1"),
+    "total_steps": ({"total_steps": -1}, ValueError, "total_steps must be at least 1, got -1"),
+    "total_steps_float": ({"total_steps": 9.0}, TypeError, "total_steps must be an integer, got float"),
+    "delta_t": ({"delta_t": 0}, ValueError, "delta_t must be at least 1, got 0"),
+    "t_final": ({"t_final": -1}, ValueError, "t_final must be at least 0, got -1"),
+    "beta1": ({"beta1": 2.0}, ValueError, "beta1 must be at least 0 and below 1, got 2.0"),
+    "beta2": ({"beta2": "0.9"}, TypeError, "beta2 must be a real number, got str"),
+    "sum": ({"t_init": 4, "t_final": 6, "total_steps": 10}, ValueError, r"below total_steps = 10, got 4 \+ 6"),
+    "rslora": ({"use_rslora": "no"}, ValueError, "use_rslora must be true or false, got 'no'"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_SCHEDULES.values(), ids=BAD_SCHEDULES)
+def test_bad_schedule(options, error, message):
+    with pytest.raises(error, match=message):
+        LoRA2Config(**options)
+
+
+def test_steps_that_the_callback_is_to_give():
+    assert LoRA2Config(t_init=4, t_final=6, target_rank=2).total_steps is None
 
 
 BAD_INJECTIONS = {
