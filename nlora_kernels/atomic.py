@@ -188,8 +188,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             pass
         yield locked
     finally:
-        # NOTE: a child that was forked meanwhile has the same open file: with close alone it would hold the lock for as long
-        # as it lives, and it must not let go what its parent holds.
+        # NOTE: a child that was forked meanwhile has the same open file: with close alone it would hold the lock for as
+        # long as it lives, and it must not let go what its parent holds.
         if locked and os.getpid() == owner:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
