@@ -415,7 +415,6 @@ def check_subtraction(linear: nn.Module, weight: Tensor, core: str) -> None:
     """ValueError where the initial product that residual=True takes out of a weight would take its low bits along."""
     if core == "pinv" and weight.dtype.itemsize < 4 and branches.can_be_added_to(linear, weight):
         raise ValueError(
-            f"core='pinv' with residual=True needs a base weight in float32, got {weight.dtype}: its product is several "
-            "times as large, and what is left without it would be rounded as coarsely; train='core' and core='optimal' "
-            "take any"
+            f"core='pinv' with residual=True needs a base weight in float32, got {weight.dtype}: its product is much "
+            "larger, and what is left of W would be rounded as coarsely; train='core' and core='optimal' need none"
         )
