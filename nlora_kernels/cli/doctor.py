@@ -59,13 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("M", "K", "N", "R"),
         help="say which way a layer takes: tokens, in, out, rank",
     )
-    parser.add_argument("--dtype", default="float32", help="of that layer, default %(default)s")
+    parser.add_argument("--dtype", help="of that layer, default float32")
     parser.add_argument("--model", metavar="DIR", help="folder of a saved model whose configuration is checked too")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    found = report(args.shape, args.dtype, args.model)
+    if args.dtype is not None and args.shape is None:
+        raise ValueError("--dtype is that of a layer: give its --shape too")
+    found = report(args.shape, "float32" if args.dtype is None else args.dtype, args.model)
     print(json.dumps(found, indent=2) if args.json else text(found))
     return 1 if found["problems"] else 0
 
@@ -88,6 +90,8 @@ def report(
     Raises:
         ValueError: a size below 1, or an unknown dtype. FileNotFoundError: the folder has no config.json.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     notes: list[str] = []
     problems: list[str] = []
     found = {
@@ -393,8 +397,6 @@ def _inspect(model: nn.Module | str | Path, problems: list[str]) -> None:
 
 
 def _layer(shape: tuple[int, int, int, int], dtype: str, problems: list[str]) -> dict[str, Any]:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     for name, size in zip("MKNR", shape, strict=True):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")

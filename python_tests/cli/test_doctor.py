@@ -274,6 +274,10 @@ def test_bad_arguments(capsys):
     assert "R must be at least 1, got 0" in capsys.readouterr().err
     assert cli.main(["doctor", "--shape", "4", "8", "8", "2", "--dtype", "int8"]) == 1
     assert "dtype must be one of float32" in capsys.readouterr().err
+    assert cli.main(["doctor", "--dtype", "foo"]) == 1
+    assert "--dtype is that of a layer: give its --shape too" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="dtype must be one of float32"):
+        doctor.report(dtype="foo")
     with pytest.raises(SystemExit) as exit:
         cli.main(["doctor", "--shape", "4"])
     assert exit.value.code == 2
