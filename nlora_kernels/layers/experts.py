@@ -23,10 +23,8 @@ def obstacle(experts: nn.Module) -> str | None:
     """None if `forward` computes what calling these experts does, else why it does not."""
     if nn_module._has_any_global_hook():
         return "hooks are registered for all modules"
-    if missing := [name for name in _DESCRIBED if not hasattr(experts, name)]:
-        return (
-            f"its type is {type(experts).__qualname__}, which has no {missing[0]} as the experts of transformers have"
-        )
+    if not all(hasattr(experts, name) for name in _DESCRIBED):
+        return f"its type is {type(experts).__qualname__}, which is no layer of experts of transformers"
     if reason := branches.altered(experts):
         return reason
     chosen = getattr(experts.config, "_experts_implementation", None)

@@ -259,6 +259,13 @@ def test_ours_stands_in_for_the_ways_of_transformers_and_is_one_of_them(mixture,
     assert len(calls) == (8 if implementation == experts.IMPLEMENTATION else 0)
 
 
+def test_a_router_is_named_as_no_layer_of_experts():
+    options = {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}
+    found = nk.layers.unfused(peft.get_peft_model(tiny.mixtral(), config("lora", **options)))
+    said = "its type is MixtralTopKRouter, which is no layer of experts of transformers"
+    assert len(found) == 2 and set(found.values()) == {said}
+
+
 def test_gradients_of_the_router_and_second_derivatives(mixture):
     model = adapted(mixture, "nlora").double()
     layer = next(layer for name, layer in model.named_modules() if name.endswith("mlp.experts"))
