@@ -19,7 +19,27 @@ from .nlora import HasCore
 
 
 def advise(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
-    """One warning for what works but is not what the user came for."""
+    """One warning for each thing that works but is not what the user came for."""
+    warn_of_unfused(model)
+    cores = ((name, module) for name, module in model.named_modules() if isinstance(module, HasCore))
+    idle = {name: reason for name, module in cores if (reason := module.idle(adapter_name))}
+    if idle:
+        warnings.warn(
+            f"the adapter {adapter_name!r} of {saved.some(list(idle))} gets no gradient and cannot train, "
+            f"because {next(iter(idle.values()))}",
+            stacklevel=2,
+        )
+    patched = [name for name in READ_ONLY_A_AND_B if name in sys.modules]
+    if patched and not is_lora(config):
+        warnings.warn(
+            f"{patched[0]} is loaded: its own LoRA kernels read lora_A and lora_B alone and would leave the core out. "
+            "Switch them off",
+            stacklevel=2,
+        )
+
+
+def warn_of_unfused(model: nn.Module) -> None:
+    """One warning for all layers whose base keeps them from being one operation."""
     # What its user chose, such as dropout, a layer runs unfused for without a word.
     bases = ((name, module.base_layer) for name, module in model.named_modules() if isinstance(module, FusedLinear))
     unfused = {
@@ -41,20 +61,5 @@ def advise(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
         warnings.warn(
             f"{len(unfused)} adapter layers cannot be fused and run as base layer plus adapter, as in PEFT: {name}, "
             f"because {reason}",
-            stacklevel=2,
-        )
-    cores = ((name, module) for name, module in model.named_modules() if isinstance(module, HasCore))
-    idle = {name: reason for name, module in cores if (reason := module.idle(adapter_name))}
-    if idle:
-        warnings.warn(
-            f"the adapter {adapter_name!r} of {saved.some(list(idle))} gets no gradient and cannot train, "
-            f"because {next(iter(idle.values()))}",
-            stacklevel=2,
-        )
-    patched = [name for name in READ_ONLY_A_AND_B if name in sys.modules]
-    if patched and not is_lora(config):
-        warnings.warn(
-            f"{patched[0]} is loaded: its own LoRA kernels read lora_A and lora_B alone and would leave the core out. "
-            "Switch them off",
-            stacklevel=2,
+            stacklevel=3,
         )

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import tensor_parallel
+from .advice import warn_of_unfused
 from .experts import FusedExperts
 from .layer import FUSED, FusedLinear
 
@@ -20,7 +21,7 @@ def fuse(model: nn.Module) -> nn.Module:
     Those on the parameters of a mixture's experts are computed as `nlora_kernels.lora_grouped_linear` does; on a CPU,
     bases that bitsandbytes or torchao quantised are decoded inside the operation. Outputs, parameters and state
     dict stay as they are, and so does everything PEFT can do with the model; `unfuse` takes it back. A layer that
-    computes fused already is left alone, as are PEFT's layers of other types.
+    computes fused already is left alone, as are PEFT's layers of other types. One warning names what cannot be fused.
 
     Args:
         model: a PEFT model, or any module that has PEFT LoRA layers in it.
@@ -36,6 +37,7 @@ def fuse(model: nn.Module) -> nn.Module:
     fuse_layers(model)
     if not any(isinstance(module, tuple(_FUSED.values())) for module in model.modules()):
         raise ValueError("model must have LoRA layers of PEFT on linear layers or experts, got none")
+    warn_of_unfused(model)
     return model
 
 

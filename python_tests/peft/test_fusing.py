@@ -285,6 +285,15 @@ def test_fuse_gradients_and_variants():
     close(logits(fuse(dora)), before)
 
 
+def test_fuse_warns_of_what_it_cannot_fuse():
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 12))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "1"]))
+    model.base_model.model[1].base_layer.register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning, match=r"1 adapter layers cannot be fused.*model\.1, because it has hooks") as caught:
+        fuse(model)
+    assert [w.filename for w in caught] == [__file__] and list(unfused(model)) == ["base_model.model.1"]
+
+
 def test_fuse_refuses_what_has_nothing_to_fuse():
     with pytest.raises(TypeError, match="model must be a module, got str"):
         fuse("model")
