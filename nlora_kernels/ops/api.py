@@ -46,7 +46,8 @@ def lora_linear(
         x: (..., in), fp32, bf16, fp16 or fp64; any strides.
         weight: (out, in) in x's dtype, or a quantised tensor of bitsandbytes or torchao, or any that has a
             `dequantize()`, which is used in x's dtype, kept as it is for backward, and gets no gradient.
-        lora_A: (r, in). The three adapter matrices may be of any floating dtype and are used in x's dtype.
+        lora_A: (r, in). The three adapter matrices may be of any floating dtype, and are rounded to x's
+            dtype or kept in fp32.
         lora_B: (out, r).
         lora_N: (r, r), or None for plain LoRA.
         bias: (out,) in x's dtype, or None.
@@ -59,8 +60,8 @@ def lora_linear(
         backend: a name from `backends.available()`, which is then used or raises; None for the best one.
 
     Returns:
-        y (..., out) in x's dtype, accumulated in fp32; x·Aᵀ and its product with Nᵀ are rounded to x's dtype. Under
-        autocast x, weight and bias are cast to its dtype first, as F.linear does.
+        y (..., out) in x's dtype, accumulated in fp32; x·Aᵀ and its product with Nᵀ are rounded to x's dtype, or kept
+        in fp32. Under autocast x, weight and bias are cast to its dtype first, as F.linear does.
 
     Every tensor argument that requires a gradient gets one, in its own dtype. For backward the op keeps x·Aᵀ only if
     lora_B or lora_N trains, and x only if lora_A or weight does. Second derivatives, torch.func and forward mode take

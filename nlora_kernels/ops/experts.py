@@ -43,7 +43,7 @@ def lora_grouped_linear(
         weight: (experts, out, in) in x's dtype; any strides, so that of weights kept as (experts, in, out) the
             transposed view is read in place.
         lora_A: (experts, r, in), lora_B: (experts, out, r), lora_N: (experts, r, r), or None for plain LoRA. They may
-            be of any floating dtype and strides and are used in x's dtype.
+            be of any floating dtype and strides; the dtype in which they are used is as for `lora_linear`.
         bias: (experts, out) in x's dtype, or None.
         scaling, backend: as for `lora_linear`.
 
