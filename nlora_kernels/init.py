@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backends, internals
 from .backends.quantised import Quantised, view
 from .commit import commit
-from .ops.checks import check_adapter, check_real, check_tensors
+from .ops.checks import check_adapter, check_dense, check_memory, check_real, check_tensors
 
 METHODS = ("lora", "slora", "slora_gaussian", "nystrom")
 CORES = ("sample", "optimal", "pinv")
@@ -162,6 +162,7 @@ def add_product(
         raise TypeError(f"weight must be a dense tensor to be added to, got a quantised {type(weight).__qualname__}")
     check_tensors({"A": A, "N": N, "B": B}, optional=("N",), device=weight.device)
     check_adapter(weight.shape, {"A": A, "B": B, "N": N})
+    check_memory(weight=weight, A=A, N=N, B=B)
     A, N, B = (None if t is None else t.clone() if internals.shares_memory(t, weight) else t for t in (A, N, B))
     if subtract := _kernel("subtract_products", weight, A.shape[0]):
         # Between a launch and what follows it an interrupt could come: then the launch is made on a copy.
@@ -376,6 +377,8 @@ def _permutation(n: int, generator) -> Tensor:
 
 
 def _indices(name: str, indices, r: int, limit: int, device) -> Tensor:
+    if isinstance(indices, Tensor):
+        check_memory(**{name: indices})
     indices = torch.as_tensor(indices, device=device)
     if indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must hold integers, got {indices.dtype}")
@@ -394,6 +397,7 @@ def _check_weight(weight, stacked: bool = False) -> Tensor | Quantised:
         raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
     if (quantised := view(weight)) is not None:
         return quantised
+    check_dense(weight=weight)
     if not weight.is_floating_point():
         raise TypeError(f"weight must be a floating tensor, got {weight.dtype}")
     if weight.dim() != 2 and not (stacked and weight.dim() == 3):
@@ -418,6 +422,7 @@ def check_choice(name: str, value, choices: Sequence[str]) -> None:
 def _check_finite(weight: Tensor | Quantised) -> None:
     if weight.device.type == "meta" or weight.shape.numel() == 0:
         return
+    check_memory(weight=weight)
     for part in weight.split(_TILE_ROWS) if isinstance(weight, Quantised) else (weight,):
         # Passes without a temporary of the weight's size. A sum is finite only if every element is; where it overflows,
         # the extremes decide, which are NaN where any element is.

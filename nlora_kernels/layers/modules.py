@@ -18,7 +18,16 @@ from ..commit import attributes, commit
 from ..init import CORES, METHODS, SELECTIONS, check_choice, idle, subtract_
 from ..init import adapter as initial_adapter
 from ..init import lora2 as initial_lora2
-from ..ops.checks import LORA2_NAMES, check_adapter, check_dropout, check_dtype, check_real, check_tensors, core_of
+from ..ops.checks import (
+    LORA2_NAMES,
+    check_adapter,
+    check_dropout,
+    check_dtype,
+    check_memory,
+    check_real,
+    check_tensors,
+    core_of,
+)
 from . import branch as branches
 from .branch import Branch, Lora2Branch, tensor_of
 
@@ -376,6 +385,7 @@ def _check(base, matrices: dict[str, Tensor | None]) -> None:
     """TypeError or ValueError, by name, unless A, B and N of an adapter fit the layer, wherever it lies."""
     _check_linear("base", base)
     check_tensors(matrices, optional=tuple(matrices)[2:])
+    check_memory(**matrices)
     weight = base._parameters.get("weight")
     # The attributes are not renewed where a weight is swapped, and codes or a shard have another shape.
     known = weight is not None and weight.dim() == 2 and branches.has_dense(base, weight)

@@ -100,7 +100,11 @@ def lora2_core(lora_u: Tensor, lora_E: Tensor, lora_U: Tensor, mask: Tensor | No
     check_lora2_core(*factors)
     if foreign(**factors._asdict()):
         return REFERENCE.lora2_core(*factors)
-    return autograd.core(*factors)
+    try:
+        return autograd.core(*factors)
+    except (RuntimeError, ValueError):
+        check_memory(**factors._asdict())
+        raise
 
 
 def lora2_linear(
@@ -202,6 +206,8 @@ def dropout_of(x: Tensor, p: float, seed: int | Tensor | None) -> Dropout:
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
             got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
             raise ValueError(f"seed must hold one int64 on {x.device}, got {got}")
+        if not torch.compiler.is_compiling():
+            check_memory(seed=seed)
         return Dropout(p, seed.view(()))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, a Tensor or None, got {type(seed).__name__}")

@@ -30,14 +30,15 @@ def check_dense(**tensors: Tensor | None) -> None:
 
 
 def check_memory(**tensors: Tensor | None) -> None:
-    """TypeError or ValueError, by name, for what cannot be read: asked where a call has failed."""
+    """TypeError or ValueError, by name, for what cannot be read: asked where a call has failed, or would not return."""
     tensors = {name: t for name, t in tensors.items() if not isinstance(t, Quantised)}
     check_dense(**tensors)
     for name, t in tensors.items():
         if t is not None and type(t) in PLAIN and t.device.type != "meta" and t.numel():
             # Tensors of a transform have none to ask.
             with contextlib.suppress(RuntimeError):
-                if not t.data_ptr():
+                # Of a part of freed memory the tensor itself has an address.
+                if not t.untyped_storage().data_ptr():
                     raise ValueError(f"{name} has no memory: its storage was freed, or is held elsewhere")
 
 
@@ -221,7 +222,11 @@ def check_ends(offsets: Tensor, rows: int) -> None:
     """ValueError where an expert would have other rows than those of x: asked also where compiled code knows them."""
     # Elsewhere to read them would wait for the device, and of a fake there is nothing to read.
     if type(offsets) in PLAIN and offsets.is_cpu:
-        ends = offsets.tolist()
+        try:
+            ends = offsets.tolist()
+        except RuntimeError:
+            check_memory(offsets=offsets)
+            raise
         if any(last < first for first, last in pairwise([0, *ends, rows])):
             raise ValueError(f"offsets must rise from 0 to at most the {rows} rows of x, got {ends}")
 

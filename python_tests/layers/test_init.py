@@ -303,6 +303,47 @@ BAD_PRODUCTS = {
 }
 
 
+def freed(t):
+    """The same without its memory, as FSDP leaves it."""
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+@pytest.mark.parametrize("select", init.SELECTIONS)
+def test_a_weight_without_memory_is_refused(select):
+    whole = normal(9, 6)
+    part = whole[1:]
+    whole.untyped_storage().resize_(0)
+    for W in (freed(normal(8, 6)), freed(normal(2, 8, 6)), freed(normal(8, 6).bfloat16()), part):
+        for call in (init.nystrom, init.select) if W.dim() == 2 else (init.nystrom,):
+            with pytest.raises(ValueError, match="weight has no memory"):
+                call(W, 2, select=select) if call is init.nystrom else call(W, 2, select)
+
+
+def test_indices_without_memory_are_refused():
+    with pytest.raises(ValueError, match="cols has no memory"):
+        init.nystrom(normal(8, 6), 2, cols=freed(torch.arange(2)))
+
+
+@pytest.mark.parametrize("name", ["weight", "A", "N", "B"])
+def test_a_product_without_memory_is_refused(name):
+    given = {"weight": normal(8, 6)} | matrices()
+    before, given[name] = given["weight"].clone(), freed(given[name])
+    with pytest.raises(ValueError, match=f"{name} has no memory"):
+        init.subtract_(**given)
+    assert name == "weight" or torch.equal(given["weight"], before)
+
+
+def test_a_sparse_weight_is_refused():
+    W = normal(8, 6).to_sparse()
+    for call in (init.nystrom, init.adapter, lambda W, r: init.lora2(W, r, 2), lambda W, r: init.select(W, r, "norm")):
+        with pytest.raises(TypeError, match="weight must be a dense tensor, got torch.sparse_coo"):
+            call(W, 2)
+    with pytest.raises(TypeError, match="weight must be a dense tensor, got torch.sparse_coo"):
+        init.subtract_(W, **matrices())
+
+
 @pytest.mark.parametrize("changed, error, message", BAD_PRODUCTS.values(), ids=BAD_PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_cannot_be_subtracted_leaves_the_weight(changed, error, message, dtype):

@@ -323,6 +323,25 @@ def test_a_residual_needs_a_core_and_its_device():
     assert torch.equal(linear.weight, before) and linear.weight.requires_grad
 
 
+def freed(t):
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def test_memory_that_was_freed_is_named():
+    linear = nn.Linear(8, 6)
+    before = linear.weight.clone()
+    A, B, N = (torch.ones(shape) for shape in MATRICES.values())
+    with pytest.raises(ValueError, match="lora_N has no memory"):
+        nk.NLoraLinear(linear, A, B, freed(N), residual=True)
+    assert torch.equal(linear.weight, before) and linear.weight.requires_grad
+    freed(linear.weight.data)
+    for residual in (False, True):
+        with pytest.raises(ValueError, match="weight has no memory"):
+            nk.NLoraLinear.from_linear(linear, 2, residual=residual)
+    assert linear.weight.requires_grad
+
+
 def test_matrices_fit_the_weight_that_a_layer_has_now():
     linear = nn.Linear(8, 6)
     linear.weight = nn.Parameter(linear.weight.detach()[:, :4].clone())

@@ -96,6 +96,30 @@ def test_freed_storage_is_refused(name, backward):
     assert done.returncode == 0 and refused == len(ROWS), (done.returncode, done.stdout, done.stderr[-300:])
 
 
+def freed(t):
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def test_what_was_freed_is_named():
+    factors = [torch.ones(LORA2[name]) for name in ("lora_u", "lora_E", "lora_U", "mask")]
+    for i, name in enumerate(("lora_u", "lora_E", "lora_U", "mask")):
+        given = [freed(t.clone()) if i == at else t for at, t in enumerate(factors)]
+        with pytest.raises(ValueError, match=f"{name} has no memory"):
+            nk.lora2_core(*given)
+    experts = [torch.ones(shape) for shape in ((6, 16), (3, 12, 16), (3, 4, 16), (3, 12, 4))]
+    with pytest.raises(ValueError, match="offsets has no memory"):
+        nk.lora_grouped_linear(experts[0], freed(torch.tensor([1, 2, 6])), *experts[1:])
+    tensors, _ = arguments()
+    with pytest.raises(ValueError, match="seed has no memory"):
+        nk.lora_linear(**tensors, dropout=0.5, seed=freed(torch.tensor([3])))
+    whole = torch.ones(13, 16)
+    tensors["weight"] = whole[1:]
+    freed(whole)
+    with pytest.raises(ValueError, match="weight has no memory"):
+        nk.lora_linear(**tensors)
+
+
 def test_freed_storage_is_refused_in_the_training_of_lora2():
     layer = nk.LoRA2Linear.from_linear(nn.Linear(8, 6), 3, 2)
     layer.lora_V.detach().untyped_storage().resize_(0)
