@@ -68,6 +68,7 @@ def nystrom(
     check_rank(r, min(weight.shape[-2:]), "min(out, in)")
     check_choice("core", core, CORES)
     check_choice("select", select, SELECTIONS)
+    _check_generator(generator)
     _check_finite(weight)
     if weight.dim() == 3:
         if rows is not None or cols is not None:
@@ -119,6 +120,7 @@ def select(weight: Tensor, r: int, how: str, generator: torch.Generator | None =
     weight = _check_weight(weight)
     check_rank(r, min(weight.shape), "min(out, in)")
     check_choice("how", how, SELECTIONS)
+    _check_generator(generator)
     _check_finite(weight)
     return _select(weight, r, how, generator)
 
@@ -214,6 +216,7 @@ def adapter(
         return nystrom(weight, r, core=core, select=select, generator=generator)
     weight = _check_weight(weight, stacked=True)
     check_rank(r)
+    _check_generator(generator)
     *experts, out_features, in_features = weight.shape
     A = _uniform((*experts, r, in_features), 1 / math.sqrt(in_features), weight, generator)
     B = _zeros((*experts, out_features, r), weight)
@@ -239,6 +242,7 @@ def lora2(
     weight = _check_weight(weight)
     check_rank(r)
     check_rank(k, name="k")
+    _check_generator(generator)
     out_features, in_features = weight.shape
     shapes = ((k, in_features), (r, k), (k, r), (out_features, k))
     if vectors == "orthogonal":
@@ -417,6 +421,11 @@ def check_rank(r, limit: float = math.inf, limit_name: str = "", name: str = "r"
 def check_choice(name: str, value, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_generator(generator) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
 def _check_finite(weight: Tensor | Quantised) -> None:

@@ -82,7 +82,8 @@ def prefer(name: str | None) -> str | None:
 
 
 def _check(name: str) -> None:
-    if name not in TABLE:
+    # What has no hash is in no table either.
+    if not isinstance(name, str) or name not in TABLE:
         raise ValueError(f"backend must be one of {', '.join(sorted(TABLE))}, got {name!r}")
 
 
@@ -166,7 +167,7 @@ def choose(
 def makes_core(name: str | None) -> bool:
     """Whether a call on the CPU may hold LoRA²'s factors in place of its core, which `ops` makes where need be."""
     name = name or _preferred
-    return TABLE[name].makes_core if name in TABLE else not name
+    return TABLE[name].makes_core if isinstance(name, str) and name in TABLE else not name
 
 
 # Neither table, environment nor files can be traced.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.parameter import is_lazy
 
 from ..backends import Call, Factors, drops_inside, preferred, quantised
 from ..backends.base import PLAIN
@@ -16,7 +17,7 @@ from ..backends.quantised import Quantised
 from ..internals import autocasts
 from ..ops import lora2_core
 from ..ops.api import frozen_linear, fused_linear
-from ..ops.checks import DTYPES
+from ..ops.checks import DTYPES, check_module
 from . import engines
 
 
@@ -103,6 +104,12 @@ def together(branches: Sequence[Branch | Lora2Branch]) -> Branch | Lora2Branch:
     if any(n is not None for n in N) or any(s != scaling for s in scalings):
         core, scaling = _diagonal(list(map(_scaled_core, A, N, scalings))), 1.0
     return Branch(torch.cat(A, -2), core, torch.cat(B, -1), scaling)
+
+
+def check_initialised(linear: nn.Module, name: str = "weight") -> None:
+    """ValueError for a lazy layer that was not called yet."""
+    if any(map(is_lazy, linear.parameters(recurse=False))):
+        raise ValueError(f"{name} must be initialised, got a {type(linear).__qualname__} that was not called yet")
 
 
 def decodes(linear: nn.Module, x: Tensor) -> bool:
@@ -220,6 +227,7 @@ def unfused(model: nn.Module) -> dict[str, str]:
     As they are now: with the adapters that are active, hooks and wrappers on any of their matrices, and in train mode
     their dropout. Shards that FSDP or ZeRO-3 gathers when the model is called are taken to be gathered.
     """
+    check_module(model)
     found = {}
     gathering = engines.within_gathering(model)
     for name, layer in model.named_modules():

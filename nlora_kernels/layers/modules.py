@@ -395,6 +395,7 @@ def _check(base, matrices: dict[str, Tensor | None]) -> None:
 def _check_linear(name: str, linear) -> None:
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"{name} must be an nn.Linear, got {type(linear).__name__}")
+    branches.check_initialised(linear, f"weight of {name}")
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:

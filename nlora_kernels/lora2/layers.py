@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..layers import engines
+from ..ops.checks import check_module
 from .flat import Flattened
 
 _TENSORS = ("lora_E", "lora_u", "lora_U", "lora_v", "lora_V", "lora_mask")
@@ -96,8 +97,10 @@ def layers(model: nn.Module) -> list[Layer]:
     modules of these names that map adapters to modules whose weight is such; of a mapping it is the one active adapter
     that counts.
 
-    Raises ValueError if the model has none, a layer more than one active, or FSDP1 has flattened one with others.
+    Raises TypeError if the model is no module, and ValueError if it has none, a layer more than one active, or FSDP1
+    has flattened one with others.
     """
+    check_module(model)
     found = []
     for name, module in model.named_modules():
         # NOTE: asking a module for an attribute that it lacks raises, which costs most of a walk over a model.

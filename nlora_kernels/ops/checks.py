@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import Call, Factors, quantised
 from ..backends.base import PLAIN, short
@@ -20,6 +20,11 @@ DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}
 DTYPE_NAMES = ", ".join(sorted(map(short, DTYPES)))
 # What stands for lora_A, lora_B and lora_N in LoRA².
 LORA2_NAMES = ("lora_v", "lora_V", "the core of lora_u, lora_E and lora_U")
+
+
+def check_module(model) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
 
 
 def check_dense(**tensors: Tensor | None) -> None:

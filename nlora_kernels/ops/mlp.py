@@ -73,7 +73,7 @@ def lora_mlp(
     Raises:
         TypeError, ValueError: as for `lora_group_linear`, and for an unknown activation.
     """
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     projections = {name: _projection(name, given) for name, given in (("gate", gate), ("up", up), ("down", down))}
     flat = [t for p in projections.values() for t in (p.weight, *(p.adapter or ()), p.bias) if t is not None]

@@ -76,8 +76,12 @@ class _Checked:
         # On a hub nothing is there to look at yet.
         if os.path.isdir(folder):
             saved.check_readable(folder)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        saved.check_config(os.path.join(folder, saved.CONFIG), config.to_dict())
+        file = os.path.join(folder, saved.CONFIG)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        saved.check_config(file, config.to_dict())
         return config
 
     def to_dict(self) -> dict:

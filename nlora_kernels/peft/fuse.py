@@ -6,6 +6,7 @@ from peft.tuners.lora import ParamWrapper
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..ops.checks import check_module
 from . import tensor_parallel
 from .advice import warn_of_unfused
 from .experts import FusedExperts
@@ -32,8 +33,7 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: model is no module. ValueError: it has no layer to fuse.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    check_module(model)
     fuse_layers(model)
     if not any(isinstance(module, tuple(_FUSED.values())) for module in model.modules()):
         raise ValueError("model must have LoRA layers of PEFT on linear layers or experts, got none")
@@ -59,8 +59,10 @@ def fuse_layers(model: nn.Module) -> None:
 def unfuse(model: nn.Module) -> nn.Module:
     """Takes `fuse` back and returns the model: its layers are PEFT's own again.
 
-    Raises ValueError for layers of NLoraConfig that tensor parallelism splits: PEFT's own have other matrices there.
+    Raises TypeError if model is no module, and ValueError for layers of NLoraConfig that tensor parallelism splits:
+    PEFT's own have other matrices there.
     """
+    check_module(model)
     for name, module in model.named_modules():
         if type(module) in _FUSED.values() and tensor_parallel.is_distributed(module):
             raise ValueError(f"layer {name!r} cannot be unfused: its matrices are those of a tensor-parallel layer")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import internals
 from ..layers import branch as branches
 from ..ops import lora_mlp
+from ..ops.checks import check_module
 from ..ops.mlp import ACTIVATIONS
 from . import sharing
 from .layer import FusedLinear
@@ -50,8 +51,6 @@ def group(model: nn.Module, *, recompute: bool = False, **inputs) -> nn.Module:
     Raises:
         TypeError: model is no module. ValueError: it has no such layers.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module, got {type(model).__name__}")
     ungroup(model)
     parents = {name: module for name, module in model.named_modules() if _candidates(module)}
     try:
@@ -75,7 +74,8 @@ def group(model: nn.Module, *, recompute: bool = False, **inputs) -> nn.Module:
 
 
 def ungroup(model: nn.Module) -> nn.Module:
-    """Takes `group` back and returns the model."""
+    """Takes `group` back and returns the model. Raises TypeError if it is no module."""
+    check_module(model)
     for module in list(model.modules()):
         if isinstance(module, Scope):
             module.__class__ = type(module).kind

@@ -8,7 +8,6 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, PeftType, _get_submodules
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .. import saved
 from ..backends.quantised import Unreadable
@@ -65,11 +64,8 @@ class _FusedModel(LoraModel):
                 f"got one for {current_key!r}"
             )
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not is_lora(lora_config) and any(map(is_lazy, base.parameters(recurse=False))):
-            raise ValueError(
-                f"{current_key!r} cannot be adapted: its weight must be initialised, got a {type(base).__qualname__} "
-                "that was not called yet"
-            )
+        if not is_lora(lora_config):
+            branches.check_initialised(base, f"{current_key!r} cannot be adapted: its weight")
         try:
             if tensor_parallel.split_of(base) is not None:
                 if other := variant(lora_config):

@@ -278,6 +278,21 @@ def test_bad_calls_of_the_others():
         init.lora2(W, 4, 0)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda W: init.nystrom(W, 2, generator=3),
+        lambda W: init.select(W, 2, "leading", 3),
+        lambda W: init.adapter(W, 2, "slora", generator=3),
+        lambda W: init.lora2(W, 2, 2, generator=3),
+    ],
+    ids=["nystrom", "select", "adapter", "lora2"],
+)
+def test_what_is_no_generator_is_refused(call):
+    with pytest.raises(TypeError, match="generator must be a torch.Generator or None, got int"):
+        call(normal(8, 6))
+
+
 def matrices(**changed):
     return {"A": normal(2, 6), "N": normal(2, 2), "B": normal(8, 2), "scaling": 1.0} | changed
 

@@ -240,6 +240,17 @@ def test_scaling():
 BAD = {
     "module": (lambda: nk.NLoraLinear.from_linear(nn.Conv1d(4, 4, 1), 2), TypeError, "linear must be an nn.Linear"),
     "lora2_module": (lambda: nk.LoRA2Linear.from_linear(3, 2, 2), TypeError, "linear must be an nn.Linear, got int"),
+    "lazy": (
+        lambda: nk.NLoraLinear.from_linear(nn.LazyLinear(3), 2),
+        ValueError,
+        "weight of linear must be initialised, got a LazyLinear that was not called yet",
+    ),
+    "lora2_lazy": (lambda: nk.LoRA2Linear.from_linear(nn.LazyLinear(3), 2, 2), ValueError, "must be initialised"),
+    "lazy_base": (
+        lambda: nk.NLoraLinear(nn.LazyLinear(6), torch.ones(2, 8), torch.ones(6, 2)),
+        ValueError,
+        "weight of base must be initialised",
+    ),
     "alpha_nan": (
         lambda: nk.NLoraLinear.from_linear(nn.Linear(8, 8), 2, alpha=float("nan")),
         ValueError,

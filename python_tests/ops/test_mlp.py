@@ -140,6 +140,7 @@ def test_under_autocast_it_computes_in_its_dtype():
     "change, message",
     [
         ({"activation": "relu"}, "activation must be one of silu, gelu, gelu_tanh, got 'relu'"),
+        ({"activation": ["silu"]}, r"activation must be one of silu, gelu, gelu_tanh, got \['silu'\]"),
         ({"gate": torch.ones(4, 6)[0:0]}, "gate must be"),
         ({"up": (torch.ones(5, 6),)}, "weight of up must have as many rows as that of gate, 4, got 5"),
         ({"down": (torch.ones(6, 5),)}, r"weight of down must have shape \(out, 4\), got \(6, 5\)"),

@@ -326,6 +326,7 @@ BAD_CALLS = {
     "device": ({"lora_N": torch.randn(3, 3, device="meta")}, ValueError, "lora_N must be on cpu"),
     "scaling_text": ({"scaling": "1"}, TypeError, "scaling must be a real number, got str"),
     "scaling_bool": ({"scaling": True}, TypeError, "scaling must be a real number, got bool"),
+    "backend_list": ({"backend": ["cpu"]}, ValueError, r"backend must be one of .*lean.*, got \['cpu'\]"),
     "backend": ({"backend": "fast"}, ValueError, "backend must be one of .*lean.*, got 'fast'"),
 }
 

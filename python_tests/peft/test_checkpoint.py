@@ -808,7 +808,16 @@ def test_save_in_one_step(tmp_path):
         torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("fault", ["truncated", "not_safetensors", "integers", "nan", "fp8", "alpha_nan", "rank_0"])
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
+    saved(llama(), tmp_path / "bad", "nlora")
+    truncate(tmp_path / "bad" / checkpoint.CONFIG)
+    with pytest.raises(ValueError, match="bad/adapter_config.json: "):
+        NLoraConfig.from_pretrained(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    "fault", ["truncated", "not_safetensors", "integers", "nan", "fp8", "alpha_nan", "rank_0", "rslora"]
+)
 @pytest.mark.parametrize("method", ["nlora_residual", "nlora"])
 def test_peft_names_a_damaged_adapter_before_it_touches_the_model(method, fault, tmp_path):
     base = llama()

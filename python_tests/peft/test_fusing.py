@@ -295,7 +295,8 @@ def test_fuse_warns_of_what_it_cannot_fuse():
 
 
 def test_fuse_refuses_what_has_nothing_to_fuse():
-    with pytest.raises(TypeError, match="model must be a module, got str"):
-        fuse("model")
+    for function in (fuse, unfuse, unfused):
+        with pytest.raises(TypeError, match="model must be a module, got str"):
+            function("model")
     with pytest.raises(ValueError, match="must have LoRA layers of PEFT"):
         fuse(nn.Linear(4, 4))

@@ -667,5 +667,7 @@ def test_a_class_that_pickles_itself_still_does():
 def test_what_cannot_be_grouped_is_said():
     with pytest.raises(TypeError, match="model must be a module, got int"):
         nkp.group(1)
+    with pytest.raises(TypeError, match="model must be a module, got int"):
+        nkp.ungroup(1)
     with pytest.raises(ValueError, match="model must have fused adapter layers that share x, got none"):
         nkp.group(llama())
