@@ -83,6 +83,13 @@ def test_selections():
             assert indices.dtype == torch.int64 and len(set(indices.tolist())) == 40 and max(indices) < size
 
 
+def test_norms_of_16_bits_are_those_in_fp32():
+    W = torch.ones(8, 64, dtype=torch.bfloat16)
+    # A norm that bf16 rounds to that of the others.
+    W[5, :2] = 1.0625
+    assert torch.equal(init.select(W, 2, "norm")[0], init.select(W.float(), 2, "norm")[0])
+
+
 def pivots(W, r):
     """The first r pivots by definition: take the largest remaining row, remove its direction from the others."""
     rest, chosen = W.clone(), []
@@ -105,6 +112,9 @@ def test_pivots_of_a_matrix_of_lower_rank_are_distinct():
     rows, cols = init.select(low_rank(20, 16, 3).float(), 10, "pivoted")
     assert len(set(rows.tolist())) == len(set(cols.tolist())) == 10
     assert len(set(init.select(torch.zeros(6, 5), 4, "pivoted")[0].tolist())) == 4
+    # What rounding leaves of explained rows is far below -1, the mark of those that are chosen.
+    for indices in init.select(3e4 * low_rank(20, 16, 2).float(), 10, "pivoted"):
+        assert len(set(indices.tolist())) == 10
 
 
 def test_given_indices_replace_the_selection():
@@ -239,6 +249,7 @@ BAD = {
     "weight_list": (([[1.0]], 1), {}, TypeError, "weight must be a Tensor, got list"),
     "weight_vector": ((normal(8), 1), {}, ValueError, r"weight must have shape \(out, in\) or .*, got \(8,\)"),
     "experts_rows": ((normal(2, 8, 6), 1), {"rows": [0]}, ValueError, "rows and cols must be None"),
+    "experts_cols": ((normal(2, 8, 6), 1), {"cols": [0]}, ValueError, "rows and cols must be None"),
     "weight_integer": ((torch.ones(8, 6, dtype=torch.int8), 1), {}, TypeError, "weight must be a floating tensor"),
     "nan": ((nan, 2), {}, ValueError, "weight must be finite"),
     "infinite": ((infinite, 2), {}, ValueError, "weight must be finite"),
