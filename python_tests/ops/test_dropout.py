@@ -201,6 +201,7 @@ BAD_CALLS = {
     "none": ({"dropout": None}, TypeError, "dropout must be a real number, got NoneType"),
     "bool": ({"dropout": True}, TypeError, "dropout must be a real number, got bool"),
     "seed_text": ({"seed": "1"}, TypeError, "seed must be an integer, a Tensor or None, got str"),
+    "seed_bool": ({"seed": True}, TypeError, "seed must be an integer, a Tensor or None, got bool"),
     "seed_large": ({"seed": 2**63}, ValueError, "seed must fit into 64 bits"),
     "seed_dtype": ({"seed": torch.tensor(1.0)}, ValueError, "seed must hold one int64 on cpu, got torch.float32"),
     "seed_shape": ({"seed": torch.tensor([1, 2])}, ValueError, r"one int64 on cpu, got torch.int64 of shape \(2,\)"),
@@ -305,6 +306,23 @@ def test_a_layer_drops_outside_elsewhere(monkeypatch, layer, backend, prefer):
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
     name = () if isinstance(layer, nk.NLoraLinear | nk.LoRA2Linear) else ("default",)
     assert "PyTorch's own dropout is as fast" in layer.obstacle(*name) and layer.eval().obstacle(*name) is None
+
+
+def test_what_is_left_of_an_initial_product_leaves_the_dropout_in_place(monkeypatch, prefer):
+    """Beside a residual weight whose scaling was changed, of which the rest is not dropped."""
+    prefer("lean")
+    monkeypatch.setattr(TABLE["lean"], "drops_inside", True)
+    layer = nk.NLoraLinear.from_linear(torch.nn.Linear(24, 18), 6, residual=True, dropout=0.4)
+    layer.scaling = 3.0
+    x = torch.randn(7, 24)
+    (A, N, B), (A0, N0, B0) = layer.matrices(), (layer.lora_A0, layer.lora_N0, layer.lora_B0)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        y = layer(x)
+        torch.manual_seed(3)
+        dropped = F.dropout(x, 0.4)
+        expected = layer.base(x) + 3 * dropped @ A.T @ N.T @ B.T + (1 - 3) * x @ A0.T @ N0.T @ B0.T
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dropout, error", [(1.5, ValueError), ("0.1", TypeError), (True, TypeError)])

@@ -120,6 +120,30 @@ def test_what_was_freed_is_named():
         nk.lora_linear(**tensors)
 
 
+FREED_IN_A_GROUP = """
+import torch, nlora_kernels as nk
+def group():
+    x, W, A, B, N, bias = (torch.randn(s) for s in ((6, 16), (12, 16), (4, 16), (12, 4), (4, 4), (12,)))
+    return x, [torch.randn(8, 16), W], [None, (A, B, N)], [None, bias]
+def tensors(x, weights, adapters, biases):
+    members = {"weights[1]": weights[1], "biases[1]": biases[1]}
+    return {"x": x, **members, **{f"lora_{n} of adapters[1]": t for n, t in zip("ABN", adapters[1])}}
+for name in tensors(*group()):
+    arguments = group()
+    tensors(*arguments)[name].untyped_storage().resize_(0)
+    try:
+        nk.lora_group_linear(*arguments)
+    except ValueError as error:
+        assert f"{name} has no memory" in str(error), error
+        print("refused")
+"""
+
+
+def test_freed_storage_in_a_group_is_refused_by_name():
+    done = subprocess.run([sys.executable, "-c", FREED_IN_A_GROUP], capture_output=True, text=True)
+    assert done.stdout.count("refused") == 6, (done.returncode, done.stdout, done.stderr[-300:])
+
+
 def test_freed_storage_is_refused_in_the_training_of_lora2():
     layer = nk.LoRA2Linear.from_linear(nn.Linear(8, 6), 3, 2)
     layer.lora_V.detach().untyped_storage().resize_(0)
