@@ -108,6 +108,13 @@ def test_the_active_adapter_is_the_one_that_is_pruned():
         nk.lora2.layers(model)
 
 
+def test_without_init_an_adapter_is_at_work_from_the_start():
+    base = llama()
+    config = LoRA2Config(r=4, k=2, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    assert (logits(model) - logits(base)).abs().max() > 1e-2
+
+
 def test_other_adapters_are_no_layers():
     model = peft.get_peft_model(llama(), peft.AdaLoraConfig(total_step=10, target_modules="all-linear"))
     with pytest.raises(ValueError, match="got none"):

@@ -226,6 +226,16 @@ def test_resuming_changes_nothing(at, scores, tmp_path):
     assert_same(dict(resumed.state_dict()), dict(model.state_dict()))
 
 
+def test_a_state_that_is_held_stands_still():
+    model = net()
+    optimizer, allocator = optimizer_of(model), RankAllocator(model, **SCHEDULE)
+    train(model, optimizer, allocator, range(5))
+    state = allocator.state_dict()
+    before = copy.deepcopy(state)
+    train(model, optimizer, allocator, range(5, 30))
+    assert_same(state, before)
+
+
 def test_ties_go_to_the_earlier_layer_then_the_smaller_index():
     model = net()
     for t in (t for layer in model.layers for t in (layer.lora_E, layer.lora_u, layer.lora_U)):
@@ -486,6 +496,17 @@ def test_both_penalties_equal_autograd_through_their_definitions(form, terms, dt
             torch.testing.assert_close(p.grad.double() / scale, q.grad / scale, rtol=0, atol=tolerance)
         else:
             assert p.grad is None
+
+
+@pytest.mark.parametrize("form", ["paper", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_orthonormal_vectors_have_no_penalty_and_no_gradient(form, dtype):
+    model = net(ranks=[(4, 4)], dtype=dtype)
+    tensors = [getattr(model.layers[0], name) for name in ("lora_v", "lora_u", "lora_U", "lora_V")]
+    for t in tensors:
+        nn.init.eye_(t)
+    value = orthogonal_penalty(model, form)
+    assert value == 0 and not any(grad.any() for grad in torch.autograd.grad(value, tensors))
 
 
 def test_the_penalty_is_a_citizen_of_autograd():
