@@ -180,6 +180,19 @@ def test_merge_is_repeatable_and_safe_merge_refuses_nan(base, method):
     close(last.get_base_layer().weight, expected[name_of(model, last) + ".base_layer.weight"])
 
 
+def test_the_bias_of_an_adapter_is_merged_and_taken_out_again():
+    model = adapted(nn.Sequential(nn.Linear(6, 5)), "lora", target_modules=["0"], lora_bias=True)
+    layer, x = model.base_model.model[0], torch.randn(3, 6)
+    bias, expected = layer.base_layer.bias.clone(), model(x)
+    for _ in range(2):
+        model.merge_adapter()
+        close(model(x), expected)
+        assert not torch.equal(layer.base_layer.bias, bias)
+        model.unmerge_adapter()
+        close(layer.base_layer.bias, bias)
+    close(model(x), expected)
+
+
 def name_of(model, layer):
     return next(name for name, module in model.named_modules() if module is layer)
 

@@ -226,6 +226,14 @@ def test_a_state_saved_while_merged_is_refused(merged, way, tmp_path):
     check_refused(trained("a", "b"), lambda model: way(saved, model, tmp_path), match)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", INTO_COPIES)
+def test_a_last_layer_that_is_refused_leaves_the_first_as_it_was(way, tmp_path):
+    saved = trained("a")
+    saved.base_model.model[1].merge()
+    check_refused(built("a"), lambda model: way(saved, model, tmp_path), "model.1'.*merged")
+
+
 @pytest.mark.parametrize("way", DESCRIBED)
 def test_a_state_saved_while_merged_is_loaded_while_merged(way, tmp_path):
     saved, model = trained("a"), built("a")

@@ -80,6 +80,11 @@ def test_where_it_is_asked_for_the_layer_is_named(options):
     assert not any(isinstance(module, FusedLinear) for module in model.modules())
 
 
+def test_an_alpha_that_is_no_number_is_said_before_it_is_fitted():
+    with pytest.raises(TypeError, match="lora_alpha must be"):
+        peft.get_peft_model(Routed(), nlora(lora_alpha="8"))
+
+
 @pytest.mark.parametrize("config", [NLoraConfig(init_lora_weights="slora", r=8), LoRA2Config(r=8, k=8)])
 def test_matrices_that_are_no_part_of_the_weight_have_any_rank(config, recwarn):
     config.target_modules = "all-linear"
