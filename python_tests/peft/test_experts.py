@@ -115,6 +115,16 @@ def test_training_saving_loading_and_merging(mixture, method, tmp_path):
     close(logits(model.merge_and_unload(safe_merge=True)), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lora", "nlora", "lora2"])
+def test_a_safe_merge_refuses_what_is_not_finite(mixture, method):
+    layer = wrappers(adapted(mixture, method))[-1]
+    layer.lora_B["default"].weight.data[0, 0] = torch.inf
+    before = layer.get_param().clone()
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.get_param(), before) and not layer.merged
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("keep_patterns", [True, False])
 def test_export_is_right_for_stock_peft(mixture, method, keep_patterns, tmp_path):
@@ -294,6 +304,17 @@ def test_half_precision_with_adapters_in_fp32(mixture, dtype, prefer):
     prefer("reference")
     bound = 2 * (logits(model) - exact).norm() + torch.finfo(dtype).eps * exact.norm()
     assert (found - exact).norm() <= bound
+
+
+def test_a_norm_after_each_expert_is_computed():
+    muse = pytest.importorskip("transformers.models.muse_spark.modeling_muse_spark")
+    sizes = {"moe_hidden_size": 32, "moe_intermediate_size": 24, "num_local_experts": 4}
+    module = muse.MuseSparkExperts(muse.MuseSparkTextConfig(**sizes, experts_implementation="eager"))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    arguments = torch.randn(3, 32), torch.tensor([[0, 1], [3, 2], [2, 0]]), torch.rand(3, 2)
+    assert experts.obstacle(module) is None
+    close(experts.forward(module, *arguments, {}), module(*arguments))
 
 
 def test_what_is_not_supported_is_named(mixture):
