@@ -12,10 +12,11 @@ from nlora_kernels import testing
 from nlora_kernels.backends import REFERENCE, TABLE, cuda, triton
 
 
-def test_available_names_every_backend():
+def test_available_names_every_backend(monkeypatch):
     reasons = nk.backends.available()
-    assert reasons["reference"] is None and reasons["lean"] is None
-    assert all(reason is None or isinstance(reason, str) for reason in reasons.values())
+    assert list(reasons) == list(TABLE) and reasons["reference"] is None and reasons["lean"] is None
+    monkeypatch.setattr(TABLE["lean"], "unavailable", lambda: "it has gone fishing")
+    assert nk.backends.available() == reasons | {"lean": "it has gone fishing"}
 
 
 def test_every_reason_why_cuda_cannot_run_is_given(monkeypatch):
@@ -147,18 +148,22 @@ print(sorted(new - set(sys.stdlib_module_names)))
     assert set(eval(output)) <= {"nlora_kernels", "torch"}
 
 
-def test_an_extension_that_is_not_there_is_called_that():
+def test_an_extension_that_is_not_there_is_called_that_and_missed_once():
     code = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 missing = "nlora_kernels._C"
 PathFinder.find_spec = lambda name, path=None, target=None: None if name == missing else find(name, path, target)
-import nlora_kernels
+import torch, nlora_kernels
 print(nlora_kernels.backends.available()["cpu"])
+for _ in range(2):
+    nlora_kernels.lora_linear(*(torch.ones(2, 2) for _ in range(4)))
 """
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    ran = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
     expected = "the package was built without C++ kernels (install it where a C++ compiler is)"
-    assert output == f"{expected}: No module named 'nlora_kernels._C'\n"
+    expected += ": No module named 'nlora_kernels._C'"
+    assert ran.stdout == f"{expected}\n"
+    assert ran.stderr.count("UserWarning") == ran.stderr.count(f"compute on this CPU, for {expected}") == 1
 
 
 def test_unknown_attributes_are_attribute_errors():

@@ -1,5 +1,6 @@
 """The record of what was verified on a GPU, and what is chosen because of it: over a device that is not there."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -11,7 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import nlora_kernels as nk
 from nlora_kernels import backends, cache
 from nlora_kernels.backends import TABLE, Call, Dropout, verified
 from nlora_kernels.backends.quantised import Coded
@@ -233,6 +236,22 @@ def test_tf32_was_not_verified():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert chosen(dtype=FP32) is triton
+
+
+def test_forward_and_backward_ask_each_for_their_own_times(monkeypatch):
+    asked, select = [], backends.select
+
+    def recorded(name, first, call=None, operation="forward"):
+        asked.append(operation)
+        return select(name, first, call, operation)
+
+    monkeypatch.setattr(backends, "select", recorded)
+    # Off the CPU, where backward asks anew; and by the operators, as a graph or a profile has them.
+    for device, mode in (("meta", contextlib.nullcontext()), ("cpu", FlopCounterMode(display=False))):
+        shapes = ((5, 12), (9, 12), (3, 12), (9, 3))
+        with mode:
+            nk.lora_linear(*(torch.zeros(s, device=device, requires_grad=True) for s in shapes)).sum().backward()
+    assert asked == ["forward", "backward"] * 2
 
 
 def test_a_name_goes_before_the_record(monkeypatch, prefer):
