@@ -41,12 +41,18 @@ inline void barrier(int count) {
   if (count > 1) wait_for_team();
 }
 
-// Scratch memory of the calling thread, kept from call to call: a call allocates only when it needs more than any before.
-// One that is made while another lives gives back what was taken from it, and nothing else.
+// Scratch memory of the calling thread, up to kKept bytes of it kept from call to call: a call allocates only when it needs
+// more than any before. One that is made while another lives gives back what was taken from it, and nothing else.
 class Scratch {
  public:
+  // As much as layers of ordinary batches take: the first touch of new memory is up to a tenth of a call of high rank.
+  static constexpr size_t kKept = 128 << 20;
+
   Scratch() : first_(blocks().next) {}
-  ~Scratch() { blocks().next = first_; }
+  ~Scratch() {
+    blocks().next = first_;
+    if (!first_) blocks().trim();
+  }
   Scratch(const Scratch&) = delete;
 
   float* take(int64_t size) {
@@ -54,8 +60,7 @@ class Scratch {
     if (all.next == all.list.size()) all.list.push_back({});
     Block& block = all.list[all.next++];
     if (!block.data || block.size < size) {
-      std::free(block.data);
-      block = {};
+      all.release(block);
       const size_t wanted = size_t(size) * sizeof(float), unit = wanted < kHugePage ? kAlignment : kHugePage;
       const size_t bytes = (wanted / unit + 1) * unit;
       block.data = static_cast<float*>(std::aligned_alloc(unit, bytes));
@@ -64,7 +69,8 @@ class Scratch {
       // NOTE: a megabyte of packed values on small pages costs a tenth of a product's speed.
       if (unit == kHugePage) madvise(block.data, bytes, MADV_HUGEPAGE);
 #endif
-      block.size = size;
+      block.size = size, block.bytes = bytes;
+      all.bytes += bytes;
     }
     return block.data;
   }
@@ -74,10 +80,21 @@ class Scratch {
   struct Block {
     float* data = nullptr;
     int64_t size = 0;
+    size_t bytes = 0;
   };
   struct Blocks {
     std::vector<Block> list;
-    size_t next = 0;
+    size_t next = 0, bytes = 0;
+    void release(Block& block) {
+      std::free(block.data);
+      bytes -= block.bytes;
+      block = {};
+    }
+    // Frees what is more than is kept, the largest first.
+    void trim() {
+      const auto smaller = [](const Block& a, const Block& b) { return a.bytes < b.bytes; };
+      while (bytes > kKept) release(*std::max_element(list.begin(), list.end(), smaller));
+    }
     ~Blocks() {
       for (Block& block : list) std::free(block.data);
     }

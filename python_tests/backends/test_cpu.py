@@ -390,6 +390,26 @@ class Within(TorchDispatchMode):
         return self.storages[-1][0][64:-64].view(new.shape)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_that_one_large_call_needed_is_given_back():
+    code = """
+import torch
+from nlora_kernels import _C
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 >> 20
+def call(M):
+    x, W, A, B = torch.ones(M, 16), torch.ones(16, 16), torch.ones(64, 16), torch.ones(16, 64)
+    y, T = _C.cpu_forward(x, W, A, B, None, None, 1.0, 1, 3)
+    _C.cpu_backward(y, x, T, W, A, B, None, (True, False, True, True, False, False), 1.0, 1, 3)
+call(100)
+before = resident()
+call(1 << 18)
+assert resident() - before < 160, f"{resident() - before} MiB were kept"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
 class Made(TorchDispatchMode):
     """The largest tensor that PyTorch makes."""
 
