@@ -84,7 +84,7 @@ def nystrom(
     else:
         A, B = weight.index_select(0, rows), weight.index_select(1, cols)
         N = A.index_select(1, cols)
-    return A, core_of(core, weight, A, B, N), B.contiguous()
+    return A, core_of(core, weight, A, B, N), B
 
 
 def core_of(core: str, weight: Tensor | None, A: Tensor, B: Tensor, sample: Tensor) -> Tensor:

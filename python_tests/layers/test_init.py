@@ -25,6 +25,7 @@ def test_default_is_the_published_slices_bitwise(dtype, shape):
     A, N, B = init.nystrom(W, 7)
     assert torch.equal(A, W[:7]) and torch.equal(N, W[:7, :7]) and torch.equal(B, W[:, :7])
     assert A.dtype == N.dtype == B.dtype == dtype
+    assert all(t.is_contiguous() for t in (A, N, B, *init.nystrom(W.T, 7)))
     A.zero_(), N.zero_(), B.zero_()
     assert torch.equal(W, normal(*shape, dtype=dtype)), "the matrices must be copies"
 
