@@ -155,7 +155,11 @@ class _AdapterLinear(nn.Module):
                 f"layer {prefix.removesuffix('.')!r}: the adapter {mine} merged into the base weight, {there}: bring "
                 "both to the same by merge() or unmerge()"
             )
+        self._before_loading(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _before_loading(self, state_dict, prefix: str) -> None:
+        """What is to be done of a state dict that nothing is wrong with."""
 
 
 class NLoraLinear(_AdapterLinear):
@@ -278,19 +282,20 @@ class NLoraLinear(_AdapterLinear):
         taken = {"scaling": self.initial_scaling} if "lora_A0" in self._buffers else {}
         return super().described() | taken
 
-    @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
-        """The product of initial matrices that come without a base weight is out of the one that is here afterwards."""
-        keys = [f"{prefix}{kind}" for kind in ("lora_A0", "lora_N0", "lora_B0")]
-        saved.check_state(state_dict, keys)
-        has = f"{prefix}base.weight" in state_dict
-        if "lora_A0" in self._buffers and not has and not self.merged:
-            kept, loaded = self._initial(), [state_dict.get(key) for key in keys]
-            if all(new is not None and new.shape == old.shape for new, old in zip(loaded, kept, strict=True)):
-                self._exchange(kept, loaded)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if has and "lora_A0" in self._buffers:
+        if f"{prefix}base.weight" in state_dict and "lora_A0" in self._buffers:
             self.initial_scaling = local_metadata.get(ENTRY, {}).get("scaling", self.initial_scaling)
+
+    @torch.no_grad()
+    def _before_loading(self, state_dict, prefix: str) -> None:
+        """The product of initial matrices that come without a base weight is out of the one that is here afterwards."""
+        if "lora_A0" not in self._buffers or f"{prefix}base.weight" in state_dict or self.merged:
+            return
+        kept = self._initial()
+        loaded = [state_dict.get(f"{prefix}{kind}") for kind in ("lora_A0", "lora_N0", "lora_B0")]
+        if all(new is not None and new.shape == old.shape for new, old in zip(loaded, kept, strict=True)):
+            self._exchange(kept, loaded)
 
     def _exchange(self, kept: tuple[Tensor, ...], loaded: list[Tensor]) -> None:
         if all(torch.equal(new.to(old), old) for new, old in zip(loaded, kept, strict=True)):

@@ -55,7 +55,8 @@ def test_of_a_layer_without_peft(make, damage):
     layer = make(nn.Linear(16, 24))
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     for harmed in [name for name in before if name.startswith("lora_")]:
-        tensors = {name: harm(tensor) if name == harmed else tensor for name, tensor in before.items()}
+        # What is not harmed is not what the layer has: it would be seen, were it loaded.
+        tensors = {name: harm(tensor) if name == harmed else tensor + 1 for name, tensor in before.items()}
         alone = {name: tensor for name, tensor in tensors.items() if name.startswith("lora_")}
         for state in (tensors, alone):
             with pytest.raises(ValueError, match=f"state_dict: {harmed} {message if 'must' in message else 'must'}"):
