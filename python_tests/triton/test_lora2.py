@@ -55,11 +55,12 @@ def blocks(request, monkeypatch):
         equations.test_ties_go_to_the_earlier_layer_then_the_smaller_index,
         lambda: equations.test_a_non_finite_gradient_leaves_everything_as_it_was(math.nan, "rows", "lora_U", 3),
         lambda: equations.test_a_non_finite_gradient_leaves_everything_as_it_was(math.inf, "rows", "lora_E", 5),
-        equations.test_steps_that_a_gradient_scaler_skips,
+        lambda: equations.test_steps_that_a_gradient_scaler_skips(False),
+        lambda: equations.test_steps_that_a_gradient_scaler_skips(True),
         lambda: equations.test_the_penalty_of_orthogonal_vectors_and_its_gradient_are_zero("paper"),
         lambda: equations.test_the_penalty_of_orthogonal_vectors_and_its_gradient_are_zero("reference"),
     ],
-    ids=["equations", "regrowth", "ties", "nan", "inf", "scaler", "zero, paper", "zero, reference"],
+    ids=["equations", "regrowth", "ties", "nan", "inf", "scaler", "scaler, clipped", "zero, paper", "zero, reference"],
 )
 def test_what_holds_on_the_cpu(test, blocks, taken):
     test()
