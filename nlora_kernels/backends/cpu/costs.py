@@ -89,8 +89,8 @@ def builtin(setting: Setting) -> Costs:
         across = 0.0 if full else 4e-11
     return Costs(
         line(2e-6 if full else 1.5e-5, 5e-11, library),
-        line(6e-6, 3.5e-11, few),
-        line(8e-6, packing, ours),
+        line(4e-6, 3.5e-11, few),
+        line(5e-6, packing, ours),
         pieces,
         across=across / setting.threads,
     )
