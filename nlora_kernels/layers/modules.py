@@ -185,10 +185,9 @@ class NLoraLinear(_AdapterLinear):
     ):
         check_choice("train", train, TRAIN)
         saved.check_flag("residual", residual)
-        if train == "core" and lora_N is None:
-            raise ValueError("train='core' needs a lora_N, which init='lora' has not")
-        if residual and lora_N is None:
-            raise ValueError("residual=True needs a lora_N, which init='lora' has not")
+        if lora_N is None and (residual or train == "core"):
+            option = "train='core'" if train == "core" else "residual=True"
+            raise ValueError(f"{option} needs a lora_N, which init='lora' has not")
         _check(base, {"lora_A": lora_A, "lora_B": lora_B, "lora_N": lora_N})
         super().__init__(base, lora_A.shape[0], alpha, dropout)
         outer = train == "all"

@@ -129,6 +129,7 @@ def test_a_share_of_the_columns_may_be_one_block_where_all_of_them_are_two(monke
                     torch.set_num_threads(threads)
                     results += [ours(len(Ns), [0.5] * len(Ns), backend="cpu")(**tensors) for _ in range(2)]
                 exact = apart(len(Ns), [0.5] * len(Ns))(**{name: t.double() for name, t in tensors.items()})
+                # Roundings of half an eps: of y, of A, N and B where they are in fp32, and of T and P.
                 assert (results[0] - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
                 assert all(torch.equal(result, results[0]) for result in results[1:]), (K, Ns)
     finally:
